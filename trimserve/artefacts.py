@@ -1,0 +1,127 @@
+"""Files that trimserve writes: hashes, atomic replacement, and the vocab file.
+
+An artefact is a safetensors file with a `kind` and a `schema_version` in its metadata.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import save
+
+from trimserve.errors import MismatchError, UsageError
+from trimserve.tensorfile import map_tensor, read_header
+from trimserve.vocab import VocabMap
+
+SCHEMA_VERSION = 1
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes, without loading it; hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, moved in place when the block ends without an error."""
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist: create it first.")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_artefact(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any]) -> None:
+    """Write arrays and facts as one safetensors artefact, atomically.
+
+    Args:
+        path: the file; an existing one is replaced.
+        kind: what it is, e.g. ``"vocab"``.
+        arrays: name -> array, in the dtypes to be stored.
+        facts: JSON values; each becomes one metadata entry.
+    """
+    metadata = {"kind": kind, "schema_version": str(SCHEMA_VERSION)}
+    metadata |= {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(contiguous, metadata))
+
+
+def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Read an artefact of the given kind: its arrays and its facts.
+
+    Raises:
+        UsageError: there is no such file.
+        MismatchError: it is no artefact of this kind, or of a schema this version cannot read.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: expected a {kind} file.")
+    specs, metadata = read_header(path)
+    if metadata.get("kind") != kind:
+        found = metadata.get("kind", "no trimserve file")
+        raise MismatchError(f"{path} should be a {kind} but is {found}: pass the right file.")
+    if metadata["schema_version"] != str(SCHEMA_VERSION):
+        raise MismatchError(
+            f"{path} has schema {metadata['schema_version']}, this trimserve reads "
+            f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
+        )
+    try:
+        arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
+        facts = {
+            key: json.loads(value) for key, value in metadata.items() if key not in ("kind", "schema_version")
+        }
+    except (ValueError, SafetensorError) as error:
+        raise MismatchError(f"{path} is damaged ({error}): make the {kind} again.") from error
+    return arrays, facts
+
+
+def save_vocab(vocab: VocabMap, path: Path) -> None:
+    """Write `vocab_map.safetensors`: int32 `vocab_map` (K,), uint8 `reason` (K,)."""
+    facts = {
+        "vocab_size": vocab.vocab_size,
+        "tokenizer_sha256": vocab.tokenizer_sha256,
+        "rule": vocab.rule,
+    }
+    save_artefact(path, "vocab", {"vocab_map": vocab.kept_ids, "reason": vocab.reason}, facts)
+
+
+def load_vocab(path: Path) -> VocabMap:
+    """Read a vocab file.
+
+    Raises:
+        UsageError: there is no such file.
+        MismatchError: it is no vocab, or its ids are out of order or out of range.
+    """
+    arrays, facts = load_artefact(path, "vocab")
+    try:
+        return VocabMap(
+            kept_ids=arrays["vocab_map"],
+            reason=arrays["reason"],
+            vocab_size=facts["vocab_size"],
+            tokenizer_sha256=facts["tokenizer_sha256"],
+            rule=facts["rule"],
+        )
+    except KeyError as error:
+        raise MismatchError(f"{path} lacks {error}: select the vocab again.") from error

@@ -1,0 +1,79 @@
+"""Parse the command line, run one subcommand, turn errors into one sentence and an exit code."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from trimserve import __version__
+from trimserve.errors import TrimserveError
+
+# subcommand -> its one-line help; trimserve/cli/<subcommand>.py has add_arguments(parser) and run(args).
+COMMANDS = {
+    "inspect": "what a model or folder is, its vocab tensors, and the prize of trimming it",
+    "profile": "count the tokens of a corpus",
+    "merge": "add profiles up",
+    "select": "choose the kept ids from profiles",
+    "export": "make a trimmed folder",
+    "verify": "compare a trimmed folder with the full model",
+    "run": "generate or embed with a trimmed folder",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns:
+        0 done, 1 failed, 2 usage, 3 verification failed.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(arguments)
+        logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+        code: int = importlib.import_module(f"trimserve.cli.{args.command}").run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for usage
+        return int(stop.code or 0)
+    except TrimserveError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written.", 130)
+    except BrokenPipeError:
+        # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename or 'no file name'}.", 1)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="trimserve",
+        description="Serve a language model with the vocabulary rows a domain uses.",
+    )
+    parser.add_argument("--version", action="version", version=f"trimserve {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = subparsers.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + "."
+        )
+        if name == named:  # only the called command's module is imported
+            importlib.import_module(f"trimserve.cli.{name}").add_arguments(command)
+        command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
+        command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    return parser.parse_args(arguments)
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("TRIMSERVE_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"trimserve: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,299 @@
+"""A trimmed folder: `trimserve.json`, the hashes of its files, and writing it all or not at all."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Self
+
+from trimserve.artefacts import SCHEMA_VERSION, load_vocab, sha256_file
+from trimserve.errors import MismatchError, UsageError
+from trimserve.vocab import VocabMap
+
+MANIFEST_NAME = "trimserve.json"
+VOCAB_NAME = "vocab_map.safetensors"
+COLD_NAME = "cold_rows.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
+# Hashing a larger file would cost more than loading it; `verify` hashes everything.
+HASH_ON_LOAD_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size and hash of one file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CutTensor:
+    """A tensor that lost rows: where its vocab axis was and what is left of it."""
+
+    name: str
+    axis: int
+    rows_before: int
+    rows_after: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the folder was made from; `files` maps each weight file to its sha256."""
+
+    name: str
+    revision: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How a sentence embedding is made from the hidden states."""
+
+    mode: str = "mean"  # mean, cls, max or last
+    normalize: bool = False
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of `trimserve.json` (DESIGN.md section 4).
+
+    Attributes:
+        task: optimum's task name, e.g. ``"text-generation-with-past"``.
+        dtype: dtype of the graph's weights: fp32, fp16 or bf16.
+        graphs: role -> file name; the role is ``"model"`` for a single graph.
+        selection: the vocab's rule and coverage.
+        exporter: its name and the versions of what it used.
+        verification: result of `trimserve verify`, or None.
+        bytes_before: bytes of the source's weights in the graph's dtype.
+    """
+
+    source: Source
+    tokenizer_sha256: str
+    vocab_size: int
+    kept: int
+    task: str
+    layout: str
+    dtype: str
+    graphs: dict[str, str]
+    cut: tuple[CutTensor, ...]
+    selection: dict[str, Any]
+    exporter: dict[str, str]
+    created: str
+    files: dict[str, FileEntry]
+    pooling: Pooling | None = None
+    bytes_before: int = 0
+    verification: dict[str, Any] | None = None
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_json(self) -> str:
+        """Serialise with stable key order and a final newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = MANIFEST_NAME) -> Self:
+        """Parse and check a manifest.
+
+        Raises:
+            MismatchError: not JSON, another schema, a missing key, or a path that leaves the folder.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise MismatchError(
+                    f"{origin} has schema {version}, this trimserve reads {SCHEMA_VERSION}: "
+                    "export the folder again or update trimserve."
+                )
+            raw["source"] = Source(**raw["source"])
+            raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
+            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+            raw["pooling"] = Pooling(**raw["pooling"]) if raw["pooling"] else None
+            manifest = cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, MismatchError):
+                raise
+            raise MismatchError(
+                f"{origin} is not a manifest this version understands ({error}): export the folder again."
+            ) from error
+        for name in (*manifest.files, *manifest.graphs.values()):
+            check_plain_name(name, origin)
+        return manifest
+
+
+def check_plain_name(name: str, origin: str) -> None:
+    """Refuse a file name that could lead outside the folder.
+
+    Raises:
+        MismatchError: the name is empty, absolute, or has a folder in it.
+    """
+    plain = name not in ("", ".", "..") and "\0" not in name
+    if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+        raise MismatchError(
+            f"{origin} names the file {name!r}, which is not a plain name inside the folder: "
+            "do not use this folder unless you know who made it."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmedFolder:
+    """An opened and checked folder."""
+
+    path: Path
+    manifest: Manifest
+    vocab: VocabMap
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists.
+
+        Raises:
+            MismatchError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise MismatchError(f"{self.path} has no {name} in its manifest: export it again.")
+        return self.path / name
+
+    @property
+    def has_cold(self) -> bool:
+        """Whether the folder holds cold rows (`--no-cold` leaves them out)."""
+        return COLD_NAME in self.manifest.files
+
+
+def is_trimmed(path: Path) -> bool:
+    """Tell whether a folder holds a `trimserve.json`."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a trimmed folder.
+
+    Raises:
+        UsageError: not a trimmed folder.
+        MismatchError: see `Manifest.from_json`.
+    """
+    if not is_trimmed(path):
+        raise UsageError(
+            f"{path} is not a trimmed folder (no {MANIFEST_NAME} in it): make one with `trimserve export`."
+        )
+    return Manifest.from_json((path / MANIFEST_NAME).read_text("utf-8"), str(path / MANIFEST_NAME))
+
+
+def open_folder(path: Path, *, hash_all: bool = False) -> TrimmedFolder:
+    """Open a trimmed folder and check that its files are the ones it was written with.
+
+    Args:
+        path: the folder.
+        hash_all: hash every file; otherwise those of at most `HASH_ON_LOAD_BYTES`, and sizes of all.
+
+    Raises:
+        UsageError: not a trimmed folder.
+        MismatchError: a file is missing, was cut off or changed, or the vocab does not fit.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        _check_file(path / name, entry, hash_all)
+    vocab = load_vocab(path / VOCAB_NAME)
+    if (len(vocab), vocab.vocab_size) != (manifest.kept, manifest.vocab_size):
+        raise MismatchError(
+            f"{path}: the vocab keeps {len(vocab):,} of {vocab.vocab_size:,} ids, the manifest says "
+            f"{manifest.kept:,} of {manifest.vocab_size:,}: export the folder again."
+        )
+    return TrimmedFolder(path, manifest, vocab)
+
+
+def _check_file(path: Path, entry: FileEntry, hash_all: bool) -> None:
+    advice = "restore the file or export the folder again."
+    if not path.is_file():
+        raise MismatchError(f"{path} is listed in {MANIFEST_NAME} but missing: {advice}")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise MismatchError(f"{path} should have {entry.bytes:,} bytes but has {size:,}: {advice}")
+    if (hash_all or size <= HASH_ON_LOAD_BYTES) and (found := sha256_file(path)) != entry.sha256:
+        raise MismatchError(
+            f"{path} has changed (expected sha256 {entry.sha256[:12]}…, found {found[:12]}…): {advice}"
+        )
+
+
+def list_files(path: Path) -> dict[str, FileEntry]:
+    """Size and hash of every file in a folder except the manifest, by name, sorted."""
+    return {
+        file.name: FileEntry(file.stat().st_size, sha256_file(file))
+        for file in sorted(path.iterdir())
+        if file.is_file() and file.name != MANIFEST_NAME
+    }
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, overwrite: bool = False, ours: str = MANIFEST_NAME) -> Iterator[Path]:
+    """Give a temporary folder beside `target`, moved in its place when the block ends without an error.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace a folder that trimserve made (one that holds `ours`).
+        ours: the file that marks a folder as made by trimserve.
+
+    Raises:
+        UsageError: `target` exists, is not empty, and may not be replaced.
+    """
+    check_target(target, overwrite=overwrite, ours=ours)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        _swap(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_target(target: Path, *, overwrite: bool, ours: str = MANIFEST_NAME) -> None:
+    """Refuse a target that cannot be written without losing something that is not ours.
+
+    Raises:
+        UsageError: `target` is a file, or a non-empty folder that may not be replaced.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file: choose a folder that does not exist yet.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{target} is not empty: choose another folder or pass --overwrite.")
+    if not (target / ours).is_file():
+        raise UsageError(
+            f"{target} holds no {ours}, so it was not made by trimserve and --overwrite will not "
+            "replace it: choose another folder."
+        )
+
+
+def _swap(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    # A folder cannot be replaced in one step: keep the old one until the new one stands.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        staging.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write `trimserve.json` into a folder, atomically."""
+    temporary = path / f".{MANIFEST_NAME}.part"
+    temporary.write_text(manifest.to_json(), "utf-8")
+    temporary.replace(path / MANIFEST_NAME)
+
+
+def with_verification(manifest: Manifest, result: Mapping[str, Any]) -> Manifest:
+    """Return the manifest with the result of a verification in it."""
+    return dataclasses.replace(manifest, verification=dict(result))

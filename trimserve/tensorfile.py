@@ -1,0 +1,254 @@
+"""Safetensors files as byte ranges: read a header, map a tensor, stream rows from file to file.
+
+The safetensors package loads and saves whole tensors; trimming needs less: rows of a matrix that is
+never in memory as a whole, in any dtype (numpy has no bfloat16), copied byte for byte. Format:
+https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.errors import MismatchError
+
+# The numpy dtype that holds the bytes of a safetensors dtype; bfloat16 and float8 as raw bits.
+STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(np.uint8),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+    "F64": np.dtype("<f8"),
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where a tensor lies: `nbytes` bytes at `offset` of `path`, row-major; `dtype` in safetensors' words."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class TensorSource(Protocol):
+    """Something that `write_tensors` can stream into a file: its dtype and shape, then its bytes in order."""
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as it will be stored."""
+        ...
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the tensor's bytes in order, a bounded chunk at a time."""
+        ...
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """Read the header of a safetensors file.
+
+    Returns:
+        The tensors by name, in file order, and the file's metadata.
+
+    Raises:
+        MismatchError: the file is not safetensors, or shorter than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise MismatchError(
+                f"{path} is not a safetensors file or was cut off: its header should take "
+                f"{length:,} bytes, the file has {size:,}. Fetch or make it again."
+            )
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            specs = {name: _spec(path, name, entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise MismatchError(
+                f"{path} has an unreadable safetensors header ({error}). Fetch or make it again."
+            ) from error
+    end = max((spec.offset + spec.nbytes for spec in specs.values()), default=8 + length)
+    if end != size:
+        raise MismatchError(
+            f"{path} should have {end:,} bytes by its header but has {size:,}: "
+            "it was cut off or changed. Fetch or make it again."
+        )
+    return specs, metadata
+
+
+def _spec(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorSpec:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    expected = int(np.prod(shape, dtype=np.int64)) * STORAGE_DTYPES[entry["dtype"]].itemsize
+    if begin < 0 or end - begin != expected:
+        raise ValueError(f"tensor {name!r} of shape {shape} cannot take bytes {begin}..{end}")
+    return TensorSpec(name, entry["dtype"], shape, path, base + begin, expected)
+
+
+def map_tensor(spec: TensorSpec) -> npt.NDArray[Any]:
+    """Map a tensor read-only, without reading it; BF16 comes as its uint16 bits (see `to_float32`)."""
+    storage = STORAGE_DTYPES[spec.dtype]
+    if spec.nbytes == 0:
+        return np.zeros(spec.shape, storage)
+    return np.memmap(spec.path, storage, mode="r", offset=spec.offset, shape=spec.shape)
+
+
+def to_float32(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Convert stored values to float32; exact for BF16, F16 and F32 (BF16 is a float32's upper half)."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTensor:
+    """All bytes of a stored tensor."""
+
+    spec: TensorSpec
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as stored."""
+        return self.spec.shape
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the tensor's bytes in chunks of `CHUNK_BYTES`."""
+        yield from _read_range(self.spec.path, self.spec.offset, self.spec.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRows:
+    """Some entries of a stored tensor along `axis`, in the order of `ids`.
+
+    Attributes:
+        spec: the stored tensor.
+        ids: int array (n,), strictly increasing, below ``spec.shape[axis]``.
+        axis: the vocab axis; every axis before it must have length 1.
+    """
+
+    spec: TensorSpec
+    ids: npt.NDArray[np.integer[Any]]
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        if any(size != 1 for size in self.spec.shape[: self.axis]):
+            raise ValueError(f"axis {self.axis} of {self.spec.shape} is not a row axis")
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Stored shape with `axis` cut to ``len(ids)``."""
+        shape = self.spec.shape
+        return (*shape[: self.axis], len(self.ids), *shape[self.axis + 1 :])
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the chosen rows' bytes; the file is read once, in order, in bounded blocks."""
+        rows = self.spec.shape[self.axis]
+        if rows == 0 or len(self.ids) == 0:
+            return
+        row_bytes = self.spec.nbytes // rows
+        block_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
+        for start in range(0, rows, block_rows):
+            stop = min(start + block_rows, rows)
+            first, last = np.searchsorted(self.ids, (start, stop))
+            if first == last:
+                continue
+            offset = self.spec.offset + start * row_bytes
+            data = b"".join(_read_range(self.spec.path, offset, (stop - start) * row_bytes))
+            block = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
+            chosen = np.take(block, self.ids[first:last] - start, axis=0)
+            yield chosen.tobytes()
+
+
+def _read_range(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while nbytes:
+            chunk = file.read(min(nbytes, CHUNK_BYTES))
+            if not chunk:
+                raise MismatchError(f"{path} ended {nbytes:,} bytes early: it changed while being read.")
+            nbytes -= len(chunk)
+            yield chunk
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, TensorSource],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[int]:
+    """Stream tensors into a new safetensors file, yielding the bytes of each chunk as it is written.
+
+    A generator, so that the caller can show progress; it must be run to its end.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, source in tensors.items():
+        nbytes = int(np.prod(source.shape, dtype=np.int64)) * STORAGE_DTYPES[source.dtype].itemsize
+        header[name] = {
+            "dtype": source.dtype,
+            "shape": list(source.shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data starts on an 8-byte boundary
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, len(encoded).to_bytes(8, "little") + encoded)
+        for source in tensors.values():
+            for chunk in source.chunks():
+                _write_all(file, chunk)
+                yield len(chunk)
+    _check_size(path, 8 + len(encoded) + position)
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file.fileno(), view) :]
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size
+    if found != expected:
+        raise MismatchError(f"{path} should have {expected:,} bytes but has {found:,}: a source changed.")
+
+
+def exhaust(steps: Iterable[int]) -> int:
+    """Run a stream of written byte counts to its end and return their sum."""
+    return sum(steps)

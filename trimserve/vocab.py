@@ -1,0 +1,164 @@
+"""VocabMap: kept token ids <-> compact ids. numpy alone; nothing here knows a model or a tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.errors import MismatchError, UnknownIdError
+
+Ids = npt.NDArray[np.int32]
+
+
+class Reason(IntEnum):
+    """Why an id is kept; the numbers are stored in `vocab_map.safetensors`."""
+
+    STRUCTURAL = 0
+    PROFILE = 1
+    EXPLICIT = 2
+    FILL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    """Token ids as the graph wants them, with the cold ids that its extra slots stand for.
+
+    Attributes:
+        ids: int64, the shape of the input; below K a compact id, K + s for the cold id in slot s.
+        cold_ids: int32 (S,), the token ids lent a slot, in order of first appearance.
+        cold_tokens: how many entries of `ids` are cold.
+    """
+
+    ids: npt.NDArray[np.int64]
+    cold_ids: Ids
+    cold_tokens: int
+
+
+@dataclass(frozen=True)
+class VocabMap:
+    """The kept ids of a model's vocab.
+
+    Attributes:
+        kept_ids: int32 (K,), strictly increasing token ids in [0, vocab_size).
+        reason: uint8 (K,), a `Reason` for each kept id.
+        vocab_size: V, rows of the original embedding.
+        tokenizer_sha256: hash of the tokenizer.json that the ids belong to; empty if unknown.
+        rule: how the ids were selected (options, coverage, missing mass), as JSON values.
+    """
+
+    kept_ids: Ids
+    reason: npt.NDArray[np.uint8]
+    vocab_size: int
+    tokenizer_sha256: str = ""
+    rule: dict[str, Any] = field(default_factory=dict)
+    _compact_of: Ids = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        kept = np.asarray(self.kept_ids, np.int32)
+        reason = np.asarray(self.reason, np.uint8)
+        if kept.ndim != 1 or kept.size == 0 or reason.shape != kept.shape:
+            raise MismatchError(
+                "a vocab needs at least one kept id and one reason for each: "
+                f"found kept ids of shape {kept.shape} and reasons of shape {reason.shape}."
+            )
+        if kept[0] < 0 or kept[-1] >= self.vocab_size or np.any(np.diff(kept) <= 0):
+            raise MismatchError(
+                f"kept ids must increase strictly within 0..{self.vocab_size - 1:,}: found "
+                f"{kept.size:,} ids from {kept.min():,} to {kept.max():,}. Select the vocab again."
+            )
+        compact_of = np.full(self.vocab_size, -1, np.int32)
+        compact_of[kept] = np.arange(kept.size, dtype=np.int32)
+        for name, array in (("kept_ids", kept), ("reason", reason), ("_compact_of", compact_of)):
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+
+    def __len__(self) -> int:
+        """K, the number of kept ids."""
+        return int(self.kept_ids.size)
+
+    @property
+    def cold_ids(self) -> Ids:
+        """The ids without a compact row, int32 (V - K,), increasing."""
+        return np.flatnonzero(self._compact_of < 0).astype(np.int32)
+
+    def is_kept(self, ids: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Tell for each token id, of any shape, whether it has a compact row.
+
+        Raises:
+            UnknownIdError: an id is outside 0..V-1.
+        """
+        return self._lookup(ids) >= 0
+
+    def to_compact(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Map kept token ids to compact ids, int64, same shape.
+
+        Raises:
+            UnknownIdError: an id is outside 0..V-1, or not kept.
+        """
+        compact = self._lookup(ids)
+        if np.any(compact < 0):
+            cold = np.asarray(ids)[compact < 0].ravel()[0]
+            raise UnknownIdError(
+                f"token id {cold:,} has no compact row (K = {len(self):,}): feed it through a cold "
+                "slot, or select a vocab that keeps it."
+            )
+        return compact.astype(np.int64)
+
+    def to_original(self, compact_ids: npt.ArrayLike) -> Ids:
+        """Map compact ids to token ids, int32, same shape.
+
+        Raises:
+            UnknownIdError: a compact id is outside 0..K-1.
+        """
+        compact = np.asarray(compact_ids)
+        _check_range(compact, len(self), "compact id")
+        original: Ids = self.kept_ids[compact]
+        return original
+
+    def with_slots(self, ids: npt.ArrayLike, slots: Sequence[int] | Ids = ()) -> Slotted:
+        """Map any token ids to compact ids and cold slots.
+
+        Args:
+            ids: token ids of any shape.
+            slots: cold ids that already hold slots 0, 1, ...; new ones are appended.
+
+        Returns:
+            The mapped ids and the cold ids behind the slots, `slots` first.
+
+        Raises:
+            UnknownIdError: an id is outside 0..V-1.
+        """
+        compact = self._lookup(ids)
+        mapped = compact.astype(np.int64)
+        cold = compact < 0
+        held = np.asarray(slots, np.int32)
+        if not cold.any():
+            return Slotted(mapped, held, 0)
+        distinct, first = np.unique(np.asarray(ids, np.int32)[cold], return_index=True)
+        ordered = distinct[np.argsort(first)]
+        cold_ids = np.concatenate([held, ordered[~np.isin(ordered, held)]])
+        order = np.argsort(cold_ids)
+        slot = order[np.searchsorted(cold_ids, np.asarray(ids, np.int32)[cold], sorter=order)]
+        mapped[cold] = len(self) + slot
+        return Slotted(mapped, cold_ids, int(cold.sum()))
+
+    def _lookup(self, ids: npt.ArrayLike) -> Ids:
+        array = np.asarray(ids)
+        if array.size == 0:
+            return np.zeros(array.shape, np.int32)
+        _check_range(array, self.vocab_size, "token id")
+        compact: Ids = self._compact_of[array]
+        return compact
+
+
+def _check_range(ids: npt.NDArray[Any], size: int, what: str) -> None:
+    # Never let -1 through: numpy and ONNX Gather both take it for the last row.
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= size):
+        bad = ids[(ids < 0) | (ids >= size)].ravel()[0]
+        raise UnknownIdError(
+            f"{what} {bad:,} is outside the model's vocab (0..{size - 1:,}): "
+            "was this made with another tokenizer or another model?"
+        )
