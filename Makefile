@@ -1,0 +1,57 @@
+# Everything on a machine that has only Python >= 3.11: `make demo` and `make test` set up .venv themselves.
+# PYTHON chooses the interpreter that makes it, e.g. `make test PYTHON=python3.13`.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS ?= 2
+
+.PHONY: help setup fmt lint test test-slow demo bench-quick wheel-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv with everything that the other targets need
+
+# Made again when a requirement changes; the stamp keeps every other call quick.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "trimserve needs Python >= 3.11: install it, or pass PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (a few minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,demo]' --group dev
+	@touch $(READY)
+
+fmt: $(READY)  ## format and fix the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY)  ## ruff and mypy --strict, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(READY)  ## the whole suite but its slow tests
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+
+test-slow: $(READY)  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into demo-out/
+	$(BIN)/python examples/demo.py
+
+bench-quick: $(READY)  ## the encoder benchmark with few repetitions, results in build/
+	$(BIN)/python bench/startup.py --quick
+	$(BIN)/python bench/encoder.py --quick
+
+wheel-check: $(READY)  ## install the built wheel in a clean environment and call it
+	.ci/check-wheel $(BIN)/python
+
+clean:  ## remove what the targets made, .venv included
+	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

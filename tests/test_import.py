@@ -1,0 +1,46 @@
+"""`import trimserve` is light: nothing heavy comes with it, whatever is installed."""
+
+import json
+import subprocess
+import sys
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "optimum",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "pyarrow",
+    "huggingface_hub",
+    "jinja2",
+    "trimserve_export",
+)
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules in sys.modules of a fresh interpreter after one statement."""
+    code = (
+        f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return set(json.loads(output.splitlines()[-1]))
+
+
+def test_import_leaves_heavy_packages_unloaded():
+    assert loaded_after("import trimserve").isdisjoint(HEAVY)
+
+
+def test_public_names_are_resolvable_lazily():
+    # A lazy attribute must not drag the export toolchain in when it is only looked up.
+    assert loaded_after("import trimserve\ndir(trimserve)").isdisjoint(HEAVY)
+
+
+def test_help_of_every_command_leaves_heavy_packages_unloaded():
+    statement = (
+        "import contextlib, io\n"
+        "from trimserve.cli.main import COMMANDS, main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    assert [main([command, '--help']) for command in COMMANDS] == [0] * len(COMMANDS)"
+    )
+    assert loaded_after(statement).isdisjoint(HEAVY)
