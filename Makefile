@@ -47,8 +47,8 @@ demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into
 	$(BIN)/python examples/demo.py
 
 bench-quick: $(READY)  ## the encoder benchmark with few repetitions, results in build/
-	$(BIN)/python bench/startup.py --quick
-	$(BIN)/python bench/encoder.py --quick
+	$(BIN)/python -m bench.startup --quick
+	$(BIN)/python -m bench.encoder --quick
 
 wheel-check: $(READY)  ## install the built wheel in a clean environment and call it
 	.ci/check-wheel $(BIN)/python

@@ -1,0 +1,54 @@
+import json
+import sys
+
+import pytest
+from bench import harness
+
+
+def test_ratio_of_equal_samples_is_one_and_interval_holds_the_value():
+    same = harness.ratio([2.0, 2.0, 2.0], [2.0, 2.0, 2.0])
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+    noisy = harness.ratio([4.0, 4.4, 3.8, 4.1, 4.0], [2.0, 2.1, 1.9, 2.2, 2.0])
+    assert noisy.low <= noisy.value <= noisy.high
+    assert noisy.value == pytest.approx(2.0)
+
+
+def test_spread_orders_its_percentiles():
+    values = harness.spread([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (values.median, values.count) == (3.0, 5)
+    assert values.p5 < values.median < values.p95
+
+
+def test_memory_sees_an_array_that_was_touched():
+    before = harness.memory()
+    touched = bytearray(b"x" * (64 << 20))
+    after = harness.memory()
+    assert after.resident - before.resident > 0.9 * len(touched)
+    if sys.platform == "linux":
+        assert after.anonymous is not None
+        assert before.anonymous is not None
+        assert after.anonymous - before.anonymous > 0.9 * len(touched)
+
+
+def test_in_turn_reverses_the_order_every_round(capsys):
+    variants = {name: ["-c", f"print('noise'); print('{{\"name\": \"{name}\"}}')"] for name in "ab"}
+    results = harness.in_turn(variants, 2)
+    assert results == {"a": [{"name": "a"}] * 2, "b": [{"name": "b"}] * 2}
+    started = [line.split()[-1] for line in capsys.readouterr().err.splitlines()]
+    assert started == ["a", "b", "b", "a"]
+
+
+def test_failing_process_is_an_error_with_its_message():
+    with pytest.raises(RuntimeError, match="no such luck"):
+        harness.fresh_process(["-c", "raise SystemExit('no such luck')"])
+
+
+def test_rows_carry_their_circumstances(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "SCRATCH", tmp_path)
+    harness.save_row("some", {"ms": 1.5}, quick=True)
+    harness.save_row("some", {"ms": 2.5}, quick=True)
+    row = harness.last_row("some", tmp_path)
+    assert row["ms"] == 2.5
+    assert {"date", "git", "hardware", "cpu", "versions", "schema_version"} <= row.keys()
+    assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 2
+    assert json.dumps(row)
