@@ -1,0 +1,236 @@
+"""What `-m/--model` names: a local folder of a model's files, or a hub id that is fetched into one."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
+from trimserve.folder import TOKENIZER_NAME, check_plain_name
+from trimserve.tensorfile import TensorSpec, read_header
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Everything but weights in pickle (*.bin, *.pt) and code (*.py).
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
+_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data", "*.onnx.data")
+# Sub-configs that can hold the language model's sizes in a composite model.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
+_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+_HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
+_WIDTH_KEY = re.compile(r"(_size|_dim|_inner|d_model|d_ff|d_kv|n_embd)$")
+
+
+@dataclass(frozen=True)  # no slots: what is read from disk is cached on the instance
+class ModelSource:
+    """A local folder with a model's files.
+
+    Attributes:
+        name: what the user typed, a path or a hub id.
+        revision: the hub revision asked for, if any.
+        path: the folder; files of a hub snapshot in it are links, which copying follows.
+    """
+
+    name: str
+    revision: str | None
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json; empty where there is none.
+
+        Raises:
+            MismatchError: it is not a JSON object.
+        """
+        return self.read_json(CONFIG_NAME)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object of the folder; empty where the file is absent.
+
+        Raises:
+            MismatchError: it is not a JSON object in UTF-8.
+        """
+        path = self.path / name
+        if not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
+        if not isinstance(content, dict):
+            raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
+        return content
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The path of tokenizer.json.
+
+        Raises:
+            UsageError: the folder has none.
+        """
+        path = self.path / TOKENIZER_NAME
+        if not path.is_file():
+            raise UsageError(
+                f"{self.path} has no {TOKENIZER_NAME}, which trimserve reads: make one with transformers' "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+            )
+        return path
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer, with padding and truncation off."""
+        return load_tokenizer(self.tokenizer_path)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V, the rows of the token embedding: by the config, else the weights, else the tokenizer.
+
+        It may exceed the tokenizer's ids (padding rows) or fall short of them.
+        """
+        for config in self.text_configs():
+            if isinstance(size := config.get("vocab_size"), int) and size > 0:
+                return size
+        embeddings = (spec for spec in self._matrices() if _EMBEDDING.search(spec.name))
+        if (spec := next(embeddings, None)) is not None:
+            return spec.shape[0]
+        return max(self.tokenizer().get_vocab(with_added_tokens=True).values()) + 1
+
+    def text_configs(self) -> Iterator[dict[str, Any]]:
+        """Yield the config and the sub-configs that can describe the language model, outermost first."""
+        yield self.config
+        for key in _TEXT_CONFIGS:
+            if isinstance(nested := self.config.get(key), dict):
+                yield nested
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files with the weights, sorted by name.
+
+        Raises:
+            UnsupportedModelError: the weights are pickled.
+            UsageError: there are no weights, or a file that the index names is missing.
+            MismatchError: the index names a path outside the folder.
+        """
+        if (self.path / WEIGHTS_NAME).is_file():
+            return (self.path / WEIGHTS_NAME,)
+        if (self.path / INDEX_NAME).is_file():
+            return self._indexed_files()
+        if pickled := sorted(self.path.glob("*.bin")):
+            raise UnsupportedModelError(
+                f"{pickled[0]} is a pickle, which can run code when it is read: convert the weights to "
+                f"{WEIGHTS_NAME} with transformers' save_pretrained, or use a revision that has them."
+            )
+        raise UsageError(
+            f"{self.path} has no weights: expected {WEIGHTS_NAME} or {INDEX_NAME} with its files."
+        )
+
+    def _indexed_files(self) -> tuple[Path, ...]:
+        weight_map = self.read_json(INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise MismatchError(f"{self.path / INDEX_NAME} has no weight_map: fetch the model again.")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            check_plain_name(name, str(self.path / INDEX_NAME))
+            if not (self.path / name).is_file():
+                raise UsageError(f"{self.path} lacks {name}, which {INDEX_NAME} lists: fetch the model again.")
+        return tuple(self.path / name for name in names)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder has safetensors weights."""
+        return (self.path / WEIGHTS_NAME).is_file() or (self.path / INDEX_NAME).is_file()
+
+    def _matrices(self) -> list[TensorSpec]:
+        files = self.weight_files if self.has_weights else ()
+        specs = (spec for file in files for spec in read_header(file)[0].values())
+        return [spec for spec in specs if len(spec.shape) == 2]
+
+    def linear_widths(self) -> frozenset[int]:
+        """Widths of the model's linear layers that are not its vocab, from the weights' headers alone.
+
+        Both sides of each matrix count, because GPT-2's Conv1D stores the transposed weight. Without
+        weights at hand, the sizes that the config names and the attention widths they imply.
+        """
+        if self.has_weights:
+            sizes = {size for spec in self._matrices() for size in spec.shape}
+        else:
+            sizes = {size for config in self.text_configs() for size in _config_widths(config)}
+        return frozenset(sizes - {self.vocab_size})
+
+    def row_bytes(self) -> int:
+        """Bytes that one vocab id costs over all matrices with V rows, as stored; 0 without weights."""
+        tied = any(config.get("tie_word_embeddings") is True for config in self.text_configs())
+        rows = [spec for spec in self._matrices() if spec.shape[0] == self.vocab_size]
+        # Some checkpoints store the head of a tied model a second time.
+        counted = [spec for spec in rows if not (tied and len(rows) > 1 and _HEAD.search(spec.name))]
+        return sum(spec.nbytes for spec in counted) // self.vocab_size
+
+
+def _config_widths(config: dict[str, Any]) -> set[int]:
+    sizes = {value for key, value in config.items() if _WIDTH_KEY.search(key) and isinstance(value, int)}
+    head_dim = config.get("head_dim")
+    heads = {config.get("num_attention_heads"), config.get("num_key_value_heads")}
+    if isinstance(head_dim, int):
+        sizes |= {head_dim * count for count in heads if isinstance(count, int)}
+    return sizes
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer.json, with padding and truncation off.
+
+    Raises:
+        MismatchError: the file is not a tokenizer that the tokenizers library can read.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.") from error
+    # all-MiniLM's file cuts every text to 128 tokens and pads the rest.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def resolve_model(
+    name: str | Path | ModelSource, *, revision: str | None = None, weights: bool = True
+) -> ModelSource:
+    """Find a model's files.
+
+    Args:
+        name: a local folder, else a hub id; a `ModelSource` is returned as it is.
+        revision: hub branch, tag or commit.
+        weights: fetch the weights as well; tokenizer and configs always come. Never pickle or code.
+
+    Raises:
+        UsageError: no such folder, and no such model on the hub or no way to reach it.
+        MissingExtraError: a hub id, and huggingface_hub is not installed.
+    """
+    if isinstance(name, ModelSource):
+        return name
+    path = Path(name)
+    if path.is_dir():
+        return ModelSource(str(name), revision, path)
+    if path.exists():
+        raise UsageError(f"{name} is a file: pass the folder that holds the model's files.")
+    if not _HUB_ID.fullmatch(str(name)):
+        raise UsageError(f"{name} is neither a folder nor a hub id (owner/model): check the path.")
+    return ModelSource(str(name), revision, _fetch(str(name), revision, weights))
+
+
+def _fetch(name: str, revision: str | None, weights: bool) -> Path:
+    hub = require("huggingface_hub", extra="export", purpose=f"fetching {name}")
+    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{name} is no local folder and could not be fetched from the hub ({reason}): check the name, "
+            "the revision and the connection, or pass a folder."
+        ) from error
