@@ -1,0 +1,73 @@
+"""Make trimmed folders without an exporter: the files the runtime reads, with rows the test chooses."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trimserve.artefacts import save_vocab, sha256_file
+from trimserve.folder import (
+    COLD_NAME,
+    TOKENIZER_NAME,
+    VOCAB_NAME,
+    Manifest,
+    Pooling,
+    Source,
+    TrimmedFolder,
+    list_files,
+    open_folder,
+    write_manifest,
+)
+from trimserve.vocab import Reason, VocabMap
+
+
+def make_vocab(kept_ids: Sequence[int], vocab_size: int, tokenizer_sha256: str = "") -> VocabMap:
+    kept = np.array(kept_ids, np.int32)
+    return VocabMap(kept, np.full(kept.shape, Reason.PROFILE, np.uint8), vocab_size, tokenizer_sha256)
+
+
+def make_folder(
+    path: Path,
+    kept_ids: Sequence[int],
+    vocab_size: int,
+    *,
+    tokenizer: Path | None = None,
+    cold_rows: bytes | None = None,
+    files: Mapping[str, bytes] | None = None,
+    graphs: Mapping[str, str] | None = None,
+    task: str = "feature-extraction",
+    layout: str = "runtime",
+    dtype: str = "fp32",
+    pooling: Pooling | None = None,
+) -> TrimmedFolder:
+    """Write a trimmed folder and open it.
+
+    `cold_rows` are the bytes of a safetensors file; `files` go in as they are.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, path / TOKENIZER_NAME)
+    digest = sha256_file(tokenizer) if tokenizer else ""
+    save_vocab(make_vocab(kept_ids, vocab_size, digest), path / VOCAB_NAME)
+    contents = {**(files or {}), **({COLD_NAME: cold_rows} if cold_rows is not None else {})}
+    for name, content in contents.items():
+        (path / name).write_bytes(content)
+    manifest = Manifest(
+        source=Source("made by a test", None, {}),
+        tokenizer_sha256=digest,
+        vocab_size=vocab_size,
+        kept=len(kept_ids),
+        task=task,
+        layout=layout,
+        dtype=dtype,
+        graphs=dict(graphs or {}),
+        cut=(),
+        selection={},
+        exporter={},
+        created="2026-01-01T00:00:00+00:00",
+        files=list_files(path),
+        pooling=pooling,
+    )
+    write_manifest(path, manifest)
+    return open_folder(path)

@@ -1,0 +1,187 @@
+"""ColdRows: the embedding and head rows of the ids that were not kept, read from a memory map.
+
+The file holds as much as was cut off, so it is never loaded: a request touches the pages of its own cold
+rows, and the system may drop them again. Only the asked rows are converted to the graph's dtype.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.errors import MismatchError, UnknownIdError
+from trimserve.folder import COLD_NAME, TrimmedFolder
+from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_float32
+
+ColdTensor = Literal["embedding", "head", "head_bias"]
+Rows = npt.NDArray[Any]
+
+# dtype of a graph (`Manifest.dtype`) -> numpy dtype of its inputs; numpy has no bfloat16, so its bits.
+GRAPH_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+}
+_FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+
+
+class ColdRows:
+    """Rows of the cold ids of a folder, in the float dtype of its graph.
+
+    Row i of each stored tensor belongs to ``vocab.cold_ids[i]``. A tied model stores its rows once:
+    the head's rows are the embedding's.
+
+    Attributes:
+        cold_ids: int32 (V - K,), the ids that have a cold row, increasing.
+        width: H, entries of an embedding row.
+        dtype: numpy dtype of the rows given out; uint16 bits for bf16.
+    """
+
+    def __init__(self, folder: TrimmedFolder, dtype: str | None = None, *, width: int | None = None) -> None:
+        """Map the cold rows of a folder.
+
+        Args:
+            folder: an opened folder.
+            dtype: fp32, fp16 or bf16; the dtype in the folder's manifest by default.
+            width: H, needed for a folder without cold rows (`--no-cold`).
+
+        Raises:
+            MismatchError: the file does not hold a float row for each cold id.
+        """
+        self._origin = folder.path / COLD_NAME
+        self._graph_dtype = folder.manifest.dtype if dtype is None else dtype
+        self.dtype = GRAPH_DTYPES[self._graph_dtype]
+        self.cold_ids = folder.vocab.cold_ids
+        self._specs, metadata = read_header(folder.file(COLD_NAME)) if folder.has_cold else ({}, {})
+        self._tied = metadata.get("tied") == "true"
+        for spec in self._specs.values():
+            self._check(spec)
+        if folder.has_cold and "embedding" not in self._specs:
+            raise MismatchError(f"{self._origin} has no tensor 'embedding': export the folder again.")
+        self._maps = {name: np.asarray(map_tensor(spec)) for name, spec in self._specs.items()}
+        self.width = self._specs["embedding"].shape[1] if folder.has_cold else int(width or 0)
+        if width is not None and width != self.width:
+            raise MismatchError(
+                f"{self._origin} has rows of {self.width:,} entries but the graph takes {width:,}: "
+                "export the folder again."
+            )
+
+    def __len__(self) -> int:
+        """V - K where the folder has cold rows, else 0."""
+        return len(self.cold_ids) if self._maps else 0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there are rows for a vocab head, its own or the embedding's."""
+        return self._tied or "head" in self._maps
+
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether the vocab head has a bias."""
+        return "head_bias" in self._maps
+
+    def embedding(self, cold_ids: npt.ArrayLike) -> Rows:
+        """Read embedding rows for the graph's input `cold_rows`.
+
+        Args:
+            cold_ids: cold token ids (S,), in slot order.
+
+        Returns:
+            Rows (S, H) in `dtype`; one zero row if S is 0, because the input must not be empty.
+
+        Raises:
+            UnknownIdError: an id is kept, or outside 0..V-1, or the folder has no cold rows.
+        """
+        ids = np.asarray(cold_ids)
+        if ids.size == 0:
+            return np.zeros((1, self.width), self.dtype)
+        return self._read("embedding", ids)
+
+    def head(self, cold_ids: npt.ArrayLike) -> Rows:
+        """Read head rows (S, H), of the embedding if the model is tied; S may be 0.
+
+        Raises:
+            UnknownIdError: as for `embedding`.
+            MismatchError: the folder's model has no vocab head.
+        """
+        return self._read(self._stored("head"), np.asarray(cold_ids))
+
+    def head_bias(self, cold_ids: npt.ArrayLike) -> Rows:
+        """Read entries (S,) of the head's bias.
+
+        Raises:
+            UnknownIdError: as for `embedding`.
+            MismatchError: the folder's head has no bias.
+        """
+        return self._read("head_bias", np.asarray(cold_ids))
+
+    def spec(self, name: ColdTensor) -> TensorSpec:
+        """Where a tensor lies in the file; the head of a tied model is its embedding.
+
+        Raises:
+            MismatchError: the folder has no such tensor.
+        """
+        stored = self._stored(name)
+        if stored not in self._specs:
+            raise MismatchError(
+                f"{self._origin} has no {name!r} rows (it has {', '.join(self._specs) or 'none'}): "
+                "export the folder again with its cold rows, for a task with a vocab head."
+            )
+        return self._specs[stored]
+
+    def _stored(self, name: ColdTensor) -> ColdTensor:
+        return "embedding" if name == "head" and self._tied else name
+
+    def _read(self, name: ColdTensor, ids: npt.NDArray[Any]) -> Rows:
+        if not self._maps:
+            if ids.size == 0:
+                return np.zeros((0, self.width), self.dtype)
+            raise UnknownIdError(
+                f"token id {int(ids.ravel()[0]):,} is cold and this folder has no cold rows: "
+                "export it again without --no-cold."
+            )
+        dtype = self.spec(name).dtype
+        return _convert(self._maps[name][self._rows_of(ids)], dtype, self._graph_dtype)
+
+    def _rows_of(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        if ids.size == 0:
+            return np.zeros(0, np.int64)
+        rows = np.searchsorted(self.cold_ids, ids)
+        found = rows < len(self.cold_ids)
+        found[found] = self.cold_ids[rows[found]] == ids[found]
+        if not found.all():
+            raise UnknownIdError(
+                f"token id {int(ids[~found][0]):,} has no cold row: it is kept or outside the model's vocab."
+            )
+        return rows
+
+    def _check(self, spec: TensorSpec) -> None:
+        rows = spec.shape[0] if spec.shape else 0
+        rank = 1 if spec.name == "head_bias" else 2
+        if rows != len(self.cold_ids) or len(spec.shape) != rank or spec.dtype not in _FLOAT_DTYPES:
+            raise MismatchError(
+                f"{self._origin}: {spec.name!r} should be a float tensor of rank {rank} with "
+                f"{len(self.cold_ids):,} rows but is {spec.dtype} of shape {spec.shape}: "
+                "export the folder again."
+            )
+
+
+def _convert(stored: Rows, dtype: str, graph_dtype: str) -> Rows:
+    """Convert stored rows to the graph's dtype: exact upwards, to nearest (ties to even) downwards."""
+    if dtype == "BF16" and graph_dtype == "bf16":
+        return stored
+    values = to_float32(stored, dtype)
+    if graph_dtype == "bf16":
+        return _to_bfloat16(values)
+    with np.errstate(over="ignore"):  # beyond fp16's range: infinity, as in the exported rows
+        return values.astype(GRAPH_DTYPES[graph_dtype], copy=False)
+
+
+def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16 bits, to nearest with ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    # Half a unit in the last kept place, minus one where that place is even: ties then round to even.
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Adding would carry a NaN's payload into infinity or zero.
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x0040)
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
