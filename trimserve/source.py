@@ -99,7 +99,8 @@ class ModelSource:
         embeddings = (spec for spec in self._matrices() if _EMBEDDING.search(spec.name))
         if (spec := next(embeddings, None)) is not None:
             return spec.shape[0]
-        return max(self.tokenizer().get_vocab(with_added_tokens=True).values()) + 1
+        ids: dict[str, int] = self.tokenizer().get_vocab(with_added_tokens=True)
+        return max(ids.values()) + 1
 
     def text_configs(self) -> Iterator[dict[str, Any]]:
         """Yield the config and the sub-configs that can describe the language model, outermost first."""
@@ -138,7 +139,9 @@ class ModelSource:
         for name in names:
             check_plain_name(name, str(self.path / INDEX_NAME))
             if not (self.path / name).is_file():
-                raise UsageError(f"{self.path} lacks {name}, which {INDEX_NAME} lists: fetch the model again.")
+                raise UsageError(
+                    f"{self.path} lacks {name}, which {INDEX_NAME} lists: fetch the model again."
+                )
         return tuple(self.path / name for name in names)
 
     @property
