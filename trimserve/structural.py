@@ -1,0 +1,201 @@
+"""Structural ids: those that a model needs whatever the domain says, and that are never dropped."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from trimserve.errors import MismatchError
+from trimserve.source import ModelSource
+from trimserve.vocab import Ids
+
+CONFIG_NAMES = ("config.json", "generation_config.json")
+# Models that number positions by cumsum(ids != pad) * (ids != pad) + pad: in their graphs the pad id is
+# both compared with ids and added to positions, so its compact id must equal it.
+# fmt: off
+PAD_POSITION_MODELS = frozenset({
+    "altclip", "bridgetower", "camembert", "clap", "data2vec-text", "esm", "fsmt", "ibert",
+    "kosmos-2", "kosmos-2.5", "layoutlmv3", "lilt", "longformer", "luke", "m2m_100", "markuplm",
+    "mluke", "mpnet", "nllb-moe", "roberta", "roberta-prelayernorm", "seamless_m4t",
+    "seamless_m4t_v2", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})
+# Keys of (generation) configs that hold token ids under names without `token_id`.
+_ID_KEYS = frozenset({
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias",
+    "image_token_index", "audio_token_index", "video_token_index",
+})
+# fmt: on
+_ID_KEY = re.compile(r"_token_ids?$")
+_NEWLINES = ("\n", "\n\n", "\r\n")
+_ROLES = ("system", "user", "assistant", "tool", "developer", "model", "function", "ipython")
+_TAG = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
+_STRING = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
+
+
+def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> Ids:
+    """Find the ids that must stay.
+
+    Special and added tokens; the byte alphabet or byte-fallback pieces; unk; ids named in config.json,
+    generation_config.json and the post-processor; newline tokens; the chat template's literals; and
+    0..pad where the model computes positions from the pad id.
+
+    Args:
+        source: the model's files.
+        tokenizer: its tokenizer, if already loaded.
+
+    Returns:
+        int32 token ids, strictly increasing, all below ``source.vocab_size``.
+    """
+    tokenizer = tokenizer or source.tokenizer()
+    ids = chain(
+        tokenizer.get_added_tokens_decoder(),
+        tokenizer_ids(tokenizer),
+        (id_ for name in CONFIG_NAMES for id_ in config_ids(source.read_json(name))),
+        newline_ids(tokenizer),
+        template_ids(tokenizer, chat_templates(source)),
+        pad_position_ids(source),
+    )
+    found = np.unique(np.fromiter(ids, np.int64))
+    return found[(found >= 0) & (found < source.vocab_size)].astype(np.int32)
+
+
+def tokenizer_ids(tokenizer: Tokenizer) -> Iterator[int]:
+    """Yield the ids that tokenizer.json itself depends on: alphabet, bytes, unk, post-processor."""
+    model = json.loads(tokenizer.to_str())
+    yield from byte_ids(tokenizer)
+    if isinstance(unk := model["model"].get("unk_id"), int):
+        yield unk
+    yield from _ids_of(tokenizer, [model["model"].get("unk_token")])
+    yield from _processor_ids(model["post_processor"] or {})
+
+
+def byte_ids(tokenizer: Tokenizer) -> Iterator[int]:
+    """Yield the ids of the 256 byte-level letters, or of the `<0x00>`.. byte-fallback pieces."""
+    parts = str(tokenizer.pre_tokenizer) + str(tokenizer.decoder) + str(tokenizer.normalizer)
+    if "ByteLevel(" in parts:
+        yield from _ids_of(tokenizer, ByteLevel.alphabet())
+    yield from _ids_of(tokenizer, (f"<0x{byte:02X}>" for byte in range(256)))
+
+
+def _ids_of(tokenizer: Tokenizer, tokens: Iterable[str | None]) -> Iterator[int]:
+    for token in tokens:
+        if token is not None and (id_ := tokenizer.token_to_id(token)) is not None:
+            yield id_
+
+
+def _processor_ids(processor: dict[str, Any]) -> Iterator[int]:
+    for nested in processor.get("processors", ()):
+        yield from _processor_ids(nested)
+    special = processor.get("special_tokens", {})  # TemplateProcessing
+    yield from chain.from_iterable(entry["ids"] for entry in special.values())
+    for key in ("cls", "sep"):  # BertProcessing, RobertaProcessing: [token, id]
+        if key in processor:
+            yield processor[key][1]
+
+
+def config_ids(config: dict[str, Any]) -> Iterator[int]:
+    """Yield the token ids that a config names, nested configs included."""
+    for key, value in config.items():
+        if key == "forced_decoder_ids":  # pairs of position and id
+            yield from (id_ for _, id_ in value or () if isinstance(id_, int))
+        elif key in _ID_KEYS or _ID_KEY.search(key):
+            yield from _integers(value)
+        elif isinstance(value, dict):
+            yield from config_ids(value)
+
+
+def _integers(value: object) -> Iterator[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, list):
+        yield from chain.from_iterable(map(_integers, value))
+
+
+def newline_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer gives for line breaks; empty where it takes them for plain spaces."""
+    encoded = (tokenizer.encode(text, add_special_tokens=False).ids for text in _NEWLINES)
+    ids = sorted(set(chain.from_iterable(encoded)))
+    return [id_ for id_ in ids if "\n" in _spelling(tokenizer, id_)]
+
+
+def _spelling(tokenizer: Tokenizer, id_: int) -> str:
+    token: str = tokenizer.id_to_token(id_)
+    # Decoders strip at the ends, so a lone newline may decode to nothing: look at the piece as well.
+    return token.replace("Ċ", "\n").replace("<0x0A>", "\n")
+
+
+def chat_templates(source: ModelSource) -> list[str]:
+    """The chat templates of a folder, from tokenizer_config.json and the files that newer models use.
+
+    Raises:
+        MismatchError: a template file is not UTF-8.
+    """
+    declared = [
+        source.read_json("tokenizer_config.json").get("chat_template"),
+        source.read_json("chat_template.json").get("chat_template"),
+    ]
+    templates = [text for value in declared for text in _named_templates(value)]
+    files = [
+        source.path / "chat_template.jinja",
+        *(source.path / "additional_chat_templates").glob("*.jinja"),
+    ]
+    for file in sorted(file for file in files if file.is_file()):
+        try:
+            templates.append(file.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise MismatchError(f"{file} is not UTF-8 ({error}): fetch the model again.") from error
+    return templates
+
+
+def _named_templates(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):  # [{"name": "default", "template": ...}, ...]
+        yield from (entry["template"] for entry in value if isinstance(entry.get("template"), str))
+
+
+def template_ids(tokenizer: Tokenizer, templates: Iterable[str]) -> Iterator[int]:
+    """Yield the ids that the tokenizer gives for the literals of chat templates and the roles' names."""
+    literals = {literal for template in templates for literal in template_literals(template)}
+    if not literals:
+        return
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    # A literal follows a special token, a newline or a space; each can change its first token.
+    leads = ("", "\n", " ", *special[:1])
+    texts = {lead + text for text in literals | set(_ROLES) for lead in leads}
+    texts |= {text.strip() for text in literals} | {role + "\n" for role in _ROLES}
+    for encoding in tokenizer.encode_batch_fast(sorted(texts), add_special_tokens=False):
+        yield from encoding.ids
+
+
+def template_literals(template: str) -> set[str]:
+    """Find the texts a Jinja template can print: what stands outside tags, and strings inside them.
+
+    Example:
+        >>> sorted(template_literals("<s>{{ message['role'] + ':' }}"))
+        [':', '<s>', 'role']
+    """
+    outside = _TAG.split(template)
+    strings = (match for tag in _TAG.findall(template) for match in _STRING.findall(tag))
+    inside = (_ESCAPE.sub(_unescape, single or double) for single, double in strings)
+    return {text for text in chain(outside, inside) if text}
+
+
+def _unescape(match: re.Match[str]) -> str:
+    return _ESCAPED.get(match[1], match[1])
+
+
+def pad_position_ids(source: ModelSource) -> range:
+    """0..pad where the model computes position ids from the pad id, else nothing."""
+    for config in source.text_configs():
+        pad = config.get("pad_token_id")
+        if config.get("model_type") in PAD_POSITION_MODELS:
+            return range((pad if isinstance(pad, int) else 1) + 1)  # 1 is these models' default
+    return range(0)
