@@ -56,6 +56,7 @@ class Corpus:
             (a document; records if `text_column` is given).
         text_column: the field of a record that holds its text.
         stdin: what "-" reads; the process's own stdin by default.
+        texts: further documents, from memory.
         bytes_read: how far `documents` has come.
         sources: what was read to its end, in order.
     """
@@ -63,11 +64,12 @@ class Corpus:
     paths: Sequence[str]
     text_column: str | None = None
     stdin: IO[bytes] | None = None
+    texts: Iterable[str] | None = None
     bytes_read: int = 0
     sources: list[CorpusSource] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.paths:
+        if not self.paths and self.texts is None:
             raise UsageError("the corpus is empty: name at least one .txt or .jsonl file, or - for stdin.")
         for path in self.paths:
             _check_path(path, self.text_column)
@@ -76,8 +78,8 @@ class Corpus:
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes of all files; None when stdin is one of them."""
-        if STDIN in self.paths:
+        """Bytes of all files; None when stdin or texts from memory are among them."""
+        if STDIN in self.paths or self.texts is not None:
             return None
         return sum(Path(path).stat().st_size for path in self.paths)
 
@@ -88,12 +90,12 @@ class Corpus:
             UsageError: undecodable bytes, a broken record, or no text at all.
         """
         empty = True
-        for path in self.paths:
-            for document in self._read(path):
-                empty = empty and not document.text
-                yield document
+        for document in itertools.chain(*map(self._read, self.paths), self._read_texts()):
+            empty = empty and not document.text
+            yield document
         if empty:
-            raise UsageError(f"the corpus ({', '.join(self.paths)}) holds no text: name a file that does.")
+            named = ", ".join(self.paths) or "the texts given"
+            raise UsageError(f"the corpus ({named}) holds no text: name a file that does.")
 
     def _read(self, path: str) -> Iterator[Document]:
         if path == STDIN:
@@ -114,6 +116,18 @@ class Corpus:
         else:
             yield from _cut_documents(_decode(blocks, name), name)
         self.sources.append(CorpusSource(name, digest.hexdigest(), self.bytes_read - before))
+
+    def _read_texts(self) -> Iterator[Document]:
+        if self.texts is None:
+            return
+        digest, before = hashlib.sha256(), self.bytes_read
+        for number, text in enumerate(self.texts, 1):
+            origin = f"text {number:,}"
+            encoded = _encodable(text, origin).encode()
+            for _ in self._hashed([len(encoded).to_bytes(8, "little"), encoded], digest):
+                pass
+            yield from _cut_documents([text], origin)
+        self.sources.append(CorpusSource("texts", digest.hexdigest(), self.bytes_read - before))
 
     def _hashed(self, blocks: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
         for block in blocks:
@@ -179,12 +193,16 @@ def _record_text(line: bytes, column: str, origin: str) -> str:
         found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
         raise UsageError(f"{origin}: no field {column!r} (found {found or 'none'}): check --text-column.")
     text = record[column]
+    return _encodable(text, f"{origin}, field {column!r}")
+
+
+def _encodable(text: object, origin: str) -> str:
     if not isinstance(text, str):
-        raise UsageError(f"{origin}: field {column!r} should be text but is {type(text).__name__}.")
+        raise UsageError(f"{origin}: should be text but is {type(text).__name__}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # "\ud83d" alone: JSON can spell it, UTF-8 cannot
-        raise UsageError(f"{origin}: field {column!r} holds half a surrogate pair ({error}).") from error
+        raise UsageError(f"{origin}: holds half a surrogate pair ({error}): mend the text.") from error
     return text
 
 

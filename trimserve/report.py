@@ -57,7 +57,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def progress(total: int | None, description: str, unit: str) -> "tqdm[Any]":
+def progress(total: int | None, description: str, unit: str, *, show: bool = True) -> "tqdm[Any]":
     """A progress bar on stderr that shows only on a terminal and leaves no trace."""
     return tqdm(
         total=total,
@@ -65,6 +65,6 @@ def progress(total: int | None, description: str, unit: str) -> "tqdm[Any]":
         unit=unit,
         unit_scale=True,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=not (show and sys.stderr.isatty()),
         file=sys.stderr,
     )

@@ -1,0 +1,365 @@
+"""Count the tokens of a corpus: Profile, merging, coverage, and how much is still unseen."""
+
+import itertools
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from trimserve.artefacts import load_artefact, save_artefact, sha256_file
+from trimserve.corpus import Corpus, CorpusSource, Document
+from trimserve.errors import MismatchError, UsageError
+from trimserve.report import progress as progress_bar
+from trimserve.source import ModelSource, resolve_model
+from trimserve.structural import newline_ids, structural_ids
+from trimserve.vocab import Ids
+
+log = logging.getLogger(__name__)
+
+Counts = npt.NDArray[np.int64]
+CONFIDENCE = 0.95
+# A batch is large enough to keep every core busy and small enough to hold as encodings.
+_BATCH_CHARACTERS = 1 << 21
+_BATCH_TEXTS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How often each token id occurs in a corpus.
+
+    Attributes:
+        counts: int64 (V,), occurrences of each token id.
+        tokenizer_sha256: hash of the tokenizer.json that made the ids.
+        tokenizer_name: the model's path or hub id.
+        texts: number of documents.
+        characters: number of characters in them.
+        beyond_rows: occurrences of ids >= V, which the model has no row for; not in `counts`.
+        sources: the files that were read.
+        structural: int32, ids that are never dropped.
+        padding_ids: int32, rows below V that no token of the tokenizer names.
+        linear_widths: widths of the model's linear layers.
+        row_bytes: bytes of one id's rows as stored in the checkpoint; 0 if unknown.
+        shares: float64 (V,), probability of each id in a weighted merge; None means counts / tokens.
+        effective_tokens: number of equally weighted tokens that a weighted merge is worth.
+    """
+
+    counts: Counts
+    tokenizer_sha256: str
+    tokenizer_name: str
+    texts: int
+    characters: int
+    beyond_rows: int
+    sources: tuple[CorpusSource, ...]
+    structural: Ids
+    padding_ids: Ids
+    linear_widths: tuple[int, ...] = ()
+    row_bytes: int = 0
+    shares: npt.NDArray[np.float64] | None = None
+    effective_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        for array in (self.counts, self.structural, self.padding_ids, self.shares):
+            if array is not None:
+                array.setflags(write=False)
+        if self.effective_tokens == 0.0:
+            object.__setattr__(self, "effective_tokens", float(self.tokens))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the model's embedding."""
+        return int(self.counts.size)
+
+    @property
+    def tokens(self) -> int:
+        """Number of counted token occurrences."""
+        return int(self.counts.sum())
+
+    @property
+    def distinct(self) -> int:
+        """Number of different ids that occur."""
+        return int(np.count_nonzero(self.counts))
+
+    @property
+    def mass(self) -> npt.NDArray[np.float64]:
+        """Estimated probability of each id, float64 (V,): its share of the (weighted) occurrences."""
+        return self.shares if self.shares is not None else self.counts / max(self.tokens, 1)
+
+    def coverage(self, kept_ids: npt.ArrayLike) -> float:
+        """Share of the profile's token occurrences whose id is kept, weighted if the profile is.
+
+        Args:
+            kept_ids: distinct token ids, int, any order.
+        """
+        ids = np.asarray(kept_ids, np.int64)
+        if self.shares is not None:
+            return min(1.0, float(self.shares[ids].sum()))
+        return int(self.counts[ids].sum()) / max(self.tokens, 1)
+
+    @property
+    def missing_mass(self) -> float:
+        """Estimated share of future tokens whose id is not in the profile.
+
+        The Good-Turing estimate N1 / N: the share of occurrences whose id occurs once. In a weighted
+        merge each such occurrence counts with its own weight (law of total probability over the parts).
+
+        Source: I. J. Good, The population frequencies of species, Biometrika 40 (1953), 237-264,
+        https://doi.org/10.1093/biomet/40.3-4.237
+        """
+        return float(self.mass[self.counts == 1].sum())
+
+    @property
+    def missing_mass_bound(self) -> float:
+        """Upper bound of the missing mass at confidence `CONFIDENCE`, for independent draws.
+
+        Tokens of a text are not independent, so another domain or genre can exceed it.
+
+        Source: D. McAllester and R. Schapire, On the convergence rate of Good-Turing estimators,
+        COLT 2000: M0 <= N1/N + (2 sqrt 2 + sqrt 3) sqrt(ln(3/delta) / N).
+        """
+        slack = (2 * math.sqrt(2) + math.sqrt(3)) * math.sqrt(math.log(3 / (1 - CONFIDENCE)))
+        return min(1.0, self.missing_mass + slack / math.sqrt(max(self.effective_tokens, 1.0)))
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as one safetensors file, atomically."""
+        arrays: dict[str, npt.NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
+        if self.shares is not None:
+            arrays["shares"] = self.shares
+        facts: dict[str, Any] = {name: getattr(self, name) for name in _FACTS}
+        facts["sources"] = [[source.name, source.sha256, source.bytes] for source in self.sources]
+        save_artefact(Path(path), "profile", arrays, facts | {"tokens": self.tokens})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a profile.
+
+        Raises:
+            UsageError: there is no such file.
+            MismatchError: it is no profile, or damaged.
+        """
+        arrays, facts = load_artefact(Path(path), "profile")
+        try:
+            tokens = facts.pop("tokens")
+            facts["sources"] = tuple(CorpusSource(*source) for source in facts["sources"])
+            facts["linear_widths"] = tuple(facts["linear_widths"])
+            values: dict[str, Any] = arrays | facts
+            loaded = cls(**values)
+        except (KeyError, TypeError) as error:
+            raise MismatchError(f"{path} is damaged ({error}): make the profile again.") from error
+        if loaded.counts.ndim != 1 or loaded.tokens != tokens or loaded.counts.min(initial=0) < 0:
+            raise MismatchError(
+                f"{path} should count {tokens:,} tokens but counts {loaded.tokens:,}: make the profile again."
+            )
+        return loaded
+
+
+_ARRAYS = ("counts", "structural", "padding_ids")
+_FACTS = (
+    "tokenizer_sha256",
+    "tokenizer_name",
+    "texts",
+    "characters",
+    "beyond_rows",
+    "linear_widths",
+    "row_bytes",
+    "effective_tokens",
+)
+
+
+def profile(
+    corpus: Sequence[str | Path] | str | Path,
+    model: str | Path | ModelSource,
+    *,
+    texts: Iterable[str] | None = None,
+    text_column: str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Count the tokens that a model's own tokenizer makes of a corpus.
+
+    Each document is encoded whole, with its newlines and with the tokens that serving adds around a
+    text (such as [CLS] and [SEP]), never truncated.
+
+    Args:
+        corpus: .txt and .jsonl files, "-" for stdin; see `trimserve.corpus.Corpus`.
+        model: a folder or hub id with a tokenizer.json.
+        texts: documents to count besides the files, or instead (with an empty `corpus`).
+        text_column: field of a JSON record that holds its text.
+        workers: threads of the tokenizer; all cores by default. Must be set before anything else in
+            the process tokenises.
+        progress: show a bar on stderr if it is a terminal.
+
+    Raises:
+        UsageError: an empty corpus, unreadable text, or no tokenizer.json.
+    """
+    files = [corpus] if isinstance(corpus, str | Path) else corpus
+    source = resolve_model(model, weights=False)
+    read = Corpus([str(file) for file in files], text_column, texts=texts)
+    if workers is not None:
+        _limit_threads(workers)
+    tokenizer = source.tokenizer()
+    tally = _Tally(tokenizer, source.vocab_size)
+    with progress_bar(read.total_bytes, "profiling", "B", show=progress) as bar:
+        for batch in _batches(read.documents()):
+            tally.add(batch)
+            bar.update(read.bytes_read - bar.n)
+    counts, beyond_rows = tally.result()
+    _warn_without_newlines(counts, tokenizer)
+    return Profile(
+        counts=counts,
+        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_name=source.name,
+        texts=tally.texts,
+        characters=tally.characters,
+        beyond_rows=beyond_rows,
+        sources=tuple(read.sources),
+        structural=structural_ids(source, tokenizer),
+        padding_ids=_padding_ids(tokenizer, source.vocab_size),
+        linear_widths=tuple(sorted(source.linear_widths())),
+        row_bytes=source.row_bytes(),
+    )
+
+
+class _Tally:
+    """Running counts; ids beyond the model's rows are counted apart at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.texts = self.characters = 0
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._counts: Counts = np.zeros(max(vocab_size, _largest_id(tokenizer) + 1), np.int64)
+
+    def add(self, batch: Sequence[Document]) -> None:
+        texts = [document.text for document in batch]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
+        self._counts += np.bincount(np.fromiter(ids, np.int64), minlength=self._counts.size)
+        self.texts += sum(document.part == 0 for document in batch)
+        self.characters += sum(map(len, texts))
+
+    def result(self) -> tuple[Counts, int]:
+        """Counts (V,) with the tokens that serving puts around each text, and occurrences beyond V."""
+        # Added here rather than while encoding: a long document comes in parts but is one text.
+        around = self._tokenizer.encode("").ids
+        counts = self._counts + self.texts * np.bincount(
+            np.array(around, np.int64), minlength=self._counts.size
+        )
+        return counts[: self._vocab_size], int(counts[self._vocab_size :].sum())
+
+
+def _largest_id(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def _padding_ids(tokenizer: Tokenizer, vocab_size: int) -> Ids:
+    named = np.fromiter(tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
+    return np.setdiff1d(np.arange(vocab_size), named).astype(np.int32)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_TEXTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _limit_threads(workers: int) -> None:
+    if workers < 1:
+        raise UsageError(f"workers should be at least 1 but is {workers}.")
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
+
+
+def _warn_without_newlines(counts: Counts, tokenizer: Tokenizer) -> None:
+    newlines = np.array([id_ for id_ in newline_ids(tokenizer) if id_ < counts.size], np.int64)
+    if newlines.size and not counts[newlines].any():
+        log.warning(
+            "no newline token was counted: if the corpus was split into lines, profile whole documents "
+            "instead, or line breaks will be cold."
+        )
+
+
+def merge(profiles: Sequence[Profile], *, weights: Sequence[float] | None = None) -> Profile:
+    """Add profiles up.
+
+    Args:
+        profiles: profiles of one model, over different texts.
+        weights: share of the deployment's tokens that each profile stands for (normalised to sum 1);
+            by default each counts with its own number of tokens.
+
+    Returns:
+        A profile whose counts are the sums, and whose coverage and missing mass follow the weights.
+
+    Raises:
+        UsageError: no profiles, or weights that do not fit them.
+        MismatchError: the profiles are of different tokenizers or models.
+    """
+    if not profiles:
+        raise UsageError("there is no profile to merge: name at least one.")
+    for other in profiles[1:]:
+        _check_same_model(profiles[0], other)
+    _warn_of_repeats(profiles)
+    parts = _normalised(profiles, weights)
+    weighted = weights is not None or any(part.shares is not None for part in profiles)
+    shares = sum(share * part.mass for share, part in zip(parts, profiles, strict=True))
+    # Kish's effective sample size: the variance of a weighted mean of independent draws.
+    variance = sum(share**2 / part.effective_tokens for share, part in zip(parts, profiles, strict=True))
+    return Profile(
+        counts=np.sum([part.counts for part in profiles], axis=0),
+        tokenizer_sha256=profiles[0].tokenizer_sha256,
+        tokenizer_name=min(part.tokenizer_name for part in profiles),
+        texts=sum(part.texts for part in profiles),
+        characters=sum(part.characters for part in profiles),
+        beyond_rows=sum(part.beyond_rows for part in profiles),
+        sources=tuple(sorted((source for part in profiles for source in part.sources), key=astuple)),
+        structural=np.unique(np.concatenate([part.structural for part in profiles])),
+        padding_ids=profiles[0].padding_ids,
+        linear_widths=tuple(sorted({width for part in profiles for width in part.linear_widths})),
+        row_bytes=max(part.row_bytes for part in profiles),
+        shares=np.asarray(shares) if weighted else None,
+        effective_tokens=1 / variance if weighted else 0.0,
+    )
+
+
+def _normalised(profiles: Sequence[Profile], weights: Sequence[float] | None) -> list[float]:
+    values = [float(part.tokens) for part in profiles] if weights is None else list(weights)
+    if len(values) != len(profiles) or not all(math.isfinite(value) and value > 0 for value in values):
+        raise UsageError(
+            f"{len(profiles)} profiles need {len(profiles)} weights above 0: found "
+            f"{', '.join(map(str, values))}."
+        )
+    return [value / sum(values) for value in values]
+
+
+def _check_same_model(one: Profile, other: Profile) -> None:
+    if one.tokenizer_sha256 != other.tokenizer_sha256:
+        raise MismatchError(
+            f"the profiles count different tokenizers' ids: {one.tokenizer_name} (sha256 "
+            f"{one.tokenizer_sha256[:12]}…) and {other.tokenizer_name} ({other.tokenizer_sha256[:12]}…). "
+            "Profile both with one model."
+        )
+    if one.vocab_size != other.vocab_size:
+        raise MismatchError(
+            f"the profiles are of models with {one.vocab_size:,} ({one.tokenizer_name}) and "
+            f"{other.vocab_size:,} rows ({other.tokenizer_name}): profile both with one model."
+        )
+
+
+def _warn_of_repeats(profiles: Sequence[Profile]) -> None:
+    hashes = Counter(source.sha256 for part in profiles for source in part.sources)
+    names = {s.name for part in profiles for s in part.sources if hashes[s.sha256] > 1}
+    if names:
+        log.warning("counted more than once, because several profiles hold it: %s", ", ".join(sorted(names)))
