@@ -8,6 +8,7 @@ docs/runtime.md has the table.
 import logging
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import MismatchError, UsageError, require
@@ -20,15 +21,11 @@ logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
 # A folded constant above this size would be a second, anonymous copy of a mapped weight.
 _MAX_FOLDED_BYTES = 1 << 20
+_pool_threads: list[int] = []  # size of the process's shared thread pool, once it is set
 
 
 def open_session(
-    path: Path,
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    prepack: bool = True,
-    spin: bool = True,
+    path: Path, *, device: str = "cpu", threads: int | None = None, prepack: bool = True
 ) -> "ort.InferenceSession":
     """Open an ONNX file.
 
@@ -38,55 +35,64 @@ def open_session(
         threads: threads of one operator; by default the CPUs this process may use.
         prepack: let the CPU kernels keep their own copy of each matrix in their preferred layout:
             faster for many rows at once, at the price of that copy.
-        spin: let idle threads wait busily: faster steps, but it takes the cores from other sessions.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         UsageError: unknown device, or one that this onnxruntime was not built for.
         MismatchError: the file is not a graph that ONNX Runtime can load.
     """
-    ort = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
-    options = _options(ort, threads=threads, prepack=prepack, spin=spin)
+    runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
+    providers = _providers(runtime, device)
+    options = _options(runtime, threads or available_cpus(), prepack=prepack)
     try:
-        # Weights of at most _MAX_FOLDED_BYTES may still be folded.
-        session: ort.InferenceSession = ort.InferenceSession(
-            os.fspath(path.resolve()), options, providers=_providers(ort, device)
+        session: ort.InferenceSession = runtime.InferenceSession(
+            os.fspath(path.resolve()), options, providers=providers
         )
     except Exception as error:
         # onnxruntime's exception classes share no base but Exception.
         if type(error).__module__.partition(".")[0] != "onnxruntime":
             raise
-        raise MismatchError(f"{path} cannot be loaded by ONNX Runtime: {_first_line(error)}") from error
-    logger.info(
-        "session %s: device=%s threads=%s prepack=%s spin=%s",
-        path.name,
-        device,
-        options.intra_op_num_threads,
-        prepack,
-        spin,
-    )
+        reason = str(error).partition("\n")[0]
+        raise MismatchError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
+    logger.info("session %s: %s, prepack %s", path.name, providers[0], "on" if prepack else "off")
     return session
 
 
-def _options(ort: Any, *, threads: int | None, prepack: bool, spin: bool) -> Any:
-    options = ort.SessionOptions()
+def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
+    options: ort.SessionOptions = runtime.SessionOptions()
     options.log_severity_level = 3  # a fold that was skipped on purpose is no warning for the user
-    options.intra_op_num_threads = threads or available_cpus()
     options.inter_op_num_threads = 1
     options.add_session_config_entry(
         "optimization.constant_folding_max_output_size_in_bytes", str(_MAX_FOLDED_BYTES)
     )
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    if _join_pool(runtime, threads):
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
-def _providers(ort: Any, device: str) -> list[Any]:
+def _join_pool(runtime: ModuleType, threads: int) -> bool:
+    """Tell whether a session of so many threads can use the process's shared pool.
+
+    Two sessions with threads of their own wait busily on each other's cores: a body and a cold head
+    that took turns were half as fast as with one pool (2 cores, ONNX Runtime 1.31). The first session
+    sets the pool's size, once for the process.
+    """
+    if not _pool_threads:
+        runtime.set_global_thread_pool_sizes(threads, 1)
+        _pool_threads.append(threads)
+    return _pool_threads[0] == threads
+
+
+def _providers(runtime: ModuleType, device: str) -> list[Any]:
     if device not in DEVICES:
         raise UsageError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}.")
     if device == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if "CUDAExecutionProvider" not in runtime.get_available_providers():
         raise UsageError(
             "this onnxruntime has no CUDA provider. Replace it with: "
             "pip uninstall onnxruntime && pip install 'trimserve[gpu]'"
@@ -101,7 +107,3 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

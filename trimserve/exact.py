@@ -1,0 +1,196 @@
+"""Exact mode: decide which drafts the full model would have produced (DESIGN.md section 6).
+
+The hidden states of a block of drafts are multiplied with the cold rows in one product, so that those rows
+are read once a block and not once a token. For plain greedy decoding the largest cold logit of each step
+is enough; otherwise the same sampler is run again on the logits of the full vocab. Its random numbers
+belong to (seed, step, token id), so the result is what the full model would have produced,
+whatever was drafted: drafts decide the cost, never the tokens.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from trimserve.decoder import Floats
+from trimserve.folder import TrimmedFolder
+from trimserve.generation import Block, Request, Timing
+from trimserve.sampling import Columns, choose
+from trimserve.session import open_session
+from trimserve.vocab import Ids
+
+COLD_MAX_NAME = "cold_max.onnx"
+COLD_HEAD_NAME = "cold_head.onnx"
+# The longest block by default. On two cores the product with 144,512 x 256 fp32 rows took 11.6 ms for 16
+# steps, 13.3 for 32 and 17.7 for 48: past 32 another step costs more than it shares.
+MAX_BLOCK = 32
+
+
+class ColdHead:
+    """The cold rows as a matrix: hidden states -> logits of the cold ids.
+
+    Two graphs over the same mapped bytes, tile after tile, so that nothing but a tile's activations is
+    in memory. Opened without prepacking: a prepacked matrix would be a private copy.
+    """
+
+    def __init__(self, folder: TrimmedFolder, *, threads: int | None = None) -> None:
+        self.cold_ids: Ids = folder.vocab.cold_ids
+        self._folder = folder
+        self._threads = threads
+        self._maxima = open_session(folder.file(COLD_MAX_NAME), threads=threads, prepack=False)
+        self._logits = open_session(folder.file(COLD_HEAD_NAME), threads=threads, prepack=False)
+
+    def maxima(self, hidden: Floats) -> tuple[Floats, Ids]:
+        """The largest cold logit of each hidden state and its token id (the lowest on a tie).
+
+        Args:
+            hidden: (N, H), in the graph's dtype.
+
+        Returns:
+            float32 (N,) and int32 (N,).
+        """
+        values, rows = self._maxima.run(["maximum", "row"], {"hidden_states": np.ascontiguousarray(hidden)})
+        tile = values.argmax(axis=0)  # tiles are in id order: the first is the lowest id
+        step = np.arange(values.shape[1])
+        return values[tile, step].astype(np.float32, copy=False), self.cold_ids[rows[tile, step]]
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Logits of all cold ids: (N, H) -> float32 (N, V - K)."""
+        (logits,) = self._logits.run(["logits"], {"hidden_states": np.ascontiguousarray(hidden)})
+        return np.asarray(logits, np.float32).T
+
+
+class BlockSize:
+    """How many tokens to draft before a check, from measured costs and the share of drafts that stand.
+
+    A block of B steps costs ``B * step + check(B)`` and, if each draft stands with probability p, gives
+    ``(1 - p^B) / (1 - p)`` tokens (with the replayed one at the first difference: the count of tokens
+    is the same for p < 1 as the expected length of the run that ends there). The size with
+    the lowest expected cost a token is taken among powers of two up to the maximum. Costs are averages
+    over the run so far, so they follow the machine; tokens do not depend on the size.
+    """
+
+    def __init__(self, maximum: int = MAX_BLOCK) -> None:
+        self._sizes = [1 << power for power in range(maximum.bit_length()) if 1 << power <= maximum]
+        self._limit = 1  # doubles while drafts stand, so that the first tokens come fast
+        self._stood = 4.0
+        self._drafted = 4.2
+        self._step_seconds = 0.0
+        self._check_seconds: dict[int, float] = {}
+
+    @property
+    def size(self) -> int:
+        """The block size to draft next."""
+        if self._limit == 1:
+            return 1
+        return min((size for size in self._sizes if size <= self._limit), key=self._cost)
+
+    def _cost(self, size: int) -> float:
+        stand = min(self._stood / self._drafted, 0.9999)
+        tokens = (1 - stand**size) / (1 - stand)
+        return (size * self._step_seconds + self._check_cost(size)) / tokens
+
+    def _check_cost(self, size: int) -> float:
+        if size in self._check_seconds or not self._check_seconds:
+            return self._check_seconds.get(size, 0.0)
+        # Not measured yet: as the nearest smaller size, since the rows are read once in either case.
+        known = [measured for measured in self._check_seconds if measured < size]
+        return self._check_seconds[max(known) if known else min(self._check_seconds)]
+
+    def note(self, size: int, stood: int, drafted: int, step_seconds: float, check_seconds: float) -> None:
+        """Learn from a block: its size, drafts that stood of those judged, and what it cost."""
+        decay = 0.98**drafted
+        self._stood = decay * self._stood + stood
+        self._drafted = decay * self._drafted + drafted
+        self._limit = min(2 * self._limit, self._sizes[-1]) if stood == drafted else max(self._limit // 2, 1)
+        if step_seconds > 0:
+            self._step_seconds = _average(self._step_seconds, step_seconds)
+        self._check_seconds[size] = _average(self._check_seconds.get(size, 0.0), check_seconds)
+
+
+def _average(old: float, new: float) -> float:
+    return new if old == 0 else 0.8 * old + 0.2 * new
+
+
+class ExactChecker:
+    """The `Checker` of exact mode."""
+
+    def __init__(
+        self, head: ColdHead, kept_ids: Ids, vocab_size: int, timing: Timing, max_block: int = MAX_BLOCK
+    ) -> None:
+        self._head = head
+        self._kept_ids = kept_ids
+        self._full = Columns(np.arange(vocab_size, dtype=np.int32), vocab_size)
+        self._timing = timing
+        self._block = BlockSize(max_block)
+        self._model_seconds = 0.0
+
+    @property
+    def block_size(self) -> int:
+        """How many tokens to draft before the next check."""
+        return self._block.size
+
+    def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+        """The full model's tokens for each request, up to the first that differs from its draft."""
+        start = time.perf_counter()
+        plain = [row for row, request in enumerate(requests) if request.params.takes_maximum]
+        checked: list[list[int]] = [[] for _ in requests]
+        if plain:
+            for row, tokens in zip(plain, self._check_greedy([blocks[row] for row in plain]), strict=True):
+                checked[row] = tokens
+        for row, (request, block) in enumerate(zip(requests, blocks, strict=True)):
+            if row not in plain:
+                checked[row] = self._replay(request, block)
+        self._learn(blocks, checked, time.perf_counter() - start)
+        return checked
+
+    def _check_greedy(self, blocks: Sequence[Block]) -> list[list[int]]:
+        start = time.perf_counter()
+        cold_logits, cold_ids = self._head.maxima(np.concatenate([block.hidden for block in blocks]))
+        self._timing.cold_head += time.perf_counter() - start
+        logits = np.concatenate([block.logits for block in blocks])
+        columns = logits.argmax(axis=1)
+        kept_logits, kept_ids = logits[np.arange(len(columns)), columns], self._kept_ids[columns]
+        # The largest logit; on a tie the lowest id, as argmax over the full vocab gives it.
+        cold_wins = (cold_logits > kept_logits) | ((cold_logits == kept_logits) & (cold_ids < kept_ids))
+        winners = np.where(cold_wins, cold_ids, kept_ids)
+        ends = np.cumsum([len(block.tokens) for block in blocks])[:-1]
+        return [
+            _agreeing(block.tokens, full.tolist())
+            for block, full in zip(blocks, np.split(winners, ends), strict=True)
+        ]
+
+    def _replay(self, request: Request, block: Block) -> list[int]:
+        start = time.perf_counter()
+        cold_logits = self._head.logits(block.hidden)
+        self._timing.cold_head += time.perf_counter() - start
+        start = time.perf_counter()
+        tokens: list[int] = []
+        full = np.empty(self._full.vocab_size, np.float32)
+        for draft, kept_row, cold_row in zip(block.tokens, block.logits, cold_logits, strict=True):
+            full[self._kept_ids] = kept_row
+            full[self._head.cold_ids] = cold_row
+            tokens.append(choose(full, self._full, request.params, request.history(tokens)))
+            if tokens[-1] != draft:
+                break
+        self._timing.sampler += time.perf_counter() - start
+        return tokens
+
+    def _learn(self, blocks: Sequence[Block], checked: Sequence[list[int]], check_seconds: float) -> None:
+        size = max(len(block.tokens) for block in blocks)
+        stood = sum(
+            tokens[-1] == block.tokens[len(tokens) - 1] for block, tokens in zip(blocks, checked, strict=True)
+        )
+        judged = sum(len(tokens) for tokens in checked)
+        # The model's time before the first check went into the prompt.
+        spent = self._timing.model - self._model_seconds if self._model_seconds else 0.0
+        self._model_seconds = self._timing.model
+        self._block.note(size, judged - (len(blocks) - stood), judged, spent / size, check_seconds)
+
+
+def _agreeing(drafts: Sequence[int], tokens: list[int]) -> list[int]:
+    """The full model's tokens up to and with the first that is not the draft."""
+    for position, (draft, token) in enumerate(zip(drafts, tokens, strict=True)):
+        if draft != token:
+            return tokens[: position + 1]
+    return tokens

@@ -1,0 +1,293 @@
+"""Generator: text in, text out, for a trimmed folder of a causal language model."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+
+import numpy as np
+
+from trimserve.cold import ColdRows
+from trimserve.decoder import Decoder
+from trimserve.errors import UsageError
+from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, ColdHead, ExactChecker
+from trimserve.folder import TrimmedFolder
+from trimserve.generation import GenerationLoop, Request, Timing
+from trimserve.sampling import LogitsProcessor, SamplingParams
+from trimserve.streaming import StopStrings
+from trimserve.text import Codec, read_json
+from trimserve.vocab import Ids
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Mode = Literal["exact", "compact"]
+MODES: tuple[Mode, ...] = ("exact", "compact")
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `Generator.generate` and `Generator.stream`.
+
+    The sampling options are those of `SamplingParams`. `max_new_tokens` limits the output (default 128);
+    `stop` are strings that end it and are not part of it; `mode` is "exact" (default where the folder has
+    cold rows) or "compact"; `max_block` limits how many tokens are drafted before a check.
+    """
+
+    max_new_tokens: int
+    stop: Sequence[str]
+    mode: Mode | None
+    max_block: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    logits_processor: LogitsProcessor | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was generated for one prompt.
+
+    Attributes:
+        text: the decoded output, without special tokens, up to a stop string.
+        ids: token ids produced, including the one that ended it.
+        stopped: "eos", "stop" (a stop string) or "length".
+        drafted: tokens drafted; with exact mode's blocks more than were produced.
+        rejected: drafts that the full model's token replaced.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    stopped: Literal["eos", "stop", "length"]
+    drafted: int = 0
+    rejected: int = 0
+
+
+@dataclass(slots=True)
+class GeneratorStats:
+    """What a generator has done since it was loaded: the live coverage, which shows drift.
+
+    Attributes:
+        prompt_tokens: tokens fed from prompts.
+        tokens: tokens generated.
+        cold_tokens: tokens of prompts and outputs that have no compact row (in a folder without cold rows
+            they were split into kept pieces).
+        drafted: tokens drafted.
+        rejected: drafts that the full model's token replaced.
+        seconds: time by part: model (body and compact head), cold_head, sampler, other.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    cold_tokens: int = 0
+    drafted: int = 0
+    rejected: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"model": 0.0, "cold_head": 0.0, "sampler": 0.0, "other": 0.0}
+    )
+
+
+class Generator:
+    """A trimmed causal language model behind its original tokenizer.
+
+    Example:
+        >>> model = trimserve.load("qwen3-tickets")  # doctest: +SKIP
+        >>> model.generate("Summarise: …", max_new_tokens=64)[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: TrimmedFolder,
+        session: "ort.InferenceSession",
+        codec: Codec,
+        cold: ColdRows,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.codec = codec
+        self.stats = GeneratorStats()
+        self.stop_ids = _stop_ids(folder)
+        self._cold = cold
+        self._threads = threads
+        self._decoder = Decoder(session, device=device)
+        self._head: ColdHead | None = None
+
+    @property
+    def can_be_exact(self) -> bool:
+        """Whether the folder holds what exact mode needs."""
+        return self.folder.has_cold and COLD_MAX_NAME in self.folder.manifest.files
+
+    def generate(
+        self, prompts: str | Sequence[str], **options: Unpack[GenerationOptions]
+    ) -> list[Generation]:
+        """Generate for one prompt or several.
+
+        Args:
+            prompts: texts; the tokenizer adds its special tokens.
+            **options: see `GenerationOptions`.
+
+        Returns:
+            One result a prompt, in order.
+
+        Raises:
+            UsageError: an option out of range, or exact mode without cold rows.
+            UnknownIdError: a prompt holds a token that the model has no row for.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        requests = self._requests(self.codec.encode(texts), options)
+        # Sequences of unequal length are padded, which needs explicit positions.
+        batches = [requests] if self._decoder.takes_positions else [[request] for request in requests]
+        readers = {id(request): _Reader(self.codec, options.get("stop", ())) for request in requests}
+        for batch in batches:
+            for request, tokens in self._run(batch, options):
+                readers[id(request)].push(request, tokens)
+        return [readers[id(request)].result(request, self.stop_ids) for request in requests]
+
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
+        """Generate for one prompt, giving text as soon as it is certain.
+
+        In exact mode only checked tokens are released; a character is never split. Arguments and errors
+        are those of `generate`.
+        """
+        (ids,) = self.codec.encode([prompt])
+        yield from self.stream_ids(ids, **options)
+
+    def stream_ids(self, prompt_ids: Ids, **options: Unpack[GenerationOptions]) -> Iterator[str]:
+        """Like `stream`, for a prompt that is already token ids, int32 (n,)."""
+        (request,) = self._requests([prompt_ids], options)
+        reader = _Reader(self.codec, options.get("stop", ()))
+        for _, tokens in self._run([request], options):
+            if piece := reader.push(request, tokens):
+                yield piece
+        if piece := reader.finish():
+            yield piece
+
+    def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
+        names = SamplingParams.__dataclass_fields__
+        sampling: dict[str, Any] = {name: value for name, value in options.items() if name in names}
+        params = SamplingParams(**sampling)
+        limit = options.get("max_new_tokens", 128)
+        if limit < 0:
+            raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
+        started = [ids if ids.size else self._first_id() for ids in prompts]
+        servable, cold_tokens = self.codec.servable(started)
+        self.stats.cold_tokens += cold_tokens
+        return [Request(ids, params, limit, self.stop_ids) for ids in servable]
+
+    def _first_id(self) -> Ids:
+        """What an empty prompt starts with: bos, or else eos, as transformers does."""
+        config = _configs(self.folder)
+        for name in ("bos_token_id", "eos_token_id"):
+            if found := _as_ids(config.get(name)):
+                return np.array(found[:1], np.int32)
+        raise UsageError("the prompt is empty and the model has no bos token to start from: give a prompt.")
+
+    def _run(
+        self, requests: Sequence[Request], options: GenerationOptions
+    ) -> Iterator[tuple[Request, list[int]]]:
+        timing = Timing()
+        checker = self._checker(options, timing)
+        loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, timing)
+        start = time.perf_counter()
+        try:
+            yield from loop.run(requests)
+        finally:
+            self._count(requests, timing, time.perf_counter() - start)
+
+    def _checker(self, options: GenerationOptions, timing: Timing) -> ExactChecker | None:
+        mode = options.get("mode") or ("exact" if self.can_be_exact else "compact")
+        if mode not in MODES:
+            raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
+        if mode == "compact":
+            return None
+        if not self.can_be_exact:
+            raise UsageError(
+                f"{self.folder.path} has no cold head, so exact mode is not possible: export it again "
+                "without --no-cold, or pass --mode compact."
+            )
+        if self._head is None:
+            self._head = ColdHead(self.folder, threads=self._threads)
+        vocab = self.folder.vocab
+        max_block = options.get("max_block", MAX_BLOCK)
+        if max_block < 1:
+            raise UsageError(f"max_block should be 1 or more, found {max_block}.")
+        return ExactChecker(self._head, vocab.kept_ids, vocab.vocab_size, timing, max_block)
+
+    def _count(self, requests: Sequence[Request], timing: Timing, seconds: float) -> None:
+        stats = self.stats
+        for request in requests:
+            output = np.array(request.output, np.int32)
+            stats.prompt_tokens += request.prompt.size
+            stats.tokens += len(request.output)
+            stats.cold_tokens += int((~self.folder.vocab.is_kept(output)).sum())
+            stats.drafted += request.drafted
+            stats.rejected += request.rejected
+        parts = {"model": timing.model, "cold_head": timing.cold_head, "sampler": timing.sampler}
+        parts["other"] = seconds - sum(parts.values())
+        for name, spent in parts.items():
+            stats.seconds[name] += spent
+
+
+class _Reader:
+    """Turns one request's tokens into text and watches for stop strings."""
+
+    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
+        self._decoder = codec.stream()
+        self._stops = StopStrings(stop)
+        self._text: list[str] = []
+        self._finished = False
+
+    def push(self, request: Request, tokens: Sequence[int]) -> str:
+        """Decode more tokens; returns the text that became certain."""
+        piece = self._stops.push(self._decoder.push(tokens))
+        if self._stops.stopped:
+            request.finished = True
+        self._text.append(piece)
+        return piece
+
+    def finish(self) -> str:
+        """The rest of the text: what waited for a longer character or stop string."""
+        if self._finished:
+            return ""
+        self._finished = True
+        piece = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        self._text.append(piece)
+        return piece
+
+    def result(self, request: Request, stop_ids: frozenset[int]) -> Generation:
+        """The finished generation."""
+        self.finish()
+        at_eos = bool(request.output) and request.output[-1] in stop_ids
+        stopped: Literal["eos", "stop", "length"] = "eos" if at_eos else "length"
+        return Generation(
+            text="".join(self._text),
+            ids=tuple(request.output),
+            stopped="stop" if self._stops.stopped else stopped,
+            drafted=request.drafted,
+            rejected=request.rejected,
+        )
+
+
+def _configs(folder: TrimmedFolder) -> dict[str, Any]:
+    """config.json, overridden by generation_config.json."""
+    config = read_json(folder, "config.json")
+    generation = read_json(folder, "generation_config.json")
+    parts = (config.get("text_config", {}), config, generation)
+    return {name: value for part in parts for name, value in part.items() if value is not None}
+
+
+def _stop_ids(folder: TrimmedFolder) -> frozenset[int]:
+    return frozenset(_as_ids(_configs(folder).get("eos_token_id")))
+
+
+def _as_ids(value: object) -> list[int]:
+    if isinstance(value, int):
+        return [value]
+    return [entry for entry in value if isinstance(entry, int)] if isinstance(value, list) else []

@@ -1,0 +1,234 @@
+"""The sampler: logits of any set of token ids, a history, a seed and a step -> one token id.
+
+A pure function, so that a draft over the kept ids and a replay over the full vocab can share it. The random
+number of a token id depends on (seed, step, id) alone. A token is drawn by the Gumbel-max rule (Gumbel 1954;
+Maddison, Tarlow & Minka 2014, https://arxiv.org/abs/1411.0030): the argmax of score + noise, with noise
+independent standard Gumbel a token id, is distributed as softmax(score). It is exact over any subset of
+the ids, and draft and replay draw the same token unless a cold id wins or the filters below differ, which
+is why the noise belongs to the id and not to its place in the array.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.errors import UsageError
+from trimserve.vocab import Ids
+
+Floats = npt.NDArray[np.float32]
+# (token ids of prompt and output, logits over the full vocab (V,)) -> logits (V,); must be a pure function.
+LogitsProcessor = Callable[[Ids, Floats], Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. All ids are token ids; the defaults are greedy decoding.
+
+    Applied in this order: repetition, presence and frequency penalty, bias, processor, temperature, top-k,
+    top-p, min-p.
+
+    Attributes:
+        temperature: 0 takes the largest logit (lowest id on a tie); otherwise logits are divided by it.
+        top_k: keep the k largest logits and all that equal the k-th; 0 keeps all.
+        top_p: keep the smallest set of most probable ids whose mass reaches it.
+        min_p: keep ids with at least this share of the largest probability.
+        repetition_penalty: of ids in prompt or output, divide positive logits and multiply negative ones.
+        presence_penalty: subtracted from the logit of every id in the output.
+        frequency_penalty: subtracted once for each time an id stands in the output.
+        logit_bias: added to the logits of these ids.
+        logits_processor: the caller's own change to the logits over the full vocab.
+        seed: of the random numbers.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logits_processor: LogitsProcessor | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not valid:
+                raise UsageError(f"{name} should be {expected}, found {getattr(self, name)}.")
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether anything changes the logits before the temperature."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.logits_processor
+        )
+
+    @property
+    def takes_maximum(self) -> bool:
+        """Whether the token is the largest logit of the model and nothing else matters."""
+        return self.temperature == 0 and not self.edits_logits
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Token ids so far: int32 arrays of any length."""
+
+    prompt: Ids
+    output: Ids
+
+    @property
+    def ids(self) -> Ids:
+        """Prompt and output together."""
+        return np.concatenate([self.prompt, self.output])
+
+
+class Columns:
+    """Which token id each entry of a logits array belongs to.
+
+    Attributes:
+        ids: int32 (n,), distinct token ids.
+        vocab_size: V; a processor sees the logits at this width.
+    """
+
+    def __init__(self, ids: Ids, vocab_size: int) -> None:
+        self.ids = ids
+        self.vocab_size = vocab_size
+        self._column_of = np.full(vocab_size, -1, np.int32)
+        self._column_of[ids] = np.arange(ids.size, dtype=np.int32)
+
+    def find(self, ids: Ids) -> npt.NDArray[np.int32]:
+        """Columns of those of the given ids that have one."""
+        columns: npt.NDArray[np.int32] = self._column_of[ids]
+        return columns[columns >= 0]
+
+    def apply(self, processor: LogitsProcessor, history: Ids, logits: Floats) -> Floats:
+        """Run a processor on the logits at full width, -inf where there is no column."""
+        full = np.full(self.vocab_size, -np.inf, np.float32)
+        full[self.ids] = logits
+        changed = np.asarray(processor(history, full), np.float32)
+        if changed.shape != full.shape:
+            raise UsageError(
+                f"a logits_processor must return an array of shape ({self.vocab_size},) as it was given, "
+                f"found {changed.shape}."
+            )
+        return changed[self.ids]
+
+
+def choose(logits: Floats, columns: Columns, params: SamplingParams, history: History) -> int:
+    """Choose the next token id.
+
+    Args:
+        logits: float32 (n,), of the ids in `columns`; not changed.
+        columns: the ids' place.
+        params: see `SamplingParams`.
+        history: prompt and output so far; the step that the noise depends on is the output's length.
+
+    Returns:
+        The token id.
+
+    Raises:
+        UsageError: every logit is -inf (the processor or the biases forbade all ids).
+    """
+    edited = edit_logits(logits, columns, params, history) if params.edits_logits else logits
+    if params.temperature == 0:
+        return _first_maximum(edited, columns.ids)
+    scores = filter_scores(edited / np.float32(params.temperature), params)
+    candidates = np.flatnonzero(scores > -np.inf)
+    if candidates.size == 0:
+        return _first_maximum(scores, columns.ids)  # raises
+    ids = columns.ids[candidates]
+    perturbed = scores[candidates] + gumbel_noise(params.seed, history.output.size, ids)
+    return _first_maximum(perturbed, ids)
+
+
+def _first_maximum(scores: npt.NDArray[Any], ids: Ids) -> int:
+    best = scores.max(initial=-np.inf)
+    if best == -np.inf:
+        raise UsageError("no token is allowed: every logit is -inf. Allow at least one id.")
+    return int(ids[scores == best].min())
+
+
+def edit_logits(logits: Floats, columns: Columns, params: SamplingParams, history: History) -> Floats:
+    """Apply penalties, bias and processor; returns a changed copy, float32 (n,)."""
+    out = logits.copy()
+    if params.repetition_penalty != 1:
+        seen = columns.find(np.unique(history.ids))
+        penalty = np.float32(params.repetition_penalty)
+        out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        distinct, counts = np.unique(history.output, return_counts=True)
+        cost = params.presence_penalty + params.frequency_penalty * counts
+        known = np.isin(distinct, columns.ids)
+        out[columns.find(distinct)] -= cost[known].astype(np.float32)
+    for token_id, bias in params.logit_bias.items():
+        out[columns.find(np.array([token_id], np.int32))] += np.float32(bias)
+    if params.logits_processor is not None:
+        out = columns.apply(params.logits_processor, history.ids, out)
+    return out
+
+
+def filter_scores(scores: Floats, params: SamplingParams) -> Floats:
+    """Set to -inf what top-k, top-p and min-p exclude; each works on what the one before left."""
+    if 0 < params.top_k < scores.size:
+        kth = np.partition(scores, scores.size - params.top_k)[scores.size - params.top_k]
+        scores = np.where(scores >= kth, scores, np.float32(-np.inf))
+    if params.top_p < 1:
+        scores = _keep_nucleus(scores, params.top_p)
+    if params.min_p > 0:
+        floor = scores.max() + np.log(np.float32(params.min_p))
+        scores = np.where(scores >= floor, scores, np.float32(-np.inf))
+    return scores
+
+
+def _keep_nucleus(scores: Floats, top_p: float) -> Floats:
+    """Top-p (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751); ids tied with the last one stay."""
+    weights = np.exp(scores.astype(np.float64) - float(scores.max()))
+    # Most ids weigh nothing: sort those that could matter, and all of them only if they do not suffice.
+    likely = np.flatnonzero(weights > 1e-6)
+    target = top_p * weights.sum()
+    if weights[likely].sum() < target:
+        likely = np.arange(weights.size)
+    ordered = np.sort(weights[likely])[::-1]
+    last = min(int(np.searchsorted(np.cumsum(ordered), target)), ordered.size - 1)
+    return np.where(weights >= ordered[last], scores, np.float32(-np.inf))
+
+
+def gumbel_noise(seed: int, step: int, ids: Ids) -> npt.NDArray[np.float64]:
+    """Independent standard Gumbel noise for each token id, float64 (n,), from (seed, step, id) alone.
+
+    The uniform numbers come from SplitMix64's finaliser (Steele, Lea & Flood 2014,
+    https://doi.org/10.1145/2660193.2660195) on a counter that no two (step, id) of a seed share.
+    """
+    counter = (np.uint64(step) << np.uint64(32)) | ids.astype(np.uint64)
+    key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN)
+    bits = _mix(_mix(counter * _GOLDEN + key) + key)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def join_columns(first: Columns, extra: Sequence[int]) -> Columns:
+    """The columns of `first`, followed by some more ids."""
+    return Columns(np.concatenate([first.ids, np.asarray(extra, np.int32)]), first.vocab_size)
