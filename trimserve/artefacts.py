@@ -53,15 +53,38 @@ def _umask() -> int:
     return mask
 
 
+def check_output(path: Path, kind: str) -> None:
+    """Refuse an output that cannot be written, or that would replace something else.
+
+    Raises:
+        UsageError: no such parent folder, or `path` exists and is not an artefact of this kind.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist: create it first.")
+    if path.exists() and not (path.is_file() and _is_kind(path, kind)):
+        raise UsageError(f"{path} exists and is not a {kind} file: choose another name or remove it.")
+
+
+def _is_kind(path: Path, kind: str) -> bool:
+    try:
+        return read_header(path)[1].get("kind") == kind
+    except MismatchError:
+        return False
+
+
 def save_artefact(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any]) -> None:
     """Write arrays and facts as one safetensors artefact, atomically.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: the file; an existing one of the same kind is replaced.
         kind: what it is, e.g. ``"vocab"``.
         arrays: name -> array, in the dtypes to be stored.
         facts: JSON values; each becomes one metadata entry.
+
+    Raises:
+        UsageError: see `check_output`.
     """
+    check_output(path, kind)
     metadata = {"kind": kind, "schema_version": str(SCHEMA_VERSION)}
     metadata |= {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

@@ -16,6 +16,7 @@ from trimserve.source import ModelSource, resolve_model
 from trimserve.vocab import Ids, Reason, VocabMap
 
 DEFAULT_COVERAGE = 0.999
+_CURVE_POINTS = 8
 Mask = npt.NDArray[np.bool_]
 
 
@@ -103,6 +104,21 @@ def select(  # noqa: PLR0913 - the options are the public interface
         tokenizer_sha256=profile.tokenizer_sha256,
         rule=_facts(profile, rule, explicit, kept_ids, reason),
     )
+
+
+def coverage_curve(profile: Profile) -> list[tuple[int, float]]:
+    """Coverage on the profile at doubling K: (K, coverage) up to the K that covers all of it."""
+    forced = profile.structural
+    free = np.ones(profile.vocab_size, np.bool_)
+    free[forced] = False
+    ranked = _ranked(profile, profile.counts > 0, free)
+    seen = int(np.count_nonzero(profile.counts[ranked]))
+    size = 1 << max(7, forced.size.bit_length())
+    points: list[tuple[int, float]] = []
+    while size < forced.size + seen and len(points) < _CURVE_POINTS:
+        points.append((size, profile.coverage(np.concatenate([forced, ranked[: size - forced.size]]))))
+        size *= 2
+    return [*points, (forced.size + seen, profile.coverage(np.concatenate([forced, ranked[:seen]])))]
 
 
 def _reasons(profile: Profile, rule: Rule, explicit: Sequence[int]) -> npt.NDArray[np.int8]:
