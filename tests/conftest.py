@@ -1,0 +1,31 @@
+"""Fixtures for every test module; makers of tiny tokenizers are in `tests.tiny_tokenizers`."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_tokenizers import KINDS, save_model_folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory) -> dict[str, Path]:
+    """A model folder without weights for each kind of tokenizer, by kind; read-only by agreement."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_model_folder(kind, root / kind) for kind in KINDS}
+
+
+@pytest.fixture(params=list(KINDS))
+def model_folder(request, model_folders) -> Path:
+    """One model folder after the other: the test runs for each kind of tokenizer."""
+    return model_folders[request.param]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real corpora, tokenizers and models; skips the test where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("TRIMSERVE_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path}: set TRIMSERVE_DATA")
+    return path
