@@ -46,7 +46,7 @@ test-slow: $(READY)  ## the slow tests
 demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into demo-out/
 	$(BIN)/python examples/demo.py
 
-bench-quick: $(READY)  ## the encoder benchmark with few repetitions, results in build/
+bench-quick: demo  ## the benchmarks with few repetitions, results in build/bench
 	$(BIN)/python -m bench.startup --quick
 	$(BIN)/python -m bench.encoder --quick
 

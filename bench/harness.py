@@ -139,7 +139,7 @@ def in_turn(variants: Mapping[str, Sequence[str]], rounds: int) -> dict[str, lis
     """
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for number in range(rounds):
-        order = list(variants) if number % 2 == 0 else list(reversed(variants))
+        order = list(variants)[:: 1 if number % 2 == 0 else -1]
         for name in order:
             results[name].append(fresh_process(variants[name]))
             print(f"round {number + 1}/{rounds}: {name}", file=sys.stderr)

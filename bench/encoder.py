@@ -1,0 +1,163 @@
+"""All-MiniLM-L6-v2, full against trimmed to the standard library's docstrings: size, memory, time.
+
+Both are exported by the same exporter and passes and run by the same runtime; the full one keeps every row.
+Each process embeds the same corpus; processes of the two alternate. Memory is that of the whole process.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import harness
+from trimserve.folder import read_manifest
+from trimserve.report import human_bytes, table
+from trimserve.vocab import Reason, VocabMap
+
+BATCH_SIZE = 32
+STEPS = 30
+# The share of the removed bytes that must be missing from the trimmed process.
+SAVED_SHARE = 0.85
+
+
+def full_folder(model: Path, vocab: VocabMap, target: Path) -> None:
+    """Export a model with every row kept, so that the runtime can load the full model too."""
+    import trimserve
+
+    everything = VocabMap(
+        np.arange(vocab.vocab_size, dtype=np.int32),
+        np.full(vocab.vocab_size, Reason.EXPLICIT, np.uint8),
+        vocab.vocab_size,
+        vocab.tokenizer_sha256,
+    )
+    trimserve.export(model, everything, target, cold=False, overwrite=True)
+
+
+def compare(
+    full: Path, trimmed: Path, texts: Path, *, rounds: int, threads: int, steps: int
+) -> dict[str, Any]:
+    """Measure the two folders in alternating fresh processes.
+
+    Args:
+        full: folder with every row.
+        trimmed: the trimmed folder.
+        texts: the corpus to embed, a text a line.
+        rounds: processes of each.
+        threads: of the runtime.
+        steps: timed batches a process.
+
+    Returns:
+        The row for the result file: ``full`` and ``trimmed`` with bytes, rows, memory and times, the ratio
+        of their times, the largest difference of the embeddings, and the share of the removed bytes saved.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {name: Path(scratch, f"{name}.npy") for name in ("full", "trimmed")}
+        variants = {
+            name: _worker(folder, texts, files[name], threads=threads, steps=steps)
+            for name, folder in (("full", full), ("trimmed", trimmed))
+        }
+        runs = harness.in_turn(variants, rounds)
+        embeddings = [np.load(files[name]) for name in ("full", "trimmed")]
+    row: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "threads": threads,
+        "texts": len(embeddings[0]),
+        "full": _summary(full, runs["full"]),
+        "trimmed": _summary(trimmed, runs["trimmed"]),
+        "max_abs_diff": float(np.abs(embeddings[0] - embeddings[1]).max()),
+    }
+    medians = {name: [float(np.median(run["batch_ms"])) for run in runs[name]] for name in runs}
+    row["time_ratio"] = asdict(harness.ratio(medians["trimmed"], medians["full"]))
+    removed = row["full"]["weight_bytes"] - row["trimmed"]["weight_bytes"]
+    saved = row["full"]["memory"]["resident"] - row["trimmed"]["memory"]["resident"]
+    return row | {"removed_bytes": removed, "saved_bytes": saved, "saved_share": saved / removed}
+
+
+def _worker(folder: Path, texts: Path, embeddings: Path, *, threads: int, steps: int) -> Sequence[str]:
+    options = {
+        "--threads": threads,
+        "--batch-size": BATCH_SIZE,
+        "--steps": steps,
+        "--embeddings": embeddings.resolve(),
+    }
+    words = [str(word) for option in options.items() for word in option]
+    return ["-m", "bench.encoder_worker", str(folder.resolve()), str(texts.resolve()), *words]
+
+
+def _summary(folder: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    files = {name: entry.bytes for name, entry in manifest.files.items()}
+    graphs = tuple(manifest.graphs.values())
+    fields = runs[0]["memory"].keys()
+    return {
+        "rows": manifest.kept,
+        "folder_bytes": sum(files.values()),
+        "weight_bytes": sum(size for name, size in files.items() if name.startswith(graphs)),
+        "memory": {
+            field: int(np.median([run["memory"][field] for run in runs]))
+            for field in fields
+            if runs[0]["memory"][field] is not None
+        },
+        "resident_samples": [run["memory"]["resident"] for run in runs],
+        "batch_ms": asdict(harness.spread([ms for run in runs for ms in run["batch_ms"]])),
+        "batch_ms_samples": [[round(ms, 3) for ms in run["batch_ms"]] for run in runs],
+        "load_ms": asdict(harness.spread([run["load_ms"] for run in runs])),
+        "corpus_s": asdict(harness.spread([run["corpus_s"] for run in runs])),
+    }
+
+
+def comparison_table(row: dict[str, Any]) -> str:
+    """The row as a table for people."""
+    full, trimmed = row["full"], row["trimmed"]
+    lines: list[tuple[str, str, str]] = [
+        ("vocab rows", f"{full['rows']:,}", f"{trimmed['rows']:,}"),
+        ("weights", human_bytes(full["weight_bytes"]), human_bytes(trimmed["weight_bytes"])),
+        ("whole folder, cold rows included", *(human_bytes(one["folder_bytes"]) for one in (full, trimmed))),
+    ]
+    names = {
+        "resident": "resident memory (RSS)",
+        "anonymous": "  of it anonymous",
+        "file": "  of it file pages",
+    }
+    for field, name in names.items():
+        if field in full["memory"]:
+            lines.append((name, *(human_bytes(one["memory"][field]) for one in (full, trimmed))))
+    batch = f"ms a batch of {row['batch_size']} texts"
+    lines.append((batch, *(f"{one['batch_ms']['median']:.1f}" for one in (full, trimmed))))
+    lines.append(("largest difference of an embedding", "", f"{row['max_abs_diff']:.3g}"))
+    return table(("all-MiniLM-L6-v2", "full", "trimmed"), lines)
+
+
+def main() -> int:
+    """Measure the folders that `make demo` made, save the row, print the table."""
+    parser = harness.parser(__doc__ or "", rounds=10)
+    parser.add_argument(
+        "--demo", type=Path, default=harness.ROOT / "demo-out", help="where `make demo` wrote"
+    )
+    args = parser.parse_args()
+    folders = [args.demo / "minilm-full", args.demo / "minilm-stdlib"]
+    if not all(folder.is_dir() for folder in folders):
+        parser.error(f"{args.demo} lacks {folders[0].name} or {folders[1].name}: run `make demo` first")
+    rounds = 2 if args.quick else args.rounds
+    texts = args.demo / "docs.txt"
+    row = compare(*folders, texts, rounds=rounds, threads=args.threads, steps=STEPS)
+    harness.save_row("encoder", row, quick=args.quick)
+    harness.report(comparison_table(row), without_samples(row))
+    return 0
+
+
+def without_samples(row: dict[str, Any]) -> dict[str, Any]:
+    """The row less its raw samples, which only the result file needs."""
+    return {
+        key: without_samples(value) if isinstance(value, dict) else value
+        for key, value in row.items()
+        if not key.endswith("_samples")
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

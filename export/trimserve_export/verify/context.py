@@ -1,0 +1,95 @@
+"""What the checks look at: the folder, its source, the full model's graph, and the texts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from trimserve.cold import ColdRows
+from trimserve.errors import UnknownIdError
+from trimserve.folder import TrimmedFolder
+from trimserve.session import open_session
+from trimserve.source import ModelSource
+from trimserve.text import Codec
+from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve_export.checkpoint import StoredVocab
+from trimserve_export.verify.graph import GraphModel
+from trimserve_export.verify.rounding import RoundingBound
+
+# Long enough for every position-dependent path, short enough that T x V logits stay small.
+_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)  # no slots: sessions open when the first check asks for them
+class Context:
+    """Everything a check may use.
+
+    Attributes:
+        folder: the trimmed folder under test.
+        source: the model that it was made from.
+        stored: the vocab tensors of the source's checkpoint.
+        full_path: the graph of the full model, exported as the folder was.
+        texts: the texts to compare on.
+    """
+
+    folder: TrimmedFolder
+    source: ModelSource
+    stored: StoredVocab
+    full_path: Path
+    texts: Sequence[str]
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The runtime's own way from text to token ids."""
+        return Codec(self.folder)
+
+    @cached_property
+    def cold(self) -> ColdRows | None:
+        """The folder's cold rows, if it has them."""
+        return ColdRows(self.folder) if self.folder.has_cold else None
+
+    @cached_property
+    def trimmed(self) -> GraphModel:
+        """The folder's graph."""
+        path = self.folder.file(self.folder.manifest.graphs["model"])
+        return GraphModel(open_session(path), self.folder.vocab, self.cold)
+
+    @cached_property
+    def full(self) -> GraphModel:
+        """The full model's graph; each of its V ids has its own row."""
+        size = self.folder.vocab.vocab_size
+        reason = np.full(size, Reason.STRUCTURAL, np.uint8)
+        everything = VocabMap(np.arange(size, dtype=np.int32), reason, size)
+        return GraphModel(open_session(self.full_path), everything, None)
+
+    def encode(self, text: str) -> Ids | None:
+        """Token ids of a text; None where the tokenizer gives an id that the model has no row for."""
+        try:
+            return self.codec.encode([text])[0]
+        except UnknownIdError:
+            return None
+
+    @cached_property
+    def token_ids(self) -> list[Ids]:
+        """Token ids of the texts that the folder can be fed, cut to the model's length; never empty."""
+        encoded = (self.encode(text) for text in self.texts)
+        usable = (ids for ids in encoded if ids is not None and len(ids) and self.trimmed.can_feed(ids))
+        return [ids[: self.max_tokens] for ids in usable]
+
+    @cached_property
+    def bound(self) -> RoundingBound:
+        """How far two roundings of one vocab logit can lie apart."""
+        return RoundingBound(self.stored, self.folder.manifest.dtype)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens a text that every model takes."""
+        config = self.source.config
+        positions = next(
+            (config[key] for key in ("max_position_embeddings", "n_positions") if key in config), _MAX_TOKENS
+        )
+        # RoBERTa's kind counts positions from the pad id.
+        usable = positions - 1 - (config.get("pad_token_id") or 0)
+        return min(_MAX_TOKENS, usable if usable > 0 else positions)

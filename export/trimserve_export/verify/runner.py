@@ -1,0 +1,115 @@
+"""Run every check that applies to a folder, against the full model exported the same way for the occasion."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import transformers
+
+from trimserve.errors import MismatchError, TrimserveError
+from trimserve.folder import TrimmedFolder, open_folder, read_manifest, with_verification, write_manifest
+from trimserve.report import progress as progress_bar
+from trimserve.source import ModelSource, resolve_model
+from trimserve_export.checkpoint import StoredVocab, find_stored_vocab, read_specs
+from trimserve_export.exporters.optimum import task_class
+from trimserve_export.pipeline import export_full, has_vocab_head
+from trimserve_export.verify.context import Context
+from trimserve_export.verify.generation import check_generated_ids
+from trimserve_export.verify.numbers import check_cold_slots, check_hidden_states, check_kept_logits
+from trimserve_export.verify.result import Check, VerifyResult
+from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
+from trimserve_export.verify.texts import BUILT_IN, HOSTILE
+from trimserve_export.vocab_axes import architecture_class, find_vocab_axes
+
+NamedCheck = tuple[str, Callable[[Context], Check]]
+
+
+def verify(
+    folder: str | Path,
+    model: str | Path | ModelSource | None = None,
+    *,
+    texts: Iterable[str] | None = None,
+    revision: str | None = None,
+    store: bool = True,
+    progress: bool = True,
+) -> VerifyResult:
+    """Compare a trimmed folder with the full model it was made from.
+
+    The full model is exported like the folder, but with every row, into a temporary folder.
+
+    Args:
+        folder: the trimmed folder.
+        model: the full model, a folder or hub id; by default the source that the manifest names.
+        texts: texts to compare on, beside the built-in hostile ones; by default ordinary built-in ones.
+        revision: hub revision of `model`.
+        store: write the result into the folder's manifest and model card.
+        progress: show a bar on a terminal.
+
+    Returns:
+        One check for each property; a folder that cannot even be opened has one failed check, "files".
+
+    Raises:
+        UsageError: `folder` is not a trimmed folder, or there is no such model.
+        UnsupportedModelError: the full model cannot be exported.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    source = resolve_model(model or manifest.source.name, revision=revision or manifest.source.revision)
+    try:
+        opened = open_folder(path)
+    except MismatchError as error:
+        return VerifyResult((Check("files", False, None, str(error)),))
+    with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch:
+        full = export_full(source, Path(scratch), manifest.task, manifest.dtype)
+        chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
+        context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
+        result = VerifyResult(tuple(_run(context, progress=progress)))
+    if store and "files" not in result.failed:
+        _store(opened, result)
+    return result
+
+
+def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
+    config = transformers.AutoConfig.from_pretrained(source.path)
+    classes = (task_class(task, config), architecture_class(config))
+    axes = [find_vocab_axes(config, found) for found in classes if found is not None]
+    return find_stored_vocab(read_specs(source), axes, source.vocab_size)
+
+
+def _applicable(context: Context) -> Iterator[NamedCheck]:
+    task = context.folder.manifest.task
+    yield "files", check_files
+    yield "tokenizer", check_tokenizer
+    yield "kept-rows", check_kept_rows
+    yield "hidden-states", check_hidden_states
+    if has_vocab_head(task):
+        yield "kept-logits", check_kept_logits
+    if context.folder.has_cold and len(context.folder.vocab.cold_ids):
+        yield "cold-slots", check_cold_slots
+    if task.startswith("text-generation"):
+        yield "generated-ids", check_generated_ids
+
+
+def _run(context: Context, *, progress: bool) -> Iterator[Check]:
+    checks = list(_applicable(context))
+    with progress_bar(len(checks), "verifying", "check") as bar:
+        for name, check in checks:
+            yield _outcome(name, check, context)
+            if progress:
+                bar.update()
+
+
+def _outcome(name: str, check: Callable[[Context], Check], context: Context) -> Check:
+    try:
+        return check(context)
+    except TrimserveError as error:  # a damaged folder may fail anywhere on its way to the numbers
+        return Check(name, False, None, str(error))
+
+
+def _store(folder: TrimmedFolder, result: VerifyResult) -> None:
+    """Write the result into manifest and card; a folder that may not be written keeps its old ones."""
+    entry = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **result.to_dict()}
+    with contextlib.suppress(PermissionError):
+        write_manifest(folder.path, with_verification(folder.manifest, entry))
