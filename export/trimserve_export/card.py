@@ -1,0 +1,137 @@
+"""The model card of a trimmed folder: what it was made from and how, and nothing that was not measured."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from trimserve.folder import COLD_NAME, VOCAB_NAME, Manifest
+from trimserve.report import human_bytes, percent
+from trimserve.source import ModelSource
+
+CARD_NAME = "README.md"
+
+_CARD = Template("""\
+---
+$front_matter
+---
+
+# $title
+
+`$name` with $kept of its $vocab_size vocab rows, made by trimserve $version on $created.
+
+$facts
+
+## Vocab
+
+$selection
+
+The tokenizer is the original one, byte for byte, so texts are segmented as before. $cold
+
+## Verified
+
+$verification
+
+## Reproduce
+
+```
+$commands
+```
+
+`trimserve.json` has the sha256 of the base model's weights, of its tokenizer and of every file here. The
+licence of the base model applies.
+""")
+_LICENCE = re.compile(r"^---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n", re.MULTILINE)
+_PIPELINE_TAGS = {"text-generation-with-past": "text-generation"}
+_WITH_COLD = (
+    "A token whose row was not kept is fed from its cold row, read from "
+    f"`{COLD_NAME}`: any text goes in exactly."
+)
+_WITHOUT_COLD = (
+    "There are no cold rows: a token whose row was not kept is split into kept pieces, which the model "
+    "reads differently."
+)
+
+
+def render_card(manifest: Manifest, source: ModelSource, bytes_after: int) -> str:
+    """Render the README.md of a trimmed folder.
+
+    Args:
+        manifest: the folder's manifest; `files` lists everything but the card itself.
+        source: the base model.
+        bytes_after: bytes of the trimmed weights.
+    """
+    name = _display_name(source)
+    return _CARD.substitute(
+        front_matter="\n".join(_front_matter(manifest, source)),
+        title=f"{name}, {manifest.kept:,} vocab rows",
+        name=name,
+        kept=f"{manifest.kept:,}",
+        vocab_size=f"{manifest.vocab_size:,}",
+        version=manifest.exporter["trimserve"],
+        created=manifest.created,
+        facts="\n".join(f"- {key}: {value}" for key, value in _facts(manifest, bytes_after)),
+        selection=_selection(manifest.selection),
+        cold=_WITH_COLD if COLD_NAME in manifest.files else _WITHOUT_COLD,
+        verification=_verification(manifest),
+        commands="\n".join(_commands(manifest, name)),
+    )
+
+
+def _display_name(source: ModelSource) -> str:
+    # A local path says nothing to the reader of a card, and should not be published with it.
+    return source.path.resolve().name if Path(source.name).is_dir() else source.name
+
+
+def _front_matter(manifest: Manifest, source: ModelSource) -> Iterator[str]:
+    yield "library_name: trimserve"
+    yield f"pipeline_tag: {_PIPELINE_TAGS.get(manifest.task, manifest.task)}"
+    if not Path(source.name).is_dir():
+        yield f"base_model: {source.name}"
+    card = source.path / CARD_NAME
+    if card.is_file() and (match := _LICENCE.match(card.read_text("utf-8", errors="replace"))):
+        yield f"license: {match[1]}"
+    yield "tags: [onnx, vocabulary-trimming]" if manifest.graphs else "tags: [vocabulary-trimming]"
+
+
+def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
+    share = percent(manifest.kept / manifest.vocab_size)
+    versions = ", ".join(f"{key} {value}" for key, value in manifest.exporter.items() if key != "name")
+    yield "task", manifest.task
+    yield "vocab rows", f"{manifest.vocab_size:,} -> {manifest.kept:,} ({share})"
+    yield "weights", f"{human_bytes(manifest.bytes_before)} -> {human_bytes(bytes_after)} in {manifest.dtype}"
+    yield "cut", ", ".join(f"`{tensor.name}` (axis {tensor.axis})" for tensor in manifest.cut)
+    if COLD_NAME in manifest.files:
+        yield "cold rows", f"{human_bytes(manifest.files[COLD_NAME].bytes)}, memory-mapped"
+    yield "made with", versions
+
+
+def _selection(rule: dict[str, Any]) -> str:
+    if "tokens" not in rule:
+        return "The kept ids were given; no profile is recorded with them."
+    options = ", ".join(f"{key} {value}" for key, value in rule["options"].items() if key != "keep_ids")
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rule["reasons"].items())
+    corpora = ", ".join(
+        f"{Path(source['name']).name} (sha256 {source['sha256'][:12]}…)" for source in rule["sources"]
+    )
+    return (
+        f"Selected by {options}: {reasons}. They cover {percent(rule['coverage'])} of the {rule['tokens']:,} "
+        f"tokens profiled ({rule['texts']:,} texts: {corpora or 'given in memory'}); the estimated share of "
+        f"future tokens that the profile never saw is {percent(rule['missing_mass'])}."
+    )
+
+
+def _verification(manifest: Manifest) -> str:
+    if manifest.verification is None:
+        return "Not when this card was written; `trimserve verify` records its result in `trimserve.json`."
+    return "; ".join(f"{check['name']}: {check['detail']}" for check in manifest.verification["checks"])
+
+
+def _commands(manifest: Manifest, name: str) -> Iterator[str]:
+    words = [f"trimserve export -m {name} --vocab {VOCAB_NAME} -o FOLDER --task {manifest.task}"]
+    words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
+    if COLD_NAME not in manifest.files:
+        words.append("--no-cold")
+    yield " ".join(words)
+    yield f"trimserve verify FOLDER -m {name}"

@@ -1,0 +1,276 @@
+"""Trim a checkpoint: stream the kept rows of its vocab tensors and every other byte into a new one.
+
+No tensor is ever loaded as a whole, so peak memory does not grow with the model.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from trimserve.artefacts import sha256_file
+from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.folder import CutTensor
+from trimserve.report import progress as progress_bar
+from trimserve.source import INDEX_NAME, ModelSource
+from trimserve.tensorfile import (
+    STORAGE_DTYPES,
+    TensorRows,
+    TensorSource,
+    TensorSpec,
+    WholeTensor,
+    read_header,
+    write_tensors,
+)
+from trimserve.vocab import Ids, VocabMap
+from trimserve_export.configs import write_compact_configs
+from trimserve_export.vocab_axes import (
+    ModelClass,
+    Role,
+    VocabAxes,
+    architecture_class,
+    find_vocab_axes,
+    load_config,
+)
+
+_MANIFEST_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_FLOATS = frozenset({"F64", *_MANIFEST_DTYPES})
+_ROLES: tuple[Role, ...] = ("embedding", "head", "head_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVocab:
+    """The vocab tensors as a checkpoint stores them.
+
+    Attributes:
+        cut: stored tensor name -> its spec and vocab axis; a tie that is stored twice appears twice.
+        roles: role -> the stored tensor that counts; a tied head has no role of its own.
+        tied: the head is the embedding.
+    """
+
+    cut: dict[str, tuple[TensorSpec, int]]
+    roles: dict[Role, str]
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmedCheckpoint:
+    """What `trim_checkpoint` wrote.
+
+    Attributes:
+        path: the folder: config.json, model*.safetensors.
+        cut: the tensors that lost rows.
+        tied: the head is the embedding.
+        bytes_written: bytes of all tensors that were streamed, cold rows included.
+        source_elements: numbers that the source stores in each dtype, a tied tensor once.
+    """
+
+    path: Path
+    cut: tuple[CutTensor, ...]
+    tied: bool
+    bytes_written: int
+    source_elements: Mapping[str, int]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most weights are stored in: fp32, fp16 or bf16, else safetensors' name."""
+        most = max(self.source_elements, key=self.source_elements.__getitem__)
+        return _MANIFEST_DTYPES.get(most, most)
+
+    def bytes_before(self, dtype: str | None) -> int:
+        """Bytes of the source's weights if floating-point numbers are stored as `dtype`, or as they are."""
+        size = {"fp32": 4, "fp16": 2, "bf16": 2}.get(dtype or "")
+        return sum(
+            count * (size if size and stored in _FLOATS else STORAGE_DTYPES[stored].itemsize)
+            for stored, count in self.source_elements.items()
+        )
+
+
+def trim_checkpoint(
+    source: ModelSource,
+    vocab: VocabMap,
+    target: Path,
+    *,
+    model_class: ModelClass | None = None,
+    cold_path: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> TrimmedCheckpoint:
+    """Write the checkpoint of a model with the kept rows alone.
+
+    Args:
+        source: the model; never changed.
+        vocab: the kept ids, made for this model's tokenizer and vocab size.
+        target: an existing folder for config.json, generation_config.json and the weights, in as many
+            files as the source has.
+        model_class: the class the weights will be loaded in; by default config.architectures' class.
+        cold_path: where to write the rows that were not kept; None leaves them out.
+        trust_remote_code: allow code that the model folder brings.
+        progress: show a bar on a terminal.
+
+    Raises:
+        UnsupportedModelError: the model has a vocab tensor that is not understood, or its pad id would
+            move although positions are counted from it.
+        MismatchError: the vocab was made for another tokenizer or another vocab size.
+    """
+    check_vocab(source, vocab)
+    config = load_config(source.path, trust_remote_code=trust_remote_code)
+    classes = [cls for cls in (model_class, architecture_class(config)) if cls is not None]
+    axes = [find_vocab_axes(config, cls, trust_remote_code=trust_remote_code) for cls in classes]
+    for found in axes:
+        _check_pad(config, found, vocab)
+    specs = read_specs(source)
+    stored = find_stored_vocab(specs, axes, vocab.vocab_size)
+    write_compact_configs(source.path, target, config, vocab)
+    steps = _stream(source, vocab, target, stored, cold_path)
+    total = sum(spec.nbytes for spec in specs.values())
+    written = _run(steps, total, progress=progress)
+    elements = _count_elements(specs, stored)
+    return TrimmedCheckpoint(target, _cut_tensors(stored, vocab), stored.tied, written, elements)
+
+
+def check_vocab(source: ModelSource, vocab: VocabMap) -> None:
+    """Refuse a vocab that was made for another tokenizer or another vocab size.
+
+    Raises:
+        MismatchError: see above; the message has both hashes or sizes.
+    """
+    if vocab.vocab_size != source.vocab_size:
+        raise MismatchError(
+            f"the vocab was selected for {vocab.vocab_size:,} rows, {source.name} has "
+            f"{source.vocab_size:,}: profile and select with this model."
+        )
+    found = sha256_file(source.tokenizer_path)
+    if vocab.tokenizer_sha256 and vocab.tokenizer_sha256 != found:
+        raise MismatchError(
+            f"the vocab was selected for the tokenizer {vocab.tokenizer_sha256[:12]}…, {source.name} has "
+            f"{found[:12]}…: profile and select with this model."
+        )
+
+
+def _check_pad(config: PretrainedConfig, axes: VocabAxes, vocab: VocabMap) -> None:
+    pad = config.get_text_config().pad_token_id
+    if not axes.pad_moves_positions or pad is None:
+        return
+    if pad < len(vocab) and vocab.kept_ids[pad] == pad:
+        return
+    raise UnsupportedModelError(
+        f"positions of this model are counted from its pad id {pad} ({axes.pad_moves_positions[0]}), which "
+        f"this vocab moves: keep all ids 0..{pad} (trimserve select does, they are structural)."
+    )
+
+
+def read_specs(source: ModelSource) -> dict[str, TensorSpec]:
+    """Read the headers of all weight files; tensors by name, in file order."""
+    return {name: spec for file in source.weight_files for name, spec in read_header(file)[0].items()}
+
+
+def find_stored_vocab(specs: Mapping[str, TensorSpec], axes: list[VocabAxes], vocab_size: int) -> StoredVocab:
+    """Match the vocab tensors of the model classes with the names a checkpoint stores them by.
+
+    Args:
+        specs: the checkpoint's tensors.
+        axes: the class that the weights will be loaded in first, then the checkpoint's own.
+        vocab_size: V; a stored tensor may have more rows, never fewer.
+
+    Raises:
+        UnsupportedModelError: the embedding or the head of the first class is not stored.
+        MismatchError: a tensor has fewer than V rows.
+    """
+    cut: dict[str, tuple[TensorSpec, int]] = {}
+    roles: dict[Role, str] = {}
+    prefixes = [found.prefix for found in axes]
+    for found in axes:
+        for tensor in found.tensors:
+            names = [name for name in _stored_names(tensor.names, prefixes) if name in specs]
+            cut |= {name: (specs[name], tensor.axis) for name in names}
+            if names:
+                roles.setdefault(tensor.role, names[0])
+    for role in ("embedding", "head"):
+        tensor_of = axes[0].get(role)
+        if tensor_of is not None and role not in roles:
+            raise UnsupportedModelError(
+                f"the checkpoint has no {tensor_of.names[0]}, which this task needs: choose another task."
+            )
+    for spec, axis in cut.values():
+        if spec.shape[axis] < vocab_size:
+            raise MismatchError(
+                f"{spec.name} has {spec.shape[axis]:,} rows but the model's vocab_size is {vocab_size:,}: "
+                "the config does not belong to these weights."
+            )
+    tied = "head" not in roles and any(found.tied for found in axes)
+    return StoredVocab(cut, roles, tied)
+
+
+def _stored_names(names: tuple[str, ...], prefixes: list[str]) -> list[str]:
+    # A checkpoint of the bare model has no prefix, one of a model with a head has it; from_pretrained
+    # loads each in the other.
+    candidates = list(names)
+    for prefix in prefixes:
+        candidates += [name.removeprefix(f"{prefix}.") for name in names]
+        candidates += [f"{prefix}.{name}" for name in names]
+    return list(dict.fromkeys(candidates))
+
+
+def _stream(
+    source: ModelSource, vocab: VocabMap, target: Path, stored: StoredVocab, cold_path: Path | None
+) -> Iterator[int]:
+    for file in source.weight_files:
+        specs, metadata = read_header(file)
+        tensors = {name: _kept(spec, stored, vocab.kept_ids) for name, spec in specs.items()}
+        yield from write_tensors(target / file.name, tensors, metadata)
+    if (source.path / INDEX_NAME).is_file() and len(source.weight_files) > 1:
+        _write_index(source, target)
+    if cold_path is not None:
+        yield from _write_cold(cold_path, stored, vocab.cold_ids)
+
+
+def _kept(spec: TensorSpec, stored: StoredVocab, kept_ids: Ids) -> TensorSource:
+    if spec.name not in stored.cut:
+        return WholeTensor(spec)
+    return TensorRows(spec, kept_ids, stored.cut[spec.name][1])
+
+
+def _write_cold(path: Path, stored: StoredVocab, cold_ids: Ids) -> Iterator[int]:
+    tensors: dict[str, TensorSource] = {}
+    for role in _ROLES:
+        if role in stored.roles:
+            spec, axis = stored.cut[stored.roles[role]]
+            tensors[role] = TensorRows(spec, cold_ids, axis)
+    return write_tensors(path, tensors, {"tied": str(stored.tied).lower()})
+
+
+def _write_index(source: ModelSource, target: Path) -> None:
+    index = source.read_json(INDEX_NAME)
+    size = sum((target / file.name).stat().st_size for file in source.weight_files)
+    index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+    (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _run(steps: Iterator[int], total: int, *, progress: bool) -> int:
+    written = 0
+    with progress_bar(total, "trimming", "B") as bar:
+        for count in steps:
+            written += count
+            if progress:
+                bar.update(count)
+    return written
+
+
+def _cut_tensors(stored: StoredVocab, vocab: VocabMap) -> tuple[CutTensor, ...]:
+    return tuple(
+        CutTensor(name, axis, spec.shape[axis], len(vocab), spec.dtype)
+        for name, (spec, axis) in stored.cut.items()
+    )
+
+
+def _count_elements(specs: Mapping[str, TensorSpec], stored: StoredVocab) -> dict[str, int]:
+    aliases = stored.cut.keys() - set(stored.roles.values())
+    counts: Counter[str] = Counter()
+    for name, spec in specs.items():
+        if name not in aliases:
+            counts[spec.dtype] += spec.nbytes // STORAGE_DTYPES[spec.dtype].itemsize
+    return dict(counts)

@@ -1,0 +1,308 @@
+"""Export a trimmed folder: trim the checkpoint, export it, make the graph servable, write the manifest."""
+
+import dataclasses
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trimserve import __version__
+from trimserve.artefacts import save_vocab, sha256_file
+from trimserve.errors import UsageError
+from trimserve.folder import (
+    COLD_NAME,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    VOCAB_NAME,
+    FileEntry,
+    Manifest,
+    Pooling,
+    Source,
+    list_files,
+    staged_folder,
+    write_manifest,
+)
+from trimserve.source import ModelSource, resolve_model
+from trimserve.vocab import VocabMap
+from trimserve_export.card import CARD_NAME, render_card
+from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
+from trimserve_export.exporters import optimum
+from trimserve_export.pooling import is_sentence_transformers, read_pooling
+from trimserve_export.serving import GRAPH_NAME, make_servable
+from trimserve_export.vocab_axes import load_config
+
+logger = logging.getLogger(__name__)
+
+# Copied as they are. config.json and generation_config.json too, unless the checkpoint itself is the result.
+TOKENIZER_FILES = (
+    TOKENIZER_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+# Choices that are declared, and not built yet: named so that the refusal can say so.
+_LATER = {
+    "layout": {"tokenizer", "graph"},
+    "exporter": {"transformers", "genai"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to export; see `export`."""
+
+    task: str = "auto"
+    exporter: str = "auto"
+    dtype: str = "fp32"
+    layout: str = "runtime"
+    to: str = "onnx"
+    cold: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("layout", self.layout, {"runtime"})
+        _check_choice("exporter", self.exporter, {"auto", "optimum"})
+        _check_choice("dtype", self.dtype, set(optimum.TORCH_DTYPES))
+        _check_choice("to", self.to, {"onnx", "safetensors"})
+
+
+def _check_choice(option: str, value: str, allowed: set[str]) -> None:
+    if value in _LATER.get(option, ()):
+        raise UsageError(f"{option} {value!r} is not built yet: use {', '.join(sorted(allowed))}.")
+    if value not in allowed:
+        raise UsageError(f"{option} {value!r} is not known: use {', '.join(sorted(allowed))}.")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        path: the trimmed folder.
+        kept: K.
+        vocab_size: V.
+        bytes_before: bytes of the source's weights in the exported dtype, each tied tensor once.
+        bytes_after: bytes of the trimmed weights (graph and its data, or the checkpoint).
+        files: name -> bytes of every file of the folder.
+        seconds: wall time.
+        peak_rss_bytes: largest resident memory of this process so far; 0 where the system does not tell.
+    """
+
+    path: Path
+    kept: int
+    vocab_size: int
+    bytes_before: int
+    bytes_after: int
+    files: dict[str, int]
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the command line."""
+        return dataclasses.asdict(self) | {"path": str(self.path)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is settled before anything is written."""
+
+    source: ModelSource
+    vocab: VocabMap
+    options: Options
+    task: str
+    pooling: Pooling | None
+
+
+def export(  # noqa: PLR0913 - the options are the public interface
+    model: str | Path | ModelSource,
+    vocab: VocabMap,
+    output: str | Path,
+    *,
+    task: str = "auto",
+    exporter: str = "auto",
+    dtype: str = "fp32",
+    layout: str = "runtime",
+    to: str = "onnx",
+    cold: bool = True,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: bool = True,
+) -> ExportResult:
+    """Make a trimmed folder from a model.
+
+    The checkpoint's vocab rows are cut while it is streamed, the exporter makes a graph of what is left,
+    and the serving passes make that graph servable. The folder appears complete or not at all.
+
+    Args:
+        model: a folder or hub id with safetensors weights and a tokenizer.json.
+        vocab: the kept ids, selected for this model.
+        output: the folder to make; it must not exist or be empty.
+        task: ``"auto"`` (by the checkpoint's architecture) or one of `exporters.optimum.TASKS`.
+        exporter: ``"auto"`` or ``"optimum"``.
+        dtype: of the graph's weights: fp32, fp16 or bf16.
+        layout: ``"runtime"``: original tokenizer, ids remapped by the runtime.
+        to: ``"onnx"``, or ``"safetensors"`` to stop at the trimmed checkpoint.
+        cold: write the rows that were not kept, which the runtime needs to take any text.
+        overwrite: replace a folder that trimserve made.
+        trust_remote_code: allow code that the model folder brings.
+        revision: hub branch, tag or commit.
+        progress: show a bar on stderr if it is a terminal.
+
+    Raises:
+        UsageError: an unknown option, or a target that may not be replaced.
+        UnsupportedModelError: a model or graph that is not understood; the message names what.
+        MismatchError: the vocab was made for another tokenizer or vocab size.
+    """
+    start = time.perf_counter()
+    options = Options(task, exporter, dtype, layout, to, cold, trust_remote_code)
+    plan = _plan(resolve_model(model, revision=revision), vocab, options)
+    target = Path(output)
+    with staged_folder(target, overwrite=overwrite) as staging:
+        manifest = _fill(plan, staging, progress=progress)
+        write_manifest(staging, manifest)
+    files = {name: entry.bytes for name, entry in manifest.files.items()}
+    seconds = round(time.perf_counter() - start, 3)
+    return ExportResult(
+        path=target,
+        kept=len(vocab),
+        vocab_size=vocab.vocab_size,
+        bytes_before=manifest.bytes_before,
+        bytes_after=_weight_bytes(manifest.files),
+        files=files | {MANIFEST_NAME: (target / MANIFEST_NAME).stat().st_size},
+        seconds=seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def export_full(source: ModelSource, output: Path, task: str, dtype: str) -> Path:
+    """Export the untrimmed model with the same exporter and passes: the reference that `verify` uses.
+
+    Returns:
+        The path of the graph in `output`; its inputs and outputs are those of a trimmed one.
+    """
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
+        graph = optimum.export_checkpoint(source.path, Path(scratch), task, dtype)
+        return make_servable(graph, output, rows=source.vocab_size, has_head=has_vocab_head(task)).path
+
+
+def has_vocab_head(task: str) -> bool:
+    """Tell whether a task's graph makes logits over the vocab."""
+    return task in ("fill-mask", "text-generation-with-past")
+
+
+def _plan(source: ModelSource, vocab: VocabMap, options: Options) -> _Plan:
+    config = load_config(source.path, trust_remote_code=options.trust_remote_code)
+    task = options.task
+    if task == "auto":
+        task = optimum.infer_task(config, sentence_transformers=is_sentence_transformers(source))
+    optimum.task_class(task, config)  # refuses what it cannot export
+    pooling = read_pooling(source) if task == "feature-extraction" else None
+    logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
+    return _Plan(source, vocab, options, task, pooling)
+
+
+def _fill(plan: _Plan, staging: Path, *, progress: bool) -> Manifest:
+    """Write everything but the manifest into the staging folder, and return the manifest."""
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as scratch:
+        to_onnx = plan.options.to == "onnx"
+        checkpoint = Path(scratch) if to_onnx else staging
+        trimmed = _trim(plan, checkpoint, staging, progress=progress)
+        if to_onnx:
+            _export_graph(plan, checkpoint, staging)
+    names = TOKENIZER_FILES + (CONFIG_FILES if to_onnx else ())
+    for name in names:
+        if (plan.source.path / name).is_file():
+            shutil.copyfile(plan.source.path / name, staging / name)
+    save_vocab(plan.vocab, staging / VOCAB_NAME)
+    manifest = _manifest(plan, trimmed, list_files(staging))
+    return _with_card(manifest, plan.source, staging)
+
+
+def _trim(plan: _Plan, checkpoint: Path, staging: Path, *, progress: bool) -> TrimmedCheckpoint:
+    logger.info("trimming the checkpoint")
+    trust = plan.options.trust_remote_code
+    config = load_config(plan.source.path, trust_remote_code=trust)
+    return trim_checkpoint(
+        plan.source,
+        plan.vocab,
+        checkpoint,
+        model_class=optimum.task_class(plan.task, config),
+        cold_path=staging / COLD_NAME if plan.options.cold else None,
+        trust_remote_code=trust,
+        progress=progress,
+    )
+
+
+def _export_graph(plan: _Plan, checkpoint: Path, staging: Path) -> None:
+    logger.info("exporting with optimum-onnx")
+    exported = checkpoint / "exported"
+    trust = plan.options.trust_remote_code
+    graph = optimum.export_checkpoint(
+        checkpoint, exported, plan.task, plan.options.dtype, trust_remote_code=trust
+    )
+    logger.info("making the graph servable")
+    make_servable(graph, staging, rows=len(plan.vocab), has_head=has_vocab_head(plan.task))
+
+
+def _manifest(plan: _Plan, trimmed: TrimmedCheckpoint, files: dict[str, FileEntry]) -> Manifest:
+    source, options = plan.source, plan.options
+    to_onnx = options.to == "onnx"
+    return Manifest(
+        source=Source(
+            source.name, source.revision, {path.name: sha256_file(path) for path in source.weight_files}
+        ),
+        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        vocab_size=plan.vocab.vocab_size,
+        kept=len(plan.vocab),
+        task=plan.task,
+        layout=options.layout,
+        dtype=options.dtype if to_onnx else trimmed.dtype,
+        graphs={"model": GRAPH_NAME} if to_onnx else {},
+        cut=trimmed.cut,
+        selection=plan.vocab.rule,
+        exporter={"trimserve": __version__} | (optimum.versions() if to_onnx else {}),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=files,
+        pooling=plan.pooling,
+        bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
+    )
+
+
+def _with_card(manifest: Manifest, source: ModelSource, staging: Path) -> Manifest:
+    path = staging / CARD_NAME
+    path.write_text(render_card(manifest, source, _weight_bytes(manifest.files)), "utf-8")
+    entry = FileEntry(path.stat().st_size, sha256_file(path))
+    return dataclasses.replace(manifest, files=manifest.files | {CARD_NAME: entry})
+
+
+def _weight_bytes(files: Mapping[str, FileEntry]) -> int:
+    """Bytes of the graph and its data, or of the trimmed checkpoint; never of vocab map or cold rows."""
+    ours = (VOCAB_NAME, COLD_NAME)
+    names = (name for name in files if name not in ours)
+    return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

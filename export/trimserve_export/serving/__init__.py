@@ -1,0 +1,79 @@
+"""Make an exported graph servable: last logits, hidden states, cold slots, tied weights once.
+
+The passes are apart so that each can be tested and read alone; `make_servable` runs them in order and
+writes the graph with its weights in external data, which ONNX Runtime maps instead of copying.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from trimserve.errors import UnsupportedModelError
+from trimserve_export.serving.cold_slots import add_cold_slots
+from trimserve_export.serving.flow import describe, find_embedding, find_head
+from trimserve_export.serving.last_logits import slice_before_head
+from trimserve_export.serving.tied_head import tie_head
+
+__all__ = ["GRAPH_NAME", "ServableGraph", "make_servable"]
+
+GRAPH_NAME = "model.onnx"
+# Large tensors start on a boundary at which every system can map them.
+_ALIGNMENT = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class ServableGraph:
+    """A graph that the runtime can serve.
+
+    Attributes:
+        path: the graph; its weights are in ``<name>_data`` beside it.
+        tied: embedding and head are one tensor.
+        files: names of the files that were written.
+    """
+
+    path: Path
+    tied: bool
+    files: tuple[str, ...]
+
+
+def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> ServableGraph:
+    """Run the serving passes on a graph and write the result.
+
+    Args:
+        source: the exporter's graph.
+        output: the folder for ``model.onnx`` and ``model.onnx_data``; not the source's folder.
+        rows: K, the rows that embedding and head must have.
+        has_head: the graph makes logits over the vocab (decoders and fill-mask).
+
+    Raises:
+        UnsupportedModelError: the embedding or the head is not found, or has other rows; nothing is
+            written then.
+    """
+    model = ir.load(source.resolve())
+    embedding = find_embedding(model.graph)
+    _check_rows(embedding.gather, embedding.rows, rows)
+    tied = False
+    if has_head:
+        head = find_head(model.graph)
+        _check_rows(head.product, head.rows, rows)
+        slice_before_head(model.graph, head)
+        tied = tie_head(model, embedding, head)
+    add_cold_slots(model.graph, embedding)
+    RemoveUnusedNodesPass()(model)
+    return _save(model, output / GRAPH_NAME, tied=tied)
+
+
+def _check_rows(node: ir.Node, found: int, expected: int) -> None:
+    if found != expected:
+        raise UnsupportedModelError(
+            f"{describe(node)} has a table of {found:,} rows where {expected:,} were expected: "
+            "the exporter did not export the trimmed checkpoint's vocab there."
+        )
+
+
+def _save(model: ir.Model, path: Path, *, tied: bool) -> ServableGraph:
+    data = f"{path.name}_data"
+    ir.save(model, path, external_data=data, alignment=_ALIGNMENT)
+    return ServableGraph(path, tied, (path.name, data))

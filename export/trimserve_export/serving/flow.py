@@ -1,0 +1,222 @@
+"""Find the embedding and the head of a graph by following the data: from `input_ids`, and back from `logits`.
+
+Never by a dimension that equals the vocab size: position tables and linear layers can have that, too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from trimserve.errors import UnsupportedModelError
+
+# Operators whose output holds the same ids in another shape or integer type.
+_SAME_IDS = frozenset({"Identity", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
+# Operators that look at ids without caring which row they stand for. Equal compares with a special
+# token (RoBERTa's pad): compact ids of special tokens are constants of the graph, cold slots equal none.
+_BLIND = frozenset({"Shape", "Size", "Equal"})
+# What may stand between the head's product and `logits`, a position and a token at a time.
+_POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul"})
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The token embedding of a graph.
+
+    Attributes:
+        gather: the node ``Gather(table, ids)``.
+        ids: its second input, in the shape that the graph made of `input_ids`.
+        table: the constant (K, H).
+    """
+
+    gather: ir.Node
+    ids: ir.Value
+    table: ir.Value
+
+    @property
+    def rows(self) -> int:
+        """K."""
+        return _shape(self.table)[0]
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return _shape(self.table)[1]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Type of the rows."""
+        return _tensor(self.table).dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The vocab head of a graph: ``logits = pointwise(product(hidden, weight))``.
+
+    Attributes:
+        product: the MatMul or FusedMatMul node.
+        hidden: its first input, (B, T, H).
+        weight: the constant behind its second input, (K, H) if `by_row`, else (H, K).
+        by_row: whether a token's weights are a row of the stored constant.
+    """
+
+    product: ir.Node
+    hidden: ir.Value
+    weight: ir.Value
+    by_row: bool
+
+    @property
+    def rows(self) -> int:
+        """K."""
+        return _shape(self.weight)[0 if self.by_row else 1]
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return _shape(self.weight)[1 if self.by_row else 0]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Type of the weight, and so of the hidden states."""
+        return _tensor(self.weight).dtype
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    if value.const_value is None:
+        raise UnsupportedModelError(f"{value.name} is no constant of the graph.")
+    return value.const_value
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    return tuple(_tensor(value).shape.numpy())
+
+
+def describe(node: ir.Node) -> str:
+    """Name a node for an error message."""
+    return f"{node.op_type} {node.name!r}"
+
+
+def find_input(graph: ir.Graph, name: str) -> ir.Value:
+    """Return a graph input by its name.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for value in graph.inputs:
+        if value.name == name:
+            return value
+    names = ", ".join(str(value.name) for value in graph.inputs)
+    raise UnsupportedModelError(f"the graph has no input {name}: it has {names}.")
+
+
+def find_output(graph: ir.Graph, name: str) -> ir.Value:
+    """Return a graph output by its name.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for value in graph.outputs:
+        if value.name == name:
+            return value
+    names = ", ".join(str(value.name) for value in graph.outputs)
+    raise UnsupportedModelError(f"the graph has no output {name}: it has {names}.")
+
+
+def find_embedding(graph: ir.Graph) -> Embedding:
+    """Follow `input_ids` to the one table that it is looked up in.
+
+    Raises:
+        UnsupportedModelError: no table, more than one, or a node that computes with the ids themselves.
+    """
+    found = []
+    for node, ids in _uses_of_ids(find_input(graph, "input_ids")):
+        table = _looked_up(node, ids) if node.graph is graph else None
+        if table is not None:
+            found.append(Embedding(node, ids, table))
+        elif node.op_type not in _BLIND:
+            raise UnsupportedModelError(
+                f"{describe(node)} computes with the token ids: compact ids would change its result."
+            )
+    if len(found) != 1:
+        nodes = ", ".join(describe(embedding.gather) for embedding in found) or "none"
+        raise UnsupportedModelError(
+            f"expected one table that input_ids is looked up in, found {len(found)} ({nodes})."
+        )
+    return found[0]
+
+
+def _uses_of_ids(ids: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
+    for node in ids.consumers():
+        if node.op_type in _SAME_IDS and node.inputs[0] is ids:
+            yield from _uses_of_ids(node.outputs[0])
+        else:
+            yield node, ids
+
+
+def _looked_up(node: ir.Node, ids: ir.Value) -> ir.Value | None:
+    axis = node.attributes.get("axis")
+    if node.op_type != "Gather" or node.inputs[1] is not ids or (axis is not None and axis.as_int() != 0):
+        return None
+    table = _constant_behind(node.inputs[0])
+    return table[0] if table is not None and not table[1] else None
+
+
+def find_head(graph: ir.Graph) -> Head:
+    """Go back from `logits` to the product with the head's weight.
+
+    Raises:
+        UnsupportedModelError: an operator on the way is not understood; the message names it.
+    """
+    value = find_output(graph, "logits")
+    while (node := value.producer()) is not None:
+        if node.op_type in _PRODUCTS:
+            return _head(node)
+        operands = [operand for operand in node.inputs if operand is not None and not _is_constant(operand)]
+        if node.op_type not in _POINTWISE or len(operands) != 1:
+            raise UnsupportedModelError(
+                f"{describe(node)} stands between the head and logits: not understood."
+            )
+        value = operands[0]
+    raise UnsupportedModelError("logits do not come from a product with a weight: the graph has no head.")
+
+
+def _head(node: ir.Node) -> Head:
+    hidden, operand = node.inputs[0], node.inputs[1]
+    found = _constant_behind(operand)
+    if hidden is None or found is None or _flag(node, "transA"):
+        raise UnsupportedModelError(f"{describe(node)} makes the logits without a constant weight.")
+    if node.op_type == "Gemm":
+        # Its input has no batch axis left: cutting positions would need the Reshape before it.
+        raise UnsupportedModelError(
+            f"{describe(node)} makes the logits of flattened positions: not understood."
+        )
+    weight, transposed = found
+    return Head(node, hidden, weight, by_row=transposed != _flag(node, "transB"))
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    attribute = node.attributes.get(name)
+    return attribute is not None and bool(attribute.as_int())
+
+
+def _constant_behind(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
+    """The matrix that a value is, perhaps through Identity and Transpose, and whether it is transposed."""
+    transposed = False
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("Identity", "Transpose"):
+            return None
+        transposed ^= node.op_type == "Transpose"
+        value = node.inputs[0]
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    return value, transposed
+
+
+def _is_constant(value: ir.Value) -> bool:
+    if value.const_value is not None:
+        return True
+    node = value.producer()
+    if node is None:
+        return False  # a graph input
+    return all(operand is None or _is_constant(operand) for operand in node.inputs)

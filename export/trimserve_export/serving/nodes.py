@@ -1,0 +1,83 @@
+"""Write new nodes into a graph with names that cannot meet the exporter's."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from trimserve.errors import UnsupportedModelError
+
+
+class NodeWriter:
+    """Collects nodes for one place of a graph.
+
+    Args:
+        graph: the graph to write into.
+        scope: name of the pass; nodes and constants are called ``trimserve/<scope>/...``.
+    """
+
+    def __init__(self, graph: ir.Graph, scope: str) -> None:
+        self._graph = graph
+        self._scope = f"trimserve/{scope}"
+        self._nodes: list[ir.Node] = []
+
+    def constant(self, value: int | Sequence[int]) -> ir.Value:
+        """Add an int64 constant and return its value."""
+        name = f"{self._scope}/constant_{len(self._graph.initializers)}"
+        array = np.array(value, np.int64)
+        constant = ir.Value(
+            name=name,
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape(array.shape),
+            const_value=ir.tensor(array, name=name),
+        )
+        self._graph.register_initializer(constant)
+        return constant
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        *,
+        output: str | None = None,
+        domain: str = "",
+        **attributes: int,
+    ) -> ir.Value:
+        """Add a node and return its output.
+
+        Raises:
+            UnsupportedModelError: the graph already has a value of the name that the output must have.
+        """
+        name = f"{self._scope}/{op_type}_{len(self._nodes)}"
+        result = ir.Value(name=output or f"{name}_output")
+        self._nodes.append(
+            ir.Node(
+                domain,
+                op_type,
+                inputs,
+                [ir.AttrInt64(key, value) for key, value in attributes.items()],
+                outputs=[result],
+                name=name,
+            )
+        )
+        return result
+
+    def insert_before(self, node: ir.Node) -> None:
+        """Put the collected nodes in front of a node of the graph."""
+        self._graph.insert_before(node, self._nodes)
+
+
+def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> ir.Value:
+    """Add a graph input.
+
+    Raises:
+        UnsupportedModelError: the graph already has a value of this name.
+    """
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    if name in taken:
+        raise UnsupportedModelError(
+            f"the graph already has an input or output {name}: was it made servable before?"
+        )
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    graph.inputs.append(value)
+    return value

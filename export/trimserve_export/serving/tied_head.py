@@ -1,0 +1,61 @@
+"""Pass 4: a head that is the embedding reads the embedding's one tensor, through FusedMatMul(transB)."""
+
+import numpy as np
+import onnx_ir as ir
+
+from trimserve_export.serving.flow import Embedding, Head
+from trimserve_export.serving.nodes import NodeWriter
+
+_CONTRIB = "com.microsoft"
+_BLOCK_BYTES = 8 << 20
+
+
+def tie_head(model: ir.Model, embedding: Embedding, head: Head) -> bool:
+    """Let the head read the embedding's tensor where their numbers are the same.
+
+    ONNX Runtime folds ``Transpose(E)`` into a private copy of E, and some exporters (optimum-onnx with
+    Gemma 3) already store that copy. ``FusedMatMul(h, E, transB=1)`` needs neither.
+
+    Returns:
+        Whether the head is tied now.
+    """
+    if head.product.op_type not in ("MatMul", "FusedMatMul") or not _same_numbers(embedding.table, head):
+        return False
+    if head.product.op_type == "FusedMatMul" and head.weight is embedding.table:
+        return True
+    writer = NodeWriter(model.graph, "tied_head")
+    operands = [head.product.inputs[0], embedding.table]
+    product = writer.op("FusedMatMul", operands, domain=_CONTRIB, transA=0, transB=1)
+    writer.insert_before(head.product)
+    _take_over(head.product.outputs[0], product)
+    model.graph.remove(head.product, safe=True)
+    model.opset_imports.setdefault(_CONTRIB, 1)
+    return True
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Put a value in the place of another, which may be a graph output with its name."""
+    name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = f"{name}/replaced"
+    new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _same_numbers(table: ir.Value, head: Head) -> bool:
+    """Compare the embedding (K, H) with the head's weight, whichever way that lies, block by block."""
+    if head.weight is table:
+        return head.by_row
+    first, second = table.const_value, head.weight.const_value
+    if first is None or second is None or first.dtype != second.dtype:
+        return False
+    rows, weights = first.numpy(), second.numpy() if head.by_row else second.numpy().T
+    if rows.shape != weights.shape:
+        return False
+    step = max(1, _BLOCK_BYTES // max(rows[:1].nbytes, 1))
+    blocks = range(0, len(rows), step)
+    return all(_same_bits(rows[start : start + step], weights[start : start + step]) for start in blocks)
+
+
+def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    bits = np.dtype(f"u{first.dtype.itemsize}")
+    return np.array_equal(np.ascontiguousarray(first).view(bits), np.ascontiguousarray(second).view(bits))

@@ -1,0 +1,107 @@
+"""`trimserve export`: make a trimmed folder from a model."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimserve.cli.output import emit
+from trimserve.cli.select import add_selection_arguments, selection_options
+from trimserve.errors import UsageError, require
+
+if TYPE_CHECKING:
+    from trimserve.profiling import Profile
+    from trimserve.source import ModelSource
+    from trimserve.vocab import VocabMap
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("-m", "--model", required=True, help="folder or hub id of the model to trim")
+    parser.add_argument("--revision", help="hub branch, tag or commit of the model")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
+    ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group(required=True)
+    ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
+    ids.add_argument("--profile", nargs="+", type=Path, metavar="P", help="profiles to select from")
+    ids.add_argument("--corpus", nargs="+", metavar="FILE", help="texts to profile and select from")
+    parser.add_argument("--text-column", metavar="C", help="field of a .jsonl record that holds its text")
+    add_selection_arguments(parser)
+    _add_export_arguments(parser)
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", default="auto", help="e.g. feature-extraction (default: by architecture)")
+    exporters = ("auto", "optimum", "transformers", "genai")
+    parser.add_argument("--exporter", default="auto", choices=exporters, help="what makes the graph")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="of the weights")
+    layouts = ("runtime", "tokenizer", "graph")
+    parser.add_argument("--layout", default="runtime", choices=layouts, help="where ids are remapped")
+    parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors"), help="what to write")
+    parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the cold rows out")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that trimserve made")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the model's folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Select if asked to, export, report."""
+    from trimserve.folder import check_target
+    from trimserve.source import resolve_model
+
+    options = selection_options(args)
+    if args.vocab is not None and any(options.values()):
+        raise UsageError("--vocab already says which ids stay: leave out the options that select.")
+    check_target(args.output, overwrite=args.overwrite)  # before minutes of work
+    exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
+    source = resolve_model(args.model, revision=args.revision)
+    result = exporter.export(
+        source,
+        _vocab(args, source, options),
+        args.output,
+        task=args.task,
+        exporter=args.exporter,
+        dtype=args.dtype,
+        layout=args.layout,
+        to=args.to,
+        cold=args.cold,
+        overwrite=args.overwrite,
+        trust_remote_code=args.trust_remote_code,
+    )
+    document: dict[str, Any] = result.to_dict()
+    emit(args, document, _summary(document))
+    return 0
+
+
+def _vocab(args: argparse.Namespace, source: "ModelSource", options: dict[str, Any]) -> "VocabMap":
+    from trimserve.artefacts import load_vocab
+    from trimserve.selection import select
+
+    if args.vocab is not None:
+        return load_vocab(args.vocab)
+    return select(_profiles(args, source), model=source, **options)
+
+
+def _profiles(args: argparse.Namespace, source: "ModelSource") -> "list[Profile]":
+    from trimserve.profiling import Profile, profile
+
+    if args.profile is not None:
+        return [Profile.load(path) for path in args.profile]
+    return [profile(args.corpus, source, text_column=args.text_column)]
+
+
+def _summary(document: dict[str, Any]) -> str:
+    from trimserve.report import human_bytes, percent, table
+
+    kept, size = document["kept"], document["vocab_size"]
+    before, after = document["bytes_before"], document["bytes_after"]
+    rows = [
+        ["vocab rows", f"{size:,}", f"{kept:,}", percent(kept / size)],
+        ["weights", human_bytes(before), human_bytes(after), percent(after / before)],
+    ]
+    files = ", ".join(f"{name} {human_bytes(count)}" for name, count in document["files"].items())
+    return "\n".join(
+        [
+            table(["", "full", "trimmed", "share"], rows),
+            "",
+            f"{document['path']}: {files}",
+            f"{document['seconds']:.1f} s, peak memory {human_bytes(document['peak_rss_bytes'])}",
+        ]
+    )
