@@ -16,7 +16,8 @@ from trimserve.errors import UsageError
 STDIN = "-"
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-MAX_CHARACTERS = 1 << 20
+# A long document is cut into parts of this length, so that all cores share it.
+MAX_CHARACTERS = 1 << 18
 _BLOCK_BYTES = 1 << 20
 # Where a long document may be cut: after a lone newline with a letter or digit behind it. The
 # pre-tokenizers of the byte-level BPE families all end a piece there, so no token spans the cut.

@@ -1,11 +1,9 @@
 """Count the tokens of a corpus: Profile, merging, coverage, and how much is still unseen."""
 
-import itertools
 import logging
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +13,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from trimserve.artefacts import load_artefact, save_artefact, sha256_file
-from trimserve.corpus import Corpus, CorpusSource, Document
+from trimserve.corpus import Corpus, CorpusSource
+from trimserve.counting import Counts, count_tokens, limit_threads, unnamed_rows
 from trimserve.errors import MismatchError, UsageError
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
@@ -24,14 +23,10 @@ from trimserve.vocab import Ids
 
 log = logging.getLogger(__name__)
 
-Counts = npt.NDArray[np.int64]
 CONFIDENCE = 0.95
-# A batch is large enough to keep every core busy and small enough to hold as encodings.
-_BATCH_CHARACTERS = 1 << 21
-_BATCH_TEXTS = 1 << 14
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
 class Profile:
     """How often each token id occurs in a corpus.
 
@@ -66,6 +61,7 @@ class Profile:
     effective_tokens: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_arrays(self)
         for array in (self.counts, self.structural, self.padding_ids, self.shares):
             if array is not None:
                 array.setflags(write=False)
@@ -153,11 +149,24 @@ class Profile:
             loaded = cls(**values)
         except (KeyError, TypeError) as error:
             raise MismatchError(f"{path} is damaged ({error}): make the profile again.") from error
-        if loaded.counts.ndim != 1 or loaded.tokens != tokens or loaded.counts.min(initial=0) < 0:
+        if loaded.tokens != tokens:
             raise MismatchError(
                 f"{path} should count {tokens:,} tokens but counts {loaded.tokens:,}: make the profile again."
             )
         return loaded
+
+
+def _check_arrays(profile: Profile) -> None:
+    counts, size = profile.counts, profile.counts.size
+    whole = counts.ndim == 1 and counts.dtype == np.int64 and counts.min(initial=0) >= 0
+    ids = np.concatenate([profile.structural, profile.padding_ids])
+    inside = ids.min(initial=0) >= 0 and ids.max(initial=-1) < size
+    fits = profile.shares is None or profile.shares.shape == counts.shape
+    if not (whole and inside and fits):
+        raise MismatchError(
+            f"a profile needs int64 counts of at least 0 and ids below their number: found {counts.dtype} "
+            f"counts of shape {counts.shape} and ids up to {ids.max(initial=-1):,}. Make the profile again."
+        )
 
 
 _ARRAYS = ("counts", "structural", "padding_ids")
@@ -203,84 +212,26 @@ def profile(
     source = resolve_model(model, weights=False)
     read = Corpus([str(file) for file in files], text_column, texts=texts)
     if workers is not None:
-        _limit_threads(workers)
+        limit_threads(workers)
     tokenizer = source.tokenizer()
-    tally = _Tally(tokenizer, source.vocab_size)
     with progress_bar(read.total_bytes, "profiling", "B", show=progress) as bar:
-        for batch in _batches(read.documents()):
-            tally.add(batch)
-            bar.update(read.bytes_read - bar.n)
-    counts, beyond_rows = tally.result()
-    _warn_without_newlines(counts, tokenizer)
+        tally = count_tokens(
+            tokenizer, read.documents(), source.vocab_size, lambda: bar.update(read.bytes_read - bar.n)
+        )
+    _warn_without_newlines(tally.counts, tokenizer)
     return Profile(
-        counts=counts,
+        counts=tally.counts,
         tokenizer_sha256=sha256_file(source.tokenizer_path),
         tokenizer_name=source.name,
         texts=tally.texts,
         characters=tally.characters,
-        beyond_rows=beyond_rows,
+        beyond_rows=tally.beyond_rows,
         sources=tuple(read.sources),
         structural=structural_ids(source, tokenizer),
-        padding_ids=_padding_ids(tokenizer, source.vocab_size),
+        padding_ids=unnamed_rows(tokenizer, source.vocab_size),
         linear_widths=tuple(sorted(source.linear_widths())),
         row_bytes=source.row_bytes(),
     )
-
-
-class _Tally:
-    """Running counts; ids beyond the model's rows are counted apart at the end."""
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.texts = self.characters = 0
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._counts: Counts = np.zeros(max(vocab_size, _largest_id(tokenizer) + 1), np.int64)
-
-    def add(self, batch: Sequence[Document]) -> None:
-        texts = [document.text for document in batch]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
-        self._counts += np.bincount(np.fromiter(ids, np.int64), minlength=self._counts.size)
-        self.texts += sum(document.part == 0 for document in batch)
-        self.characters += sum(map(len, texts))
-
-    def result(self) -> tuple[Counts, int]:
-        """Counts (V,) with the tokens that serving puts around each text, and occurrences beyond V."""
-        # Added here rather than while encoding: a long document comes in parts but is one text.
-        around = self._tokenizer.encode("").ids
-        counts = self._counts + self.texts * np.bincount(
-            np.array(around, np.int64), minlength=self._counts.size
-        )
-        return counts[: self._vocab_size], int(counts[self._vocab_size :].sum())
-
-
-def _largest_id(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
-
-def _padding_ids(tokenizer: Tokenizer, vocab_size: int) -> Ids:
-    named = np.fromiter(tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
-    return np.setdiff1d(np.arange(vocab_size), named).astype(np.int32)
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_TEXTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _limit_threads(workers: int) -> None:
-    if workers < 1:
-        raise UsageError(f"workers should be at least 1 but is {workers}.")
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
 
 
 def _warn_without_newlines(counts: Counts, tokenizer: Tokenizer) -> None:
