@@ -231,7 +231,7 @@ def _fill(plan: _Plan, staging: Path, *, progress: bool) -> Manifest:
             shutil.copyfile(plan.source.path / name, staging / name)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, list_files(staging))
-    return _with_card(manifest, plan.source, staging)
+    return with_card(manifest, plan.source, staging)
 
 
 def _trim(plan: _Plan, checkpoint: Path, staging: Path, *, progress: bool) -> TrimmedCheckpoint:
@@ -284,8 +284,9 @@ def _manifest(plan: _Plan, trimmed: TrimmedCheckpoint, files: dict[str, FileEntr
     )
 
 
-def _with_card(manifest: Manifest, source: ModelSource, staging: Path) -> Manifest:
-    path = staging / CARD_NAME
+def with_card(manifest: Manifest, source: ModelSource, folder: Path) -> Manifest:
+    """Write a folder's model card and return the manifest that lists it."""
+    path = folder / CARD_NAME
     path.write_text(render_card(manifest, source, _weight_bytes(manifest.files)), "utf-8")
     entry = FileEntry(path.stat().st_size, sha256_file(path))
     return dataclasses.replace(manifest, files=manifest.files | {CARD_NAME: entry})

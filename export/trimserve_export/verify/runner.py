@@ -1,6 +1,6 @@
 """Run every check that applies to a folder, against the full model exported the same way for the occasion."""
 
-import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -9,12 +9,12 @@ from pathlib import Path
 import transformers
 
 from trimserve.errors import MismatchError, TrimserveError
-from trimserve.folder import TrimmedFolder, open_folder, read_manifest, with_verification, write_manifest
+from trimserve.folder import open_folder, read_manifest, with_verification, write_manifest
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
 from trimserve_export.checkpoint import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.exporters.optimum import task_class
-from trimserve_export.pipeline import export_full, has_vocab_head
+from trimserve_export.pipeline import export_full, has_vocab_head, with_card
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.generation import check_generated_ids
 from trimserve_export.verify.numbers import check_cold_slots, check_hidden_states, check_kept_logits
@@ -22,6 +22,8 @@ from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
 from trimserve_export.vocab_axes import architecture_class, find_vocab_axes
+
+logger = logging.getLogger(__name__)
 
 NamedCheck = tuple[str, Callable[[Context], Check]]
 
@@ -67,7 +69,7 @@ def verify(
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
         result = VerifyResult(tuple(_run(context, progress=progress)))
     if store and "files" not in result.failed:
-        _store(opened, result)
+        _store(context, result)
     return result
 
 
@@ -108,8 +110,12 @@ def _outcome(name: str, check: Callable[[Context], Check], context: Context) -> 
         return Check(name, False, None, str(error))
 
 
-def _store(folder: TrimmedFolder, result: VerifyResult) -> None:
+def _store(context: Context, result: VerifyResult) -> None:
     """Write the result into manifest and card; a folder that may not be written keeps its old ones."""
+    folder = context.folder
     entry = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **result.to_dict()}
-    with contextlib.suppress(PermissionError):
-        write_manifest(folder.path, with_verification(folder.manifest, entry))
+    try:
+        manifest = with_card(with_verification(folder.manifest, entry), context.source, folder.path)
+        write_manifest(folder.path, manifest)
+    except PermissionError as error:
+        logger.warning("the result was not stored in %s: %s", folder.path, error)
