@@ -43,6 +43,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -105,9 +108,9 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
     if metadata.get("kind") != kind:
         found = metadata.get("kind", "no trimserve file")
         raise MismatchError(f"{path} should be a {kind} but is {found}: pass the right file.")
-    if metadata["schema_version"] != str(SCHEMA_VERSION):
+    if (version := metadata.get("schema_version")) != str(SCHEMA_VERSION):
         raise MismatchError(
-            f"{path} has schema {metadata['schema_version']}, this trimserve reads "
+            f"{path} has schema {version}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
     try:

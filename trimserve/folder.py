@@ -241,12 +241,16 @@ def staged_folder(target: Path, *, overwrite: bool = False, ours: str = MANIFEST
         UsageError: `target` exists, is not empty, and may not be replaced.
     """
     check_target(target, overwrite=overwrite, ours=ours)
+    target = target.resolve()  # "." has neither a name nor a parent
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     staging.chmod(0o755)
     try:
         yield staging
         _swap(staging, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a full disk is reported without a name
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -281,8 +285,9 @@ def _swap(staging: Path, target: Path) -> None:
     target.rename(old / target.name)
     try:
         staging.rename(target)
-    except OSError:
+    except BaseException:  # Ctrl-C too must not leave the target missing
         (old / target.name).rename(target)
+        old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 

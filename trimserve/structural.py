@@ -15,6 +15,7 @@ from trimserve.source import ModelSource
 from trimserve.vocab import Ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json")
+TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 # Models that number positions by cumsum(ids != pad) * (ids != pad) + pad: in their graphs the pad id is
 # both compared with ids and added to positions, so its compact id must equal it.
 # fmt: off
@@ -42,8 +43,8 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
 def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> Ids:
     """Find the ids that must stay.
 
-    Special and added tokens; the byte alphabet or byte-fallback pieces; unk; ids named in config.json,
-    generation_config.json and the post-processor; newline tokens; the chat template's literals; and
+    Special and added tokens; the byte alphabet or byte-fallback pieces; unk; ids named in the configs of
+    model, generation and tokenizer and in the post-processor; newline tokens; the chat template's literals; and
     0..pad where the model computes positions from the pad id.
 
     Args:
@@ -58,6 +59,7 @@ def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> I
         tokenizer.get_added_tokens_decoder(),
         tokenizer_ids(tokenizer),
         (id_ for name in CONFIG_NAMES for id_ in config_ids(source.read_json(name))),
+        _ids_of(tokenizer, (token for name in TOKEN_NAMES for token in named_tokens(source.read_json(name)))),
         newline_ids(tokenizer),
         template_ids(tokenizer, chat_templates(source)),
         pad_position_ids(source),
@@ -116,6 +118,15 @@ def _integers(value: object) -> Iterator[int]:
         yield value
     elif isinstance(value, list):
         yield from chain.from_iterable(map(_integers, value))
+
+
+def named_tokens(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield the tokens that a tokenizer_config.json or special_tokens_map.json names, such as eos."""
+    named = [value for key, value in settings.items() if key.endswith("_token")]
+    for value in chain(named, settings.get("additional_special_tokens") or ()):
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            yield content
 
 
 def newline_ids(tokenizer: Tokenizer) -> list[int]:

@@ -88,9 +88,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             )
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
+            metadata = dict(header.pop("__metadata__", {}))
             specs = {name: _spec(path, name, entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MismatchError(
                 f"{path} has an unreadable safetensors header ({error}). Fetch or make it again."
             ) from error

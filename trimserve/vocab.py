@@ -37,7 +37,7 @@ class Slotted:
     cold_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
 class VocabMap:
     """The kept ids of a model's vocab.
 
@@ -57,8 +57,8 @@ class VocabMap:
     _compact_of: Ids = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        kept = np.asarray(self.kept_ids, np.int32)
-        reason = np.asarray(self.reason, np.uint8)
+        kept = np.array(self.kept_ids, np.int64)  # a wider type first: int32 would wrap silently
+        reason = np.array(self.reason, np.uint8)
         if kept.ndim != 1 or kept.size == 0 or reason.shape != kept.shape:
             raise MismatchError(
                 "a vocab needs at least one kept id and one reason for each: "
@@ -69,6 +69,7 @@ class VocabMap:
                 f"kept ids must increase strictly within 0..{self.vocab_size - 1:,}: found "
                 f"{kept.size:,} ids from {kept.min():,} to {kept.max():,}. Select the vocab again."
             )
+        kept = kept.astype(np.int32)
         compact_of = np.full(self.vocab_size, -1, np.int32)
         compact_of[kept] = np.arange(kept.size, dtype=np.int32)
         for name, array in (("kept_ids", kept), ("reason", reason), ("_compact_of", compact_of)):

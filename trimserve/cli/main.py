@@ -1,6 +1,7 @@
 """Parse the command line, run one subcommand, turn errors into one sentence and an exit code."""
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or 'no file name'}.", 1)
+        advice = " Free some space and run it again." if error.errno == errno.ENOSPC else ""
+        named = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{named}.{advice}", 1)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
