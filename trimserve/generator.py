@@ -177,9 +177,9 @@ class Generator:
         if limit < 0:
             raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
         started = [ids if ids.size else self._first_id() for ids in prompts]
-        servable, cold_tokens = self.codec.servable(started)
-        self.stats.cold_tokens += cold_tokens
-        return [Request(ids, params, limit, self.stop_ids) for ids in servable]
+        servable = self.codec.servable(started)
+        self.stats.cold_tokens += servable.cold_tokens
+        return [Request(ids, params, limit, self.stop_ids) for ids in servable.sequences]
 
     def _first_id(self) -> Ids:
         """What an empty prompt starts with: bos, or else eos, as transformers does."""

@@ -61,7 +61,6 @@ def open_session(
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
     options: ort.SessionOptions = runtime.SessionOptions()
     options.log_severity_level = 3  # a fold that was skipped on purpose is no warning for the user
-    options.inter_op_num_threads = 1
     options.add_session_config_entry(
         "optimization.constant_folding_max_output_size_in_bytes", str(_MAX_FOLDED_BYTES)
     )
