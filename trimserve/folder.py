@@ -18,6 +18,7 @@ MANIFEST_NAME = "trimserve.json"
 VOCAB_NAME = "vocab_map.safetensors"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+GENERATION_TASK = "text-generation-with-past"  # the task of a Generator; any other is an Encoder's
 # Hashing a larger file would cost more than loading it; `verify` hashes everything.
 HASH_ON_LOAD_BYTES = 32 << 20
 

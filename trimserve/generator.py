@@ -121,8 +121,8 @@ class Generator:
 
     @property
     def can_be_exact(self) -> bool:
-        """Whether the folder holds what exact mode needs."""
-        return self.folder.has_cold and COLD_MAX_NAME in self.folder.manifest.files
+        """Whether the folder holds what exact mode needs; nothing where every id is kept."""
+        return COLD_MAX_NAME in self.folder.manifest.files or not self.folder.vocab.cold_ids.size
 
     def generate(
         self, prompts: str | Sequence[str], **options: Unpack[GenerationOptions]
@@ -212,12 +212,14 @@ class Generator:
                 f"{self.folder.path} has no cold head, so exact mode is not possible: export it again "
                 "without --no-cold, or pass --mode compact."
             )
-        if self._head is None:
-            self._head = ColdHead(self.folder, threads=self._threads)
-        vocab = self.folder.vocab
         max_block = options.get("max_block", MAX_BLOCK)
         if max_block < 1:
             raise UsageError(f"max_block should be 1 or more, found {max_block}.")
+        vocab = self.folder.vocab
+        if not vocab.cold_ids.size:
+            return None
+        if self._head is None:
+            self._head = ColdHead(self.folder, threads=self._threads)
         return ExactChecker(self._head, vocab.kept_ids, vocab.vocab_size, timing, max_block)
 
     def _count(self, requests: Sequence[Request], timing: Timing, seconds: float) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.errors import UsageError
+from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import (
     COLD_NAME,
+    GENERATION_TASK,
     MANIFEST_NAME,
     TOKENIZER_NAME,
     VOCAB_NAME,
@@ -35,6 +37,7 @@ from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.exporters import optimum
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
 from trimserve_export.serving import GRAPH_NAME, make_servable
+from trimserve_export.serving.cold_head import write_cold_head
 from trimserve_export.vocab_axes import load_config
 
 logger = logging.getLogger(__name__)
@@ -203,7 +206,7 @@ def export_full(source: ModelSource, output: Path, task: str, dtype: str) -> Pat
 
 def has_vocab_head(task: str) -> bool:
     """Tell whether a task's graph makes logits over the vocab."""
-    return task in ("fill-mask", "text-generation-with-past")
+    return task in ("fill-mask", GENERATION_TASK)
 
 
 def _plan(source: ModelSource, vocab: VocabMap, options: Options) -> _Plan:
@@ -258,6 +261,8 @@ def _export_graph(plan: _Plan, checkpoint: Path, staging: Path) -> None:
     )
     logger.info("making the graph servable")
     make_servable(graph, staging, rows=len(plan.vocab), has_head=has_vocab_head(plan.task))
+    if plan.task == GENERATION_TASK and plan.options.cold and plan.vocab.cold_ids.size:
+        write_cold_head(staging / GRAPH_NAME, staging / COLD_NAME)
 
 
 def _manifest(plan: _Plan, trimmed: TrimmedCheckpoint, files: dict[str, FileEntry]) -> Manifest:
@@ -294,7 +299,7 @@ def with_card(manifest: Manifest, source: ModelSource, folder: Path) -> Manifest
 
 def _weight_bytes(files: Mapping[str, FileEntry]) -> int:
     """Bytes of the graph and its data, or of the trimmed checkpoint; never of vocab map or cold rows."""
-    ours = (VOCAB_NAME, COLD_NAME)
+    ours = (VOCAB_NAME, COLD_NAME, COLD_HEAD_NAME, COLD_MAX_NAME)
     names = (name for name in files if name not in ours)
     return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
 
