@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from transformers import PretrainedConfig
 
 from trimserve.artefacts import sha256_file
@@ -118,8 +119,7 @@ def trim_checkpoint(
     """
     check_vocab(source, vocab)
     config = load_config(source.path, trust_remote_code=trust_remote_code)
-    classes = [cls for cls in (model_class, architecture_class(config)) if cls is not None]
-    axes = [find_vocab_axes(config, cls, trust_remote_code=trust_remote_code) for cls in classes]
+    axes = _axes(config, model_class, trust_remote_code=trust_remote_code)
     for found in axes:
         _check_pad(config, found, vocab)
     specs = read_specs(source)
@@ -130,6 +130,33 @@ def trim_checkpoint(
     written = _run(steps, total, progress=progress)
     elements = _count_elements(specs, stored)
     return TrimmedCheckpoint(target, _cut_tensors(stored, vocab), stored.tied, written, elements)
+
+
+def stored_vocab(
+    source: ModelSource, model_class: ModelClass | None = None, *, trust_remote_code: bool = False
+) -> StoredVocab:
+    """Find the vocab tensors of a model's checkpoint; nothing is read but configs and headers.
+
+    Raises:
+        UnsupportedModelError: see `trim_checkpoint`.
+        MismatchError: a tensor has fewer than V rows.
+    """
+    config = load_config(source.path, trust_remote_code=trust_remote_code)
+    axes = _axes(config, model_class, trust_remote_code=trust_remote_code)
+    return find_stored_vocab(read_specs(source), axes, source.vocab_size)
+
+
+def _axes(
+    config: PretrainedConfig, model_class: ModelClass | None, *, trust_remote_code: bool
+) -> list[VocabAxes]:
+    """The vocab tensors of the class to load the weights in, then of the class they were saved from."""
+    classes = [cls for cls in (model_class, architecture_class(config)) if cls is not None]
+    if not classes:
+        raise UnsupportedModelError(
+            f"architectures = {config.architectures} names no class of transformers "
+            f"{transformers.__version__}, so the vocab tensors cannot be told: this model cannot be trimmed."
+        )
+    return [find_vocab_axes(config, cls, trust_remote_code=trust_remote_code) for cls in classes]
 
 
 def check_vocab(source: ModelSource, vocab: VocabMap) -> None:

@@ -1,0 +1,212 @@
+"""Say what a path is: a model and the prize of trimming it, a trimmed folder, or an ONNX graph."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimserve.errors import UsageError, require
+from trimserve.folder import COLD_NAME, is_trimmed, read_manifest
+from trimserve.source import ModelSource, resolve_model
+
+if TYPE_CHECKING:
+    from trimserve_export.checkpoint import StoredVocab
+
+# A K that most single-domain profiles stay below.
+DEFAULT_KEPT = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class VocabTensorFacts:
+    """One stored tensor with a vocab axis."""
+
+    name: str
+    role: str  # embedding, head, head_bias, or "copy" of a tied tensor that is stored twice
+    axis: int
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prize:
+    """What trimming can win at most, by the shapes alone.
+
+    Attributes:
+        kept: the K that the ratio and the removed bytes are for.
+        vocab_share: share of all weight bytes that have a vocab axis; no K removes more.
+        bytes_removed: bytes of the rows beyond K.
+        decode_ratio: weight bytes read for one token by the full model over those at K: every weight is
+            read once but the embedding, of which a token needs one row. None for models without a head.
+    """
+
+    kept: int
+    vocab_share: float
+    bytes_removed: int
+    decode_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A model folder.
+
+    Attributes:
+        vocab_size: V.
+        tokenizer_size: ids that the tokenizer has; V may exceed it or fall short of it.
+        hidden_size: width of the embedding's rows.
+        tied: the head is the embedding.
+        weight_bytes: bytes of all weights as stored, a tied tensor once.
+    """
+
+    path: str
+    model_type: str
+    architecture: str
+    vocab_size: int
+    tokenizer_size: int
+    hidden_size: int
+    tied: bool
+    weight_bytes: int
+    vocab_tensors: tuple[VocabTensorFacts, ...]
+    prize: Prize
+    kind: str = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmedFacts:
+    """A trimmed folder, by its manifest."""
+
+    path: str
+    base_model: str
+    task: str
+    dtype: str
+    vocab_size: int
+    kept: int
+    coverage: float | None
+    cut: tuple[str, ...]
+    cold_bytes: int
+    bytes: int
+    verified: bool | None
+    kind: str = "trimmed"
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxFacts:
+    """An ONNX graph without a checkpoint."""
+
+    path: str
+    bytes: int
+    note: str = "trimming an ONNX graph is not built yet: export from the model's checkpoint"
+    kind: str = "onnx"
+
+
+Inspection = ModelFacts | TrimmedFacts | OnnxFacts
+
+
+def inspect(path: str | Path, *, kept: int = DEFAULT_KEPT, revision: str | None = None) -> Inspection:
+    """Tell what a path or hub id is.
+
+    Args:
+        path: a model folder or hub id, a trimmed folder, or an ONNX file or a folder with one.
+        kept: the K to compute the prize for.
+        revision: hub branch, tag or commit.
+
+    Raises:
+        UsageError: nothing that trimserve knows.
+        UnsupportedModelError: a model whose vocab tensors are not understood.
+        MissingExtraError: a model folder, and torch is not installed.
+    """
+    local = Path(path)
+    if is_trimmed(local):
+        return _inspect_trimmed(local)
+    if local.is_file() and local.suffix == ".onnx":
+        return OnnxFacts(str(path), _onnx_bytes(local))
+    source = resolve_model(path, revision=revision)
+    graphs = sorted(source.path.glob("*.onnx")) + sorted(source.path.glob("onnx/*.onnx"))
+    if graphs and not source.has_weights:
+        return OnnxFacts(str(graphs[0]), _onnx_bytes(graphs[0]))
+    if not source.config:
+        raise UsageError(f"{path} has no config.json: expected a model folder or a trimmed folder.")
+    return _inspect_model(source, kept)
+
+
+def to_dict(facts: Inspection) -> dict[str, Any]:
+    """The JSON document of the command line."""
+    return dataclasses.asdict(facts)
+
+
+def _inspect_trimmed(path: Path) -> TrimmedFacts:
+    manifest = read_manifest(path)
+    cold = manifest.files.get(COLD_NAME)
+    return TrimmedFacts(
+        path=str(path),
+        base_model=manifest.source.name,
+        task=manifest.task,
+        dtype=manifest.dtype,
+        vocab_size=manifest.vocab_size,
+        kept=manifest.kept,
+        coverage=manifest.selection.get("coverage"),
+        cut=tuple(tensor.name for tensor in manifest.cut),
+        cold_bytes=cold.bytes if cold else 0,
+        bytes=sum(entry.bytes for entry in manifest.files.values()),
+        verified=manifest.verification["ok"] if manifest.verification else None,
+    )
+
+
+def _onnx_bytes(path: Path) -> int:
+    data = (path.with_name(path.name + suffix) for suffix in ("_data", ".data"))
+    return sum(file.stat().st_size for file in (path, *data) if file.is_file())
+
+
+def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
+    require("transformers", extra="export", purpose="inspecting a model")
+    from trimserve_export.checkpoint import read_specs, stored_vocab
+    from trimserve_export.vocab_axes import load_config
+
+    specs = read_specs(source)
+    stored = stored_vocab(source)
+    tensors = _vocab_tensors(stored)
+    copies = {tensor.name for tensor in tensors if tensor.role == "copy"}
+    total = sum(spec.nbytes for name, spec in specs.items() if name not in copies)
+    return ModelFacts(
+        path=source.name,
+        model_type=str(load_config(source.path).model_type),
+        architecture=", ".join(source.config.get("architectures") or ["unknown"]),
+        vocab_size=source.vocab_size,
+        tokenizer_size=source.tokenizer().get_vocab_size(with_added_tokens=True),
+        hidden_size=next(tensor.shape[1] for tensor in tensors if tensor.role == "embedding"),
+        tied=stored.tied,
+        weight_bytes=total,
+        vocab_tensors=tensors,
+        prize=prize(tensors, total, source.vocab_size, kept, tied=stored.tied),
+    )
+
+
+def _vocab_tensors(stored: "StoredVocab") -> tuple[VocabTensorFacts, ...]:
+    role_of = {name: role for role, name in stored.roles.items()}
+    return tuple(
+        VocabTensorFacts(name, role_of.get(name, "copy"), axis, spec.shape, spec.dtype, spec.nbytes)
+        for name, (spec, axis) in stored.cut.items()
+    )
+
+
+def prize(
+    tensors: tuple[VocabTensorFacts, ...], total: int, vocab_size: int, kept: int, *, tied: bool
+) -> Prize:
+    """Compute what trimming to K ids can win at most.
+
+    Args:
+        tensors: the vocab tensors; copies of tied ones do not count.
+        total: bytes of all weights, copies left out.
+        vocab_size: V.
+        kept: K; at most V counts.
+        tied: the head is the embedding, so the embedding is read as a whole for each token.
+    """
+    share = min(kept, vocab_size) / vocab_size
+    counted = [tensor for tensor in tensors if tensor.role != "copy"]
+    vocab_bytes = sum(tensor.bytes for tensor in counted)
+    head_roles = {"head", "head_bias", *(["embedding"] if tied else [])}
+    head = sum(tensor.bytes for tensor in counted if tensor.role in head_roles)
+    body = total - vocab_bytes
+    has_head = tied or any(tensor.role == "head" for tensor in counted)
+    ratio = (body + head) / (body + head * share) if has_head and body + head else None
+    return Prize(min(kept, vocab_size), vocab_bytes / total, round(vocab_bytes * (1 - share)), ratio)
