@@ -16,7 +16,8 @@ TEXT = (
     "Der Hund und die Katze saßen auf der Matte. Le chat est assis.\n"
 )
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|turn|>' + message['role'] + '\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|turn|>' + message['role'] + '\\n' + message['content'] + '<|end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
 )
 

@@ -17,7 +17,7 @@ from trimserve.tensorfile import TensorSpec, read_header
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights in pickle (*.bin, *.pt) and code (*.py).
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data", "*.onnx.data")

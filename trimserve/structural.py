@@ -44,8 +44,8 @@ def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> I
     """Find the ids that must stay.
 
     Special and added tokens; the byte alphabet or byte-fallback pieces; unk; ids named in the configs of
-    model, generation and tokenizer and in the post-processor; newline tokens; the chat template's literals; and
-    0..pad where the model computes positions from the pad id.
+    model, generation and tokenizer and in the post-processor; newline tokens; the chat template's
+    literals; and 0..pad where the model computes positions from the pad id.
 
     Args:
         source: the model's files.
