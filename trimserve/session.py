@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
 # A folded constant above this size would be a second, anonymous copy of a mapped weight.
 _MAX_FOLDED_BYTES = 1 << 20
-_pool_threads: list[int] = []  # size of the process's shared thread pool, once it is set
 
 
 def open_session(
@@ -65,25 +64,12 @@ def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.Sessio
         "optimization.constant_folding_max_output_size_in_bytes", str(_MAX_FOLDED_BYTES)
     )
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    if _join_pool(runtime, threads):
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Each session has its own threads: a pool shared by the process (set_global_thread_pool_sizes) makes
+    # ONNX Runtime refuse every other session of the process, also those of other libraries. Idle threads
+    # must not wait busily then, or two sessions that take turns keep each other off the cores.
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
-
-
-def _join_pool(runtime: ModuleType, threads: int) -> bool:
-    """Tell whether a session of so many threads can use the process's shared pool.
-
-    Two sessions with threads of their own wait busily on each other's cores: a body and a cold head
-    that took turns were half as fast as with one pool (2 cores, ONNX Runtime 1.31). The first session
-    sets the pool's size, once for the process.
-    """
-    if not _pool_threads:
-        runtime.set_global_thread_pool_sizes(threads, 1)
-        _pool_threads.append(threads)
-    return _pool_threads[0] == threads
 
 
 def _providers(runtime: ModuleType, device: str) -> list[Any]:
