@@ -1,0 +1,311 @@
+"""Text to compact ids and back, through the original tokenizer, which is never cut.
+
+Segmentation is that of the full model. An id without a compact row takes a cold slot, or, in a folder
+without cold rows, is split into kept pieces (`trimserve.fallback`).
+"""
+
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding
+
+from trimserve.errors import MismatchError, UnknownIdError, UsageError
+from trimserve.fallback import Fallback
+from trimserve.folder import TOKENIZER_NAME, TrimmedFolder
+from trimserve.source import load_tokenizer
+from trimserve.streaming import StreamDecoder, special_ids
+from trimserve.vocab import Ids
+
+Side = Literal["left", "right"]
+_BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One text as the original tokenizer gives it.
+
+    Attributes:
+        ids: int32 (T,), token ids, special tokens included.
+        type_ids: int32 (T,), `token_type_ids` of BERT-like models.
+        truncated: whether the text was cut to the asked number of tokens.
+    """
+
+    ids: Ids
+    type_ids: Ids
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Servable:
+    """Sequences whose every id has a row in the folder.
+
+    Attributes:
+        sequences: token ids, int32 (T',) each.
+        repeats: int64 (T,) each: how many of them stand for each token of the text.
+        cold_tokens: cold tokens that were met, split or not.
+    """
+
+    sequences: Sequence[Ids]
+    repeats: Sequence[npt.NDArray[np.int64]]
+    cold_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlottedBatch:
+    """Sequences padded to one length, as the graph wants them.
+
+    Attributes:
+        ids: int64 (B, T): below K a compact id, K + s for the cold id in slot s; the rest is padding.
+        attention_mask: int64 (B, T), 1 where there is a token.
+        cold_ids: int32 (S,), the token ids lent a slot.
+        cold_tokens: cold tokens of the sequences, given a slot or split.
+    """
+
+    ids: npt.NDArray[np.int64]
+    attention_mask: npt.NDArray[np.int64]
+    cold_ids: Ids
+    cold_tokens: int
+
+
+class Codec:
+    """The original tokenizer of a folder and the way from its token ids to the graph's inputs.
+
+    Attributes:
+        tokenizer: the `tokenizers.Tokenizer`; padding and truncation of its file are off.
+        vocab: the folder's VocabMap.
+        special_ids: token ids that decoding leaves out.
+    """
+
+    def __init__(self, folder: TrimmedFolder) -> None:
+        """Load the tokenizer.
+
+        Raises:
+            MismatchError: the tokenizer or the vocab belongs to another model.
+        """
+        self._folder = folder
+        self.vocab = folder.vocab
+        path = folder.file(TOKENIZER_NAME)
+        _check_hashes(folder)
+        self.tokenizer = load_tokenizer(path)
+        self.special_ids = special_ids(self.tokenizer)
+        self._limit: int | None = None
+        # Truncation is state of the tokenizer object.
+        self._lock = threading.Lock()
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Token id that fills up a batch: the model's own, because some count positions from it."""
+        config = read_json(self._folder, "config.json")
+        tokenizer_config = read_json(self._folder, "tokenizer_config.json")
+        pad = tokenizer_config.get("pad_token")
+        content = pad.get("content") if isinstance(pad, dict) else pad
+        candidates = (
+            config.get("pad_token_id"),
+            (config.get("text_config") or {}).get("pad_token_id"),
+            self.tokenizer.token_to_id(content) if content else None,
+            config.get("eos_token_id"),
+            int(self.vocab.kept_ids[0]),
+        )
+        usable = (int(id_) for id_ in candidates if isinstance(id_, int) and self._is_kept(id_))
+        return next(usable)
+
+    def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[Ids]:
+        """Encode texts to token ids, int32 (T,) each. See `encode_typed`."""
+        encoded = self.encode_typed(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
+        return [text.ids for text in encoded]
+
+    def encode_typed(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[Encoded]:
+        """Encode texts with the original tokenizer.
+
+        Args:
+            texts: any number of texts of any length.
+            add_special_tokens: what the tokenizer's post-processor adds (cls, sep, bos).
+            max_tokens: longest sequence, special tokens included; a longer text loses tokens at its end
+                (at its start where tokenizer_config.json says ``"truncation_side": "left"``).
+
+        Raises:
+            UsageError: a text is not a string, or `max_tokens` leaves no room for the special tokens.
+            UnknownIdError: the tokenizer gives an id that the model has no row for.
+        """
+        _check_texts(texts)
+        encoded: list[Encoded] = []
+        with self._lock:
+            self._truncate(max_tokens, add_special_tokens)
+            for start in range(0, len(texts), _BATCH):
+                part = list(texts[start : start + _BATCH])
+                encodings = self.tokenizer.encode_batch_fast(part, add_special_tokens=add_special_tokens)
+                encoded += map(_encoded, encodings)
+        self._check_rows(texts, encoded)
+        return encoded
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Decode token ids to text, without special tokens."""
+        text: str = self.tokenizer.decode(
+            np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
+        )
+        return text
+
+    def stream(self) -> StreamDecoder:
+        """Start decoding a stream of token ids."""
+        return StreamDecoder(self.tokenizer)
+
+    def servable(self, sequences: Sequence[Ids]) -> Servable:
+        """Make every id one that the folder has a row for.
+
+        Where the folder has cold rows nothing needs to be done. Without them, cold tokens are split into
+        kept pieces, and the sequences get longer.
+
+        Raises:
+            UnknownIdError: a cold token cannot be split; the message names it and the text.
+        """
+        cold = [~self.vocab.is_kept(ids) for ids in sequences]
+        count = sum(int(mask.sum()) for mask in cold)
+        if count == 0 or self._folder.has_cold:
+            return Servable(sequences, [np.ones(len(ids), np.int64) for ids in sequences], count)
+        split = [self._split(ids, mask) for ids, mask in zip(sequences, cold, strict=True)]
+        return Servable([ids for ids, _ in split], [repeats for _, repeats in split], count)
+
+    def slots(
+        self, sequences: Sequence[Ids], *, held: Sequence[int] | Ids = (), side: Side = "right"
+    ) -> SlottedBatch:
+        """Turn token ids into the graph's `input_ids` and `attention_mask`.
+
+        Args:
+            sequences: token ids (T,) each, of any lengths.
+            held: cold ids that already hold slots 0, 1, ...; new ones are appended.
+            side: where shorter sequences are padded.
+
+        Raises:
+            UnknownIdError: an id is outside 0..V-1, or see `servable`.
+        """
+        split = 0
+        if not self._folder.has_cold:
+            servable = self.servable(sequences)
+            sequences, split = servable.sequences, servable.cold_tokens
+        ids, mask = pad(sequences, self.pad_id, side)
+        slotted = self.vocab.with_slots(ids, held)
+        return SlottedBatch(slotted.ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
+
+    @cached_property
+    def _fallback(self) -> Fallback:
+        return Fallback(self.tokenizer, self.vocab)
+
+    def _split(self, ids: Ids, cold: npt.NDArray[np.bool_]) -> tuple[Ids, npt.NDArray[np.int64]]:
+        if not cold.any():
+            return ids, np.ones(len(ids), np.int64)
+        try:
+            return self._fallback.split(ids, cold)
+        except UnknownIdError as error:
+            raise UnknownIdError(f"text {shorten(self.decode(ids))}: {error}") from error
+
+    def _is_kept(self, id_: int) -> bool:
+        return 0 <= id_ < self.vocab.vocab_size and bool(self.vocab.is_kept(id_))
+
+    def _truncate(self, max_tokens: int | None, add_special_tokens: bool) -> None:
+        added = self.tokenizer.num_special_tokens_to_add(False) if add_special_tokens else 0
+        # The library takes a limit below the number of special tokens for no limit.
+        if max_tokens is not None and max_tokens < max(added, 1):
+            raise UsageError(
+                f"max_tokens is {max_tokens} but the special tokens alone take {added}: raise it."
+            )
+        if max_tokens == self._limit:
+            return
+        if max_tokens is None:
+            self.tokenizer.no_truncation()
+        else:
+            self.tokenizer.enable_truncation(max_tokens, direction=self._truncation_side)
+        self._limit = max_tokens
+
+    @cached_property
+    def _truncation_side(self) -> str:
+        side: str = read_json(self._folder, "tokenizer_config.json").get("truncation_side", "right")
+        return side
+
+    def _check_rows(self, texts: Sequence[str], encoded: Iterable[Encoded]) -> None:
+        size = self.vocab.vocab_size
+        for text, entry in zip(texts, encoded, strict=True):
+            if entry.ids.size and int(entry.ids.max()) >= size:
+                id_ = int(entry.ids[entry.ids >= size][0])
+                raise UnknownIdError(
+                    f"text {shorten(text)}: its token {self.tokenizer.id_to_token(id_)!r} has id {id_:,} but "
+                    f"the model has {size:,} rows. Take the token out of the text."
+                )
+
+
+def pad(
+    sequences: Sequence[Ids], fill: int, side: Side = "right"
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pad sequences to the longest one.
+
+    Returns:
+        The ids and the mask (1 for a token, 0 for padding), both int64 (B, T).
+    """
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    width = int(lengths.max(initial=0))
+    columns = np.arange(width)
+    mask = columns < lengths[:, None] if side == "right" else columns >= width - lengths[:, None]
+    ids = np.full(mask.shape, fill, np.int64)
+    if ids.size:
+        ids[mask] = np.concatenate(sequences)
+    return ids, mask.astype(np.int64)
+
+
+def read_json(folder: TrimmedFolder, name: str) -> dict[str, Any]:
+    """Read a JSON file of the source model from a folder; empty where the folder has none."""
+    if name not in folder.manifest.files:
+        return {}
+    try:
+        content = json.loads((folder.path / name).read_text("utf-8"))
+    except ValueError as error:
+        raise MismatchError(
+            f"{folder.path / name} is not JSON ({error}): export the folder again."
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def shorten(text: str, length: int = 48) -> str:
+    """Quote a text for a message, cut to `length` characters."""
+    return repr(text) if len(text) <= length else repr(text[: length - 1] + "…")
+
+
+def _encoded(encoding: Encoding) -> Encoded:
+    ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+    return Encoded(ids, types, bool(encoding.overflowing))
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise UsageError("expected a list of texts, found one string: pass [text].")
+    for text in texts:
+        if not isinstance(text, str):
+            raise UsageError(f"expected a text, found {type(text).__name__}: pass strings.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"text {shorten(text)} holds half a surrogate pair, which is no character: clean the text."
+            ) from error
+
+
+def _check_hashes(folder: TrimmedFolder) -> None:
+    expected = folder.manifest.tokenizer_sha256
+    found = {
+        "tokenizer.json": folder.manifest.files[TOKENIZER_NAME].sha256,
+        "the vocab": folder.vocab.tokenizer_sha256 or expected,
+    }
+    for name, digest in found.items():
+        if digest != expected:
+            raise MismatchError(
+                f"{folder.path} was made for the tokenizer {expected[:12]}…, but {name} belongs to "
+                f"{digest[:12]}…: export the folder again."
+            )
