@@ -1,5 +1,6 @@
 import hashlib
 import io
+import itertools
 import json
 import re
 
@@ -78,7 +79,8 @@ def short_parts(monkeypatch):
     monkeypatch.setattr(corpus, "_BLOCK_BYTES", 7)
 
 
-def test_long_document_is_cut_behind_lone_newlines_alone(tmp_path, short_parts):
+@pytest.mark.usefixtures("short_parts")
+def test_long_document_is_cut_behind_lone_newlines_alone(tmp_path):
     text = "first line\nsecond line\n\nparagraph \nno cut\n- no cut\nyes, 日本\n日本 cut\n"
     file = tmp_path / "a.txt"
     file.write_text(text, "utf-8", newline="")
@@ -92,7 +94,8 @@ def test_long_document_is_cut_behind_lone_newlines_alone(tmp_path, short_parts):
     ]
 
 
-def test_document_without_a_place_to_cut_stays_whole(tmp_path, short_parts):
+@pytest.mark.usefixtures("short_parts")
+def test_document_without_a_place_to_cut_stays_whole(tmp_path):
     text = "x" * 95 + "\n\n" + "y" * 50
     (tmp_path / "a.txt").write_text(text)
     assert [document.text for document in read(tmp_path / "a.txt")] == [text]
@@ -104,14 +107,15 @@ def test_parts_join_to_the_text_and_border_on_lone_newlines(text):
         patch.setattr(corpus, "MAX_CHARACTERS", 10)
         parts = [part.text for part in corpus._cut_documents(re.findall(r"(?s).{1,7}", text), "x")]
     assert "".join(parts) == text
-    for left, right in zip(parts, parts[1:], strict=False):
+    for left, right in itertools.pairwise(parts):
         assert re.search(r"\S\n$", left)
         assert re.match(r"\w", right)
     whole = [document.text for document in corpus._cut_documents([text], "x")]
     assert whole == [text]
 
 
-def test_the_place_to_cut_does_not_depend_on_the_blocks(tmp_path, short_parts, monkeypatch):
+@pytest.mark.usefixtures("short_parts")
+def test_the_place_to_cut_does_not_depend_on_the_blocks(tmp_path, monkeypatch):
     text = "alpha beta\ngamma\n\ndelta\nepsilon zeta eta theta iota\nkappa\n" * 3
     (tmp_path / "a.txt").write_text(text)
     found = [document.text for document in read(tmp_path / "a.txt")]
@@ -144,7 +148,8 @@ def test_bad_input_names_file_and_line(tmp_path, name, content, message):
     assert (tmp_path / name).read_bytes() == content
 
 
-def test_undecodable_byte_far_into_a_file_has_the_right_line(tmp_path, short_parts):
+@pytest.mark.usefixtures("short_parts")
+def test_undecodable_byte_far_into_a_file_has_the_right_line(tmp_path):
     lines = [f"line {number} é\n".encode() for number in range(50)]
     (tmp_path / "a.txt").write_bytes(b"".join(lines) + b"ab\x80\n")
     with pytest.raises(UsageError, match=r"line 51: byte 0x80"):

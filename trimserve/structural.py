@@ -194,7 +194,8 @@ def template_literals(template: str) -> set[str]:
         [':', '<s>', 'role']
     """
     outside = _TAG.split(template)
-    strings = (match for tag in _TAG.findall(template) for match in _STRING.findall(tag))
+    tags = (tag for tag in _TAG.findall(template) if not tag.startswith("{#"))
+    strings = (match for tag in tags for match in _STRING.findall(tag))
     inside = (_ESCAPE.sub(_unescape, single or double) for single, double in strings)
     return {text for text in chain(outside, inside) if text}
 
