@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
+from trimserve.chat import Message, render_chat
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder
 from trimserve.errors import UsageError
 from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, ColdHead, ExactChecker
 from trimserve.folder import TrimmedFolder
-from trimserve.generation import GenerationLoop, Request, Timing
+from trimserve.generation import Checker, GenerationLoop, Request, Timing
+from trimserve.reading import Generation, Reader
 from trimserve.sampling import LogitsProcessor, SamplingParams
-from trimserve.streaming import StopStrings
+from trimserve.scoring import MassMeter, Score, Scorer
 from trimserve.text import Codec, read_json
 from trimserve.vocab import Ids
 
@@ -30,13 +32,15 @@ class GenerationOptions(TypedDict, total=False):
 
     The sampling options are those of `SamplingParams`. `max_new_tokens` limits the output (default 128);
     `stop` are strings that end it and are not part of it; `mode` is "exact" (default where the folder has
-    cold rows) or "compact"; `max_block` limits how many tokens are drafted before a check.
+    cold rows) or "compact"; `max_block` limits how many tokens are drafted before a check; `report_mass`
+    measures, in compact mode, the probability of what it cannot produce.
     """
 
     max_new_tokens: int
     stop: Sequence[str]
     mode: Mode | None
     max_block: int
+    report_mass: bool
     temperature: float
     top_k: int
     top_p: float
@@ -47,25 +51,6 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     logits_processor: LogitsProcessor | None
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What was generated for one prompt.
-
-    Attributes:
-        text: the decoded output, without special tokens, up to a stop string.
-        ids: token ids produced, including the one that ended it.
-        stopped: "eos", "stop" (a stop string) or "length".
-        drafted: tokens drafted; with exact mode's blocks more than were produced.
-        rejected: drafts that the full model's token replaced.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    stopped: Literal["eos", "stop", "length"]
-    drafted: int = 0
-    rejected: int = 0
 
 
 @dataclass(slots=True)
@@ -141,14 +126,7 @@ class Generator:
             UnknownIdError: a prompt holds a token that the model has no row for.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        requests = self._requests(self.codec.encode(texts), options)
-        # Sequences of unequal length are padded, which needs explicit positions.
-        batches = [requests] if self._decoder.takes_positions else [[request] for request in requests]
-        readers = {id(request): _Reader(self.codec, options.get("stop", ())) for request in requests}
-        for batch in batches:
-            for request, tokens in self._run(batch, options):
-                readers[id(request)].push(request, tokens)
-        return [readers[id(request)].result(request, self.stop_ids) for request in requests]
+        return self._generate(self.codec.encode(texts), options)
 
     def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
         """Generate for one prompt, giving text as soon as it is certain.
@@ -157,13 +135,67 @@ class Generator:
         are those of `generate`.
         """
         (ids,) = self.codec.encode([prompt])
-        yield from self.stream_ids(ids, **options)
+        yield from self._stream(ids, options)
 
-    def stream_ids(self, prompt_ids: Ids, **options: Unpack[GenerationOptions]) -> Iterator[str]:
-        """Like `stream`, for a prompt that is already token ids, int32 (n,)."""
+    def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Generation:
+        """Answer a conversation, through the folder's own chat template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each, oldest first.
+            **options: see `GenerationOptions`.
+
+        Raises:
+            UsageError: the folder has no chat template, or it refuses the messages; see also `generate`.
+            MissingExtraError: jinja2 is not installed.
+        """
+        (result,) = self._generate([self.chat_ids(messages)], options)
+        return result
+
+    def stream_chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[str]:
+        """Like `chat`, giving text as soon as it is certain."""
+        yield from self._stream(self.chat_ids(messages), options)
+
+    def chat_ids(self, messages: Sequence[Message]) -> Ids:
+        """The prompt's token ids for a conversation, int32 (T,)."""
+        prompt = render_chat(self.folder, messages)
+        # The template writes the special tokens itself.
+        (ids,) = self.codec.encode([prompt], add_special_tokens=False)
+        return ids
+
+    def score(self, texts: str | Sequence[str]) -> list[Score]:
+        """Log-probabilities of texts under the full model's vocab.
+
+        Args:
+            texts: one text or several; the tokenizer adds its special tokens.
+
+        Raises:
+            UsageError: the folder has no cold head.
+            UnknownIdError: a text holds a token that the model has no row for.
+        """
+        head = self._cold_head("score")
+        scorer = Scorer(self._decoder, self.folder.vocab, self._cold, head)
+        return [scorer.score(ids) for ids in self.codec.encode([texts] if isinstance(texts, str) else texts)]
+
+    def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
+        requests = self._requests(prompts, options)
+        # Sequences of unequal length are padded, which needs explicit positions.
+        together = self._decoder.takes_positions and not options.get("report_mass")
+        batches = [requests] if together else [[request] for request in requests]
+        results: list[Generation] = []
+        for batch in batches:
+            readers = {id(request): Reader(self.codec, options.get("stop", ())) for request in batch}
+            checker = self._checker(options, timing := Timing())
+            for request, tokens in self._run(batch, checker, timing):
+                readers[id(request)].push(request, tokens)
+            mass = checker.mean_mass if isinstance(checker, MassMeter) else None
+            results += [readers[id(request)].result(request, mass) for request in batch]
+        return results
+
+    def _stream(self, prompt_ids: Ids, options: GenerationOptions) -> Iterator[str]:
         (request,) = self._requests([prompt_ids], options)
-        reader = _Reader(self.codec, options.get("stop", ()))
-        for _, tokens in self._run([request], options):
+        reader = Reader(self.codec, options.get("stop", ()))
+        checker = self._checker(options, timing := Timing())
+        for _, tokens in self._run([request], checker, timing):
             if piece := reader.push(request, tokens):
                 yield piece
         if piece := reader.finish():
@@ -190,10 +222,8 @@ class Generator:
         raise UsageError("the prompt is empty and the model has no bos token to start from: give a prompt.")
 
     def _run(
-        self, requests: Sequence[Request], options: GenerationOptions
+        self, requests: Sequence[Request], checker: Checker | None, timing: Timing
     ) -> Iterator[tuple[Request, list[int]]]:
-        timing = Timing()
-        checker = self._checker(options, timing)
         loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, timing)
         start = time.perf_counter()
         try:
@@ -201,26 +231,33 @@ class Generator:
         finally:
             self._count(requests, timing, time.perf_counter() - start)
 
-    def _checker(self, options: GenerationOptions, timing: Timing) -> ExactChecker | None:
+    def _checker(self, options: GenerationOptions, timing: Timing) -> Checker | None:
         mode = options.get("mode") or ("exact" if self.can_be_exact else "compact")
         if mode not in MODES:
             raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
-        if mode == "compact":
-            return None
-        if not self.can_be_exact:
-            raise UsageError(
-                f"{self.folder.path} has no cold head, so exact mode is not possible: export it again "
-                "without --no-cold, or pass --mode compact."
-            )
         max_block = options.get("max_block", MAX_BLOCK)
         if max_block < 1:
             raise UsageError(f"max_block should be 1 or more, found {max_block}.")
-        vocab = self.folder.vocab
-        if not vocab.cold_ids.size:
+        if mode == "compact" and not options.get("report_mass"):
             return None
-        if self._head is None:
+        head = self._cold_head(f"{mode} mode" if mode == "exact" else "report_mass")
+        if head is None:
+            return None
+        if mode == "compact":
+            return MassMeter(head)
+        vocab = self.folder.vocab
+        return ExactChecker(head, vocab.kept_ids, vocab.vocab_size, timing, max_block)
+
+    def _cold_head(self, purpose: str) -> ColdHead | None:
+        """The cold head, opened once; None where no id is cold."""
+        if not self.can_be_exact:
+            raise UsageError(
+                f"{purpose} needs the cold head, which {self.folder.path} does not have: export it again "
+                "without --no-cold, or use compact mode."
+            )
+        if self._head is None and self.folder.vocab.cold_ids.size:
             self._head = ColdHead(self.folder, threads=self._threads)
-        return ExactChecker(self._head, vocab.kept_ids, vocab.vocab_size, timing, max_block)
+        return self._head
 
     def _count(self, requests: Sequence[Request], timing: Timing, seconds: float) -> None:
         stats = self.stats
@@ -235,46 +272,6 @@ class Generator:
         parts["other"] = seconds - sum(parts.values())
         for name, spent in parts.items():
             stats.seconds[name] += spent
-
-
-class _Reader:
-    """Turns one request's tokens into text and watches for stop strings."""
-
-    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
-        self._decoder = codec.stream()
-        self._stops = StopStrings(stop)
-        self._text: list[str] = []
-        self._finished = False
-
-    def push(self, request: Request, tokens: Sequence[int]) -> str:
-        """Decode more tokens; returns the text that became certain."""
-        piece = self._stops.push(self._decoder.push(tokens))
-        if self._stops.stopped:
-            request.finished = True
-        self._text.append(piece)
-        return piece
-
-    def finish(self) -> str:
-        """The rest of the text: what waited for a longer character or stop string."""
-        if self._finished:
-            return ""
-        self._finished = True
-        piece = self._stops.push(self._decoder.flush()) + self._stops.flush()
-        self._text.append(piece)
-        return piece
-
-    def result(self, request: Request, stop_ids: frozenset[int]) -> Generation:
-        """The finished generation."""
-        self.finish()
-        at_eos = bool(request.output) and request.output[-1] in stop_ids
-        stopped: Literal["eos", "stop", "length"] = "eos" if at_eos else "length"
-        return Generation(
-            text="".join(self._text),
-            ids=tuple(request.output),
-            stopped="stop" if self._stops.stopped else stopped,
-            drafted=request.drafted,
-            rejected=request.rejected,
-        )
 
 
 def _configs(folder: TrimmedFolder) -> dict[str, Any]:
