@@ -121,8 +121,8 @@ def test_newline_tokens(kind, pieces):
 
 def test_template_literals():
     template = (
-        "{# a 'comment' #}<s>{%- if message['role'] == \"user\" -%}[INST] it's\n{{ m.content|trim + '\\n\\n' }}"
-        "{{ 'it\\'s' }}{% endif %}"
+        "{# a 'comment' #}<s>{%- if message['role'] == \"user\" -%}[INST] it's\n"
+        "{{ m.content|trim + '\\n\\n' }}{{ 'it\\'s' }}{% endif %}"
     )
     assert template_literals(template) == {"<s>", "role", "user", "[INST] it's\n", "\n\n", "it's"}
     assert template_literals("") == set()

@@ -62,9 +62,11 @@ class Profile:
 
     def __post_init__(self) -> None:
         _check_arrays(self)
-        for array in (self.counts, self.structural, self.padding_ids, self.shares):
-            if array is not None:
-                array.setflags(write=False)
+        for name in ("counts", "structural", "padding_ids", "shares"):
+            if (array := getattr(self, name)) is not None:
+                locked = array.view()  # the caller's own array stays writable
+                locked.setflags(write=False)
+                object.__setattr__(self, name, locked)
         if self.effective_tokens == 0.0:
             object.__setattr__(self, "effective_tokens", float(self.tokens))
 
