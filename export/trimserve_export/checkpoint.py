@@ -125,7 +125,7 @@ def trim_checkpoint(
     specs = read_specs(source)
     stored = find_stored_vocab(specs, axes, vocab.vocab_size)
     write_compact_configs(source.path, target, config, vocab)
-    steps = _stream(source, vocab, target, stored, cold_path)
+    steps = stream_tensors(source, vocab, target, stored, cold_path)
     total = sum(spec.nbytes for spec in specs.values())
     written = _run(steps, total, progress=progress)
     elements = _count_elements(specs, stored)
@@ -242,9 +242,21 @@ def _stored_names(names: tuple[str, ...], prefixes: list[str]) -> list[str]:
     return list(dict.fromkeys(candidates))
 
 
-def _stream(
+def stream_tensors(
     source: ModelSource, vocab: VocabMap, target: Path, stored: StoredVocab, cold_path: Path | None
 ) -> Iterator[int]:
+    """Write the trimmed weight files, their index, and the cold rows; a generator to be run to its end.
+
+    Args:
+        source: the model.
+        vocab: the kept ids.
+        target: an existing folder for the weight files, named as in the source.
+        stored: the source's vocab tensors.
+        cold_path: where to write the rows that were not kept; None leaves them out.
+
+    Yields:
+        The bytes of each chunk as it is written.
+    """
     for file in source.weight_files:
         specs, metadata = read_header(file)
         tensors = {name: _kept(spec, stored, vocab.kept_ids) for name, spec in specs.items()}
