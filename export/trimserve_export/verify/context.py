@@ -90,6 +90,6 @@ class Context:
         positions = next(
             (config[key] for key in ("max_position_embeddings", "n_positions") if key in config), _MAX_TOKENS
         )
-        # RoBERTa's kind counts positions from the pad id.
-        usable = positions - 1 - (config.get("pad_token_id") or 0)
-        return min(_MAX_TOKENS, usable if usable > 0 else positions)
+        # RoBERTa's and MPNet's kind count positions from the pad id, or from 1.
+        usable = positions - 2 - (config.get("pad_token_id") or 0)
+        return min(_MAX_TOKENS, usable if usable > 0 else positions - 2)

@@ -106,8 +106,11 @@ def _run(context: Context, *, progress: bool) -> Iterator[Check]:
 def _outcome(name: str, check: Callable[[Context], Check], context: Context) -> Check:
     try:
         return check(context)
-    except TrimserveError as error:  # a damaged folder may fail anywhere on its way to the numbers
-        return Check(name, False, None, str(error))
+    except Exception as error:  # a damaged folder may fail anywhere on its way to the numbers
+        ours = isinstance(error, TrimserveError) or type(error).__module__.startswith("onnxruntime")
+        if not ours:
+            raise
+        return Check(name, False, None, str(error).partition("\n")[0])
 
 
 def _store(context: Context, result: VerifyResult) -> None:
