@@ -29,3 +29,12 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}: set TRIMSERVE_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Give a family's tiny model, its trimmed folder and full graph, each made once: `exported("llama")`."""
+    pytest.importorskip("torch")
+    from tests.exports import Exports
+
+    return Exports(tmp_path_factory.mktemp("exports"))
