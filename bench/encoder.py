@@ -110,26 +110,28 @@ def _summary(folder: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def comparison_table(row: dict[str, Any]) -> str:
-    """The row as a table for people."""
+HEADER = ("all-MiniLM-L6-v2", "full", "trimmed")
+_MEMORY = {"resident": "resident memory", "anonymous": "- of it anonymous", "file": "- of it file pages"}
+
+
+def comparison_lines(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The row as lines of a table under `HEADER`, for people."""
     full, trimmed = row["full"], row["trimmed"]
-    lines: list[tuple[str, str, str]] = [
+    weights = [human_bytes(one["weight_bytes"]) for one in (full, trimmed)]
+    folders = [human_bytes(one["folder_bytes"]) for one in (full, trimmed)]
+    times = [f"{one['batch_ms']['median']:.1f}" for one in (full, trimmed)]
+    lines = [
         ("vocab rows", f"{full['rows']:,}", f"{trimmed['rows']:,}"),
-        ("weights", human_bytes(full["weight_bytes"]), human_bytes(trimmed["weight_bytes"])),
-        ("whole folder, cold rows included", *(human_bytes(one["folder_bytes"]) for one in (full, trimmed))),
+        ("graph and weights", weights[0], weights[1]),
+        ("whole folder, with cold rows", folders[0], folders[1]),
     ]
-    names = {
-        "resident": "resident memory (RSS)",
-        "anonymous": "  of it anonymous",
-        "file": "  of it file pages",
-    }
-    for field, name in names.items():
+    for field, name in _MEMORY.items():
         if field in full["memory"]:
-            lines.append((name, *(human_bytes(one["memory"][field]) for one in (full, trimmed))))
-    batch = f"ms a batch of {row['batch_size']} texts"
-    lines.append((batch, *(f"{one['batch_ms']['median']:.1f}" for one in (full, trimmed))))
-    lines.append(("largest difference of an embedding", "", f"{row['max_abs_diff']:.3g}"))
-    return table(("all-MiniLM-L6-v2", "full", "trimmed"), lines)
+            sizes = [human_bytes(one["memory"][field]) for one in (full, trimmed)]
+            lines.append((name, sizes[0], sizes[1]))
+    lines.append((f"ms a batch of {row['batch_size']} texts", times[0], times[1]))
+    lines.append(("largest difference of an embedding", "", f"{row['max_abs_diff']:g}"))
+    return lines
 
 
 def main() -> int:
@@ -144,9 +146,9 @@ def main() -> int:
         parser.error(f"{args.demo} lacks {folders[0].name} or {folders[1].name}: run `make demo` first")
     rounds = 2 if args.quick else args.rounds
     texts = args.demo / "docs.txt"
-    row = compare(*folders, texts, rounds=rounds, threads=args.threads, steps=STEPS)
+    row = compare(folders[0], folders[1], texts, rounds=rounds, threads=args.threads, steps=STEPS)
     harness.save_row("encoder", row, quick=args.quick)
-    harness.report(comparison_table(row), without_samples(row))
+    harness.report(table(HEADER, comparison_lines(row)), without_samples(row))
     return 0
 
 

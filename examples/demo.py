@@ -21,6 +21,7 @@ import numpy as np
 from bench import encoder
 from trimserve import load
 from trimserve.artefacts import load_vocab
+from trimserve.report import table
 from trimserve.session import available_cpus
 
 OUT = Path("demo-out")
@@ -138,7 +139,7 @@ def main() -> int:
     command("run", trimmed, *QUERIES, "--corpus", docs, "--top", "3")
     full_model(vocab, model, full)
     row = encoder.compare(full, trimmed, docs, rounds=3, threads=available_cpus(), steps=encoder.STEPS)
-    print(f"\n{encoder.comparison_table(row)}")
+    print("\n" + table(encoder.HEADER, encoder.comparison_lines(row)))
     return judge(row["saved_share"], row["max_abs_diff"], largest_difference((full, trimmed), QUERIES))
 
 

@@ -1,0 +1,69 @@
+"""Write the measured tables of README.md from the newest rows of bench/results.
+
+A table stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``. No number in it is typed by hand; a
+test compares the README with what this makes.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench import encoder, harness
+
+README = harness.ROOT / "README.md"
+_BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def encoder_table() -> str:
+    """All-MiniLM-L6-v2, full against trimmed, from bench/encoder.py."""
+    row = harness.last_row("encoder")
+    ratio = row["time_ratio"]
+    caption = (
+        f"Medians of {len(row['full']['resident_samples'])} fresh processes each that embed {row['texts']:,} "
+        f"docstrings of the Python standard library; {_where(row)}. Time of trimmed to full "
+        f"{ratio['value']:.2f} (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})."
+    )
+    return _markdown(encoder.HEADER, encoder.comparison_lines(row)) + f"\n{caption}\n"
+
+
+def startup_table() -> str:
+    """Import time, from bench/startup.py."""
+    row = harness.last_row("startup")
+    lines = [
+        (f"`{name}`", f"{value['median']:.0f}", f"{value['p5']:.0f}", f"{value['p95']:.0f}")
+        for name, value in row["ms"].items()
+    ]
+    return _markdown(("fresh process", "median ms", "p5", "p95"), lines) + f"\n{_where(row).capitalize()}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"encoder": encoder_table, "startup": startup_table}
+
+
+def _where(row: dict[str, Any]) -> str:
+    versions = row["versions"]
+    return f"{row['hardware']} ({row['cpu']}), {row['date']}, onnxruntime {versions['onnxruntime']}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+
+
+def render(text: str) -> str:
+    """Return a document with every measured table made again.
+
+    Raises:
+        KeyError: a marker names a table that does not exist.
+    """
+    return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def main() -> int:
+    """Rewrite README.md in place."""
+    README.write_text(render(README.read_text("utf-8")), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
