@@ -32,7 +32,7 @@ def make_folder(
     kept_ids: Sequence[int],
     vocab_size: int,
     *,
-    tokenizer: Path | None = None,
+    source: Path | None = None,
     cold_rows: bytes | None = None,
     files: Mapping[str, bytes] | None = None,
     graphs: Mapping[str, str] | None = None,
@@ -43,12 +43,16 @@ def make_folder(
 ) -> TrimmedFolder:
     """Write a trimmed folder and open it.
 
-    `cold_rows` are the bytes of a safetensors file; `files` go in as they are.
+    Args:
+        source: a model folder without weights, whose files are copied.
+        cold_rows: the bytes of a safetensors file.
+        files: further files, as they are.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, path / TOKENIZER_NAME)
-    digest = sha256_file(tokenizer) if tokenizer else ""
+    for file in source.iterdir() if source else ():
+        if file.suffix == ".json":
+            shutil.copyfile(file, path / file.name)
+    digest = sha256_file(source / TOKENIZER_NAME) if source else ""
     save_vocab(make_vocab(kept_ids, vocab_size, digest), path / VOCAB_NAME)
     contents = {**(files or {}), **({COLD_NAME: cold_rows} if cold_rows is not None else {})}
     for name, content in contents.items():

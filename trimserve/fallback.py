@@ -35,7 +35,7 @@ class Fallback:
         tokens = ((tokenizer.id_to_token(id_), id_) for id_ in vocab.kept_ids.tolist() if id_ not in special)
         self._kept = {token: id_ for token, id_ in tokens if token is not None}
         self._splitter = _splitter(json.loads(tokenizer.to_str())["model"], self._kept)
-        self._anchor = self._find_anchor()
+        self._anchor = self._find_anchor(vocab.vocab_size)
         self._cache: dict[int, Ids] = {}
 
     def pieces(self, cold_id: int) -> Ids:
@@ -79,16 +79,18 @@ class Fallback:
         return np.array(pieces, np.int32)
 
     def _spell_the_same(self, pieces: list[int], cold_id: int) -> bool:
-        return self._decode(pieces) == self._decode([cold_id])
+        # Without a decoder the library puts a space between tokens, whatever they are.
+        return self._tokenizer.decoder is None or self._decode(pieces) == self._decode([cold_id])
 
     def _decode(self, ids: list[int]) -> str:
         # Decoders treat the first token of a text apart.
         text: str = self._tokenizer.decode([*self._anchor, *ids], skip_special_tokens=False)
         return text
 
-    def _find_anchor(self) -> list[int]:
-        plain = (id_ for token, id_ in self._kept.items() if token.isascii() and token.isalpha())
-        return [id_ for id_ in (next(plain, None),) if id_ is not None]
+    def _find_anchor(self, rows: int) -> list[int]:
+        tokens = ((self._tokenizer.id_to_token(id_), id_) for id_ in range(rows))
+        plain = (id_ for token, id_ in tokens if token and token.isascii() and token.isalpha())
+        return list(itertools.islice(plain, 1))
 
 
 def _splitter(model: Mapping[str, Any], kept: Mapping[str, int]) -> Splitter:
