@@ -16,6 +16,10 @@ class UsageError(TrimserveError, ValueError):
     exit_code = 2
 
 
+class NoTokenError(UsageError):
+    """Every token id is forbidden: by a processor, or by biases."""
+
+
 class MismatchError(TrimserveError, ValueError):
     """Two artefacts that do not belong together, or a file that changed since its hash was taken."""
 

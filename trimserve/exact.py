@@ -115,6 +115,8 @@ def _average(old: float, new: float) -> float:
 class ExactChecker:
     """The `Checker` of exact mode."""
 
+    replaces = True
+
     def __init__(
         self, head: ColdHead, kept_ids: Ids, vocab_size: int, timing: Timing, max_block: int = MAX_BLOCK
     ) -> None:

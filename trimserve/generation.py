@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Floats, KVCache, Step
+from trimserve.errors import NoTokenError
 from trimserve.sampling import Columns, History, SamplingParams, choose, join_columns
 from trimserve.vocab import Ids, VocabMap
 
@@ -119,7 +120,13 @@ class Block:
 
 
 class Checker(Protocol):
-    """Decides which drafts are what the full model would have produced."""
+    """Decides which drafts stand.
+
+    Attributes:
+        replaces: whether a draft that does not stand is replaced, so that any id may be drafted.
+    """
+
+    replaces: bool
 
     @property
     def block_size(self) -> int:
@@ -207,9 +214,8 @@ class GenerationLoop:
         for position in range(size):
             start = time.perf_counter()
             for row, (request, tokens) in enumerate(zip(requests, drafts, strict=True)):
-                tokens.append(
-                    _draft_token(request, steps[-1].logits[row, -1], steps[-1].hidden[row, -1], tokens)
-                )
+                logits, hidden = steps[-1].logits[row, -1], steps[-1].hidden[row, -1]
+                tokens.append(self._draft_token(request, logits, hidden, tokens))
             self.timing.sampler += time.perf_counter() - start
             ended = all(
                 tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True)
@@ -220,6 +226,15 @@ class GenerationLoop:
         logits = np.stack([s.logits[:, -1] for s in steps], axis=1)
         hidden = np.stack([s.hidden[:, -1] for s in steps], axis=1)
         return [Block(tokens, logits[row], hidden[row]) for row, tokens in enumerate(drafts)]
+
+    def _draft_token(self, request: Request, logits: Floats, hidden: Floats, drafts: Sequence[int]) -> int:
+        try:
+            return _draft_token(request, logits, hidden, drafts)
+        except NoTokenError:
+            if self._checker is None or not self._checker.replaces:
+                raise
+            # Only cold ids are allowed here: the check will find the right one.
+            return int(self._kept.ids[logits.argmax()])
 
     def _check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
         if self._checker is None:

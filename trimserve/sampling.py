@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.errors import UsageError
+from trimserve.errors import NoTokenError, UsageError
 from trimserve.vocab import Ids
 
 Floats = npt.NDArray[np.float32]
@@ -140,7 +140,7 @@ def choose(logits: Floats, columns: Columns, params: SamplingParams, history: Hi
         The token id.
 
     Raises:
-        UsageError: every logit is -inf (the processor or the biases forbade all ids).
+        NoTokenError: every logit is -inf (the processor or the biases forbade all ids).
     """
     edited = edit_logits(logits, columns, params, history) if params.edits_logits else logits
     if params.temperature == 0:
@@ -157,7 +157,7 @@ def choose(logits: Floats, columns: Columns, params: SamplingParams, history: Hi
 def _first_maximum(scores: npt.NDArray[Any], ids: Ids) -> int:
     best = scores.max(initial=-np.inf)
     if best == -np.inf:
-        raise UsageError("no token is allowed: every logit is -inf. Allow at least one id.")
+        raise NoTokenError("no token is allowed: every logit is -inf. Allow at least one id.")
     return int(ids[scores == best].min())
 
 

@@ -90,6 +90,7 @@ class MassMeter:
     """
 
     block_size = _POSITIONS
+    replaces = False
 
     def __init__(self, head: ColdHead) -> None:
         self._head = head

@@ -1,0 +1,109 @@
+"""Trimmed generators for tests, and the full model to hold them against.
+
+Needs torch and the exporter: call `pytest.importorskip("torch")` before importing this module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from tests.folders import make_vocab
+from tests.models import GENERATE, save_model
+from trimserve.artefacts import sha256_file
+from trimserve.cold import ColdRows
+from trimserve.decoder import Decoder
+from trimserve.folder import open_folder
+from trimserve.generator import Generator
+from trimserve.sampling import Columns, History, SamplingParams, choose
+from trimserve.session import open_session
+from trimserve.source import resolve_model
+from trimserve.structural import structural_ids
+from trimserve.text import Codec
+from trimserve_export.pipeline import export, export_full
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A trimmed generator, the folder of its full model, and that model's graph and torch form."""
+
+    generator: Generator
+    model_path: Path
+    full_graph: Path
+
+    @property
+    def vocab_size(self) -> int:
+        return self.generator.folder.vocab.vocab_size
+
+    def torch_model(self) -> transformers.PreTrainedModel:
+        return transformers.AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32).eval()
+
+
+def open_generator(path: Path) -> Generator:
+    folder = open_folder(path)
+    return Generator(folder, open_session(folder.path / "model.onnx"), Codec(folder), ColdRows(folder))
+
+
+def make_pair(
+    root: Path, family: str, *, kept_ids: Sequence[int] | None = None, kept: int | None = None, **options
+) -> Pair:
+    """Make, trim and export a tiny model; `kept` adds random ids to the structural ones up to that many."""
+    model_path = save_model(family, root / "model", **options)
+    source = resolve_model(str(model_path))
+    if kept_ids is None:
+        structural = structural_ids(source)
+        others = np.setdiff1d(np.arange(source.vocab_size), structural)
+        picked = np.random.default_rng(1).choice(others, max(0, (kept or 0) - structural.size), replace=False)
+        kept_ids = sorted([*structural.tolist(), *picked.tolist()])
+    vocab = make_vocab(kept_ids, source.vocab_size, sha256_file(source.tokenizer_path))
+    export(source, vocab, root / "trimmed", progress=False)
+    (root / "full").mkdir()
+    full = export_full(source, root / "full", GENERATE, "fp32")
+    return Pair(open_generator(root / "trimmed"), model_path, full)
+
+
+def greedy_by_torch(model: transformers.PreTrainedModel, ids: np.ndarray, tokens: int) -> list[int]:
+    """The full model's greedy ids, by transformers."""
+    stops = model.generation_config.eos_token_id
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor(ids[None].astype(np.int64)),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=0,
+        )
+    return out[0, len(ids) :].tolist()
+
+
+class FullSampler:
+    """The same sampler on the untrimmed ONNX graph, a token at a time: nothing drafted, nothing checked."""
+
+    def __init__(self, graph: Path, vocab_size: int) -> None:
+        self._decoder = Decoder(open_session(graph))
+        self._columns = Columns(np.arange(vocab_size, dtype=np.int32), vocab_size)
+
+    def run(
+        self, prompt: np.ndarray, params: SamplingParams, tokens: int, stop_ids: frozenset[int]
+    ) -> list[int]:
+        cache = self._decoder.empty_cache(1)
+        no_rows = np.zeros((1, self._decoder.hidden_size), self._decoder.dtype)
+        step = self._decoder.step(cache, prompt[None].astype(np.int64), no_rows)
+        output: list[int] = []
+        while len(output) < tokens:
+            past = History(prompt, np.array(output, np.int32))
+            output.append(choose(step.logits[0, -1], self._columns, params, past))
+            if output[-1] in stop_ids:
+                break
+            step = self._decoder.step(cache, np.array([[output[-1]]], np.int64), no_rows)
+        return output
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of every position, float32 (T, V)."""
+        no_rows = np.zeros((1, self._decoder.hidden_size), self._decoder.dtype)
+        cache = self._decoder.empty_cache(1)
+        return self._decoder.step(cache, ids[None].astype(np.int64), no_rows, keep=0).logits[0]
