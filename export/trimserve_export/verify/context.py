@@ -17,9 +17,10 @@ from trimserve.vocab import Ids, Reason, VocabMap
 from trimserve_export.checkpoint import StoredVocab
 from trimserve_export.verify.graph import GraphModel
 from trimserve_export.verify.rounding import RoundingBound
+from trimserve_export.verify.sweep import Sweep, sweep
 
 # Long enough for every position-dependent path, short enough that T x V logits stay small.
-_MAX_TOKENS = 256
+_MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)  # no slots: sessions open when the first check asks for them
@@ -82,6 +83,11 @@ class Context:
     def bound(self) -> RoundingBound:
         """How far two roundings of one vocab logit can lie apart."""
         return RoundingBound(self.stored, self.folder.manifest.dtype)
+
+    @cached_property
+    def sweep(self) -> Sweep:
+        """All outputs of both graphs on all texts, compared."""
+        return sweep(self.full, self.trimmed, self.token_ids, self.bound)
 
     @property
     def max_tokens(self) -> int:

@@ -1,54 +1,18 @@
 """Checks of numbers: the trimmed graph against the full one on the same token ids."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from trimserve.vocab import Ids
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
+from trimserve_export.verify.sweep import Tally, unchanged_outputs
 
-Array = npt.NDArray[Any]
 _SLOT_SEQUENCES, _SLOT_TOKENS = 4, 32
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a sweep over the texts has seen so far."""
-
-    values: int = 0
-    unequal: int = 0
-    max_abs_diff: float = 0.0
-    beyond_bound: int = 0
-
-    def add(self, full: Array, trimmed: Array, bound: float = 0.0) -> None:
-        """Compare two arrays; equal infinities and equal NaNs are equal."""
-        if full.shape != trimmed.shape:
-            self.beyond_bound += 1
-            self.max_abs_diff = float("nan")
-            return
-        self.values += full.size
-        if full.tobytes() == trimmed.tobytes():
-            return
-        wide = full.astype(np.float64), trimmed.astype(np.float64)
-        unequal = ~((wide[0] == wide[1]) | (np.isnan(wide[0]) & np.isnan(wide[1])))
-        gaps = np.abs(wide[0][unequal] - wide[1][unequal])
-        self.unequal += gaps.size
-        self.beyond_bound += int((~(gaps <= bound)).sum())  # a NaN gap is beyond every bound
-        self.max_abs_diff = max(self.max_abs_diff, float(gaps.max(initial=0.0)))
 
 
 def check_hidden_states(context: Context) -> Check:
     """Compare every output but vocab logits, bit for bit, on every text."""
-    names = _compared_outputs(context)
-    tally = Tally()
-    for ids in context.token_ids:
-        full, trimmed = context.full.run(ids), context.trimmed.run(ids)
-        for name in names:
-            tally.add(full[name], trimmed[name])
-    return _check("hidden-states", tally, f"outputs on {_texts(context)}")
+    return _check("hidden-states", context.sweep.others, f"outputs on {_texts(context)}")
 
 
 def check_kept_logits(context: Context) -> Check:
@@ -57,33 +21,21 @@ def check_kept_logits(context: Context) -> Check:
     Bit for bit; only where a kernel adds the same products up in another order, because V columns end in
     another tail than K, is a difference within the rounding bound of both results accepted, and said.
     """
-    kept = context.folder.vocab.kept_ids
-    tally = Tally()
-    for ids in context.token_ids:
-        full, trimmed = context.full.run(ids), context.trimmed.run(ids)
-        same_input = full["hidden_states"].tobytes() == trimmed["hidden_states"].tobytes()
-        allowed = context.bound.of(full["hidden_states"]) if same_input else 0.0
-        tally.add(full["logits"][..., kept], trimmed["logits"], allowed)
-    return _check("kept-logits", tally, f"logits of {len(kept):,} kept ids on {_texts(context)}")
+    kept = len(context.folder.vocab)
+    return _check("kept-logits", context.sweep.logits, f"logits of {kept:,} kept ids on {_texts(context)}")
 
 
 def check_cold_slots(context: Context) -> Check:
     """Compare all outputs on sequences of cold ids, mixed with kept ones and repeated."""
     tally = Tally()
     sequences = _cold_sequences(context)
-    names = _compared_outputs(context)
+    names = unchanged_outputs(context.full)
     for ids in sequences:
         full, trimmed = context.full.run(ids), context.trimmed.run(ids)
         for name in names:
             tally.add(full[name], trimmed[name])
     tokens = sum(len(ids) for ids in sequences)
     return _check("cold-slots", tally, f"outputs on {tokens} tokens, most of them through cold slots")
-
-
-def _compared_outputs(context: Context) -> tuple[str, ...]:
-    """Outputs that trimming must not change at all."""
-    vocab_wide = {"logits"} if context.trimmed.has_vocab_head else set()
-    return tuple(name for name in context.full.outputs if name not in vocab_wide)
 
 
 def _cold_sequences(context: Context) -> list[Ids]:

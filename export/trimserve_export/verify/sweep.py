@@ -1,0 +1,75 @@
+"""Run two graphs over the same token ids once and count what differs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.vocab import Ids
+from trimserve_export.verify.graph import GraphModel
+from trimserve_export.verify.rounding import RoundingBound
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a sweep over the texts has seen so far."""
+
+    values: int = 0
+    unequal: int = 0
+    max_abs_diff: float = 0.0
+    beyond_bound: int = 0
+
+    def add(self, full: Array, trimmed: Array, bound: float = 0.0) -> None:
+        """Compare two arrays; equal infinities and equal NaNs are equal."""
+        if full.shape != trimmed.shape:
+            self.beyond_bound += 1
+            self.max_abs_diff = float("nan")
+            return
+        self.values += full.size
+        if full.tobytes() == trimmed.tobytes():
+            return
+        wide = full.astype(np.float64), trimmed.astype(np.float64)
+        unequal = ~((wide[0] == wide[1]) | (np.isnan(wide[0]) & np.isnan(wide[1])))
+        gaps = np.abs(wide[0][unequal] - wide[1][unequal])
+        self.unequal += gaps.size
+        self.beyond_bound += int((~(gaps <= bound)).sum())  # a NaN gap is beyond every bound
+        self.max_abs_diff = max(self.max_abs_diff, float(gaps.max(initial=0.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Differences over all texts: of the vocab logits, and of every other output."""
+
+    logits: Tally = field(default_factory=Tally)
+    others: Tally = field(default_factory=Tally)
+
+
+def sweep(full: GraphModel, trimmed: GraphModel, texts: Iterable[Ids], bound: RoundingBound) -> Sweep:
+    """Compare all outputs of a full and a trimmed graph.
+
+    Args:
+        full: graph with V rows.
+        trimmed: graph with K rows.
+        texts: token ids (T,) of each text.
+        bound: what vocab logits may differ by where the head's input is the same.
+    """
+    seen = Sweep()
+    names = unchanged_outputs(full)
+    for ids in texts:
+        expected, found = full.run(ids), trimmed.run(ids)
+        for name in names:
+            seen.others.add(expected[name], found[name])
+        if full.has_vocab_head:
+            same_input = expected["hidden_states"].tobytes() == found["hidden_states"].tobytes()
+            allowed = bound.of(expected["hidden_states"]) if same_input else 0.0
+            seen.logits.add(expected["logits"][..., trimmed.vocab.kept_ids], found["logits"], allowed)
+    return seen
+
+
+def unchanged_outputs(model: GraphModel) -> tuple[str, ...]:
+    """Outputs that trimming must not change at all: every one without a vocab axis."""
+    return tuple(name for name in model.outputs if name != "logits" or not model.has_vocab_head)
