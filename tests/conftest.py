@@ -7,6 +7,11 @@ import pytest
 
 from tests.tiny_tokenizers import KINDS, save_model_folder
 
+# Helper modules hold no tests, and some of them need the [export] extra as soon as they are imported.
+collect_ignore = [
+    path.name for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("test_")
+]
+
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, Path]:
