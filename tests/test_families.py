@@ -1,11 +1,11 @@
 """Every family through the whole export: the trimmed graph is the full graph, and that is the model."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 pytest.importorskip("torch")
 
+import onnx_ir as ir
 import torch
 
 from tests.exports import KEPT, Exported, V, read_float32
