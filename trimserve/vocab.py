@@ -11,6 +11,7 @@ import numpy.typing as npt
 from trimserve.errors import MismatchError, UnknownIdError
 
 Ids = npt.NDArray[np.int32]
+_COLD, _OUTSIDE = -1, -2
 
 
 class Reason(IntEnum):
@@ -54,7 +55,9 @@ class VocabMap:
     vocab_size: int
     tokenizer_sha256: str = ""
     rule: dict[str, Any] = field(default_factory=dict)
-    _compact_of: Ids = field(init=False, repr=False, compare=False)
+    # Compact id, or _COLD, of each token id; then as many _OUTSIDE, where an index from -V to -1 and
+    # from V to 2V - 1 falls: one gather and one minimum map ids and check their range.
+    _table: Ids = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         kept = np.array(self.kept_ids, np.int64)  # a wider type first: int32 would wrap silently
@@ -70,9 +73,10 @@ class VocabMap:
                 f"{kept.size:,} ids from {kept.min():,} to {kept.max():,}. Select the vocab again."
             )
         kept = kept.astype(np.int32)
-        compact_of = np.full(self.vocab_size, -1, np.int32)
-        compact_of[kept] = np.arange(kept.size, dtype=np.int32)
-        for name, array in (("kept_ids", kept), ("reason", reason), ("_compact_of", compact_of)):
+        table = np.full(2 * self.vocab_size, _OUTSIDE, np.int32)
+        table[: self.vocab_size] = _COLD
+        table[kept] = np.arange(kept.size, dtype=np.int32)
+        for name, array in (("kept_ids", kept), ("reason", reason), ("_table", table)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
 
@@ -83,7 +87,7 @@ class VocabMap:
     @property
     def cold_ids(self) -> Ids:
         """The ids without a compact row, int32 (V - K,), increasing."""
-        return np.flatnonzero(self._compact_of < 0).astype(np.int32)
+        return np.flatnonzero(self._table[: self.vocab_size] == _COLD).astype(np.int32)
 
     def is_kept(self, ids: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Tell for each token id, of any shape, whether it has a compact row.
@@ -132,26 +136,34 @@ class VocabMap:
         Raises:
             UnknownIdError: an id is outside 0..V-1.
         """
-        compact = self._lookup(ids)
-        mapped = compact.astype(np.int64)
-        cold = compact < 0
+        array = np.asarray(ids)
+        mapped = self._lookup(array).astype(np.int64)
         held = np.asarray(slots, np.int32)
-        if not cold.any():
+        flat = mapped.reshape(-1)
+        cold = np.flatnonzero(flat < 0)
+        if cold.size == 0:
             return Slotted(mapped, held, 0)
-        distinct, first = np.unique(np.asarray(ids, np.int32)[cold], return_index=True)
-        ordered = distinct[np.argsort(first)]
-        cold_ids = np.concatenate([held, ordered[~np.isin(ordered, held)]])
-        order = np.argsort(cold_ids)
-        slot = order[np.searchsorted(cold_ids, np.asarray(ids, np.int32)[cold], sorter=order)]
-        mapped[cold] = len(self) + slot
-        return Slotted(mapped, cold_ids, int(cold.sum()))
+        # One sort gives both the distinct cold ids and each entry's slot; the held ones come first.
+        listed = np.concatenate([held, array.reshape(-1)[cold]])
+        distinct, first, which = np.unique(listed, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        slot_of = np.empty_like(order)
+        slot_of[order] = np.arange(order.size)
+        flat[cold] = len(self) + slot_of[which[held.size :]]
+        return Slotted(mapped, distinct[order].astype(np.int32), int(cold.size))
 
     def _lookup(self, ids: npt.ArrayLike) -> Ids:
+        """Compact ids, int32, same shape; -1 for cold ids."""
         array = np.asarray(ids)
         if array.size == 0:
             return np.zeros(array.shape, np.int32)
-        _check_range(array, self.vocab_size, "token id")
-        compact: Ids = self._compact_of[array]
+        try:
+            compact: Ids = self._table.take(array)
+        except IndexError:
+            _check_range(array, self.vocab_size, "token id")
+            raise
+        if compact.min() == _OUTSIDE:
+            _check_range(array, self.vocab_size, "token id")
         return compact
 
 
