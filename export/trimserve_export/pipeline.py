@@ -12,9 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
-from trimserve.errors import UsageError
+from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import (
     COLD_NAME,
@@ -215,9 +217,20 @@ def _plan(source: ModelSource, vocab: VocabMap, options: Options) -> _Plan:
     if task == "auto":
         task = optimum.infer_task(config, sentence_transformers=is_sentence_transformers(source))
     optimum.task_class(task, config)  # refuses what it cannot export
+    _check_pad_is_kept(config, task, vocab)
     pooling = read_pooling(source) if task == "feature-extraction" else None
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
     return _Plan(source, vocab, options, task, pooling)
+
+
+def _check_pad_is_kept(config: PretrainedConfig, task: str, vocab: VocabMap) -> None:
+    # A decoder that classifies looks for the last token that is not the pad id.
+    pad = config.get_text_config().pad_token_id
+    if task == "text-classification" and pad is not None and pad not in vocab.kept_ids:
+        raise UnsupportedModelError(
+            f"{task} needs the pad id {pad}, which this vocab does not keep: "
+            "select again (trimserve select keeps it, it is structural)."
+        )
 
 
 def _fill(plan: _Plan, staging: Path, *, progress: bool) -> Manifest:

@@ -112,13 +112,24 @@ def find_vocab_axes(
 def build_on_meta(
     config: PretrainedConfig, model_class: ModelClass, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Build a model whose tensors have shapes but no memory."""
-    with torch.device("meta"):
-        if hasattr(model_class, "_model_mapping"):  # an Auto class
-            model = model_class.from_config(config, trust_remote_code=trust_remote_code)
-        else:
-            model = model_class._from_config(config)
-    model.tie_weights()
+    """Build a model whose tensors have shapes but no memory.
+
+    Raises:
+        UnsupportedModelError: the class does not take the config, or keeps its embedding elsewhere.
+    """
+    try:
+        with torch.device("meta"):
+            if hasattr(model_class, "_model_mapping"):  # an Auto class
+                model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = model_class._from_config(config)
+        model.tie_weights()
+        model.get_input_embeddings().weight  # noqa: B018 - some classes have none, or a list of them
+    except (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot build {model_class.__name__} from this config, "
+            f"or finds no embedding in it: {str(error) or type(error).__name__}"
+        ) from error
     return model  # type: ignore[no-any-return]
 
 
@@ -140,8 +151,7 @@ def _changed_axes(
             changed = [axis for axis, size in enumerate(shapes[name]) if size != tensor.shape[axis]]
             if changed and key != "vocab_size":
                 raise UnsupportedModelError(
-                    f"{name} is a second vocab table (its rows follow {key}): "
-                    "models with more than one table a token cannot be trimmed yet."
+                    f"{name} is a second vocab table (its rows follow {key}), which cannot be trimmed yet."
                 )
             if changed:
                 axes[name] = changed[0]
@@ -181,8 +191,8 @@ def _vocab_tensors(model: PreTrainedModel, axes: dict[str, int]) -> Iterator[Voc
             biases.append(VocabTensor("head_bias", names, axes[names[0]]))
         else:
             raise UnsupportedModelError(
-                f"{names[0]} has a row for every token but is neither the embedding nor the head of "
-                f"{type(model).__name__}: models with more than one table a token cannot be trimmed yet."
+                f"{names[0]} has a vocab axis but is neither the embedding nor the head of "
+                f"{type(model).__name__}: a second table over the vocab cannot be trimmed yet."
             )
     if len(biases) > 1:
         raise UnsupportedModelError(

@@ -48,11 +48,15 @@ def infer_task(config: PretrainedConfig, *, sentence_transformers: bool) -> str:
             whatever class it was trained in.
 
     Raises:
-        UnsupportedModelError: no architecture, or one that names no known task.
+        UnsupportedModelError: no architecture, or one whose task is not known or not built yet.
     """
     if sentence_transformers:
         return "feature-extraction"
     name = (config.architectures or [""])[0]
+    if config.is_encoder_decoder or name.endswith("ForConditionalGeneration"):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder or multimodal model, which cannot be trimmed yet."
+        )
     for ending, task in _TASK_OF_HEAD.items():
         if name.endswith(ending):
             return task

@@ -59,12 +59,16 @@ class Head:
         hidden: its first input, (B, T, H).
         weight: the constant behind its second input, (K, H) if `by_row`, else (H, K).
         by_row: whether a token's weights are a row of the stored constant.
+        after: the operators from the product to `logits`, in order, each with its constant: a number, or
+            None where it has none or one a token (a bias). Gemma 2's soft cap is
+            ``(("Div", 30.0), ("Tanh", None), ("Mul", 30.0))``.
     """
 
     product: ir.Node
     hidden: ir.Value
     weight: ir.Value
     by_row: bool
+    after: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -136,7 +140,7 @@ def find_embedding(graph: ir.Graph) -> Embedding:
             found.append(Embedding(node, ids, table))
         elif node.op_type not in _BLIND:
             raise UnsupportedModelError(
-                f"{describe(node)} computes with the token ids: compact ids would change its result."
+                f"{describe(node)} depends on the token ids themselves: compact ids would change its result."
             )
     if len(found) != 1:
         nodes = ", ".join(describe(embedding.gather) for embedding in found) or "none"
@@ -169,19 +173,35 @@ def find_head(graph: ir.Graph) -> Head:
         UnsupportedModelError: an operator on the way is not understood; the message names it.
     """
     value = find_output(graph, "logits")
+    if value.shape is None or len(value.shape) != 3:
+        raise UnsupportedModelError(f"logits should be (batch, positions, tokens), found {value.shape}.")
+    after: list[tuple[str, float | None]] = []
     while (node := value.producer()) is not None:
         if node.op_type in _PRODUCTS:
-            return _head(node)
+            return _head(node, tuple(reversed(after)))
         operands = [operand for operand in node.inputs if operand is not None and not _is_constant(operand)]
-        if node.op_type not in _POINTWISE or len(operands) != 1:
+        if node.op_type not in _POINTWISE or len(operands) != 1 or _is_reversed(node, operands[0]):
             raise UnsupportedModelError(
                 f"{describe(node)} stands between the head and logits: not understood."
             )
+        if node.op_type not in ("Identity", "Cast"):
+            after.append((node.op_type, _number_in(node)))
         value = operands[0]
     raise UnsupportedModelError("logits do not come from a product with a weight: the graph has no head.")
 
 
-def _head(node: ir.Node) -> Head:
+def _is_reversed(node: ir.Node, operand: ir.Value) -> bool:
+    return node.op_type in ("Sub", "Div") and node.inputs[0] is not operand
+
+
+def _number_in(node: ir.Node) -> float | None:
+    """The one number among a node's inputs, if it has one."""
+    tensors = [ir.convenience.get_const_tensor(value) for value in node.inputs if value is not None]
+    numbers = [float(tensor.numpy().item()) for tensor in tensors if tensor is not None and tensor.size == 1]
+    return numbers[0] if numbers else None
+
+
+def _head(node: ir.Node, after: tuple[tuple[str, float | None], ...]) -> Head:
     hidden, operand = node.inputs[0], node.inputs[1]
     found = _constant_behind(operand)
     if hidden is None or found is None or _flag(node, "transA"):
@@ -192,7 +212,7 @@ def _head(node: ir.Node) -> Head:
             f"{describe(node)} makes the logits of flattened positions: not understood."
         )
     weight, transposed = found
-    return Head(node, hidden, weight, by_row=transposed != _flag(node, "transB"))
+    return Head(node, hidden, weight, transposed != _flag(node, "transB"), after)
 
 
 def _flag(node: ir.Node, name: str) -> bool:
@@ -206,11 +226,16 @@ def _constant_behind(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in ("Identity", "Transpose"):
             return None
-        transposed ^= node.op_type == "Transpose"
+        transposed ^= node.op_type == "Transpose" and _swaps(node)
         value = node.inputs[0]
     if value is None or value.const_value is None or len(value.const_value.shape) != 2:
         return None
     return value, transposed
+
+
+def _swaps(transpose: ir.Node) -> bool:
+    perm = transpose.attributes.get("perm")
+    return perm is None or tuple(perm.as_ints()) == (1, 0)
 
 
 def _is_constant(value: ir.Value) -> bool:
