@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from trimserve import tensorfile
 from trimserve.errors import MismatchError
 from trimserve.tensorfile import (
+    ArrayTensor,
     TensorRows,
     WholeTensor,
     exhaust,
@@ -99,6 +100,17 @@ def test_streamed_file_is_read_by_safetensors(tmp_path, dtype):
         assert opened.get_slice("empty").get_shape() == [0, 3]
     assert read_header(path)[0]["x"].offset % 8 == 0
     assert b"".join(WholeTensor(read_header(path)[0]["x"]).chunks()) == data
+
+
+def test_arrays_in_memory_are_written_as_safetensors_would(tmp_path):
+    arrays = {"a": MATRIX[::2], "b": np.arange(3, dtype=np.int64), "c": np.array([True, False])}
+    path = tmp_path / "c.safetensors"
+    exhaust(write_tensors(path, {name: ArrayTensor(array) for name, array in arrays.items()}))
+    for name, array in load_file(path).items():
+        assert np.array_equal(array, arrays[name])
+        assert array.dtype == arrays[name].dtype
+    with pytest.raises(ValueError, match="complex128"):
+        _ = ArrayTensor(np.zeros(1, complex)).dtype
 
 
 @given(st.sets(st.integers(0, V - 1)), st.integers(1, 200))

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import save
 
 from trimserve.errors import MismatchError, UsageError
-from trimserve.tensorfile import map_tensor, read_header
+from trimserve.tensorfile import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
 from trimserve.vocab import VocabMap
 
 SCHEMA_VERSION = 1
@@ -90,9 +89,11 @@ def save_artefact(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any
     check_output(path, kind)
     metadata = {"kind": kind, "schema_version": str(SCHEMA_VERSION)}
     metadata |= {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    aligned = sorted(arrays, key=lambda name: -arrays[name].itemsize)
+    tensors = {name: ArrayTensor(arrays[name]) for name in aligned}
+    # Not safetensors' own writer: its metadata come in another order in every process.
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(contiguous, metadata))
+        exhaust(write_tensors(temporary, tensors, metadata))
 
 
 def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

@@ -196,6 +196,34 @@ class TensorRows:
             yield chosen.tobytes()
 
 
+@dataclass(frozen=True, slots=True)
+class ArrayTensor:
+    """An array in memory, in one of the numpy dtypes of `STORAGE_DTYPES`."""
+
+    values: npt.NDArray[Any]
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name.
+
+        Raises:
+            ValueError: safetensors has no such dtype.
+        """
+        for name in ("BOOL", "U8", "I8", "I16", "F16", "I32", "U32", "F32", "I64", "U64", "F64"):
+            if STORAGE_DTYPES[name] == self.values.dtype:
+                return name
+        raise ValueError(f"safetensors has no dtype for {self.values.dtype}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.values.shape
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the array's bytes at once."""
+        yield self.values.tobytes()
+
+
 def _read_range(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
