@@ -102,18 +102,30 @@ class Codec:
     def pad_id(self) -> int:
         """Token id that fills up a batch: the model's own, because some count positions from it."""
         config = read_json(self._folder, "config.json")
-        tokenizer_config = read_json(self._folder, "tokenizer_config.json")
-        pad = tokenizer_config.get("pad_token")
-        content = pad.get("content") if isinstance(pad, dict) else pad
+        named = self._named_token("pad_token")
         candidates = (
             config.get("pad_token_id"),
             (config.get("text_config") or {}).get("pad_token_id"),
-            self.tokenizer.token_to_id(content) if content else None,
+            self.tokenizer.token_to_id(named) if named else None,
             config.get("eos_token_id"),
             int(self.vocab.kept_ids[0]),
         )
         usable = (int(id_) for id_ in candidates if isinstance(id_, int) and self._is_kept(id_))
         return next(usable)
+
+    @cached_property
+    def mask_id(self) -> int:
+        """Token id of the tokenizer's mask.
+
+        Raises:
+            UsageError: it has none.
+        """
+        named = self._named_token("mask_token")
+        found = (self.tokenizer.token_to_id(token) for token in (named, "[MASK]", "<mask>") if token)
+        mask_id = next((id_ for id_ in found if id_ is not None), None)
+        if mask_id is None:
+            raise UsageError(f"the tokenizer of {self._folder.path} has no mask token: it cannot fill masks.")
+        return int(mask_id)
 
     def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, max_tokens: int | None = None
@@ -195,6 +207,10 @@ class Codec:
         ids, mask = pad(sequences, self.pad_id, side)
         slotted = self.vocab.with_slots(ids, held)
         return SlottedBatch(slotted.ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
+
+    def _named_token(self, role: str) -> str | None:
+        token = read_json(self._folder, "tokenizer_config.json").get(role)
+        return token.get("content") if isinstance(token, dict) else token
 
     @cached_property
     def _fallback(self) -> Fallback:
