@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 
 import onnx_ir as ir
+import torch
 
 from tests.models import FAMILIES, save_model
 from trimserve.artefacts import save_vocab, sha256_file
@@ -34,10 +35,10 @@ def every_other_id(model: Path) -> VocabMap:
     return VocabMap(kept, np.zeros(len(kept), np.uint8), size, sha256_file(source.tokenizer_path))
 
 
-def make(family: str, folder: Path, **options) -> tuple[Path, Path]:
+def make(family: str, folder: Path, *, stored=torch.float32, **options) -> tuple[Path, Path]:
     """Make a model of a family and its trimmed folder."""
-    generates = FAMILIES[family].task.startswith("text-generation")
-    model = save_model(family, folder / "model", tokenizer="byte_level_bpe" if generates else "wordpiece")
+    kind = "byte_level_bpe" if FAMILIES[family].task.startswith("text-generation") else "wordpiece"
+    model = save_model(family, folder / "model", tokenizer=kind, dtype=stored)
     export(model, every_other_id(model), folder / "trimmed", task=FAMILIES[family].task, **options)
     return model, folder / "trimmed"
 
@@ -197,6 +198,25 @@ def test_folder_without_cold_rows_is_verified_on_texts_it_can_be_fed(tmp_path):
     model, trimmed = make("bert_encoder", tmp_path, cold=False)
     result = verify(trimmed, model, texts=["the cat sat on the mat", "a dog"], store=False)
     assert "cold-slots" not in [check.name for check in result.checks]
+    assert result.ok, result.checks
+
+
+def test_trimmed_checkpoint_is_verified_by_its_rows(tmp_path):
+    model, trimmed = make("phi", tmp_path, to="safetensors")
+    result = verify(trimmed, model)
+    assert [check.name for check in result.checks] == ["files", "tokenizer", "kept-rows"]
+    assert result.ok, result.checks
+    spec = read_header(trimmed / "model.safetensors")[0]["lm_head.weight"]
+    flip_byte(trimmed / "model.safetensors", spec.offset + 3)
+    rehash(trimmed)
+    assert verify(trimmed, model).failed == ("kept-rows",)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_rows_of_half_precision_checkpoints_are_compared_exactly(tmp_path, stored, dtype):
+    model, trimmed = make("bert_encoder", tmp_path, stored=stored, dtype=dtype)
+    result = verify(trimmed, model)
     assert result.ok, result.checks
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trimserve.cold import ColdRows
-from trimserve.errors import UnknownIdError
+from trimserve.errors import UnknownIdError, UsageError
 from trimserve.folder import TrimmedFolder
 from trimserve.session import open_session
 from trimserve.source import ModelSource
@@ -31,14 +31,14 @@ class Context:
         folder: the trimmed folder under test.
         source: the model that it was made from.
         stored: the vocab tensors of the source's checkpoint.
-        full_path: the graph of the full model, exported as the folder was.
+        full_path: the graph of the full model, exported as the folder was; None for a trimmed checkpoint.
         texts: the texts to compare on.
     """
 
     folder: TrimmedFolder
     source: ModelSource
     stored: StoredVocab
-    full_path: Path
+    full_path: Path | None
     texts: Sequence[str]
 
     @cached_property
@@ -60,6 +60,8 @@ class Context:
     @cached_property
     def full(self) -> GraphModel:
         """The full model's graph; each of its V ids has its own row."""
+        if self.full_path is None:
+            raise UsageError(f"{self.folder.path} holds no graph: there is no full one to compare it with.")
         size = self.folder.vocab.vocab_size
         reason = np.full(size, Reason.STRUCTURAL, np.uint8)
         everything = VocabMap(np.arange(size, dtype=np.int32), reason, size)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError
-from trimserve.folder import COLD_NAME, TOKENIZER_NAME, open_folder
+from trimserve.folder import COLD_NAME, TOKENIZER_NAME, VOCAB_NAME, open_folder
 from trimserve.source import load_tokenizer
 from trimserve.tensorfile import TensorSpec, map_tensor, read_header
 from trimserve.vocab import Ids
@@ -87,14 +87,16 @@ class RowDifference:
 
 def check_kept_rows(context: Context) -> Check:
     """Compare the rows in the graph and in the cold rows with the source checkpoint's, bit for bit."""
-    graph = _graph_matrices(context)
+    weights = _matrices(context)
+    # A trimmed checkpoint keeps the source's dtype, a graph has its own.
+    dtype = context.folder.manifest.dtype if context.folder.manifest.graphs else None
     cold = read_header(context.folder.file(COLD_NAME))[0] if context.folder.has_cold else {}
     differences: list[tuple[str, RowDifference]] = []
     for role, name in context.stored.roles.items():
         spec, axis = context.stored.cut[name]
         expected = _row_matrix(spec, axis)
-        kept = _closest(expected, context.folder.vocab.kept_ids, graph, context.folder.manifest.dtype)
-        differences.append((f"{role} rows in the graph", kept))
+        kept = _closest(expected, context.folder.vocab.kept_ids, weights, dtype)
+        differences.append((f"{role} rows in the weights", kept))
         if context.folder.has_cold:
             stored = [_row_matrix(cold[role], axis)] if role in cold else []
             difference = _closest(expected, context.folder.vocab.cold_ids, stored, None)
@@ -117,14 +119,24 @@ def _rows_check(context: Context, differences: list[tuple[str, RowDifference]]) 
     return Check("kept-rows", ok, largest, f"{len(vocab):,} kept rows, {cold}: {roles} of the checkpoint")
 
 
-def _graph_matrices(context: Context) -> list[Array]:
-    """Every weight of the graphs as a matrix with a row a compact id, in both orientations; mapped."""
-    matrices = []
+def _matrices(context: Context) -> list[Array]:
+    """Every weight of the folder as a matrix with a row a compact id, in both orientations; mapped."""
+    arrays = _graph_weights(context) if context.folder.manifest.graphs else _checkpoint_weights(context)
+    return [matrix for array in arrays for matrix in _orientations(array)]
+
+
+def _graph_weights(context: Context) -> Iterator[Array]:
     for name in context.folder.manifest.graphs.values():
         weights = ir.load(context.folder.file(name)).graph.initializers.values()
-        arrays = (weight.const_value.numpy() for weight in weights if weight.const_value is not None)
-        matrices += [matrix for array in arrays for matrix in _orientations(array)]
-    return matrices
+        yield from (weight.const_value.numpy() for weight in weights if weight.const_value is not None)
+
+
+def _checkpoint_weights(context: Context) -> Iterator[Array]:
+    names = (name for name in context.folder.manifest.files if name.endswith(".safetensors"))
+    for name in names:
+        if name not in (VOCAB_NAME, COLD_NAME):
+            specs = read_header(context.folder.file(name))[0].values()
+            yield from (_as_floats(spec) for spec in specs if spec.dtype in _STORED)
 
 
 def _orientations(array: Array) -> tuple[Array, ...]:
@@ -137,8 +149,12 @@ def _orientations(array: Array) -> tuple[Array, ...]:
 def _row_matrix(spec: TensorSpec, axis: int) -> Array:
     """A stored tensor with a row an id: (V, H), or (V, 1) for a bias; mapped, in its own dtype."""
     rows = spec.shape[axis]
-    matrix: Array = map_tensor(spec).view(_STORED[spec.dtype]).reshape(rows, -1)
-    return matrix
+    return _as_floats(spec).reshape(rows, -1)
+
+
+def _as_floats(spec: TensorSpec) -> Array:
+    values: Array = map_tensor(spec).view(_STORED[spec.dtype])
+    return values
 
 
 def _closest(expected: Array, ids: Ids, candidates: Iterable[Array], dtype: str | None) -> RowDifference:

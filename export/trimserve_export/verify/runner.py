@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import transformers
-
 from trimserve.errors import MismatchError, TrimserveError
-from trimserve.folder import open_folder, read_manifest, with_verification, write_manifest
+from trimserve.folder import Manifest, open_folder, read_manifest, with_verification, write_manifest
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
 from trimserve_export.checkpoint import StoredVocab, find_stored_vocab, read_specs
@@ -21,7 +19,7 @@ from trimserve_export.verify.numbers import check_cold_slots, check_hidden_state
 from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
-from trimserve_export.vocab_axes import architecture_class, find_vocab_axes
+from trimserve_export.vocab_axes import architecture_class, find_vocab_axes, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +62,7 @@ def verify(
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
     with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch:
-        full = export_full(source, Path(scratch), manifest.task, manifest.dtype)
+        full = _export_full(source, manifest, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
         result = VerifyResult(tuple(_run(context, progress=progress)))
@@ -73,8 +71,12 @@ def verify(
     return result
 
 
+def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
+    return export_full(source, scratch, manifest.task, manifest.dtype) if manifest.graphs else None
+
+
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
-    config = transformers.AutoConfig.from_pretrained(source.path)
+    config = load_config(source.path)
     classes = (task_class(task, config), architecture_class(config))
     axes = [find_vocab_axes(config, found) for found in classes if found is not None]
     return find_stored_vocab(read_specs(source), axes, source.vocab_size)
@@ -85,6 +87,8 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
     yield "files", check_files
     yield "tokenizer", check_tokenizer
     yield "kept-rows", check_kept_rows
+    if not context.folder.manifest.graphs:  # a trimmed checkpoint: nothing to run
+        return
     yield "hidden-states", check_hidden_states
     if has_vocab_head(task):
         yield "kept-logits", check_kept_logits
