@@ -1,3 +1,100 @@
-"""Serve a language model with the vocabulary rows a domain uses, and the full model's results."""
+"""Serve a language model with the vocabulary rows a domain uses, and the full model's results.
+
+Example:
+    >>> import trimserve
+    >>> profile = trimserve.profile(["tickets.txt"], "Qwen/Qwen3-0.6B")  # doctest: +SKIP
+    >>> vocab = trimserve.select(profile, coverage=0.999)  # doctest: +SKIP
+    >>> trimserve.export("Qwen/Qwen3-0.6B", vocab, "qwen3-tickets")  # doctest: +SKIP
+    >>> model = trimserve.load("qwen3-tickets")  # doctest: +SKIP
+    >>> print(*model.stream("Summarise: …", max_new_tokens=64), sep="")  # doctest: +SKIP
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimserve.errors import (
+    MismatchError,
+    MissingExtraError,
+    TrimserveError,
+    UnknownIdError,
+    UnsupportedModelError,
+    UsageError,
+    require,
+)
+from trimserve.loading import load
+from trimserve.profiling import Profile, merge, profile
+from trimserve.selection import select
+from trimserve.vocab import Reason, VocabMap
+
+if TYPE_CHECKING:
+    from trimserve_export.inspection import Inspection
+    from trimserve_export.pipeline import ExportResult
+    from trimserve_export.verify import VerifyResult
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MismatchError",
+    "MissingExtraError",
+    "Profile",
+    "Reason",
+    "TrimserveError",
+    "UnknownIdError",
+    "UnsupportedModelError",
+    "UsageError",
+    "VocabMap",
+    "export",
+    "inspect",
+    "load",
+    "merge",
+    "profile",
+    "select",
+    "verify",
+]
+
+
+def export(model: str | Path, vocab: VocabMap, output: str | Path, **options: Any) -> "ExportResult":  # noqa: ANN401 - see pipeline.export
+    """Make a trimmed folder; needs ``pip install 'trimserve[export]'``.
+
+    Args:
+        model: a folder or a hub id.
+        vocab: the kept ids, from `select`.
+        output: the folder to make.
+        **options: those of `trimserve_export.pipeline.export`: task, dtype, cold, overwrite and others.
+
+    Raises:
+        MissingExtraError: the export extra is not installed.
+        TrimserveError: see `trimserve_export.pipeline.export`.
+    """
+    pipeline = require("trimserve_export.pipeline", extra="export", purpose="trimserve.export")
+    result: ExportResult = pipeline.export(str(model), vocab, Path(output), **options)
+    return result
+
+
+def verify(folder: str | Path, model: str | Path, **options: Any) -> "VerifyResult":  # noqa: ANN401
+    """Compare a trimmed folder with the full model; needs ``pip install 'trimserve[export]'``.
+
+    Args:
+        folder: the trimmed folder.
+        model: the folder or hub id that it was made from.
+        **options: those of `trimserve_export.verify.verify`, e.g. ``texts``.
+
+    Raises:
+        MissingExtraError: the export extra is not installed.
+        TrimserveError: the folder or the model cannot be read; differing numbers are a result, not an error.
+    """
+    module = require("trimserve_export.verify", extra="export", purpose="trimserve.verify")
+    result: VerifyResult = module.verify(Path(folder), str(model), **options)
+    return result
+
+
+def inspect(path: str | Path, **options: Any) -> "Inspection":  # noqa: ANN401
+    """Tell what a model or folder is, its vocab tensors, and the prize of trimming it.
+
+    Raises:
+        MissingExtraError: the export extra is not installed.
+        TrimserveError: the model cannot be read.
+    """
+    module = require("trimserve_export.inspection", extra="export", purpose="trimserve.inspect")
+    result: Inspection = module.inspect(str(path), **options)
+    return result
