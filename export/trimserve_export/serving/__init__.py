@@ -22,9 +22,10 @@ __all__ = ["AFTER_HEAD", "GRAPH_NAME", "ServableGraph", "make_servable"]
 GRAPH_NAME = "model.onnx"
 # Metadata of the graph: what stands between the head's product and the logits, as JSON (`Head.after`).
 # Whoever computes cold logits from hidden states has to do the same to them.
-AFTER_HEAD = "trimserve.after_head"
+AFTER_HEAD = AFTER_HEAD_KEY
 # Large tensors start on a boundary at which every system can map them.
 _ALIGNMENT = 65536
+_ADDED = {"cold_rows", "logits_to_keep", "hidden_states"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
             written then.
     """
     model = ir.load(source.resolve())
+    _check_untouched(model.graph)
     embedding = find_embedding(model.graph)
     _check_rows(embedding.gather, embedding.rows, rows)
     tied = False
@@ -68,6 +70,14 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
     add_cold_slots(model.graph, embedding)
     RemoveUnusedNodesPass()(model)
     return _save(model, output / GRAPH_NAME, tied=tied)
+
+
+def _check_untouched(graph: ir.Graph) -> None:
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)} & _ADDED
+    if taken:
+        raise UnsupportedModelError(
+            f"the graph already has {', '.join(sorted(map(str, taken)))}: was it made servable before?"
+        )
 
 
 def _check_rows(node: ir.Node, found: int, expected: int) -> None:

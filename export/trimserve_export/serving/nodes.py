@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.errors import UnsupportedModelError
-
 
 class NodeWriter:
     """Collects nodes for one place of a graph.
@@ -43,11 +41,7 @@ class NodeWriter:
         domain: str = "",
         **attributes: int,
     ) -> ir.Value:
-        """Add a node and return its output.
-
-        Raises:
-            UnsupportedModelError: the graph already has a value of the name that the output must have.
-        """
+        """Add a node and return its output, called `output` if that is given."""
         name = f"{self._scope}/{op_type}_{len(self._nodes)}"
         result = ir.Value(name=output or f"{name}_output")
         self._nodes.append(
@@ -68,16 +62,7 @@ class NodeWriter:
 
 
 def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> ir.Value:
-    """Add a graph input.
-
-    Raises:
-        UnsupportedModelError: the graph already has a value of this name.
-    """
-    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
-    if name in taken:
-        raise UnsupportedModelError(
-            f"the graph already has an input or output {name}: was it made servable before?"
-        )
+    """Add a graph input and return its value."""
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     graph.inputs.append(value)
     return value
