@@ -35,13 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parse(arguments)
-        logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
-        code: int = importlib.import_module(f"trimserve.cli.{args.command}").run(args)
-        sys.stdout.flush()
+        code = _run(arguments)
+        sys.stdout.flush()  # so that a reader that has gone is noticed here, not at the interpreter's end
         return code
-    except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for usage
-        return int(stop.code or 0)
     except TrimserveError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -54,6 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = " Free some space and run it again." if error.errno == errno.ENOSPC else ""
         named = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{named}.{advice}", 1)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        args = _parse(arguments)
+    except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for usage
+        return int(stop.code or 0)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    code: int = importlib.import_module(f"trimserve.cli.{args.command}").run(args)
+    return code
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

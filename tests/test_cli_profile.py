@@ -1,0 +1,233 @@
+import errno
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.tiny_tokenizers import TEXT, save_model_folder
+from trimserve import counting, tensorfile
+from trimserve.artefacts import load_vocab
+from trimserve.cli.main import main
+from trimserve.profiling import Profile, profile
+from trimserve.source import resolve_model
+
+WORDS = "the cat sat on the mat. la latte! " * 40
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, model_folders):
+    """An empty folder to work in, with a corpus of two files and two models beside it."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (work / "a.txt").write_text(TEXT, "utf-8")
+    (work / "b.jsonl").write_text(json.dumps({"t": WORDS}) + "\n" + json.dumps({"t": "a dog"}) + "\n")
+    (work / "model").symlink_to(model_folders["byte_level_bpe"], target_is_directory=True)
+    (work / "bert").symlink_to(model_folders["wordpiece"], target_is_directory=True)
+    return work
+
+
+@pytest.fixture
+def call(capsys):
+    """Run the command line; gives its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def listing(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_profile_merge_select_with_json(here, call):
+    code, out, err = call(
+        *("profile", "a.txt", "b.jsonl", "--text-column", "t", "-m", "model", "-o", "p", "--format", "json")
+    )
+    document = json.loads(out)
+    assert (code, err) == (0, "")
+    counted = Profile.load("p")
+    assert document.keys() >= {"texts", "tokens", "distinct", "vocab_size", "missing_mass", "seconds"}
+    assert (document["texts"], document["tokens"]) == (3, counted.tokens)
+    assert document["missing_mass"] <= document["missing_mass_bound"]
+    again = profile(["a.txt", "b.jsonl"], "model", text_column="t")
+    assert np.array_equal(again.counts, counted.counts)
+
+    code, out, _ = call("merge", "p", "p", "-o", "m", "--weight", 1, 3, "--format", "json")
+    assert code == 0
+    assert json.loads(out)["tokens"] == 2 * counted.tokens
+
+    code, out, _ = call("select", "m", "-o", "v", "--top-k", 300, "--keep-token", "zebra", "--format", "json")
+    document = json.loads(out)
+    assert code == 0
+    vocab = load_vocab(here / "v")
+    assert document["kept"] == len(vocab) == 320  # 384 is more than the tokenizer has
+    assert document["vocab_size"] == counted.vocab_size
+    assert sum(document["reasons"].values()) == document["kept"]
+    assert document["coverage"] == pytest.approx(1.0)
+    assert vocab.is_kept(resolve_model("model").tokenizer().encode("zebra").ids).all()
+
+
+@pytest.mark.usefixtures("here")
+def test_summaries_for_people(call):
+    code, out, _ = call("profile", "a.txt", "-m", "model", "-o", "p")
+    assert code == 0
+    for line in (r"^texts +1$", r"^distinct ids +\d+ of 327$", r"^missing mass +\d+\.\d\d % \(at most"):
+        assert re.search(line, out, re.MULTILINE), out
+    assert "kept ids  of the vocab  coverage" in out
+    code, out, _ = call("merge", "p", "-o", "m")
+    assert code == 0
+    assert re.search(r"^tokens +\d+$", out, re.MULTILINE)
+    code, out, _ = call("select", "m", "-o", "v", "--coverage", 0.5)
+    assert code == 0
+    for line in (
+        r"^kept ids +320 of 327 \(97\.86 %\)$",
+        r"^  structural +\d+$",
+        r"^coverage +100\.00 % of the",
+    ):
+        assert re.search(line, out, re.MULTILINE), out
+
+
+def test_bytes_of_rows_are_shown_where_weights_are_at_hand(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model_folder("wordpiece", tmp_path / "model")
+    save_file({"embed_tokens.weight": np.zeros((37, 8), np.float32)}, "model/model.safetensors")
+    (tmp_path / "a.txt").write_text(WORDS)
+    assert call("profile", "a.txt", "-m", "model", "-o", "p")[0] == 0
+    code, out, _ = call("select", "p", "-o", "v", "--format", "json")
+    document = json.loads(out)
+    assert (code, document["bytes_kept"], document["bytes_before"]) == (0, 37 * 32, 37 * 32)
+    assert "1.18 kB of 1.18 kB" in call("select", "p", "-o", "v")[1]
+    code, _, err = call("select", "p", "-o", "v", "--max-bytes", 640)
+    assert code == 2
+    assert "max_bytes 640 cannot hold" in err
+
+
+def test_stdin_is_a_corpus(here, call, monkeypatch):
+    class Stdin:
+        buffer = io.BytesIO((here / "a.txt").read_bytes())
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    assert call("profile", "-", "-m", "model", "-o", "s")[0] == 0
+    assert call("profile", "a.txt", "-m", "model", "-o", "f")[0] == 0
+    assert np.array_equal(Profile.load("s").counts, Profile.load("f").counts)
+    assert Profile.load("s").sources[0].name == "stdin"
+    assert Profile.load("s").sources[0].sha256 == Profile.load("f").sources[0].sha256
+
+
+def test_corpus_without_newlines_is_warned_about(here, call, caplog):
+    (here / "line.txt").write_text("one line")
+    code, out, _ = call("profile", "line.txt", "-m", "model", "-o", "p", "--format", "json")
+    assert code == 0
+    assert json.loads(out)["texts"] == 1
+    assert "no newline token was counted" in caplog.text
+
+
+BAD = [
+    (["profile", "a.txt", "-m", "model"], 2, "-o/--output"),
+    (["profile", "-m", "model", "-o", "p"], 2, "CORPUS"),
+    (["profile", "none.txt", "-m", "model", "-o", "p"], 2, "none.txt does not exist"),
+    (["profile", "b.jsonl", "-m", "model", "-o", "p"], 2, "--text-column"),
+    (["profile", "b.jsonl", "--text-column", "x", "-m", "model", "-o", "p"], 2, "line 1: no field 'x'"),
+    (["profile", "bad.txt", "-m", "model", "-o", "p"], 2, "bad.txt, line 2: byte 0xff is not UTF-8"),
+    (["profile", "empty.txt", "-m", "model", "-o", "p"], 2, "holds no text"),
+    (["profile", "a.txt", "-m", "nowhere/at/all", "-o", "p"], 2, "neither a folder nor a hub id"),
+    (["profile", "a.txt", "-m", "bare", "-o", "p"], 2, "has no tokenizer.json"),
+    (["profile", "a.txt", "-m", "model", "-o", "no/p"], 2, "the folder no does not exist"),
+    (["profile", "a.txt", "-m", "model", "-o", "a.txt"], 2, "a.txt exists and is not a profile file"),
+    (["profile", "a.txt", "-m", "model", "-o", "."], 2, "exists and is not a profile file"),
+    (["profile", "a.txt", "-m", "model", "-o", "p", "--workers", "0"], 2, "workers should be at least 1"),
+    (["merge", "none", "-o", "m"], 2, "none does not exist"),
+    (["merge", "good", "a.txt", "-o", "m"], 1, "a.txt is not a safetensors file"),
+    (["merge", "good", "other", "-o", "m"], 1, "different tokenizers"),
+    (["merge", "good", "good", "-o", "m", "--weight", "1"], 2, "2 profiles need 2 weights"),
+    (["merge", "good", "cut", "-o", "m"], 1, "cut off"),
+    (["merge", "good", "future", "-o", "m"], 1, "schema 9, this trimserve reads 1"),
+    (["select", "good", "-o", "v", "--coverage", "1.5"], 2, "from 0 to 1"),
+    (["select", "good", "-o", "v", "--coverage", ".9", "--top-k", "9"], 2, "not allowed with"),
+    (["select", "good", "-o", "v", "--top-k", "3"], 2, "less than the"),
+    (["select", "good", "-o", "v", "--max-bytes", "9"], 2, "held no weights"),
+    (["select", "good", "-o", "good"], 2, "not a vocab file"),
+    (["select", "good", "-o", "v", "--keep-file", "none.txt"], 2, "none.txt does not exist"),
+    (["select", "good", "other", "-o", "v"], 1, "different tokenizers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_input_is_one_sentence_and_changes_nothing(here, call, arguments, code, message):
+    (here / "bad.txt").write_bytes(b"one\ntwo \xff\n")
+    (here / "empty.txt").write_bytes(b"")
+    (here / "bare").mkdir()
+    profile("a.txt", "model").save("good")
+    profile("a.txt", "bert").save("other")
+    content = (here / "good").read_bytes()
+    (here / "cut").write_bytes(content[: len(content) // 2])
+    (here / "future").write_bytes(content.replace(b'"schema_version":"1"', b'"schema_version":"9"'))
+    before = listing(here)
+    found, out, err = call(*arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    if not err.startswith("usage:"):  # argparse's own
+        assert re.fullmatch(r"trimserve: .+\n", err), err
+    assert listing(here) == before
+
+
+@pytest.mark.parametrize("where", ["counting", "writing"])
+def test_ctrl_c_leaves_nothing(here, call, monkeypatch, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    if where == "counting":
+        monkeypatch.setattr(counting, "_count", interrupted)
+    else:
+        monkeypatch.setattr(tensorfile.os, "write", interrupted)
+    before = listing(here)
+    code, out, err = call("profile", "a.txt", "-m", "model", "-o", "p")
+    assert (code, out, err) == (130, "", "trimserve: interrupted; nothing was written.\n")
+    assert listing(here) == before
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(here, call, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tensorfile.os, "write", full)
+    before = listing(here)
+    code, out, err = call("profile", "a.txt", "-m", "model", "-o", "p")
+    assert (code, out) == (1, "")
+    assert err == "trimserve: No space left on device: p. Free some space and run it again.\n"
+    assert listing(here) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_real_ctrl_c_in_a_fresh_process(here):
+    command = [sys.executable, "-m", "trimserve", "profile", "-", "-m", "model", "-o", "p"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a background job ignores it
+    running = subprocess.Popen(command, preexec_fn=heed, **pipes)
+    running.stdin.write(b"a cat and a dog\n" * 200_000)  # returns once it is being read
+    running.stdin.flush()
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, b"")
+    assert err == b"trimserve: interrupted; nothing was written.\n"
+    assert sorted(listing(here)) == ["a.txt", "b.jsonl"]
+
+
+@pytest.mark.usefixtures("here")
+def test_console_script_in_a_fresh_process():
+    command = [sys.executable, "-m", "trimserve", "profile", "a.txt", "-m", "model", "-o", "p"]
+    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["texts"] == 1
+    assert done.stderr == ""  # no bar: stderr is not a terminal
