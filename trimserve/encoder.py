@@ -19,6 +19,7 @@ from trimserve.heads import Candidate, cold_logits, top_candidates
 from trimserve.pooling import Floats, Mask, normalize_rows, pool
 from trimserve.structural import PAD_POSITION_MODELS
 from trimserve.text import Codec, Encoded, pad, read_json, shorten
+from trimserve.vocab import Ids
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -192,6 +193,10 @@ class Encoder:
                 results[output.texts[row]].append(candidates)
         return results
 
+    def token_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of texts as `forward` feeds them: cut to `max_tokens`, cold ones split if need be."""
+        return [entry.ids for entry in self._encode(texts)[0]]
+
     def _candidates(
         self, output: _Output, rows: npt.NDArray[Any], columns: npt.NDArray[Any], top_k: int
     ) -> list[list[Candidate]]:
@@ -205,10 +210,12 @@ class Encoder:
         """Feed texts, longest first, in batches of like length; a text without tokens is left out."""
         if batch_size < 1:
             raise UsageError(f"batch_size should be 1 or more, found {batch_size}.")
-        encoded = self._encode(texts)
+        encoded, split = self._encode(texts)
         lengths = np.array([len(text.ids) for text in encoded], np.int64)
         self.stats.texts += len(texts)
         self.stats.tokens += int(lengths.sum())
+        self.stats.cold_tokens += split
+        self.stats.truncated += sum(text.truncated for text in encoded)
         order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
         for start in range(0, len(order), batch_size):
             yield self._run_batch(order[start : start + batch_size], encoded)
@@ -238,17 +245,17 @@ class Encoder:
         values, *hidden = (array.astype(np.float32, copy=False) for array in self._session.run(names, typed))
         return values, hidden[0] if hidden else None
 
-    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def _encode(self, texts: Sequence[str]) -> tuple[list[Encoded], int]:
+        """Encode texts as they are fed, and count the cold tokens that were split for it."""
         encoded = self.codec.encode_typed(texts, max_tokens=self.max_tokens)
-        if not self.folder.has_cold:
-            encoded = [self._split(entry) for entry in encoded]
-        self.stats.truncated += sum(entry.truncated for entry in encoded)
-        return encoded
+        if self.folder.has_cold:
+            return encoded, 0
+        cold_tokens = sum(int((~self.codec.vocab.is_kept(entry.ids)).sum()) for entry in encoded)
+        return [self._split(entry) for entry in encoded], cold_tokens
 
     def _split(self, encoded: Encoded) -> Encoded:
         """Split cold tokens into kept pieces, and cut what has become too long."""
         servable = self.codec.servable([encoded.ids])
-        self.stats.cold_tokens += servable.cold_tokens
         (ids,), (repeats,) = servable.sequences, servable.repeats
         longer = Encoded(ids, np.repeat(encoded.type_ids, repeats), encoded.truncated)
         if self.max_tokens is None or len(ids) <= self.max_tokens:
