@@ -26,12 +26,14 @@ class Tally:
         beyond_rows: occurrences of ids >= V.
         texts: number of documents.
         characters: number of characters in them.
+        padding_ids: int32, increasing: rows below V that no token of the tokenizer names.
     """
 
     counts: Counts
     beyond_rows: int
     texts: int
     characters: int
+    padding_ids: Ids
 
 
 def count_tokens(
@@ -48,8 +50,8 @@ def count_tokens(
         vocab_size: V, rows of the model's embedding.
         on_batch: called after each batch.
     """
-    ids = tokenizer.get_vocab(with_added_tokens=True).values()
-    size = max(vocab_size, max(ids, default=-1) + 1)
+    named = np.fromiter(tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
+    size = max(vocab_size, int(named.max(initial=-1)) + 1)
     counts = np.zeros(size, np.int64)
     texts = parts = characters = 0
     for batch in _batches(documents):
@@ -63,7 +65,11 @@ def count_tokens(
         on_batch()
     counts -= parts * _count(tokenizer, ["\n"], size)
     counts += texts * np.bincount(np.array(tokenizer.encode("").ids, np.int64), minlength=size)
-    return Tally(counts[:vocab_size].copy(), int(counts[vocab_size:].sum()), texts, characters)
+    unnamed = np.ones(size, np.bool_)
+    unnamed[named] = False
+    padding_ids = np.flatnonzero(unnamed[:vocab_size]).astype(np.int32)
+    beyond_rows = int(counts[vocab_size:].sum())
+    return Tally(counts[:vocab_size].copy(), beyond_rows, texts, characters, padding_ids)
 
 
 def _count(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> Counts:
@@ -85,12 +91,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def unnamed_rows(tokenizer: Tokenizer, vocab_size: int) -> Ids:
-    """The rows below V that no token of the tokenizer names (padding rows), int32, increasing."""
-    named = np.fromiter(tokenizer.get_vocab(with_added_tokens=True).values(), np.int64)
-    return np.setdiff1d(np.arange(vocab_size), named).astype(np.int32)
 
 
 def limit_threads(workers: int) -> None:

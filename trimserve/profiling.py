@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from trimserve.artefacts import load_artefact, save_artefact, sha256_file
 from trimserve.corpus import Corpus, CorpusSource
-from trimserve.counting import Counts, count_tokens, limit_threads, unnamed_rows
+from trimserve.counting import Counts, count_tokens, limit_threads
 from trimserve.errors import MismatchError, UsageError
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
@@ -230,7 +230,7 @@ def profile(
         beyond_rows=tally.beyond_rows,
         sources=tuple(read.sources),
         structural=structural_ids(source, tokenizer),
-        padding_ids=unnamed_rows(tokenizer, source.vocab_size),
+        padding_ids=tally.padding_ids,
         linear_widths=tuple(sorted(source.linear_widths())),
         row_bytes=source.row_bytes(),
     )
