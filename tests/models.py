@@ -34,6 +34,16 @@ FAMILIES = {
     "llama_tied": Family("LlamaForCausalLM", GENERATE, _GROUPED | {"tie_word_embeddings": True}),
     "qwen3": Family("Qwen3ForCausalLM", GENERATE, _GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma3": Family("Gemma3ForCausalLM", GENERATE, _GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    # Soft cap, scale: something stands between the head's product and the logits.
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        GENERATE,
+        _GROUPED
+        | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "tie_word_embeddings": False},
+    ),
+    "granite": Family(
+        "GraniteForCausalLM", GENERATE, _GROUPED | {"logits_scaling": 3.0, "tie_word_embeddings": False}
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel", GENERATE, {"n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 64}
     ),

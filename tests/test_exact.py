@@ -15,7 +15,9 @@ pytestmark = pytest.mark.export
 TEXTS = ["the cat sat on the mat", "a", "Grüße, Welt! 🎉", "数学 ábc\n\ndef", "dog"]
 
 
-@pytest.fixture(scope="module", params=["llama", "llama_tied", "qwen3", "gemma3", "gpt2", "phi"])
+@pytest.fixture(
+    scope="module", params=["llama", "llama_tied", "qwen3", "gemma2", "gemma3", "granite", "gpt2", "phi"]
+)
 def pair(request, tmp_path_factory):
     """The structural ids (the byte alphabet above all) and a few others are kept."""
     root = tmp_path_factory.mktemp(request.param)

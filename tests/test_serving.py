@@ -10,8 +10,9 @@ pytest.importorskip("onnx_ir")
 import onnx_ir as ir
 
 from tests.exports import open_graph
+from trimserve.decoder import AFTER_HEAD_KEY
 from trimserve.errors import UnsupportedModelError
-from trimserve_export.serving import AFTER_HEAD, make_servable
+from trimserve_export.serving import make_servable
 from trimserve_export.serving.flow import find_embedding, find_head
 
 pytestmark = pytest.mark.export
@@ -178,7 +179,7 @@ def test_what_follows_the_head_is_recorded(tmp_path):
         logits = Mul(bent, thirty)
     """
     served = serve(tmp_path, HIDDEN + body)
-    recorded = open_graph(served.path).get_modelmeta().custom_metadata_map[AFTER_HEAD]
+    recorded = open_graph(served.path).get_modelmeta().custom_metadata_map[AFTER_HEAD_KEY]
     assert json.loads(recorded) == [["Add", None], ["Div", 30.0], ["Tanh", None], ["Mul", 30.0]]
 
 

@@ -3,7 +3,8 @@
 Nothing here knows tokens' meaning, sampling or exactness; see `generation.py` for the loop around it.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Floats = npt.NDArray[np.float32]
+# What stands between the head's product and the logits: operators with the number each takes, None where
+# it takes none (Tanh) or one a token (an Add of the bias). The serving passes write it into the graph.
+AfterHead = tuple[tuple[str, float | None], ...]
+AFTER_HEAD_KEY = "trimserve.after_head"
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -77,6 +82,7 @@ class Decoder:
         first = inputs[self._past[0]]
         self._past_dtype = np.dtype(_NUMPY_TYPES.get(first.type, np.float32))
         self._past_shapes = [inputs[name].shape for name in self._past]
+        self.after_head = _after_head(session.get_modelmeta().custom_metadata_map)
         self._binding = session.io_binding()
 
     def empty_cache(self, batch: int) -> KVCache:
@@ -162,6 +168,33 @@ class Decoder:
     def _to_host(self, value: "ort.OrtValue") -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = value.numpy()
         return array
+
+
+def _after_head(metadata: Mapping[str, str]) -> AfterHead:
+    return tuple((operator, number) for operator, number in json.loads(metadata.get(AFTER_HEAD_KEY, "[]")))
+
+
+def apply_after_head(product: Floats, bias: Floats, after_head: AfterHead) -> Floats:
+    """Make logits of the product of hidden states and head rows, as the graph does.
+
+    Args:
+        product: float32 (..., n).
+        bias: float32 (n,), of the same token ids; zeros where the head has none.
+        after_head: see `AfterHead`.
+    """
+    logits = product
+    for operator, number in after_head:
+        value = bias if number is None else np.float32(number)
+        logits = np.tanh(logits) if operator == "Tanh" else _ARITHMETIC[operator](logits, value)
+    return logits
+
+
+_ARITHMETIC: dict[str, Callable[..., Floats]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+}
 
 
 def _windows(values: npt.NDArray[Any], starts: npt.NDArray[np.int64], width: int) -> npt.NDArray[Any]:

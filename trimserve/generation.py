@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.cold import ColdRows
-from trimserve.decoder import Decoder, Floats, KVCache, Step
+from trimserve.decoder import AfterHead, Decoder, Floats, KVCache, Step, apply_after_head
 from trimserve.errors import NoTokenError
 from trimserve.sampling import Columns, History, SamplingParams, choose, join_columns
 from trimserve.vocab import Ids, VocabMap
@@ -75,7 +75,8 @@ class DraftSlots:
     The least recently used id leaves when there are more than `MAX_SLOTS`.
     """
 
-    def __init__(self, kept: Columns, cold: ColdRows, prompt_cold_ids: Ids) -> None:
+    def __init__(self, kept: Columns, cold: ColdRows, after_head: AfterHead, prompt_cold_ids: Ids) -> None:
+        self._after_head = after_head
         self._kept = kept
         self._cold = cold
         self.ids: list[int] = []
@@ -101,7 +102,8 @@ class DraftSlots:
         """Append the slots' logits to the kept ids': float32 (K,), (H,) -> (K + S,)."""
         if not self.ids:
             return logits
-        return np.concatenate([logits, self._rows @ hidden.astype(np.float32) + self._bias])
+        product = self._rows @ hidden.astype(np.float32)
+        return np.concatenate([logits, apply_after_head(product, self._bias, self._after_head)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class GenerationLoop:
             return
         for request in live:
             cold_ids = request.prompt[~self._vocab.is_kept(request.prompt)]
-            request.slots = DraftSlots(self._kept, self._cold, cold_ids)
+            request.slots = DraftSlots(self._kept, self._cold, self._decoder.after_head, cold_ids)
         cache, step = self._prefill(live)
         while True:
             blocks = self._draft(live, cache, step)

@@ -11,18 +11,16 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from trimserve.decoder import AFTER_HEAD_KEY
 from trimserve.errors import UnsupportedModelError
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import describe, find_embedding, find_head
 from trimserve_export.serving.last_logits import slice_before_head
 from trimserve_export.serving.tied_head import tie_head
 
-__all__ = ["AFTER_HEAD", "GRAPH_NAME", "ServableGraph", "make_servable"]
+__all__ = ["GRAPH_NAME", "ServableGraph", "make_servable"]
 
 GRAPH_NAME = "model.onnx"
-# Metadata of the graph: what stands between the head's product and the logits, as JSON (`Head.after`).
-# Whoever computes cold logits from hidden states has to do the same to them.
-AFTER_HEAD = AFTER_HEAD_KEY
 # Large tensors start on a boundary at which every system can map them.
 _ALIGNMENT = 65536
 _ADDED = {"cold_rows", "logits_to_keep", "hidden_states"}
@@ -64,7 +62,7 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
     if has_head:
         head = find_head(model.graph)
         _check_rows(head.product, head.rows, rows)
-        model.metadata_props[AFTER_HEAD] = json.dumps(head.after)
+        model.metadata_props[AFTER_HEAD_KEY] = json.dumps(head.after)
         slice_before_head(model.graph, head)
         tied = tie_head(model, embedding, head)
     add_cold_slots(model.graph, embedding)
