@@ -284,7 +284,8 @@ def _write_cold(path: Path, stored: StoredVocab, cold_ids: Ids) -> Iterator[int]
 
 def _write_index(source: ModelSource, target: Path) -> None:
     index = source.read_json(INDEX_NAME)
-    size = sum((target / file.name).stat().st_size for file in source.weight_files)
+    headers = (read_header(target / file.name)[0] for file in source.weight_files)
+    size = sum(spec.nbytes for header in headers for spec in header.values())
     index["metadata"] = {**index.get("metadata", {}), "total_size": size}
     (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
