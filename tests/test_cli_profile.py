@@ -78,6 +78,16 @@ def test_profile_merge_select_with_json(here, call):
     assert vocab.is_kept(resolve_model("model").tokenizer().encode("zebra").ids).all()
 
 
+def test_select_finds_the_tokenizer_where_it_is_told(here, call):
+    assert call("profile", "a.txt", "-m", "./model", "-o", "p")[0] == 0
+    (here / "model").rename(here / "moved")
+    code, _, err = call("select", "p", "-o", "v", "--keep-token", "zebra")
+    assert (code, "neither a folder nor a hub id" in err) == (2, True)
+    assert call("select", "p", "-o", "v", "--keep-token", "zebra", "-m", "moved")[0] == 0
+    code, _, err = call("select", "p", "-o", "v", "--keep-token", "zebra", "-m", "bert")
+    assert (code, "another tokenizer" in err) == (1, True)
+
+
 @pytest.mark.usefixtures("here")
 def test_summaries_for_people(call):
     code, out, _ = call("profile", "a.txt", "-m", "model", "-o", "p")

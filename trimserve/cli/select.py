@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("profiles", nargs="+", metavar="P", help="profiles of one model")
     parser.add_argument("-o", "--output", required=True, type=Path, help="vocab to write (.safetensors)")
+    parser.add_argument("-m", "--model", help="where --keep-token finds the tokenizer (default: as profiled)")
     add_selection_arguments(parser)
 
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.output, "vocab")
     profiles = [Profile.load(path) for path in args.profiles]
-    vocab = select(profiles, **selection_options(args))
+    vocab = select(profiles, model=args.model, **selection_options(args))
     save_vocab(vocab, args.output)
     emit(args, selection_document(vocab, str(args.output)), selection_summary(vocab, str(args.output)))
     return 0
