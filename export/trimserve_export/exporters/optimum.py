@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx import OnnxConfig, onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import logging as optimum_logging
 from transformers import PretrainedConfig, PreTrainedModel
@@ -111,16 +111,39 @@ def export_checkpoint(
     require("accelerate", extra="export", purpose="exporting tied weights once")
     with quiet():
         model = load_model(folder, task, dtype, trust_remote_code=trust_remote_code)
-        model_type = model.config.model_type
-        try:
+        with _failures_named(model.config.model_type, task), _no_cpu_session(dtype):
             onnx_export_from_model(model, output, task=task, do_validation=False)
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UnsupportedModelError(
-                f"optimum-onnx {version('optimum-onnx')} cannot export this {model_type!r} model for "
-                f"{task}: {reason}"
-            ) from error
     return output / "model.onnx"
+
+
+@contextlib.contextmanager
+def _failures_named(model_type: str, task: str) -> Iterator[None]:
+    """Turn whatever tracing a model can raise into one sentence; want of disk or memory passes."""
+    try:
+        yield
+    except (OSError, MemoryError, UnsupportedModelError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UnsupportedModelError(
+            f"optimum-onnx {version('optimum-onnx')} cannot export this {model_type!r} model for {task}: "
+            f"{reason}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_cpu_session(dtype: str) -> Iterator[None]:
+    """Keep optimum-onnx from opening a bf16 graph, which ONNX Runtime's CPU kernels cannot run.
+
+    It does so after each export, only to turn symbolic output dimensions that are constant into numbers.
+    """
+    original = OnnxConfig.fix_dynamic_axes
+    if dtype == "bf16":
+        OnnxConfig.fix_dynamic_axes = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        OnnxConfig.fix_dynamic_axes = original
 
 
 def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
