@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from trimserve.vocab import VocabMap
 
 
+SETTINGS = ("task", "exporter", "dtype", "layout", "to", "cold", "trust_remote_code")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("-m", "--model", required=True, help="folder or hub id of the model to trim")
@@ -51,20 +54,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--vocab already says which ids stay: leave out the options that select.")
     check_target(args.output, overwrite=args.overwrite)  # before minutes of work
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    exporter.Options(**settings)  # refuses what is not built before a corpus is read
     source = resolve_model(args.model, revision=args.revision)
-    result = exporter.export(
-        source,
-        _vocab(args, source, options),
-        args.output,
-        task=args.task,
-        exporter=args.exporter,
-        dtype=args.dtype,
-        layout=args.layout,
-        to=args.to,
-        cold=args.cold,
-        overwrite=args.overwrite,
-        trust_remote_code=args.trust_remote_code,
-    )
+    vocab = _vocab(args, source, options)
+    result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
     emit(args, document, _summary(document))
     return 0
