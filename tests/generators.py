@@ -42,9 +42,10 @@ class Pair:
         return transformers.AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32).eval()
 
 
-def open_generator(path: Path) -> Generator:
+def open_generator(path: Path, **options) -> Generator:
     folder = open_folder(path)
-    return Generator(folder, open_session(folder.path / "model.onnx"), Codec(folder), ColdRows(folder))
+    session = open_session(folder.path / "model.onnx")
+    return Generator(folder, session, Codec(folder), ColdRows(folder), **options)
 
 
 def make_pair(

@@ -158,16 +158,10 @@ def test_a_cold_stop_id_ends_the_sequence(tiny):
     cold = [t for t in full if not generator.folder.vocab.is_kept(t)]
     (request,) = generator._requests([ids], {"max_new_tokens": 25})
     request.stop_ids = frozenset({cold[-1]})
-    checker = generator._checker({}, timing := _timing())
-    for _ in generator._run([request], checker, timing):
+    checker = generator._checker({})
+    for _ in generator._run([request], checker):
         pass
     assert request.output == full[: full.index(cold[-1]) + 1]
-
-
-def _timing():
-    from trimserve.generation import Timing
-
-    return Timing()
 
 
 def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(pair):
@@ -178,6 +172,18 @@ def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(pair):
         assert [r.ids for r in together] == [r.ids for r in alone]
         assert [r.text for r in together] == [r.text for r in alone]
         assert [r.stopped for r in together] == [r.stopped for r in alone]
+
+
+def test_checking_while_drafting_on_changes_nothing(pair):
+    """The order of a device: the next block is drafted while the last one is checked."""
+    from tests.generators import open_generator
+
+    apart, overlapped = pair.generator, open_generator(pair.generator.folder.path, overlap=True)
+    for params in ({}, {"temperature": 1.0, "seed": 2, "repetition_penalty": 1.2}, {"max_block": 3}):
+        expected = apart.generate(TEXTS, max_new_tokens=25, **params)
+        found = overlapped.generate(TEXTS, max_new_tokens=25, **params)
+        assert [r.ids for r in found] == [r.ids for r in expected]
+    assert overlapped.stats.drafted > overlapped.stats.tokens  # something was drafted ahead, or wasted
 
 
 def test_streamed_text_is_the_generated_text(pair):

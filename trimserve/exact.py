@@ -14,10 +14,11 @@ import numpy as np
 
 from trimserve.decoder import Floats
 from trimserve.folder import TrimmedFolder
-from trimserve.generation import Block, Request, Timing
+from trimserve.generation import Timing
+from trimserve.request import Block, Request
 from trimserve.sampling import Columns, choose
 from trimserve.session import open_session
-from trimserve.vocab import Ids
+from trimserve.vocab import Ids, VocabMap
 
 COLD_MAX_NAME = "cold_max.onnx"
 COLD_HEAD_NAME = "cold_head.onnx"
@@ -63,14 +64,15 @@ class ColdHead:
 class BlockSize:
     """How many tokens to draft before a check, from measured costs and the share of drafts that stand.
 
-    A block of B steps costs ``B * step + check(B)`` and, if each draft stands with probability p, gives
-    ``(1 - p^B) / (1 - p)`` tokens (with the replayed one at the first difference: the count of tokens
-    is the same for p < 1 as the expected length of the run that ends there). The size with
-    the lowest expected cost a token is taken among powers of two up to the maximum. Costs are averages
-    over the run so far, so they follow the machine; tokens do not depend on the size.
+    A block of B steps costs ``B * step + check(B)``, or the larger of the two where the check overlaps with
+    the next drafts. If each draft stands with probability p, it gives ``(1 - p^B) / (1 - p)`` tokens: those
+    up to and with the first that differs. Of the powers of two up to the maximum, the size with the lowest
+    cost a token is taken. Costs are averages over the run so far, so they follow the machine; the tokens
+    do not depend on them.
     """
 
-    def __init__(self, maximum: int = MAX_BLOCK) -> None:
+    def __init__(self, maximum: int = MAX_BLOCK, *, overlap: bool = False) -> None:
+        self._overlap = overlap
         self._sizes = [1 << power for power in range(maximum.bit_length()) if 1 << power <= maximum]
         self._limit = 1  # doubles while drafts stand, so that the first tokens come fast
         self._stood = 4.0
@@ -88,7 +90,8 @@ class BlockSize:
     def _cost(self, size: int) -> float:
         stand = min(self._stood / self._drafted, 0.9999)
         tokens = (1 - stand**size) / (1 - stand)
-        return (size * self._step_seconds + self._check_cost(size)) / tokens
+        draft, check = size * self._step_seconds, self._check_cost(size)
+        return (max(draft, check) if self._overlap else draft + check) / tokens
 
     def _check_cost(self, size: int) -> float:
         if size in self._check_seconds or not self._check_seconds:
@@ -118,14 +121,13 @@ class ExactChecker:
     replaces = True
 
     def __init__(
-        self, head: ColdHead, kept_ids: Ids, vocab_size: int, timing: Timing, max_block: int = MAX_BLOCK
+        self, head: ColdHead, vocab: VocabMap, *, max_block: int = MAX_BLOCK, overlap: bool = False
     ) -> None:
         self._head = head
-        self._kept_ids = kept_ids
-        self._full = Columns(np.arange(vocab_size, dtype=np.int32), vocab_size)
-        self._timing = timing
-        self._block = BlockSize(max_block)
-        self._model_seconds = 0.0
+        self._kept_ids = vocab.kept_ids
+        self._full = Columns(np.arange(vocab.vocab_size, dtype=np.int32), vocab.vocab_size)
+        self._block = BlockSize(max_block, overlap=overlap)
+        self.timing = Timing()
 
     @property
     def block_size(self) -> int:
@@ -149,7 +151,7 @@ class ExactChecker:
     def _check_greedy(self, blocks: Sequence[Block]) -> list[list[int]]:
         start = time.perf_counter()
         cold_logits, cold_ids = self._head.maxima(np.concatenate([block.hidden for block in blocks]))
-        self._timing.cold_head += time.perf_counter() - start
+        self.timing.cold_head += time.perf_counter() - start
         logits = np.concatenate([block.logits for block in blocks])
         columns = logits.argmax(axis=1)
         kept_logits, kept_ids = logits[np.arange(len(columns)), columns], self._kept_ids[columns]
@@ -165,7 +167,7 @@ class ExactChecker:
     def _replay(self, request: Request, block: Block) -> list[int]:
         start = time.perf_counter()
         cold_logits = self._head.logits(block.hidden)
-        self._timing.cold_head += time.perf_counter() - start
+        self.timing.cold_head += time.perf_counter() - start
         start = time.perf_counter()
         tokens: list[int] = []
         full = np.empty(self._full.vocab_size, np.float32)
@@ -175,7 +177,7 @@ class ExactChecker:
             tokens.append(choose(full, self._full, request.params, request.history(tokens)))
             if tokens[-1] != draft:
                 break
-        self._timing.sampler += time.perf_counter() - start
+        self.timing.sampler += time.perf_counter() - start
         return tokens
 
     def _learn(self, blocks: Sequence[Block], checked: Sequence[list[int]], check_seconds: float) -> None:
@@ -184,10 +186,8 @@ class ExactChecker:
             tokens[-1] == block.tokens[len(tokens) - 1] for block, tokens in zip(blocks, checked, strict=True)
         )
         judged = sum(len(tokens) for tokens in checked)
-        # The model's time before the first check went into the prompt.
-        spent = self._timing.model - self._model_seconds if self._model_seconds else 0.0
-        self._model_seconds = self._timing.model
-        self._block.note(size, judged - (len(blocks) - stood), judged, spent / size, check_seconds)
+        note = self._block.note
+        note(size, judged - (len(blocks) - stood), judged, blocks[0].step_seconds, check_seconds)
 
 
 def _agreeing(drafts: Sequence[int], tokens: list[int]) -> list[int]:

@@ -1,124 +1,35 @@
 """The decoding loop: draft with the compact head, have the drafts checked, go on from what stands.
 
-Compact mode is the same loop with blocks of one token and nobody to check them.
+Compact mode is the same loop with blocks of one token and nobody to check them. With a device for the
+decoder the check runs on the CPU in another thread while the device drafts on (`overlap`).
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.cold import ColdRows
-from trimserve.decoder import AfterHead, Decoder, Floats, KVCache, Step, apply_after_head
+from trimserve.decoder import Decoder, Floats, KVCache, Step
 from trimserve.errors import NoTokenError
-from trimserve.sampling import Columns, History, SamplingParams, choose, join_columns
+from trimserve.request import Block, DraftSlots, Request
+from trimserve.sampling import Columns
 from trimserve.vocab import Ids, VocabMap
-
-# Cold ids of one request that may be drafted; each costs one row of the head a step.
-MAX_SLOTS = 64
 
 
 @dataclass(slots=True)
 class Timing:
     """Seconds spent in the parts of generation."""
 
+    PARTS: ClassVar[tuple[str, ...]] = ("model", "cold_head", "sampler")
+
     model: float = 0.0
     cold_head: float = 0.0
     sampler: float = 0.0
-
-
-@dataclass(slots=True)
-class Request:
-    """One sequence being generated.
-
-    Attributes:
-        prompt: token ids.
-        params: how tokens are chosen.
-        max_tokens: at most so many are produced.
-        stop_ids: token ids that end the sequence.
-        output: checked token ids.
-        finished: set by the loop at a stop id or the limit, or by the reader at a stop string.
-    """
-
-    prompt: Ids
-    params: SamplingParams
-    max_tokens: int
-    stop_ids: frozenset[int] = frozenset()
-    output: list[int] = field(default_factory=list)
-    finished: bool = False
-    drafted: int = 0
-    rejected: int = 0
-    slots: "DraftSlots | None" = None
-
-    def history(self, drafts: Sequence[int]) -> History:
-        """Prompt and output, with drafts that were not checked yet."""
-        return History(self.prompt, np.array([*self.output, *drafts], np.int32))
-
-    def accept(self, tokens: Sequence[int]) -> list[int]:
-        """Append checked tokens up to the first stop id or the limit; returns what was appended."""
-        taken: list[int] = []
-        for token in tokens:
-            taken.append(token)
-            self.finished = token in self.stop_ids or len(self.output) + len(taken) >= self.max_tokens
-            if self.finished:
-                break
-        self.output += taken
-        return taken
-
-
-class DraftSlots:
-    """The cold ids that one request may draft: those of its prompt and of its output.
-
-    The least recently used id leaves when there are more than `MAX_SLOTS`.
-    """
-
-    def __init__(self, kept: Columns, cold: ColdRows, after_head: AfterHead, prompt_cold_ids: Ids) -> None:
-        self._after_head = after_head
-        self._kept = kept
-        self._cold = cold
-        self.ids: list[int] = []
-        self.columns = kept
-        latest_first = dict.fromkeys(prompt_cold_ids[::-1].tolist())
-        self._hold(list(latest_first)[:MAX_SLOTS][::-1])
-
-    def use(self, cold_id: int) -> None:
-        """Note that a cold id was produced."""
-        self._hold([*(held for held in self.ids if held != cold_id), cold_id][-MAX_SLOTS:])
-
-    def _hold(self, ids: list[int]) -> None:
-        if ids == self.ids or not len(self._cold):
-            return
-        self.ids = ids
-        self.columns = join_columns(self._kept, ids)
-        index = np.array(ids, np.int32)
-        self._rows = self._cold.head(index).astype(np.float32)
-        bias = self._cold.head_bias(index) if self._cold.has_head_bias else np.zeros(len(ids))
-        self._bias = bias.astype(np.float32)
-
-    def extend(self, logits: Floats, hidden: Floats) -> Floats:
-        """Append the slots' logits to the kept ids': float32 (K,), (H,) -> (K + S,)."""
-        if not self.ids:
-            return logits
-        product = self._rows @ hidden.astype(np.float32)
-        return np.concatenate([logits, apply_after_head(product, self._bias, self._after_head)])
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Drafts of one request, one entry a step.
-
-    Attributes:
-        tokens: drafted token ids (n,).
-        logits: compact logits the drafts were chosen from, float32 (n, K).
-        hidden: the head's input at each step (n, H).
-    """
-
-    tokens: list[int]
-    logits: Floats
-    hidden: Floats
 
 
 class Checker(Protocol):
@@ -126,9 +37,11 @@ class Checker(Protocol):
 
     Attributes:
         replaces: whether a draft that does not stand is replaced, so that any id may be drafted.
+        timing: seconds spent in checks.
     """
 
     replaces: bool
+    timing: Timing
 
     @property
     def block_size(self) -> int:
@@ -141,7 +54,11 @@ class Checker(Protocol):
 
 
 class GenerationLoop:
-    """Generates for a batch of requests with one decoder."""
+    """Generates for a batch of requests with one decoder.
+
+    Attributes:
+        timing: seconds spent in the model and in drafting; a checker keeps its own.
+    """
 
     def __init__(
         self,
@@ -149,7 +66,8 @@ class GenerationLoop:
         vocab: VocabMap,
         cold: ColdRows,
         checker: Checker | None,
-        timing: Timing,
+        *,
+        overlap: bool = False,
     ) -> None:
         self._decoder = decoder
         self._vocab = vocab
@@ -157,7 +75,8 @@ class GenerationLoop:
         self._checker = checker
         self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
         self._no_rows = np.zeros((1, decoder.hidden_size), decoder.dtype)
-        self.timing = timing
+        self._overlap = overlap and checker is not None
+        self.timing = Timing()
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
         """Generate until all requests are finished, giving each one's checked tokens as they come."""
@@ -168,9 +87,9 @@ class GenerationLoop:
             cold_ids = request.prompt[~self._vocab.is_kept(request.prompt)]
             request.slots = DraftSlots(self._kept, self._cold, self._decoder.after_head, cold_ids)
         cache, step = self._prefill(live)
+        blocks = self._draft(live, cache, step)
         while True:
-            blocks = self._draft(live, cache, step)
-            checked = self._check(live, blocks)
+            checked, ahead = self._check(live, blocks, cache)
             drop, keep = [], []
             for index, (request, block, tokens) in enumerate(zip(live, blocks, checked, strict=True)):
                 taken = request.accept(tokens)
@@ -182,10 +101,16 @@ class GenerationLoop:
                     keep.append(index)
             if not keep:
                 return
+            if ahead and len(keep) == len(live) and _all_stood(blocks, checked):
+                blocks = ahead
+                continue
+            fed_ahead = len(ahead[0].tokens) if ahead else 0
             live = [live[index] for index in keep]
-            self._decoder.cut(cache, np.array(drop, np.int64))
+            for request in live:
+                request.drafted += fed_ahead
+            self._decoder.cut(cache, np.array(drop, np.int64) + fed_ahead)
             self._decoder.select(cache, keep)
-            step = self._feed(cache, [request.output[-1] for request in live])
+            blocks = self._draft(live, cache, self._feed(cache, [request.output[-1] for request in live]))
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[KVCache, Step]:
         width = max(request.prompt.size for request in requests)
@@ -208,40 +133,58 @@ class GenerationLoop:
         self.timing.model += time.perf_counter() - start
         return step
 
-    def _draft(self, requests: Sequence[Request], cache: KVCache, step: Step) -> list[Block]:
+    def _draft(
+        self, requests: Sequence[Request], cache: KVCache, step: Step, flying: Sequence[Block] = ()
+    ) -> list[Block]:
+        """Draft a block from `step` on; `flying` are blocks drafted before it that are being checked."""
+        before = [block.tokens for block in flying] or [[] for _ in requests]
         size = self._checker.block_size if self._checker else 1
-        size = min(size, max(request.max_tokens - len(request.output) for request in requests))
+        size = min(size, _tokens_left(requests) - len(before[0]))
         drafts: list[list[int]] = [[] for _ in requests]
         steps = [step]
+        model_seconds = self.timing.model
         for position in range(size):
             start = time.perf_counter()
             for row, (request, tokens) in enumerate(zip(requests, drafts, strict=True)):
-                logits, hidden = steps[-1].logits[row, -1], steps[-1].hidden[row, -1]
-                tokens.append(self._draft_token(request, logits, hidden, tokens))
+                last = steps[-1]
+                past = before[row] + tokens
+                tokens.append(self._draft_token(request, last.logits[row, -1], last.hidden[row, -1], past))
             self.timing.sampler += time.perf_counter() - start
-            ended = all(
-                tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True)
-            )
-            if ended or position == size - 1:
+            if position == size - 1 or _all_ended(requests, drafts):
                 break
             steps.append(self._feed(cache, [tokens[-1] for tokens in drafts]))
         logits = np.stack([s.logits[:, -1] for s in steps], axis=1)
         hidden = np.stack([s.hidden[:, -1] for s in steps], axis=1)
-        return [Block(tokens, logits[row], hidden[row]) for row, tokens in enumerate(drafts)]
+        step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
+        return [Block(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
 
-    def _draft_token(self, request: Request, logits: Floats, hidden: Floats, drafts: Sequence[int]) -> int:
+    def _draft_token(self, request: Request, logits: Floats, hidden: Floats, past: Sequence[int]) -> int:
         try:
-            return _draft_token(request, logits, hidden, drafts)
+            return request.draft(logits, hidden, past)
         except NoTokenError:
             if self._checker is None or not self._checker.replaces:
                 raise
             # Only cold ids are allowed here: the check will find the right one.
             return int(self._kept.ids[logits.argmax()])
 
-    def _check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+    def _check(
+        self, requests: Sequence[Request], blocks: Sequence[Block], cache: KVCache
+    ) -> tuple[list[list[int]], list[Block]]:
+        """Have blocks checked; with overlap, draft the next ones meanwhile, as if these stood."""
         if self._checker is None:
-            return [block.tokens for block in blocks]
-        return self._checker.check(requests, blocks)
+            return [block.tokens for block in blocks], []
+        drafted = [block.tokens for block in blocks]
+        if (
+            not self._overlap
+            or _all_ended(requests, drafts=drafted)
+            or _tokens_left(requests) <= len(drafted[0])
+        ):
+            return self._checker.check(requests, blocks), []
+        with ThreadPoolExecutor(1) as checking:
+            checked = checking.submit(self._checker.check, requests, blocks)
+            step = self._feed(cache, [tokens[-1] for tokens in drafted])
+            ahead = self._draft(requests, cache, step, blocks)
+            return checked.result(), ahead
 
     def _note(self, request: Request, block: Block, taken: Sequence[int]) -> None:
         request.drafted += len(block.tokens)
@@ -252,11 +195,13 @@ class GenerationLoop:
                     request.slots.use(token)
 
 
-def _draft_token(request: Request, logits: Floats, hidden: Floats, drafts: Sequence[int]) -> int:
-    slots = request.slots
-    if slots is None:  # set before the first draft
-        raise RuntimeError("a request was drafted before its slots were made")
-    extended = slots.extend(logits, hidden)
-    if request.params.takes_maximum and not slots.ids:
-        return int(slots.columns.ids[extended.argmax()])  # kept ids are sorted: argmax is the lowest on a tie
-    return choose(extended, slots.columns, request.params, request.history(drafts))
+def _tokens_left(requests: Sequence[Request]) -> int:
+    return max(request.max_tokens - len(request.output) for request in requests)
+
+
+def _all_ended(requests: Sequence[Request], drafts: Sequence[Sequence[int]]) -> bool:
+    return all(tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True))
+
+
+def _all_stood(blocks: Sequence[Block], checked: Sequence[Sequence[int]]) -> bool:
+    return all(block.tokens == tokens for block, tokens in zip(blocks, checked, strict=True))

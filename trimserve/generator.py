@@ -13,8 +13,9 @@ from trimserve.decoder import Decoder
 from trimserve.errors import UsageError
 from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, ColdHead, ExactChecker
 from trimserve.folder import TrimmedFolder
-from trimserve.generation import Checker, GenerationLoop, Request, Timing
+from trimserve.generation import Checker, GenerationLoop, Timing
 from trimserve.reading import Generation, Reader
+from trimserve.request import Request
 from trimserve.sampling import LogitsProcessor, SamplingParams
 from trimserve.scoring import MassMeter, Score, Scorer
 from trimserve.text import Codec, read_json
@@ -94,6 +95,7 @@ class Generator:
         *,
         device: str = "cpu",
         threads: int | None = None,
+        overlap: bool | None = None,
     ) -> None:
         self.folder = folder
         self.codec = codec
@@ -101,6 +103,8 @@ class Generator:
         self.stop_ids = _stop_ids(folder)
         self._cold = cold
         self._threads = threads
+        # The decoder on a device leaves the CPU free for checking; on the CPU both want the same cores.
+        self._overlap = device != "cpu" if overlap is None else overlap
         self._decoder = Decoder(session, device=device)
         self._head: ColdHead | None = None
 
@@ -184,8 +188,8 @@ class Generator:
         results: list[Generation] = []
         for batch in batches:
             readers = {id(request): Reader(self.codec, options.get("stop", ())) for request in batch}
-            checker = self._checker(options, timing := Timing())
-            for request, tokens in self._run(batch, checker, timing):
+            checker = self._checker(options)
+            for request, tokens in self._run(batch, checker):
                 readers[id(request)].push(request, tokens)
             mass = checker.mean_mass if isinstance(checker, MassMeter) else None
             results += [readers[id(request)].result(request, mass) for request in batch]
@@ -194,8 +198,8 @@ class Generator:
     def _stream(self, prompt_ids: Ids, options: GenerationOptions) -> Iterator[str]:
         (request,) = self._requests([prompt_ids], options)
         reader = Reader(self.codec, options.get("stop", ()))
-        checker = self._checker(options, timing := Timing())
-        for _, tokens in self._run([request], checker, timing):
+        checker = self._checker(options)
+        for _, tokens in self._run([request], checker):
             if piece := reader.push(request, tokens):
                 yield piece
         if piece := reader.finish():
@@ -222,16 +226,18 @@ class Generator:
         raise UsageError("the prompt is empty and the model has no bos token to start from: give a prompt.")
 
     def _run(
-        self, requests: Sequence[Request], checker: Checker | None, timing: Timing
+        self, requests: Sequence[Request], checker: Checker | None
     ) -> Iterator[tuple[Request, list[int]]]:
-        loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, timing)
+        loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, overlap=self._overlap)
         start = time.perf_counter()
         try:
             yield from loop.run(requests)
         finally:
-            self._count(requests, timing, time.perf_counter() - start)
+            self._count(
+                requests, [loop.timing, *([checker.timing] if checker else [])], time.perf_counter() - start
+            )
 
-    def _checker(self, options: GenerationOptions, timing: Timing) -> Checker | None:
+    def _checker(self, options: GenerationOptions) -> Checker | None:
         mode = options.get("mode") or ("exact" if self.can_be_exact else "compact")
         if mode not in MODES:
             raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
@@ -245,8 +251,7 @@ class Generator:
             return None
         if mode == "compact":
             return MassMeter(head)
-        vocab = self.folder.vocab
-        return ExactChecker(head, vocab.kept_ids, vocab.vocab_size, timing, max_block)
+        return ExactChecker(head, self.folder.vocab, max_block=max_block, overlap=self._overlap)
 
     def _cold_head(self, purpose: str) -> ColdHead | None:
         """The cold head, opened once; None where no id is cold."""
@@ -259,7 +264,7 @@ class Generator:
             self._head = ColdHead(self.folder, threads=self._threads)
         return self._head
 
-    def _count(self, requests: Sequence[Request], timing: Timing, seconds: float) -> None:
+    def _count(self, requests: Sequence[Request], timings: Sequence[Timing], seconds: float) -> None:
         stats = self.stats
         for request in requests:
             output = np.array(request.output, np.int32)
@@ -268,8 +273,9 @@ class Generator:
             stats.cold_tokens += int((~self.folder.vocab.is_kept(output)).sum())
             stats.drafted += request.drafted
             stats.rejected += request.rejected
-        parts = {"model": timing.model, "cold_head": timing.cold_head, "sampler": timing.sampler}
-        parts["other"] = seconds - sum(parts.values())
+        parts = {name: sum(getattr(timing, name) for timing in timings) for name in Timing.PARTS}
+        # Parts that overlapped count twice: nothing is left for the rest then.
+        parts["other"] = max(0.0, seconds - sum(parts.values()))
         for name, spent in parts.items():
             stats.seconds[name] += spent
 

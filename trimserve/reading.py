@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trimserve.generation import Request
+from trimserve.request import Request
 from trimserve.streaming import StopStrings
 from trimserve.text import Codec
 

@@ -4,6 +4,7 @@ The head's two parts are reduced apart, log(sum(exp(kept)) + sum(exp(cold))), a 
 that no array of all positions by V is ever made.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import numpy.typing as npt
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Floats
 from trimserve.exact import ColdHead
-from trimserve.generation import Block, Request
+from trimserve.generation import Timing
+from trimserve.request import Block, Request
 from trimserve.vocab import Ids, VocabMap
 
 # Positions whose logits exist at the same time: 16 x 262,144 float32 are 17 MB.
@@ -95,6 +97,7 @@ class MassMeter:
     def __init__(self, head: ColdHead) -> None:
         self._head = head
         self.masses: list[float] = []
+        self.timing = Timing()
 
     @property
     def mean_mass(self) -> float:
@@ -104,7 +107,9 @@ class MassMeter:
     def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
         """Accept every draft, and note the cold mass of each step."""
         for request, block in zip(requests, blocks, strict=True):
+            start = time.perf_counter()
             cold_logits = self._head.logits(block.hidden).copy()
+            self.timing.cold_head += time.perf_counter() - start
             slots = request.slots.ids if request.slots is not None else []
             reachable = np.searchsorted(self._head.cold_ids, np.array(slots, np.int32))
             slot_logits = cold_logits[:, reachable]

@@ -1,0 +1,127 @@
+"""One sequence being generated: its prompt, its checked output, and what may be drafted for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trimserve.cold import ColdRows
+from trimserve.decoder import AfterHead, Floats, apply_after_head
+from trimserve.sampling import Columns, History, SamplingParams, choose, join_columns
+from trimserve.vocab import Ids
+
+# Cold ids of one request that may be drafted; each costs one row of the head a step.
+MAX_SLOTS = 64
+
+
+@dataclass(slots=True)
+class Request:
+    """One sequence being generated.
+
+    Attributes:
+        prompt: token ids.
+        params: how tokens are chosen.
+        max_tokens: at most so many are produced.
+        stop_ids: token ids that end the sequence.
+        output: checked token ids.
+        finished: set by the loop at a stop id or the limit, or by the reader at a stop string.
+    """
+
+    prompt: Ids
+    params: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    output: list[int] = field(default_factory=list)
+    finished: bool = False
+    drafted: int = 0
+    rejected: int = 0
+    slots: "DraftSlots | None" = None
+
+    def history(self, drafts: Sequence[int]) -> History:
+        """Prompt and output, with drafts that were not checked yet."""
+        return History(self.prompt, np.array([*self.output, *drafts], np.int32))
+
+    def draft(self, logits: Floats, hidden: Floats, drafts: Sequence[int]) -> int:
+        """Choose the next draft among kept ids and slots, after drafts that were not checked yet.
+
+        Args:
+            logits: compact logits, float32 (K,).
+            hidden: the head's input (H,).
+            drafts: token ids drafted since `output`.
+
+        Raises:
+            NoTokenError: no kept id and no slot is allowed here.
+        """
+        slots = self.slots
+        if slots is None:
+            raise RuntimeError("a request was drafted before its slots were made")
+        extended = slots.extend(logits, hidden)
+        if self.params.takes_maximum and not slots.ids:
+            # Kept ids are sorted: argmax is the lowest on a tie.
+            return int(slots.columns.ids[extended.argmax()])
+        return choose(extended, slots.columns, self.params, self.history(drafts))
+
+    def accept(self, tokens: Sequence[int]) -> list[int]:
+        """Append checked tokens up to the first stop id or the limit; returns what was appended."""
+        taken: list[int] = []
+        for token in tokens:
+            taken.append(token)
+            self.finished = token in self.stop_ids or len(self.output) + len(taken) >= self.max_tokens
+            if self.finished:
+                break
+        self.output += taken
+        return taken
+
+
+class DraftSlots:
+    """The cold ids that one request may draft: those of its prompt and of its output.
+
+    The least recently used id leaves when there are more than `MAX_SLOTS`.
+    """
+
+    def __init__(self, kept: Columns, cold: ColdRows, after_head: AfterHead, prompt_cold_ids: Ids) -> None:
+        self._after_head = after_head
+        self._kept = kept
+        self._cold = cold
+        self.ids: list[int] = []
+        self.columns = kept
+        latest_first = dict.fromkeys(prompt_cold_ids[::-1].tolist())
+        self._hold(list(latest_first)[:MAX_SLOTS][::-1])
+
+    def use(self, cold_id: int) -> None:
+        """Note that a cold id was produced."""
+        self._hold([*(held for held in self.ids if held != cold_id), cold_id][-MAX_SLOTS:])
+
+    def _hold(self, ids: list[int]) -> None:
+        if ids == self.ids or not len(self._cold):
+            return
+        self.ids = ids
+        self.columns = join_columns(self._kept, ids)
+        index = np.array(ids, np.int32)
+        self._rows = self._cold.head(index).astype(np.float32)
+        bias = self._cold.head_bias(index) if self._cold.has_head_bias else np.zeros(len(ids))
+        self._bias = bias.astype(np.float32)
+
+    def extend(self, logits: Floats, hidden: Floats) -> Floats:
+        """Append the slots' logits to the kept ids': float32 (K,), (H,) -> (K + S,)."""
+        if not self.ids:
+            return logits
+        product = self._rows @ hidden.astype(np.float32)
+        return np.concatenate([logits, apply_after_head(product, self._bias, self._after_head)])
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Drafts of one request, one entry a step.
+
+    Attributes:
+        tokens: drafted token ids (n,).
+        logits: compact logits the drafts were chosen from, float32 (n, K).
+        hidden: the head's input at each step (n, H).
+        step_seconds: mean time of a step of the decoder; 0 where none was measured.
+    """
+
+    tokens: list[int]
+    logits: Floats
+    hidden: Floats
+    step_seconds: float = 0.0
