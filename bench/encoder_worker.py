@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-import trimserve
 from bench.harness import memory
+from trimserve.encoder import Encoder
+from trimserve.loading import load
 
 WARM_UP = 3
 
@@ -31,12 +32,14 @@ def main() -> int:
     texts = args.texts.read_text("utf-8").splitlines()
 
     begin = time.perf_counter()
-    model = trimserve.load(args.folder, threads=args.threads)
+    model = load(args.folder, threads=args.threads)
+    if not isinstance(model, Encoder):
+        parser.error(f"{args.folder} is no encoder")
     loaded = time.perf_counter()
     embeddings = model.encode(texts, batch_size=args.batch_size)
     embedded = time.perf_counter()
     used = memory()
-    batch = texts[:: max(1, len(texts) // args.batch_size)][: args.batch_size]
+    batch = middle(sorted(texts, key=len), args.batch_size)
     samples = [timed_ms(model, batch) for _ in range(WARM_UP + args.steps)][WARM_UP:]
     if args.embeddings:
         np.save(args.embeddings, embeddings)
@@ -50,7 +53,13 @@ def main() -> int:
     return 0
 
 
-def timed_ms(model: "trimserve.Encoder", batch: list[str]) -> float:
+def middle(texts: list[str], count: int) -> list[str]:
+    """The `count` texts around the median."""
+    start = max(0, (len(texts) - count) // 2)
+    return texts[start : start + count]
+
+
+def timed_ms(model: Encoder, batch: list[str]) -> float:
     """Milliseconds that one batch takes, tokenising included."""
     begin = time.perf_counter_ns()
     model.encode(batch, batch_size=len(batch))

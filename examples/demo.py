@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from bench import encoder
-from trimserve import load
 from trimserve.artefacts import load_vocab
+from trimserve.encoder import Encoder
+from trimserve.loading import load
 from trimserve.report import table
 from trimserve.session import available_cpus
 
@@ -121,8 +123,16 @@ def full_model(vocab_file: Path, model: Path, target: Path) -> None:
 
 def largest_difference(folders: tuple[Path, Path], texts: Sequence[str]) -> float:
     """Largest absolute difference of two models' embeddings of the same texts."""
-    full, trimmed = (load(folder).encode(list(texts)) for folder in folders)
+    full, trimmed = (embed(folder, texts) for folder in folders)
     return float(np.abs(full - trimmed).max())
+
+
+def embed(folder: Path, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Embeddings (n, H) by a folder's model."""
+    model = load(folder)
+    if not isinstance(model, Encoder):
+        raise SystemExit(f"{folder} does not embed texts")
+    return model.encode(texts)
 
 
 def main() -> int:
