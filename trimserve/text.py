@@ -204,9 +204,12 @@ class Codec:
         if not self._folder.has_cold:
             servable = self.servable(sequences)
             sequences, split = servable.sequences, servable.cold_tokens
-        ids, mask = pad(sequences, self.pad_id, side)
-        slotted = self.vocab.with_slots(ids, held)
-        return SlottedBatch(slotted.ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
+        # Translated before it is padded: a batch of unequal texts is mostly padding.
+        joined = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+        slotted = self.vocab.with_slots(joined, held)
+        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+        ids, mask = _pad(slotted.ids, lengths, int(self.vocab.to_compact(self.pad_id)), side)
+        return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
         token = read_json(self._folder, "tokenizer_config.json").get(role)
@@ -267,12 +270,19 @@ def pad(
         The ids and the mask (1 for a token, 0 for padding), both int64 (B, T).
     """
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    joined = np.concatenate(sequences) if len(sequences) else np.zeros(0, np.int64)
+    return _pad(joined, lengths, fill, side)
+
+
+def _pad(
+    joined: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.int64], fill: int, side: Side
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`pad` for sequences that stand one behind the other in one array."""
     width = int(lengths.max(initial=0))
     columns = np.arange(width)
     mask = columns < lengths[:, None] if side == "right" else columns >= width - lengths[:, None]
     ids = np.full(mask.shape, fill, np.int64)
-    if ids.size:
-        ids[mask] = np.concatenate(sequences)
+    ids[mask] = joined
     return ids, mask.astype(np.int64)
 
 

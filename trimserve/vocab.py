@@ -143,14 +143,11 @@ class VocabMap:
         cold = np.flatnonzero(flat < 0)
         if cold.size == 0:
             return Slotted(mapped, held, 0)
-        # One sort gives both the distinct cold ids and each entry's slot; the held ones come first.
-        listed = np.concatenate([held, array.reshape(-1)[cold]])
-        distinct, first, which = np.unique(listed, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        slot_of = np.empty_like(order)
-        slot_of[order] = np.arange(order.size)
-        flat[cold] = len(self) + slot_of[which[held.size :]]
-        return Slotted(mapped, distinct[order].astype(np.int32), int(cold.size))
+        # A loop over the cold ids alone: they are few, and sorting pays only from hundreds on.
+        slot_of = {id_: slot for slot, id_ in enumerate(held.tolist())}
+        values = array.reshape(-1)[cold].tolist()
+        flat[cold] = [len(self) + slot_of.setdefault(id_, len(slot_of)) for id_ in values]
+        return Slotted(mapped, np.fromiter(slot_of, np.int32, len(slot_of)), int(cold.size))
 
     def _lookup(self, ids: npt.ArrayLike) -> Ids:
         """Compact ids, int32, same shape; -1 for cold ids."""
