@@ -66,8 +66,8 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
         "seconds": round(time.perf_counter() - start, 6),
     }
     emit(args, document, "\n".join(lines))
-    if model.stats.truncated:
-        logger.warning("%d texts were cut to %s tokens", model.stats.truncated, model.max_tokens)
+    if stats.truncated:
+        logger.warning("texts cut to the model's %s tokens: %d", model.max_tokens, stats.truncated)
     return 0
 
 
