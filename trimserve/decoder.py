@@ -4,14 +4,15 @@ Nothing here knows tokens' meaning, sampling or exactness; see `generation.py` f
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.errors import UnsupportedModelError, require
+from trimserve.errors import UnsupportedModelError
+from trimserve.kv import GrowingCache, KVCache, KVLayout, SharedCache
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -21,26 +22,9 @@ Floats = npt.NDArray[np.float32]
 # it takes none (Tanh) or one a token (an Add of the bias). The serving passes write it into the graph.
 AfterHead = tuple[tuple[str, float | None], ...]
 AFTER_HEAD_KEY = "trimserve.after_head"
+# "true" in a graph whose attention writes its keys and values in place (GroupQueryAttention).
+SHARED_KV_KEY = "trimserve.shared_kv"
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-
-@dataclass(slots=True)
-class KVCache:
-    """Keys and values of the tokens fed so far, for a batch of sequences aligned at their right ends.
-
-    Attributes:
-        values: one array (B, heads, L, head size) a key and value of each layer, where the graph left it.
-        mask: int64 (B, L), 1 where a cached position holds a token of its sequence.
-    """
-
-    values: "list[ort.OrtValue]"
-    mask: npt.NDArray[np.int64]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each sequence, int64 (B,)."""
-        lengths: npt.NDArray[np.int64] = self.mask.sum(axis=1)
-        return lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +44,7 @@ class Decoder:
     """A decoder-only graph with the serving passes of DESIGN.md section 5, bound to one session."""
 
     def __init__(self, session: "ort.InferenceSession", *, device: str = "cpu") -> None:
-        self._runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
         self._session = session
-        self._device = device
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
         self._past = [name for name in inputs if name.startswith("past_key_values.")]
@@ -79,19 +61,24 @@ class Decoder:
         self.takes_positions = "position_ids" in inputs
         self.dtype = np.dtype(_NUMPY_TYPES.get(inputs["cold_rows"].type, np.float32))
         self.hidden_size = int(inputs["cold_rows"].shape[1])
-        first = inputs[self._past[0]]
-        self._past_dtype = np.dtype(_NUMPY_TYPES.get(first.type, np.float32))
-        self._past_shapes = [inputs[name].shape for name in self._past]
-        self.after_head = _after_head(session.get_modelmeta().custom_metadata_map)
+        past = [inputs[name] for name in self._past]
+        shapes = [(int(value.shape[1]), int(value.shape[3])) for value in past]
+        kv_dtype = np.dtype(_NUMPY_TYPES.get(past[0].type, np.float32))
+        self._layout = KVLayout(self._past, self._present, shapes, kv_dtype, device)
+        metadata = session.get_modelmeta().custom_metadata_map
+        self._shares_buffers = metadata.get(SHARED_KV_KEY) == "true"
+        self.after_head = _after_head(metadata)
         self._binding = session.io_binding()
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether sequences of unequal length can run together, padded on the left."""
+        return self.takes_positions and not self._shares_buffers
 
     def empty_cache(self, batch: int) -> KVCache:
         """A cache that holds nothing yet, for `batch` sequences."""
-        values = [
-            self._to_device(np.zeros((batch, int(shape[1]), 0, int(shape[3])), self._past_dtype))
-            for shape in self._past_shapes
-        ]
-        return KVCache(values, np.zeros((batch, 0), np.int64))
+        kind = SharedCache if self._shares_buffers else GrowingCache
+        return kind(self._layout, batch)
 
     def step(
         self,
@@ -123,51 +110,13 @@ class Decoder:
             # A padded position gets position 0; the mask keeps it out of every sum.
             positions = past[:, None] + np.maximum(mask.cumsum(axis=1) - 1, 0)
             binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        for name, value in zip(self._past, cache.values, strict=True):
-            binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits")
         binding.bind_output("hidden_states")
-        for name in self._present:
-            binding.bind_output(name, self._device)
+        cache.bind(binding, ids.shape[1])
         self._session.run_with_iobinding(binding)
-        logits, hidden, *cache.values = binding.get_outputs()
+        logits, hidden, *present = binding.get_outputs()
+        cache.take(present)
         return Step(logits.numpy().astype(np.float32, copy=False), hidden.numpy())
-
-    def cut(self, cache: KVCache, drop: npt.NDArray[np.int64]) -> None:
-        """Take the last `drop[b]` tokens of each sequence out of the cache.
-
-        Args:
-            cache: changed in place; its sequences stay aligned at their right ends.
-            drop: int64 (B,), tokens to drop, each at most the sequence's length.
-        """
-        if not drop.any():
-            return
-        lengths = cache.lengths - drop
-        width = int(lengths.max())
-        starts = cache.mask.shape[1] - drop - width  # first kept position of each sequence's window
-        cache.values = [self._to_device(_windows(self._to_host(v), starts, width)) for v in cache.values]
-        cache.mask = (np.arange(width) >= width - lengths[:, None]).astype(np.int64)
-
-    def select(self, cache: KVCache, rows: Sequence[int]) -> None:
-        """Keep the given sequences of the batch, in that order."""
-        index = np.asarray(rows, np.int64)
-        if np.array_equal(index, np.arange(cache.mask.shape[0])):
-            return
-        mask = cache.mask[index]
-        width = int(mask.sum(axis=1).max(initial=0))
-        start = mask.shape[1] - width
-        cache.values = [
-            self._to_device(np.ascontiguousarray(self._to_host(v)[index, :, start:])) for v in cache.values
-        ]
-        cache.mask = np.ascontiguousarray(mask[:, start:])
-
-    def _to_device(self, array: npt.NDArray[Any]) -> "ort.OrtValue":
-        value: ort.OrtValue = self._runtime.OrtValue.ortvalue_from_numpy(array, self._device)
-        return value
-
-    def _to_host(self, value: "ort.OrtValue") -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = value.numpy()
-        return array
 
 
 def _after_head(metadata: Mapping[str, str]) -> AfterHead:
@@ -195,12 +144,3 @@ _ARITHMETIC: dict[str, Callable[..., Floats]] = {
     "Mul": np.multiply,
     "Div": np.divide,
 }
-
-
-def _windows(values: npt.NDArray[Any], starts: npt.NDArray[np.int64], width: int) -> npt.NDArray[Any]:
-    """Copy `width` positions of axis 2 from each sequence's own start; starts below 0 read zeros."""
-    out = np.zeros((*values.shape[:2], width, values.shape[3]), values.dtype)
-    for row, start in enumerate(starts.tolist()):
-        skip = max(0, -start)  # a shorter sequence has less on its left than the window asks for
-        out[row, :, skip:] = values[row, :, start + skip : start + width]
-    return out

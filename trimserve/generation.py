@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.cold import ColdRows
-from trimserve.decoder import Decoder, Floats, KVCache, Step
+from trimserve.decoder import Decoder, Floats, Step
 from trimserve.errors import NoTokenError
+from trimserve.kv import KVCache
 from trimserve.request import Block, DraftSlots, Request
 from trimserve.sampling import Columns
 from trimserve.vocab import Ids, VocabMap
@@ -108,8 +109,8 @@ class GenerationLoop:
             live = [live[index] for index in keep]
             for request in live:
                 request.drafted += fed_ahead
-            self._decoder.cut(cache, np.array(drop, np.int64) + fed_ahead)
-            self._decoder.select(cache, keep)
+            cache.cut(np.array(drop, np.int64) + fed_ahead)
+            cache.select(keep)
             blocks = self._draft(live, cache, self._feed(cache, [request.output[-1] for request in live]))
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[KVCache, Step]:

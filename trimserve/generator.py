@@ -182,8 +182,7 @@ class Generator:
 
     def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
         requests = self._requests(prompts, options)
-        # Sequences of unequal length are padded, which needs explicit positions.
-        together = self._decoder.takes_positions and not options.get("report_mass")
+        together = self._decoder.takes_batches and not options.get("report_mass")
         batches = [requests] if together else [[request] for request in requests]
         results: list[Generation] = []
         for batch in batches:
