@@ -8,9 +8,10 @@ from safetensors.numpy import save
 from tests.folders import make_folder
 from tests.tiny_tokenizers import KINDS, save_model_folder
 from trimserve.artefacts import save_vocab
+from trimserve.batching import join
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.folder import VOCAB_NAME, list_files, open_folder, read_manifest, write_manifest
-from trimserve.text import Codec, pad, shorten
+from trimserve.text import Codec, shorten
 from trimserve.vocab import VocabMap
 
 TEXTS = ["The cat sat on the mat.", "", "a", "latte? 😀 世界 مرحبا\n\n  done", "The dog " * 40]
@@ -143,9 +144,9 @@ def test_the_pad_id_is_the_models_own(tmp_path):
 
 
 def test_padding_of_nothing():
-    ids, mask = pad([], 0)
+    ids, mask = join([]).padded(0)
     assert ids.shape == mask.shape == (0, 0)
-    ids, mask = pad([np.zeros(0, np.int32)] * 2, 0)
+    ids, mask = join([np.zeros(0, np.int32)] * 2).padded(0)
     assert ids.shape == (2, 0)
 
 

@@ -5,6 +5,7 @@ does not depend on the texts it shares a batch with, up to rounding: padding is 
 shape can make the runtime add in another order.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.batching import Encoded, join
 from trimserve.cold import ColdRows
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import Pooling, TrimmedFolder
-from trimserve.heads import Candidate, cold_logits, top_candidates
+from trimserve.heads import Candidate, full_logits, top_candidates
 from trimserve.pooling import Floats, Mask, normalize_rows, pool
-from trimserve.structural import PAD_POSITION_MODELS
-from trimserve.text import Codec, Encoded, pad, read_json, shorten
+from trimserve.text import Codec, longest_input, shorten
 from trimserve.vocab import Ids
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ _ID_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Padded tokens fed at a time on a CPU: activations grow with them (a MiniLM process took 400 MB for 32
 # texts of 234 tokens, 150 MB for 1,024 tokens), and more of them only cost cache misses.
 _CPU_BATCH_TOKENS = 1024
-# What transformers writes for "no limit" is 1e30.
-_NO_LIMIT = 1 << 24
 
 
 @dataclass(slots=True)
@@ -94,11 +93,11 @@ class Encoder:
         self.folder = folder
         self.codec = codec
         self.task = folder.manifest.task
-        self.max_tokens = _max_tokens(folder)
+        self.max_tokens = longest_input(folder)
         self.stats = EncoderStats()
         self._session = session
         on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
-        self._batch_tokens = _CPU_BATCH_TOKENS if on_cpu else _NO_LIMIT
+        self._batch_tokens = _CPU_BATCH_TOKENS if on_cpu else sys.maxsize
         self._cold = cold
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = {value.name: value for value in session.get_outputs()}
@@ -195,22 +194,16 @@ class Encoder:
         results: list[list[list[Candidate]]] = [[] for _ in texts]
         for output in self._run(texts, batch_size):
             rows, columns = np.nonzero(output.ids == mask_id)
-            for row, candidates in zip(rows, self._candidates(output, rows, columns, top_k), strict=True):
+            hidden = None if output.hidden is None else output.hidden[rows, columns]
+            logits, ids = full_logits(output.values[rows, columns], hidden, self.folder.vocab, self._cold)
+            best = top_candidates(logits, ids, self.codec.tokenizer, top_k)
+            for row, candidates in zip(rows, best, strict=True):
                 results[output.texts[row]].append(candidates)
         return results
 
     def token_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of texts as `forward` feeds them: cut to `max_tokens`, cold ones split if need be."""
         return [entry.ids for entry in self._encode(texts)[0]]
-
-    def _candidates(
-        self, output: _Output, rows: npt.NDArray[Any], columns: npt.NDArray[Any], top_k: int
-    ) -> list[list[Candidate]]:
-        logits, ids = output.values[rows, columns], self.codec.vocab.kept_ids
-        if len(self._cold) and self._cold.has_head and output.hidden is not None and len(rows):
-            logits = np.concatenate([logits, cold_logits(output.hidden[rows, columns], self._cold)], axis=1)
-            ids = np.concatenate([ids, self._cold.cold_ids])
-        return top_candidates(logits, ids, self.codec.tokenizer, top_k)
 
     def _run(self, texts: Sequence[str], batch_size: int) -> Iterator[_Output]:
         """Feed texts, longest first, in batches of like length; a text without tokens is left out."""
@@ -239,7 +232,7 @@ class Encoder:
             "logits_to_keep": np.array(0, np.int64),
         }
         if "token_type_ids" in self._inputs:
-            feeds["token_type_ids"], _ = pad([encoded[text].type_ids for text in chosen], 0)
+            feeds["token_type_ids"], _ = join([encoded[text].type_ids for text in chosen]).padded(0)
         if "position_ids" in self._inputs:
             feeds["position_ids"] = np.tile(np.arange(batch.ids.shape[1]), (len(chosen), 1))
         values, hidden = self._call(feeds)
@@ -296,20 +289,3 @@ class Encoder:
                 f"{self.folder.path} is a bf16 encoder, which ONNX Runtime cannot be fed from numpy: export "
                 "it with --dtype fp32 or fp16."
             )
-
-
-def _max_tokens(folder: TrimmedFolder) -> int | None:
-    """Longest input: what the pooling declares or the tokenizer's limit, never beyond the positions."""
-    config = read_json(folder, "config.json")
-    declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
-    if declared is None:
-        declared = read_json(folder, "tokenizer_config.json").get("model_max_length")
-    positions = config.get("max_position_embeddings")
-    if positions and config.get("model_type") in PAD_POSITION_MODELS:
-        # Positions of these models begin after the pad id.
-        pad_id = config.get("pad_token_id")
-        positions -= (1 if pad_id is None else pad_id) + 1
-    limits = [
-        int(limit) for limit in (declared, positions) if isinstance(limit, int | float) and limit < _NO_LIMIT
-    ]
-    return min(limits, default=None)

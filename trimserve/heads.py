@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from trimserve.cold import ColdRows
 from trimserve.pooling import Floats
 from trimserve.tensorfile import to_float32
-from trimserve.vocab import Ids
+from trimserve.vocab import Ids, VocabMap
 
 # Cold rows are multiplied a tile at a time, so that a quarter of a million of them never lie in memory.
 _TILE_ROWS = 8192
@@ -31,6 +31,24 @@ def softmax(logits: Floats) -> Floats:
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: Floats = weights / weights.sum(axis=-1, keepdims=True)
     return probabilities
+
+
+def full_logits(logits: Floats, hidden: Floats | None, vocab: VocabMap, cold: ColdRows) -> tuple[Floats, Ids]:
+    """Complete compact logits with those of the cold ids, where their rows are at hand.
+
+    Args:
+        logits: float32 (n, K), of the kept ids.
+        hidden: float32 (n, H), the head's input, if the graph gives it.
+        vocab: the kept ids.
+        cold: rows of the head, if the folder has them.
+
+    Returns:
+        float32 (n, V) and the token ids of its columns, or the compact logits and the kept ids.
+    """
+    if hidden is None or not len(cold) or not cold.has_head:
+        return logits, vocab.kept_ids
+    both = np.concatenate([logits, cold_logits(hidden, cold)], axis=1)
+    return both, np.concatenate([vocab.kept_ids, cold.cold_ids])
 
 
 def cold_logits(hidden: Floats, cold: ColdRows) -> Floats:

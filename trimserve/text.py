@@ -7,70 +7,25 @@ without cold rows, is split into kept pieces (`trimserve.fallback`).
 import json
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding
 
+from trimserve.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.fallback import Fallback
 from trimserve.folder import TOKENIZER_NAME, TrimmedFolder
 from trimserve.source import load_tokenizer
 from trimserve.streaming import StreamDecoder, special_ids
+from trimserve.structural import PAD_POSITION_MODELS
 from trimserve.vocab import Ids
 
-Side = Literal["left", "right"]
+# What transformers writes for "no limit" is 1e30.
+_NO_LIMIT = 1 << 24
 _BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One text as the original tokenizer gives it.
-
-    Attributes:
-        ids: int32 (T,), token ids, special tokens included.
-        type_ids: int32 (T,), `token_type_ids` of BERT-like models.
-        truncated: whether the text was cut to the asked number of tokens.
-    """
-
-    ids: Ids
-    type_ids: Ids
-    truncated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Servable:
-    """Sequences whose every id has a row in the folder.
-
-    Attributes:
-        sequences: token ids, int32 (T',) each.
-        repeats: int64 (T,) each: how many of them stand for each token of the text.
-        cold_tokens: cold tokens that were met, split or not.
-    """
-
-    sequences: Sequence[Ids]
-    repeats: Sequence[npt.NDArray[np.int64]]
-    cold_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlottedBatch:
-    """Sequences padded to one length, as the graph wants them.
-
-    Attributes:
-        ids: int64 (B, T): below K a compact id, K + s for the cold id in slot s; the rest is padding.
-        attention_mask: int64 (B, T), 1 where there is a token.
-        cold_ids: int32 (S,), the token ids lent a slot.
-        cold_tokens: cold tokens of the sequences, given a slot or split.
-    """
-
-    ids: npt.NDArray[np.int64]
-    attention_mask: npt.NDArray[np.int64]
-    cold_ids: Ids
-    cold_tokens: int
 
 
 class Codec:
@@ -205,10 +160,10 @@ class Codec:
             servable = self.servable(sequences)
             sequences, split = servable.sequences, servable.cold_tokens
         # Translated before it is padded: a batch of unequal texts is mostly padding.
-        joined = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
-        slotted = self.vocab.with_slots(joined, held)
-        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-        ids, mask = _pad(slotted.ids, lengths, int(self.vocab.to_compact(self.pad_id)), side)
+        joined = join(sequences)
+        slotted = self.vocab.with_slots(joined.ids, held)
+        pad = int(self.vocab.to_compact(self.pad_id))
+        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad, side)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
@@ -261,29 +216,22 @@ class Codec:
                 )
 
 
-def pad(
-    sequences: Sequence[Ids], fill: int, side: Side = "right"
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pad sequences to the longest one.
+def longest_input(folder: TrimmedFolder) -> int | None:
+    """Most tokens of one text that an encoder takes; None if there is no limit.
 
-    Returns:
-        The ids and the mask (1 for a token, 0 for padding), both int64 (B, T).
+    It is what the pooling declares, or the tokenizer's limit, but never more than the model has positions.
     """
-    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    joined = np.concatenate(sequences) if len(sequences) else np.zeros(0, np.int64)
-    return _pad(joined, lengths, fill, side)
-
-
-def _pad(
-    joined: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.int64], fill: int, side: Side
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """`pad` for sequences that stand one behind the other in one array."""
-    width = int(lengths.max(initial=0))
-    columns = np.arange(width)
-    mask = columns < lengths[:, None] if side == "right" else columns >= width - lengths[:, None]
-    ids = np.full(mask.shape, fill, np.int64)
-    ids[mask] = joined
-    return ids, mask.astype(np.int64)
+    config = read_json(folder, "config.json")
+    declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
+    if declared is None:
+        declared = read_json(folder, "tokenizer_config.json").get("model_max_length")
+    positions = config.get("max_position_embeddings")
+    if positions and config.get("model_type") in PAD_POSITION_MODELS:
+        # Positions of these models begin after the pad id.
+        pad_id = config.get("pad_token_id")
+        positions -= (1 if pad_id is None else pad_id) + 1
+    limits = (limit for limit in (declared, positions) if isinstance(limit, int | float))
+    return min((int(limit) for limit in limits if limit < _NO_LIMIT), default=None)
 
 
 def read_json(folder: TrimmedFolder, name: str) -> dict[str, Any]:
