@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve.decoder import AFTER_HEAD_KEY
+from trimserve.decoder import AFTER_HEAD_KEY, SHARED_KV_KEY
 from trimserve.errors import UnsupportedModelError
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import describe, find_embedding, find_head
@@ -65,6 +65,8 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
         model.metadata_props[AFTER_HEAD_KEY] = json.dumps(head.after)
         slice_before_head(model.graph, head)
         tied = tie_head(model, embedding, head)
+    if any(node.op_type == "GroupQueryAttention" for node in model.graph):
+        model.metadata_props[SHARED_KV_KEY] = "true"
     add_cold_slots(model.graph, embedding)
     RemoveUnusedNodesPass()(model)
     return _save(model, output / GRAPH_NAME, tied=tied)
