@@ -5,10 +5,13 @@ never in memory as a whole, in any dtype (numpy has no bfloat16), copied byte fo
 https://github.com/huggingface/safetensors#format
 """
 
+import errno
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -52,7 +55,7 @@ class TensorSpec:
 
 
 class TensorSource(Protocol):
-    """Something that `write_tensors` can stream into a file: its dtype and shape, then its bytes in order."""
+    """Something that `write_tensors` can stream into a file: its dtype, its shape, its bytes."""
 
     @property
     def dtype(self) -> str:
@@ -64,8 +67,8 @@ class TensorSource(Protocol):
         """Shape as it will be stored."""
         ...
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the tensor's bytes in order, a bounded chunk at a time."""
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the tensor's bytes to an unbuffered file, a bounded chunk at a time; yield their sizes."""
         ...
 
 
@@ -143,9 +146,16 @@ class WholeTensor:
         """Shape as stored."""
         return self.spec.shape
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the tensor's bytes in chunks of `CHUNK_BYTES`."""
-        yield from _read_range(self.spec.path, self.spec.offset, self.spec.nbytes)
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the tensor's bytes to an unbuffered file in chunks; yield their sizes."""
+        left = self.spec.nbytes
+        with self.spec.path.open("rb", buffering=0) as source:
+            while left:
+                offset = self.spec.offset + self.spec.nbytes - left
+                count = _copy_chunk(source, offset, min(left, CHUNK_BYTES), file)
+                _check_progress(self.spec, count)
+                left -= count
+                yield count
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,23 +187,38 @@ class TensorRows:
         shape = self.spec.shape
         return (*shape[: self.axis], len(self.ids), *shape[self.axis + 1 :])
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the chosen rows' bytes; the file is read once, in order, in bounded blocks."""
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the chosen rows' bytes to an unbuffered file; yield their sizes.
+
+        The source is read once, in order, in blocks; two buffers are all the memory it takes.
+        """
         rows = self.spec.shape[self.axis]
-        if rows == 0 or len(self.ids) == 0:
+        if self.spec.nbytes == 0 or len(self.ids) == 0:
             return
         row_bytes = self.spec.nbytes // rows
-        block_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
-        for start in range(0, rows, block_rows):
-            stop = min(start + block_rows, rows)
-            first, last = np.searchsorted(self.ids, (start, stop))
-            if first == last:
-                continue
-            offset = self.spec.offset + start * row_bytes
-            data = b"".join(_read_range(self.spec.path, offset, (stop - start) * row_bytes))
-            block = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
-            chosen = np.take(block, self.ids[first:last] - start, axis=0)
-            yield chosen.tobytes()
+        block_rows = min(rows, max(1, CHUNK_BYTES // row_bytes))
+        block = np.empty((block_rows, row_bytes), np.uint8)
+        chosen = np.empty_like(block)
+        with self.spec.path.open("rb", buffering=0) as source:
+            for start in range(0, rows, block_rows):
+                stop = min(start + block_rows, rows)
+                first, last = np.searchsorted(self.ids, (start, stop))
+                if first == last:
+                    continue
+                source.seek(self.spec.offset + start * row_bytes)
+                self._fill(block[: stop - start], source)
+                picked = chosen[: last - first]
+                # The ids are in range; mode "raise" would copy once more.
+                np.take(block, self.ids[first:last] - start, axis=0, out=picked, mode="clip")
+                _write_all(file, picked.reshape(-1).data)
+                yield picked.nbytes
+
+    def _fill(self, block: npt.NDArray[np.uint8], source: FileIO) -> None:
+        view = memoryview(block.reshape(-1).data)
+        while view:
+            count = source.readinto(view)
+            _check_progress(self.spec, count)
+            view = view[count:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,20 +244,33 @@ class ArrayTensor:
         """The array's shape."""
         return self.values.shape
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the array's bytes at once."""
-        yield self.values.tobytes()
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the array's bytes to an unbuffered file at once; yield their size."""
+        _write_all(file, self.values.tobytes())
+        yield self.values.nbytes
 
 
-def _read_range(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while nbytes:
-            chunk = file.read(min(nbytes, CHUNK_BYTES))
-            if not chunk:
-                raise MismatchError(f"{path} ended {nbytes:,} bytes early: it changed while being read.")
-            nbytes -= len(chunk)
-            yield chunk
+def _check_progress(spec: TensorSpec, count: int) -> None:
+    if count == 0:
+        raise MismatchError(f"{spec.path} ended within {spec.name}: it changed while being read.")
+
+
+# What copy_file_range answers between file systems, or where a file system has not got it.
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+
+
+def _copy_chunk(source: FileIO, offset: int, nbytes: int, target: IO[bytes]) -> int:
+    """Append up to `nbytes` of a file to another, within the kernel where that is possible, as `cp` does."""
+    if sys.platform == "linux":
+        try:
+            return os.copy_file_range(source.fileno(), target.fileno(), nbytes, offset_src=offset)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+    source.seek(offset)
+    data = source.read(nbytes)
+    _write_all(target, data)
+    return len(data)
 
 
 def write_tensors(
@@ -259,13 +297,11 @@ def write_tensors(
     with path.open("wb", buffering=0) as file:
         _write_all(file, len(encoded).to_bytes(8, "little") + encoded)
         for source in tensors.values():
-            for chunk in source.chunks():
-                _write_all(file, chunk)
-                yield len(chunk)
+            yield from source.write_to(file)
     _check_size(path, 8 + len(encoded) + position)
 
 
-def _write_all(file: IO[bytes], data: bytes) -> None:
+def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file.fileno(), view) :]
