@@ -174,6 +174,17 @@ def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(pair):
         assert [r.stopped for r in together] == [r.stopped for r in alone]
 
 
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 6}], ids=["greedy", "sampled"])
+def test_drafts_decide_the_cost_and_never_the_tokens(tiny, monkeypatch, params):
+    expected = tiny.generator.generate(TEXTS, max_new_tokens=15, **params)
+    rng = np.random.default_rng(0)
+    kept = tiny.generator.folder.vocab.kept_ids
+    monkeypatch.setattr("trimserve.request.Request.draft", lambda *_: int(rng.choice(kept)))
+    found = tiny.generator.generate(TEXTS, max_new_tokens=15, **params)
+    assert [r.ids for r in found] == [r.ids for r in expected]
+    assert sum(r.rejected for r in found) > sum(r.rejected for r in expected)
+
+
 def test_checking_while_drafting_on_changes_nothing(pair):
     """The order of a device: the next block is drafted while the last one is checked."""
     from tests.generators import open_generator
