@@ -32,8 +32,8 @@ def save_bfloat16(path: Path, bits: np.ndarray) -> bytes:
     class Bits:
         dtype, shape = "BF16", bits.shape
 
-        def chunks(self):
-            yield bits.astype("<u2").tobytes()
+        def write_to(self, file):
+            yield file.write(bits.astype("<u2").tobytes())
 
     for _ in write_tensors(path, {"embedding": Bits()}):
         pass
