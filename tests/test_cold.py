@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
+from bench.harness import memory
 from tests.folders import make_folder
 from trimserve.cold import ColdRows, _to_bfloat16
 from trimserve.errors import MismatchError, UnknownIdError
@@ -165,3 +166,15 @@ print(anonymous() - before)
     command = [sys.executable, "-c", script, str(tmp_path / "folder")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < values.nbytes / 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_scattered_rows_leave_the_file_out_of_resident_memory(tmp_path):
+    size, width = 8192, 512  # 16 MiB
+    kept = [0, 1]
+    rows = np.ones((size - len(kept), width), np.float32)
+    made = ColdRows(make_folder(tmp_path / "large", kept, size, cold_rows=save({"embedding": rows})))
+    before = memory().file
+    for start in range(8):
+        made.embedding(made.cold_ids[start::64])
+    assert memory().file - before < rows.nbytes / 8

@@ -4,6 +4,7 @@ The file holds as much as was cut off, so it is never loaded: a request touches 
 rows, and the system may drop them again. Only the asked rows are converted to the graph's dtype.
 """
 
+import mmap
 from typing import Any, Literal
 
 import numpy as np
@@ -58,7 +59,7 @@ class ColdRows:
             self._check(spec)
         if folder.has_cold and "embedding" not in self._specs:
             raise MismatchError(f"{self._origin} has no tensor 'embedding': export the folder again.")
-        self._maps = {name: np.asarray(map_tensor(spec)) for name, spec in self._specs.items()}
+        self._maps = {name: map_tensor(spec) for name, spec in self._specs.items()}
         self.width = self._specs["embedding"].shape[1] if folder.has_cold else int(width or 0)
         if width is not None and width != self.width:
             raise MismatchError(
@@ -141,7 +142,9 @@ class ColdRows:
                 "export it again without --no-cold."
             )
         dtype = self.spec(name).dtype
-        return _convert(self._maps[name][self._rows_of(ids)], dtype, self._graph_dtype)
+        rows = _convert(np.asarray(self._maps[name])[self._rows_of(ids)], dtype, self._graph_dtype)
+        _release(self._maps[name])
+        return rows
 
     def _rows_of(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         if ids.size == 0:
@@ -164,6 +167,17 @@ class ColdRows:
                 f"{len(self.cold_ids):,} rows but is {spec.dtype} of shape {spec.shape}: "
                 "export the folder again."
             )
+
+
+def _release(mapped: Rows) -> None:
+    """Take a map's pages out of this process; they stay in the system's page cache.
+
+    Linux maps what lies around a touched page too, up to a megabyte or two a row: a few dozen scattered
+    rows would make the whole file resident, as if nothing had been trimmed.
+    """
+    # An empty tensor is no map, and Windows has no madvise.
+    if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _convert(stored: Rows, dtype: str, graph_dtype: str) -> Rows:
