@@ -18,11 +18,11 @@ from trimserve_export.serving.flow import describe, find_embedding, find_head
 from trimserve_export.serving.last_logits import slice_before_head
 from trimserve_export.serving.tied_head import tie_head
 
-__all__ = ["GRAPH_NAME", "ServableGraph", "make_servable"]
+__all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_servable"]
 
 GRAPH_NAME = "model.onnx"
 # Large tensors start on a boundary at which every system can map them.
-_ALIGNMENT = 65536
+ALIGNMENT = 65536
 _ADDED = {"cold_rows", "logits_to_keep", "hidden_states"}
 
 
@@ -55,6 +55,24 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
             written then.
     """
     model = ir.load(source.resolve())
+    tied = apply_passes(model, rows=rows, has_head=has_head)
+    return _save(model, output / GRAPH_NAME, tied=tied)
+
+
+def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
+    """Run the serving passes on a graph in place.
+
+    Args:
+        model: the exporter's graph.
+        rows: see `make_servable`.
+        has_head: see `make_servable`.
+
+    Returns:
+        Whether embedding and head are one tensor.
+
+    Raises:
+        UnsupportedModelError: see `make_servable`.
+    """
     _check_untouched(model.graph)
     embedding = find_embedding(model.graph)
     _check_rows(embedding.gather, embedding.rows, rows)
@@ -69,7 +87,7 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
         model.metadata_props[SHARED_KV_KEY] = "true"
     add_cold_slots(model.graph, embedding)
     RemoveUnusedNodesPass()(model)
-    return _save(model, output / GRAPH_NAME, tied=tied)
+    return tied
 
 
 def _check_untouched(graph: ir.Graph) -> None:
@@ -90,5 +108,5 @@ def _check_rows(node: ir.Node, found: int, expected: int) -> None:
 
 def _save(model: ir.Model, path: Path, *, tied: bool) -> ServableGraph:
     data = f"{path.name}_data"
-    ir.save(model, path, external_data=data, alignment=_ALIGNMENT)
+    ir.save(model, path, external_data=data, alignment=ALIGNMENT)
     return ServableGraph(path, tied, (path.name, data))
