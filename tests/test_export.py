@@ -210,7 +210,7 @@ def test_task_follows_from_the_architecture(family):
     [
         (None, "pass --task"),
         ("BertForQuestionAnswering", "pass --task"),
-        ("T5ForConditionalGeneration", "encoder-decoder"),
+        ("LlavaForConditionalGeneration", "multimodal"),
     ],
 )
 def test_task_that_is_not_known_is_asked_for(architecture, message):

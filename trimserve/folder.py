@@ -18,7 +18,10 @@ MANIFEST_NAME = "trimserve.json"
 VOCAB_NAME = "vocab_map.safetensors"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
-GENERATION_TASK = "text-generation-with-past"  # the task of a Generator; any other is an Encoder's
+# The tasks of a Generator; any other is an Encoder's.
+GENERATION_TASK = "text-generation-with-past"
+TEXT2TEXT_TASK = "text2text-generation-with-past"
+GENERATOR_TASKS = (GENERATION_TASK, TEXT2TEXT_TASK)
 # Hashing a larger file would cost more than loading it; `verify` hashes everything.
 HASH_ON_LOAD_BYTES = 32 << 20
 

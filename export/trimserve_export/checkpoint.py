@@ -3,6 +3,7 @@
 No tensor is ever loaded as a whole, so peak memory does not grow with the model.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -278,7 +279,9 @@ def _write_cold(path: Path, stored: StoredVocab, cold_ids: Ids) -> Iterator[int]
     for role in _ROLES:
         if role in stored.roles:
             spec, axis = stored.cut[stored.roles[role]]
-            tensors[role] = TensorRows(spec, cold_ids, axis)
+            # A bias may be stored as (1, V): in the cold file every tensor begins with its rows.
+            rows_first = dataclasses.replace(spec, shape=spec.shape[axis:])
+            tensors[role] = TensorRows(rows_first, cold_ids)
     return write_tensors(path, tensors, {"tied": str(stored.tied).lower()})
 
 

@@ -20,8 +20,9 @@ from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import (
     COLD_NAME,
-    GENERATION_TASK,
+    GENERATOR_TASKS,
     MANIFEST_NAME,
+    TEXT2TEXT_TASK,
     TOKENIZER_NAME,
     VOCAB_NAME,
     FileEntry,
@@ -38,8 +39,9 @@ from trimserve_export.card import CARD_NAME, render_card
 from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.exporters import optimum
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
-from trimserve_export.serving import GRAPH_NAME, make_servable
+from trimserve_export.serving import make_servable
 from trimserve_export.serving.cold_head import write_cold_head
+from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.vocab_axes import load_config
 
 logger = logging.getLogger(__name__)
@@ -199,16 +201,25 @@ def export_full(source: ModelSource, output: Path, task: str, dtype: str) -> Pat
     """Export the untrimmed model with the same exporter and passes: the reference that `verify` uses.
 
     Returns:
-        The path of the graph in `output`; its inputs and outputs are those of a trimmed one.
+        The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
+        encoder-decoder the decoder's, with the encoder beside it.
     """
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
-        graph = optimum.export_checkpoint(source.path, Path(scratch), task, dtype)
-        return make_servable(graph, output, rows=source.vocab_size, has_head=has_vocab_head(task)).path
+        exported = optimum.export_checkpoint(source.path, Path(scratch), task, dtype)
+        graphs = _make_servable(exported, output, source.vocab_size, task)
+        return graphs.get("decoder") or graphs["model"]
+
+
+def _make_servable(exported: Path, output: Path, rows: int, task: str) -> dict[str, Path]:
+    """Run the serving passes; returns role -> graph."""
+    if task == TEXT2TEXT_TASK:
+        return make_seq2seq_servable(exported, output, rows=rows)
+    return {"model": make_servable(exported, output, rows=rows, has_head=has_vocab_head(task)).path}
 
 
 def has_vocab_head(task: str) -> bool:
     """Tell whether a task's graph makes logits over the vocab."""
-    return task in ("fill-mask", GENERATION_TASK)
+    return task in ("fill-mask", *GENERATOR_TASKS)
 
 
 def _plan(source: ModelSource, vocab: VocabMap, options: Options) -> _Plan:
@@ -239,14 +250,13 @@ def _fill(plan: _Plan, staging: Path, *, progress: bool) -> Manifest:
         to_onnx = plan.options.to == "onnx"
         checkpoint = Path(scratch) if to_onnx else staging
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
-        if to_onnx:
-            _export_graph(plan, checkpoint, staging)
+        graphs = _export_graph(plan, checkpoint, staging) if to_onnx else {}
     names = TOKENIZER_FILES + (CONFIG_FILES if to_onnx else ())
     for name in names:
         if (plan.source.path / name).is_file():
             shutil.copyfile(plan.source.path / name, staging / name)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
-    manifest = _manifest(plan, trimmed, list_files(staging))
+    manifest = _manifest(plan, trimmed, graphs, list_files(staging))
     return with_card(manifest, plan.source, staging)
 
 
@@ -265,20 +275,24 @@ def _trim(plan: _Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tr
     )
 
 
-def _export_graph(plan: _Plan, checkpoint: Path, staging: Path) -> None:
+def _export_graph(plan: _Plan, checkpoint: Path, staging: Path) -> dict[str, str]:
+    """Export the trimmed checkpoint into the staging folder; returns role -> file name."""
     logger.info("exporting with optimum-onnx")
     exported = checkpoint / "exported"
     trust = plan.options.trust_remote_code
-    graph = optimum.export_checkpoint(
+    made = optimum.export_checkpoint(
         checkpoint, exported, plan.task, plan.options.dtype, trust_remote_code=trust
     )
     logger.info("making the graph servable")
-    make_servable(graph, staging, rows=len(plan.vocab), has_head=has_vocab_head(plan.task))
-    if plan.task == GENERATION_TASK and plan.options.cold and plan.vocab.cold_ids.size:
-        write_cold_head(staging / GRAPH_NAME, staging / COLD_NAME)
+    graphs = _make_servable(made, staging, len(plan.vocab), plan.task)
+    if plan.task in GENERATOR_TASKS and plan.options.cold and plan.vocab.cold_ids.size:
+        write_cold_head(graphs.get("decoder") or graphs["model"], staging / COLD_NAME)
+    return {role: path.name for role, path in graphs.items()}
 
 
-def _manifest(plan: _Plan, trimmed: TrimmedCheckpoint, files: dict[str, FileEntry]) -> Manifest:
+def _manifest(
+    plan: _Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str], files: dict[str, FileEntry]
+) -> Manifest:
     source, options = plan.source, plan.options
     to_onnx = options.to == "onnx"
     return Manifest(
@@ -291,7 +305,7 @@ def _manifest(plan: _Plan, trimmed: TrimmedCheckpoint, files: dict[str, FileEntr
         task=plan.task,
         layout=options.layout,
         dtype=options.dtype if to_onnx else trimmed.dtype,
-        graphs={"model": GRAPH_NAME} if to_onnx else {},
+        graphs=graphs,
         cut=trimmed.cut,
         selection=plan.vocab.rule,
         exporter={"trimserve": __version__} | (optimum.versions() if to_onnx else {}),

@@ -16,6 +16,7 @@ from optimum.utils import logging as optimum_logging
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
+from trimserve.folder import TEXT2TEXT_TASK
 from trimserve_export.vocab_axes import ModelClass
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ TASKS = (
     "text-classification",
     "token-classification",
     "text-generation-with-past",
+    TEXT2TEXT_TASK,
 )
 _TASK_OF_HEAD = {
     "ForCausalLM": "text-generation-with-past",
@@ -36,6 +38,7 @@ _TASK_OF_HEAD = {
     "ForTokenClassification": "token-classification",
     "Model": "feature-extraction",
 }
+_TEXT2TEXT_HEADS = ("ForConditionalGeneration", "MTModel")
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -53,9 +56,11 @@ def infer_task(config: PretrainedConfig, *, sentence_transformers: bool) -> str:
     if sentence_transformers:
         return "feature-extraction"
     name = (config.architectures or [""])[0]
+    if config.is_encoder_decoder and name.endswith(_TEXT2TEXT_HEADS):
+        return TEXT2TEXT_TASK
     if config.is_encoder_decoder or name.endswith("ForConditionalGeneration"):
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder or multimodal model, which cannot be trimmed yet."
+            f"{name} is a part of an encoder-decoder, or a multimodal model, which cannot be trimmed yet."
         )
     for ending, task in _TASK_OF_HEAD.items():
         if name.endswith(ending):
@@ -102,18 +107,22 @@ def export_checkpoint(
         trust_remote_code: allow code that the model folder brings.
 
     Returns:
-        The path of the graph; its weights may lie beside it in external data.
+        The path of the graph; its weights may lie beside it in external data. For an encoder-decoder the
+        folder of its three graphs.
 
     Raises:
         MissingExtraError: accelerate is not installed; without it tied weights would double, silently.
         UnsupportedModelError: the model cannot be loaded for the task, or the exporter fails.
     """
     require("accelerate", extra="export", purpose="exporting tied weights once")
+    seq2seq = task == TEXT2TEXT_TASK
     with quiet():
         model = load_model(folder, task, dtype, trust_remote_code=trust_remote_code)
         with _failures_named(model.config.model_type, task), _no_cpu_session(dtype):
-            onnx_export_from_model(model, output, task=task, do_validation=False)
-    return output / "model.onnx"
+            # Merging an encoder-decoder's two decoders would write them once more: the serving passes take
+            # one of them, and tie its weights themselves.
+            onnx_export_from_model(model, output, task=task, do_validation=False, no_post_process=seq2seq)
+    return output if seq2seq else output / "model.onnx"
 
 
 @contextlib.contextmanager
