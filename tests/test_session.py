@@ -25,7 +25,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(runtime, "InferenceSession", Asked)
 
 
-def test_cuda_comes_before_the_cpu_and_takes_no_more_memory_than_asked(fake_cuda, tmp_path):
+@pytest.mark.usefixtures("fake_cuda")
+def test_cuda_comes_before_the_cpu_and_takes_no_more_memory_than_asked(tmp_path):
     session = open_session(tmp_path / "model.onnx", device="cuda", threads=3)
     (cuda, settings), cpu = session.providers
     assert (cuda, cpu) == ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -33,12 +34,14 @@ def test_cuda_comes_before_the_cpu_and_takes_no_more_memory_than_asked(fake_cuda
     assert session.options.intra_op_num_threads == 3
 
 
-def test_the_cpu_is_alone_where_it_is_asked_for(fake_cuda, tmp_path):
+@pytest.mark.usefixtures("fake_cuda")
+def test_the_cpu_is_alone_where_it_is_asked_for(tmp_path):
     assert open_session(tmp_path / "model.onnx").providers == ["CPUExecutionProvider"]
 
 
+@pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("prepack", [True, False])
-def test_one_copy_of_each_weight_is_asked_for(fake_cuda, tmp_path, prepack):
+def test_one_copy_of_each_weight_is_asked_for(tmp_path, prepack):
     entry = open_session(tmp_path / "m.onnx", prepack=prepack).options.get_session_config_entry
     assert entry("session.disable_prepacking") == ("0" if prepack else "1")
     assert entry("optimization.constant_folding_max_output_size_in_bytes") == str(1 << 20)
