@@ -1,12 +1,14 @@
 """All-MiniLM-L6-v2, full against trimmed to the standard library's docstrings: size, memory, time.
 
 Both are exported by the same exporter and passes and run by the same runtime; the full one keeps every row.
-Each process embeds the same corpus; processes of the two alternate. Memory is that of the whole process.
+Each process embeds the same corpus, which gives its memory (of the whole process); then single batches of
+the two alternate, which gives the times.
 """
 
+import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from trimserve.report import human_bytes, table
 from trimserve.vocab import Reason, VocabMap
 
 BATCH_SIZE = 32
-STEPS = 30
+WARM_UP, STEPS = 3, 30
 # The share of the removed bytes that must be missing from the trimmed process.
 SAVED_SHARE = 0.85
 
@@ -37,10 +39,8 @@ def full_folder(model: Path, vocab: VocabMap, target: Path) -> None:
     export(model, everything, target, cold=False, overwrite=True)
 
 
-def compare(
-    full: Path, trimmed: Path, texts: Path, *, rounds: int, threads: int, steps: int
-) -> dict[str, Any]:
-    """Measure the two folders in alternating fresh processes.
+def compare(full: Path, trimmed: Path, texts: Path, *, rounds: int, threads: int) -> dict[str, Any]:
+    """Measure two folders: a pair of fresh processes a round, whose timed batches alternate.
 
     Args:
         full: folder with every row.
@@ -48,20 +48,23 @@ def compare(
         texts: the corpus to embed, a text a line.
         rounds: processes of each.
         threads: of the runtime.
-        steps: timed batches a process.
 
     Returns:
         The row for the result file: ``full`` and ``trimmed`` with bytes, rows, memory and times, the ratio
         of their times, the largest difference of the embeddings, and the share of the removed bytes saved.
     """
+    runs: dict[str, list[dict[str, Any]]] = {"full": [], "trimmed": []}
     with tempfile.TemporaryDirectory() as scratch:
-        files = {name: Path(scratch, f"{name}.npy") for name in ("full", "trimmed")}
-        variants = {
-            name: _worker(folder, texts, files[name], threads=threads, steps=steps)
+        files = {name: Path(scratch, f"{name}.npy") for name in runs}
+        commands = {
+            name: _command(folder, texts, files[name], threads)
             for name, folder in (("full", full), ("trimmed", trimmed))
         }
-        runs = harness.in_turn(variants, rounds)
-        embeddings = [np.load(files[name]) for name in ("full", "trimmed")]
+        for number in range(rounds):
+            print(f"round {number + 1}/{rounds}", file=sys.stderr)
+            for name, result in _round(commands).items():
+                runs[name].append(result)
+        embeddings = [np.load(file) for file in files.values()]
     row: dict[str, Any] = {
         "batch_size": BATCH_SIZE,
         "threads": threads,
@@ -77,15 +80,18 @@ def compare(
     return row | {"removed_bytes": removed, "saved_bytes": saved, "saved_share": saved / removed}
 
 
-def _worker(folder: Path, texts: Path, embeddings: Path, *, threads: int, steps: int) -> Sequence[str]:
-    options = {
-        "--threads": threads,
-        "--batch-size": BATCH_SIZE,
-        "--steps": steps,
-        "--embeddings": embeddings.resolve(),
-    }
-    words = [str(word) for option in options.items() for word in option]
-    return ["-m", "bench.encoder_worker", str(folder.resolve()), str(texts.resolve()), *words]
+def _round(commands: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(harness.Worker(words)) for name, words in commands.items()}
+        answers = harness.alternately(workers, "batch", WARM_UP + STEPS)
+    timed = {name: [answer["ms"] for answer in answers[name][WARM_UP:]] for name in commands}
+    return {name: worker.ready | {"batch_ms": timed[name]} for name, worker in workers.items()}
+
+
+def _command(folder: Path, texts: Path, embeddings: Path, threads: int) -> list[str]:
+    words = ["-m", "bench.encoder_worker", str(folder.resolve()), str(texts.resolve())]
+    words += ["--embeddings", str(embeddings), "--threads", str(threads), "--batch-size", str(BATCH_SIZE)]
+    return words
 
 
 def _summary(folder: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def main() -> int:
         parser.error(f"{args.demo} lacks {folders[0].name} or {folders[1].name}: run `make demo` first")
     rounds = 2 if args.quick else args.rounds
     texts = args.demo / "docs.txt"
-    row = compare(folders[0], folders[1], texts, rounds=rounds, threads=args.threads, steps=STEPS)
+    row = compare(folders[0], folders[1], texts, rounds=rounds, threads=args.threads)
     harness.save_row("encoder", row, quick=args.quick)
     harness.report(table(HEADER, comparison_lines(row)), without_samples(row))
     return 0

@@ -1,6 +1,6 @@
-"""One process of the encoder benchmark: load a folder, embed all texts, say what that took.
+"""One process of the encoder benchmark: load a folder, embed all texts, say what that took, time batches.
 
-Nothing but the runtime is imported, so that the memory measured is the runtime's.
+Little but the runtime is imported, so that the memory measured is the runtime's.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,20 +17,17 @@ from bench.harness import memory
 from trimserve.encoder import Encoder
 from trimserve.loading import load
 
-WARM_UP = 3
-
 
 def main() -> int:
-    """Print one JSON line: load_ms, corpus_s, memory, batch_ms."""
+    """Print a line {load_ms, corpus_s, memory}, then a line {ms} for each line of stdin."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", type=Path, help="a text a line")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True, help="timed batches")
     parser.add_argument("--embeddings", type=Path, help="where to save them, as .npy")
     args = parser.parse_args()
-    texts = args.texts.read_text("utf-8").splitlines()
+    texts = args.texts.read_text("utf-8").split("\n")[:-1]
 
     begin = time.perf_counter()
     model = load(args.folder, threads=args.threads)
@@ -38,19 +36,19 @@ def main() -> int:
     loaded = time.perf_counter()
     embeddings = model.encode(texts, batch_size=args.batch_size)
     embedded = time.perf_counter()
-    used = memory()
-    batch = middle(sorted(texts, key=len), args.batch_size)
-    samples = [timed_ms(model, batch) for _ in range(WARM_UP + args.steps)][WARM_UP:]
+    used = asdict(memory())
     if args.embeddings:
         np.save(args.embeddings, embeddings)
-    result = {
-        "load_ms": 1e3 * (loaded - begin),
-        "corpus_s": embedded - loaded,
-        "memory": asdict(used),
-        "batch_ms": samples,
-    }
-    print(json.dumps(result))
+    answer({"load_ms": 1e3 * (loaded - begin), "corpus_s": embedded - loaded, "memory": used})
+    batch = middle(sorted(texts, key=len), args.batch_size)
+    for _ in sys.stdin:
+        answer({"ms": timed_ms(model, batch)})
     return 0
+
+
+def answer(document: dict[str, Any]) -> None:
+    """Write one line for the parent process."""
+    print(json.dumps(document), flush=True)
 
 
 def middle(texts: list[str], count: int) -> list[str]:

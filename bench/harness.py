@@ -1,7 +1,7 @@
 """What the benchmarks share: fresh processes in turn, robust statistics, result rows, memory of a process.
 
-A benchmark compares variants. Each is measured in processes of its own, started one at a time in
-alternating order, so that drift of the machine (clock, caches, neighbours) meets every variant alike.
+A benchmark compares variants. Each is measured in processes of its own that take turns, so that drift of the
+machine (clock, caches, neighbours) meets every variant alike.
 A row of `bench/results/*.jsonl` holds the raw samples and says where, when and with what they were taken.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,54 @@ def in_turn(variants: Mapping[str, Sequence[str]], rounds: int) -> dict[str, lis
             results[name].append(fresh_process(variants[name]))
             print(f"round {number + 1}/{rounds}: {name}", file=sys.stderr)
     return results
+
+
+class Worker:
+    """A fresh process that writes a line of JSON when it is ready and one for each line it is sent."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Start ``python ARGUMENTS`` from the repository root and wait until it is ready.
+
+        Raises:
+            RuntimeError: it ended; its stderr, which is ours, says why.
+        """
+        command = [sys.executable, *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        self.ready = self._answer()
+
+    def ask(self, request: str) -> dict[str, Any]:
+        """Send one line and wait for the answer."""
+        stdin = self._process.stdin
+        if stdin is None:  # cannot be: Popen was asked for a pipe
+            raise RuntimeError("the worker has no stdin")
+        stdin.write(f"{request}\n")
+        stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            raise RuntimeError(f"the process ended with exit code {self._process.wait()} and no answer")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def alternately(workers: Mapping[str, Worker], request: str, steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Send a request to idle workers in turn, `steps` times each, in an order that reverses every step."""
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for number in range(steps):
+        for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
+            answers[name].append(workers[name].ask(request))
+    return answers
 
 
 def circumstances() -> dict[str, Any]:

@@ -144,7 +144,7 @@ def main() -> int:
     command("verify", trimmed, "-m", model)
     command("run", trimmed, *QUERIES, "--corpus", docs, "--top", "3")
     full_model(vocab, model, full)
-    row = encoder.compare(full, trimmed, docs, rounds=3, threads=available_cpus(), steps=encoder.STEPS)
+    row = encoder.compare(full, trimmed, docs, rounds=3, threads=available_cpus())
     print("\n" + table(encoder.HEADER, encoder.comparison_lines(row)))
     return judge(row, *embed(full, QUERIES[-1:]), *embed(trimmed, QUERIES[-1:]))
 

@@ -39,6 +39,24 @@ def test_in_turn_reverses_the_order_every_round(capsys):
     assert started == ["a", "b", "b", "a"]
 
 
+ECHO = (
+    "import sys; print('{\"ready\": 1}', flush=True)\nfor line in sys.stdin: print(line.strip(), flush=True)"
+)
+
+
+def test_workers_answer_in_turn():
+    with harness.Worker(["-c", ECHO]) as first, harness.Worker(["-c", ECHO]) as second:
+        assert first.ready == second.ready == {"ready": 1}
+        answers = harness.alternately({"a": first, "b": second}, '{"ms": 2}', 3)
+    assert answers == {"a": [{"ms": 2}] * 3, "b": [{"ms": 2}] * 3}
+
+
+def test_worker_that_ends_early_is_an_error_after_its_own_message(capfd):
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        harness.Worker(["-c", "raise SystemExit('not today')"])
+    assert "not today" in capfd.readouterr().err
+
+
 def test_failing_process_is_an_error_with_its_message():
     with pytest.raises(RuntimeError, match="no such luck"):
         harness.fresh_process(["-c", "raise SystemExit('no such luck')"])
