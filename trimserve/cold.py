@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.folder import COLD_NAME, TrimmedFolder
 from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_float32
@@ -61,6 +62,9 @@ class ColdRows:
             raise MismatchError(f"{self._origin} has no tensor 'embedding': export the folder again.")
         self._maps = {name: map_tensor(spec) for name, spec in self._specs.items()}
         self.width = self._specs["embedding"].shape[1] if folder.has_cold else int(width or 0)
+        self._blocks = (
+            _QuantizedRows(folder, self.width) if COLD_BLOCKS_NAME in folder.manifest.files else None
+        )
         if width is not None and width != self.width:
             raise MismatchError(
                 f"{self._origin} has rows of {self.width:,} entries but the graph takes {width:,}: "
@@ -74,7 +78,7 @@ class ColdRows:
     @property
     def has_head(self) -> bool:
         """Whether there are rows for a vocab head, its own or the embedding's."""
-        return self._tied or "head" in self._maps
+        return self._tied or "head" in self._maps or self._blocks is not None
 
     @property
     def has_head_bias(self) -> bool:
@@ -101,10 +105,14 @@ class ColdRows:
     def head(self, cold_ids: npt.ArrayLike) -> Rows:
         """Read head rows (S, H), of the embedding if the model is tied; S may be 0.
 
+        The rows of a quantised head are those that its integers stand for, float32.
+
         Raises:
             UnknownIdError: as for `embedding`.
             MismatchError: the folder's model has no vocab head.
         """
+        if self._blocks is not None:
+            return self._blocks.read(self._rows_of(np.asarray(cold_ids)))
         return self._read(self._stored("head"), np.asarray(cold_ids))
 
     def head_bias(self, cold_ids: npt.ArrayLike) -> Rows:
@@ -167,6 +175,34 @@ class ColdRows:
                 f"{len(self.cold_ids):,} rows but is {spec.dtype} of shape {spec.shape}: "
                 "export the folder again."
             )
+
+
+class _QuantizedRows:
+    """The cold rows of a quantised head, mapped."""
+
+    def __init__(self, folder: TrimmedFolder, width: int) -> None:
+        scheme = BlockScheme.from_dict(folder.manifest.quantization)
+        path = folder.file(COLD_BLOCKS_NAME)
+        if scheme is None:
+            raise MismatchError(
+                f"{path} is quantised and the manifest does not say how: export the folder again."
+            )
+        dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
+        specs = block_specs(path, len(folder.vocab.cold_ids), width, scheme, dtype)
+        if specs.end > path.stat().st_size:
+            raise MismatchError(
+                f"{path} should have at least {specs.end:,} bytes but has {path.stat().st_size:,}: "
+                "export the folder again."
+            )
+        self._width, self._scheme = width, scheme
+        self._integers, self._scales = map_tensor(specs.integers), map_tensor(specs.scales)
+
+    def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Rows (S, H) as floats."""
+        integers, scales = np.asarray(self._integers)[rows], np.asarray(self._scales)[rows]
+        _release(self._integers)
+        _release(self._scales)
+        return dequantize(integers, scales, self._width, self._scheme)
 
 
 def _release(mapped: Rows) -> None:

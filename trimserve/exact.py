@@ -31,15 +31,17 @@ class ColdHead:
     """The cold rows as a matrix: hidden states -> logits of the cold ids.
 
     Two graphs over the same mapped bytes, tile after tile, so that nothing but a tile's activations is
-    in memory. Opened without prepacking: a prepacked matrix would be a private copy.
+    in memory. Opened without prepacking: a prepacked matrix would be a private copy. Quantised rows are
+    stored prepacked, and are used in place if this option is on.
     """
 
     def __init__(self, folder: TrimmedFolder, *, threads: int | None = None) -> None:
         self.cold_ids: Ids = folder.vocab.cold_ids
         self._folder = folder
         self._threads = threads
-        self._maxima = open_session(folder.file(COLD_MAX_NAME), threads=threads, prepack=False)
-        self._logits = open_session(folder.file(COLD_HEAD_NAME), threads=threads, prepack=False)
+        prepack = folder.manifest.quantization is not None
+        self._maxima = open_session(folder.file(COLD_MAX_NAME), threads=threads, prepack=prepack)
+        self._logits = open_session(folder.file(COLD_HEAD_NAME), threads=threads, prepack=prepack)
 
     def maxima(self, hidden: Floats) -> tuple[Floats, Ids]:
         """The largest cold logit of each hidden state and its token id (the lowest on a tie).

@@ -75,6 +75,8 @@ class Manifest:
         exporter: its name and the versions of what it used.
         verification: result of `trimserve verify`, or None.
         bytes_before: bytes of the source's weights in the graph's dtype.
+        quantization: how products are quantised (`blocks.BlockScheme`), or None; `dtype` is then the dtype
+            of what is not: embedding, norms, activations.
     """
 
     source: Source
@@ -93,6 +95,7 @@ class Manifest:
     pooling: Pooling | None = None
     bytes_before: int = 0
     verification: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
+from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import (
@@ -39,6 +40,7 @@ from trimserve_export.card import CARD_NAME, render_card
 from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.exporters import optimum
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
+from trimserve_export.quantize import SCHEMES, quantize_graph
 from trimserve_export.serving import make_servable
 from trimserve_export.serving.cold_head import write_cold_head
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
@@ -80,12 +82,16 @@ class Options:
     to: str = "onnx"
     cold: bool = True
     trust_remote_code: bool = False
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("layout", self.layout, {"runtime"})
         _check_choice("exporter", self.exporter, {"auto", "optimum"})
         _check_choice("dtype", self.dtype, set(optimum.TORCH_DTYPES))
         _check_choice("to", self.to, {"onnx", "safetensors"})
+        if self.quantize is not None:
+            _check_choice("quantize", self.quantize, set(SCHEMES))
+            _check_quantized(self)
 
 
 def _check_choice(option: str, value: str, allowed: set[str]) -> None:
@@ -93,6 +99,13 @@ def _check_choice(option: str, value: str, allowed: set[str]) -> None:
         raise UsageError(f"{option} {value!r} is not built yet: use {', '.join(sorted(allowed))}.")
     if value not in allowed:
         raise UsageError(f"{option} {value!r} is not known: use {', '.join(sorted(allowed))}.")
+
+
+def _check_quantized(options: Options) -> None:
+    if options.to != "onnx":
+        raise UsageError("quantize changes a graph and --to safetensors makes none: leave one of them out.")
+    if options.dtype == "bf16":
+        raise UsageError("quantize takes dtype fp32 or fp16: bf16 scales run on no CPU.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +159,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     layout: str = "runtime",
     to: str = "onnx",
     cold: bool = True,
+    quantize: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -166,6 +180,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         layout: ``"runtime"``: original tokenizer, ids remapped by the runtime.
         to: ``"onnx"``, or ``"safetensors"`` to stop at the trimmed checkpoint.
         cold: write the rows that were not kept, which the runtime needs to take any text.
+        quantize: ``"int4"`` or ``"int8"``: round the weights of body and vocab head, in blocks of 32.
         overwrite: replace a folder that trimserve made.
         trust_remote_code: allow code that the model folder brings.
         revision: hub branch, tag or commit.
@@ -177,7 +192,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         MismatchError: the vocab was made for another tokenizer or vocab size.
     """
     start = time.perf_counter()
-    options = Options(task, exporter, dtype, layout, to, cold, trust_remote_code)
+    options = Options(task, exporter, dtype, layout, to, cold, trust_remote_code, quantize)
     plan = _plan(resolve_model(model, revision=revision), vocab, options)
     target = Path(output)
     with staged_folder(target, overwrite=overwrite) as staging:
@@ -197,8 +212,17 @@ def export(  # noqa: PLR0913 - the options are the public interface
     )
 
 
-def export_full(source: ModelSource, output: Path, task: str, dtype: str) -> Path:
+def export_full(
+    source: ModelSource, output: Path, task: str, dtype: str, scheme: BlockScheme | None = None
+) -> Path:
     """Export the untrimmed model with the same exporter and passes: the reference that `verify` uses.
+
+    Args:
+        source: the model.
+        output: an existing folder to write into.
+        task: its task.
+        dtype: fp32, fp16 or bf16.
+        scheme: how to quantise it, if at all.
 
     Returns:
         The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
@@ -206,15 +230,22 @@ def export_full(source: ModelSource, output: Path, task: str, dtype: str) -> Pat
     """
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
         exported = optimum.export_checkpoint(source.path, Path(scratch), task, dtype)
-        graphs = _make_servable(exported, output, source.vocab_size, task)
+        graphs = _make_servable(exported, output, source.vocab_size, task, scheme)
         return graphs.get("decoder") or graphs["model"]
 
 
-def _make_servable(exported: Path, output: Path, rows: int, task: str) -> dict[str, Path]:
-    """Run the serving passes; returns role -> graph."""
+def _make_servable(
+    exported: Path, output: Path, rows: int, task: str, scheme: BlockScheme | None
+) -> dict[str, Path]:
+    """Run the serving passes, then quantise; returns role -> graph."""
     if task == TEXT2TEXT_TASK:
         return make_seq2seq_servable(exported, output, rows=rows)
-    return {"model": make_servable(exported, output, rows=rows, has_head=has_vocab_head(task)).path}
+    has_head = has_vocab_head(task)
+    if scheme is None:
+        return {"model": make_servable(exported, output, rows=rows, has_head=has_head).path}
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".servable.") as scratch:
+        graph = make_servable(exported, Path(scratch), rows=rows, has_head=has_head).path
+        return {"model": quantize_graph(graph, output, scheme, has_head=has_head)}
 
 
 def has_vocab_head(task: str) -> bool:
@@ -229,6 +260,8 @@ def _plan(source: ModelSource, vocab: VocabMap, options: Options) -> _Plan:
         task = optimum.infer_task(config, sentence_transformers=is_sentence_transformers(source))
     optimum.task_class(task, config)  # refuses what it cannot export
     _check_pad_is_kept(config, task, vocab)
+    if options.quantize and task in ("fill-mask", TEXT2TEXT_TASK):
+        raise UnsupportedModelError(f"quantize is not built for {task} yet: leave it out.")
     pooling = read_pooling(source) if task == "feature-extraction" else None
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
     return _Plan(source, vocab, options, task, pooling)
@@ -284,7 +317,8 @@ def _export_graph(plan: _Plan, checkpoint: Path, staging: Path) -> dict[str, str
         checkpoint, exported, plan.task, plan.options.dtype, trust_remote_code=trust
     )
     logger.info("making the graph servable")
-    graphs = _make_servable(made, staging, len(plan.vocab), plan.task)
+    scheme = SCHEMES[plan.options.quantize] if plan.options.quantize else None
+    graphs = _make_servable(made, staging, len(plan.vocab), plan.task, scheme)
     if plan.task in GENERATOR_TASKS and plan.options.cold and plan.vocab.cold_ids.size:
         write_cold_head(graphs.get("decoder") or graphs["model"], staging / COLD_NAME)
     return {role: path.name for role, path in graphs.items()}
@@ -313,6 +347,7 @@ def _manifest(
         files=files,
         pooling=plan.pooling,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
+        quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
     )
 
 
@@ -326,7 +361,7 @@ def with_card(manifest: Manifest, source: ModelSource, folder: Path) -> Manifest
 
 def _weight_bytes(files: Mapping[str, FileEntry]) -> int:
     """Bytes of the graph and its data, or of the trimmed checkpoint; never of vocab map or cold rows."""
-    ours = (VOCAB_NAME, COLD_NAME, COLD_HEAD_NAME, COLD_MAX_NAME)
+    ours = (VOCAB_NAME, COLD_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME)
     names = (name for name in files if name not in ours)
     return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trimserve.vocab import VocabMap
 
 
-SETTINGS = ("task", "exporter", "dtype", "layout", "to", "cold", "trust_remote_code")
+SETTINGS = ("task", "exporter", "dtype", "quantize", "layout", "to", "cold", "trust_remote_code")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     layouts = ("runtime", "tokenizer", "graph")
     parser.add_argument("--layout", default="runtime", choices=layouts, help="where ids are remapped")
     parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors"), help="what to write")
+    parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the cold rows out")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that trimserve made")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the model's folder")

@@ -24,6 +24,8 @@ GRAPH_NAME = "model.onnx"
 # Large tensors start on a boundary at which every system can map them.
 ALIGNMENT = 65536
 _ADDED = {"cold_rows", "logits_to_keep", "hidden_states"}
+# What the runtime feeds, besides the past.
+_KNOWN = {"input_ids", "attention_mask", "token_type_ids", "position_ids"} | _ADDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
             written then.
     """
     model = ir.load(source.resolve())
+    _check_inputs(model.graph)
     tied = apply_passes(model, rows=rows, has_head=has_head)
     return _save(model, output / GRAPH_NAME, tied=tied)
 
@@ -88,6 +91,16 @@ def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
     add_cold_slots(model.graph, embedding)
     RemoveUnusedNodesPass()(model)
     return tied
+
+
+def _check_inputs(graph: ir.Graph) -> None:
+    names = [str(value.name) for value in graph.inputs]
+    unknown = [name for name in names if name not in _KNOWN and not name.startswith("past_key_values.")]
+    if unknown:
+        raise UnsupportedModelError(
+            f"the graph has the input {unknown[0]}, which the runtime does not feed: "
+            "this model cannot be served yet."
+        )
 
 
 def _check_untouched(graph: ir.Graph) -> None:

@@ -17,7 +17,7 @@ _SAME_IDS = frozenset({"Identity", "Reshape", "Cast", "Squeeze", "Unsqueeze", "F
 _BLIND = frozenset({"Shape", "Size", "Equal"})
 # What may stand between the head's product and `logits`, a position and a token at a time.
 _POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
-_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulNBits"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,10 @@ class Head:
     """The vocab head of a graph: ``logits = pointwise(product(hidden, weight))``.
 
     Attributes:
-        product: the MatMul or FusedMatMul node.
+        product: the MatMul, FusedMatMul or MatMulNBits node.
         hidden: its first input, (B, T, H).
-        weight: the constant behind its second input, (K, H) if `by_row`, else (H, K).
+        weight: the constant behind its second input, (K, H) if `by_row`, else (H, K); of a quantised head
+            the integers, (K, blocks, bytes of a block).
         by_row: whether a token's weights are a row of the stored constant.
         after: the operators from the product to `logits`, in order, each with its constant: a number, or
             None where it has none or one a token (a bias). Gemma 2's soft cap is
@@ -78,12 +79,20 @@ class Head:
     @property
     def width(self) -> int:
         """H."""
+        if self.is_quantized:
+            return self.product.attributes["K"].as_int()  # the last block of a row may be padded
         return _shape(self.weight)[1 if self.by_row else 0]
 
     @property
     def dtype(self) -> ir.DataType:
-        """Type of the weight, and so of the hidden states."""
-        return _tensor(self.weight).dtype
+        """Type of the weight (of its scales, if quantised), and so of the hidden states."""
+        scales = self.product.inputs[2] if self.is_quantized else None
+        return _tensor(self.weight if scales is None else scales).dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is stored in blocks of integers."""
+        return self.product.op_type == "MatMulNBits"
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
@@ -203,6 +212,8 @@ def _number_in(node: ir.Node) -> float | None:
 
 def _head(node: ir.Node, after: tuple[tuple[str, float | None], ...]) -> Head:
     hidden, operand = node.inputs[0], node.inputs[1]
+    if node.op_type == "MatMulNBits" and hidden is not None and operand is not None:
+        return Head(node, hidden, operand, by_row=True, after=after)
     found = _constant_behind(operand)
     if hidden is None or found is None or _flag(node, "transA"):
         raise UnsupportedModelError(f"{describe(node)} makes the logits without a constant weight.")

@@ -66,3 +66,11 @@ def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[st
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     graph.inputs.append(value)
     return value
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Put a value in the place of another, which may be a graph output with its name."""
+    name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = f"{name}/replaced"
+    new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

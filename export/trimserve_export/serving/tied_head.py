@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimserve_export.serving.flow import Embedding, Head
-from trimserve_export.serving.nodes import NodeWriter
+from trimserve_export.serving.nodes import NodeWriter, take_over
 
 _CONTRIB = "com.microsoft"
 _BLOCK_BYTES = 8 << 20
@@ -27,18 +27,10 @@ def tie_head(model: ir.Model, embedding: Embedding, head: Head) -> bool:
     operands = [head.product.inputs[0], embedding.table]
     product = writer.op("FusedMatMul", operands, domain=_CONTRIB, transA=0, transB=1)
     writer.insert_before(head.product)
-    _take_over(head.product.outputs[0], product)
+    take_over(head.product.outputs[0], product)
     model.graph.remove(head.product, safe=True)
     model.opset_imports.setdefault(_CONTRIB, 1)
     return True
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Put a value in the place of another, which may be a graph output with its name."""
-    name, new.type, new.shape = old.name, old.type, old.shape
-    old.name = f"{name}/replaced"
-    new.name = name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _same_numbers(table: ir.Value, head: Head) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trimserve.blocks import BlockScheme
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.folder import Manifest, open_folder, read_manifest, with_verification, write_manifest
 from trimserve.report import progress as progress_bar
@@ -72,7 +73,8 @@ def verify(
 
 
 def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
-    return export_full(source, scratch, manifest.task, manifest.dtype) if manifest.graphs else None
+    scheme = BlockScheme.from_dict(manifest.quantization)
+    return export_full(source, scratch, manifest.task, manifest.dtype, scheme) if manifest.graphs else None
 
 
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:

@@ -1,0 +1,123 @@
+"""Block-wise quantised rows: how a quantised head lies in a file, and back to floats.
+
+A row of H numbers is cut into blocks of `block_size`; a block is stored as one scale s and an unsigned
+integer q a number, which stands for ``s * (q - 2 ** (bits - 1))``. It is the layout of MatMulNBits
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md): two 4-bit integers share a
+byte, the first one in its low half, and the last block of a row is padded. Rows do not depend on each
+other, so cold rows quantised alone are the rows that the full head would have.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.errors import MismatchError
+from trimserve.tensorfile import STORAGE_DTYPES, TensorSpec
+
+# Holds the cold rows of a quantised head.
+COLD_BLOCKS_NAME = "cold_head.onnx_data"
+_BITS = (4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScheme:
+    """How weights are quantised.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: numbers that share a scale; a power of two, 16 or more. 32 is what other
+            tools' 4-bit files have, too; larger blocks save scales and lose accuracy.
+        accuracy_level: MatMulNBits' attribute: 4 rounds the activations to 8 bits, a block at a time,
+            which is several times as fast on CPUs with dot products of bytes; 1 keeps them in float.
+    """
+
+    bits: int
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        if self.bits not in _BITS or size < 16 or size & (size - 1):
+            raise MismatchError(
+                f"quantisation to {self.bits} bits in blocks of {size} is not known: expected 4 or 8 bits "
+                "and a power of two from 16. Export the folder again."
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any] | None) -> Self | None:
+        """Read the manifest's entry; None for weights that are not quantised."""
+        return None if values is None else cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return asdict(self)
+
+    def blocks(self, width: int) -> int:
+        """Blocks of a row of `width` numbers."""
+        return -(-width // self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block's integers."""
+        return self.block_size * self.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpecs:
+    """Where quantised rows lie in a file.
+
+    Attributes:
+        integers: uint8 (n, blocks, block bytes).
+        scales: (n, blocks), in the graph's dtype.
+    """
+
+    integers: TensorSpec
+    scales: TensorSpec
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after both."""
+        return self.scales.offset + self.scales.nbytes
+
+
+def block_specs(path: Path, rows: int, width: int, scheme: BlockScheme, dtype: str) -> BlockSpecs:
+    """The layout of a file of quantised rows: all integers, then all scales.
+
+    Args:
+        path: the file.
+        rows: n.
+        width: H.
+        scheme: see `BlockScheme`.
+        dtype: of the scales, in safetensors' words.
+    """
+    shape = (rows, scheme.blocks(width))
+    integers = TensorSpec(
+        "integers", "U8", (*shape, scheme.block_bytes), path, 0, rows * shape[1] * scheme.block_bytes
+    )
+    nbytes = rows * shape[1] * STORAGE_DTYPES[dtype].itemsize
+    return BlockSpecs(integers, TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes))
+
+
+def dequantize(
+    integers: npt.NDArray[np.uint8], scales: npt.NDArray[Any], width: int, scheme: BlockScheme
+) -> npt.NDArray[np.float32]:
+    """The rows that quantised rows stand for.
+
+    Args:
+        integers: uint8 (n, blocks, block bytes).
+        scales: float (n, blocks).
+        width: H; what a row's last block has beyond it is padding.
+        scheme: see `BlockScheme`.
+
+    Returns:
+        float32 (n, H).
+    """
+    if scheme.bits == 4:
+        halves = np.stack([integers & np.uint8(15), integers >> np.uint8(4)], axis=-1)
+        integers = halves.reshape(*integers.shape[:2], -1)
+    values = integers.astype(np.float32) - np.float32(1 << (scheme.bits - 1))
+    rows = values * scales.astype(np.float32)[..., None]
+    return np.ascontiguousarray(rows.reshape(len(rows), -1)[:, :width])
