@@ -235,6 +235,16 @@ def test_table_with_other_rows_is_refused_and_nothing_is_written(tmp_path):
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_input_that_the_runtime_does_not_feed_is_refused(tmp_path):
+    body = HIDDEN.replace("position_ids", "global_mask") + "logits = MatMul(hidden, head)"
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+    model (int64[batch, seq] input_ids, int64[batch, seq] global_mask) => ({LOGITS}) {{ {body} }}"""
+    tensors = [ir.tensor(array, name=name) for name, array in WEIGHTS.items() if name in body]
+    ir.save(ir.from_onnx_text(text, initializers=tensors), tmp_path / "model.onnx")
+    with pytest.raises(UnsupportedModelError, match="input global_mask, which the runtime does not feed"):
+        make_servable(tmp_path / "model.onnx", tmp_path, rows=K, has_head=True)
+
+
 def test_servable_graph_is_not_made_servable_twice(tmp_path):
     served = serve(tmp_path, HIDDEN + "logits = MatMul(hidden, head)")
     (tmp_path / "twice").mkdir()

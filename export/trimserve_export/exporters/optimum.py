@@ -86,10 +86,15 @@ def task_class(task: str, config: PretrainedConfig) -> ModelClass:
     except KeyError:
         supported = {}
     if task not in supported:
-        names = ", ".join(name for name in TASKS if name in supported) or "nothing"
+        exporter, names = (
+            f"optimum-onnx {version('optimum-onnx')}",
+            [name for name in TASKS if name in supported],
+        )
+        if not names:
+            raise UnsupportedModelError(f"{exporter} has no export of {config.model_type!r} models.")
         raise UnsupportedModelError(
-            f"optimum-onnx {version('optimum-onnx')} exports {names} of a {config.model_type!r} model, "
-            f"not {task}: choose another task or exporter."
+            f"{exporter} exports {', '.join(names)} of a {config.model_type!r} model, not {task}: "
+            "choose another task."
         )
     return TasksManager.get_model_class_for_task(task, model_type=config.model_type)
 
