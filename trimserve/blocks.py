@@ -121,3 +121,26 @@ def dequantize(
     values = integers.astype(np.float32) - np.float32(1 << (scheme.bits - 1))
     rows = values * scales.astype(np.float32)[..., None]
     return np.ascontiguousarray(rows.reshape(len(rows), -1)[:, :width])
+
+
+def round_activations(hidden: npt.NDArray[Any], scheme: BlockScheme) -> npt.NDArray[np.float32]:
+    """What MatMulNBits multiplies its matrix with: each block of the input rounded to 8 bits.
+
+    Args:
+        hidden: float (..., H).
+        scheme: only at accuracy level 4 is anything rounded.
+
+    Returns:
+        float32 (..., H).
+    """
+    values = np.asarray(hidden, np.float32)
+    if scheme.accuracy_level != 4:
+        return values
+    width = values.shape[-1]
+    padding = [(0, 0)] * (values.ndim - 1) + [(0, -width % scheme.block_size)]
+    blocks = np.pad(values, padding).reshape(*values.shape[:-1], -1, scheme.block_size)
+    scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    rounded: npt.NDArray[np.float32] = np.rint(
+        np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
+    )
+    return (rounded * scales).reshape(*values.shape[:-1], -1)[..., :width]

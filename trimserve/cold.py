@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize
+from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize, round_activations
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.folder import COLD_NAME, TrimmedFolder
 from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_float32
@@ -115,6 +115,19 @@ class ColdRows:
             return self._blocks.read(self._rows_of(np.asarray(cold_ids)))
         return self._read(self._stored("head"), np.asarray(cold_ids))
 
+    def head_input(self, hidden: Rows) -> npt.NDArray[np.float32]:
+        """What `head` rows are to be multiplied with for logits as the graph's head gives them.
+
+        Args:
+            hidden: the head's input (..., H).
+
+        Returns:
+            float32 (..., H): the same, rounded in blocks where the head is quantised.
+        """
+        if self._blocks is not None:
+            return round_activations(hidden, self._blocks.scheme)
+        return hidden.astype(np.float32, copy=False)
+
     def head_bias(self, cold_ids: npt.ArrayLike) -> Rows:
         """Read entries (S,) of the head's bias.
 
@@ -194,7 +207,8 @@ class _QuantizedRows:
                 f"{path} should have at least {specs.end:,} bytes but has {path.stat().st_size:,}: "
                 "export the folder again."
             )
-        self._width, self._scheme = width, scheme
+        self.scheme = scheme
+        self._width = width
         self._integers, self._scales = map_tensor(specs.integers), map_tensor(specs.scales)
 
     def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -202,7 +216,7 @@ class _QuantizedRows:
         integers, scales = np.asarray(self._integers)[rows], np.asarray(self._scales)[rows]
         _release(self._integers)
         _release(self._scales)
-        return dequantize(integers, scales, self._width, self._scheme)
+        return dequantize(integers, scales, self._width, self.scheme)
 
 
 def _release(mapped: Rows) -> None:

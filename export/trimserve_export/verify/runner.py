@@ -17,6 +17,7 @@ from trimserve_export.pipeline import export_full, has_vocab_head, with_card
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.generation import check_generated_ids
 from trimserve_export.verify.numbers import check_cold_slots, check_hidden_states, check_kept_logits
+from trimserve_export.verify.quantized import check_quantized_head
 from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
@@ -91,6 +92,8 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
     yield "kept-rows", check_kept_rows
     if not context.folder.manifest.graphs:  # a trimmed checkpoint: nothing to run
         return
+    if context.folder.manifest.quantization is not None and has_vocab_head(task):
+        yield "quantized-head", check_quantized_head
     yield "hidden-states", check_hidden_states
     if has_vocab_head(task):
         yield "kept-logits", check_kept_logits

@@ -1,0 +1,81 @@
+"""Check of a quantised head: its integers, kept and cold, are those that the source's rows give."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs
+from trimserve.cold import GRAPH_DTYPES
+from trimserve.errors import MismatchError
+from trimserve.tensorfile import TensorSpec, map_tensor, to_float32
+from trimserve.vocab import Ids
+from trimserve_export.quantize import Blocks, quantize_rows
+from trimserve_export.serving.flow import find_head
+from trimserve_export.verify.context import Context
+from trimserve_export.verify.result import Check
+
+_SLICE_BYTES = 16 << 20
+
+
+def check_quantized_head(context: Context) -> Check:
+    """Quantise the source's head rows again and compare integers and scales, bit for bit."""
+    vocab = context.folder.vocab
+    parts = [("kept", vocab.kept_ids, _kept_blocks(context))]
+    if COLD_BLOCKS_NAME in context.folder.manifest.files:
+        parts.append(("cold", vocab.cold_ids, _cold_blocks(context)))
+    for kind, ids, stored in parts:
+        for start, expected in _requantized(context, ids):
+            part = slice(start, start + len(expected.scales))
+            same = (stored.integers[part] == expected.integers).all(axis=(1, 2))
+            same &= (stored.scales[part] == expected.scales).all(axis=1)
+            if not same.all():
+                first = int(ids[start + int(same.argmin())])
+                detail = (
+                    f"the quantised {kind} row of token id {first:,} is not that of {context.source.name}"
+                )
+                return Check("quantized-head", False, None, detail)
+    counts = " and ".join(f"{len(ids):,} {kind}" for kind, ids, _ in parts)
+    return Check("quantized-head", True, 0.0, f"{counts} rows quantised again from the checkpoint")
+
+
+def _scheme(context: Context) -> BlockScheme:
+    scheme = BlockScheme.from_dict(context.folder.manifest.quantization)
+    if scheme is None:
+        raise MismatchError(f"{context.folder.path} is not quantised.")
+    return scheme
+
+
+def _kept_blocks(context: Context) -> Blocks:
+    graph = ir.load(context.folder.file(context.folder.manifest.graphs["model"])).graph
+    head = find_head(graph)
+    values = head.product.inputs[1:3]
+    tensors = [value.const_value for value in values if value is not None]
+    if not head.is_quantized or None in tensors:
+        raise MismatchError(f"the head in {context.folder.path} is not quantised: export the folder again.")
+    integers, scales = (tensor.numpy() for tensor in tensors if tensor is not None)
+    return Blocks(integers, scales)
+
+
+def _cold_blocks(context: Context) -> Blocks:
+    spec, axis = _head_spec(context)
+    dtype = "F16" if context.folder.manifest.dtype == "fp16" else "F32"
+    path, count = context.folder.file(COLD_BLOCKS_NAME), len(context.folder.vocab.cold_ids)
+    specs = block_specs(path, count, spec.shape[1 - axis], _scheme(context), dtype)
+    return Blocks(map_tensor(specs.integers), map_tensor(specs.scales))
+
+
+def _head_spec(context: Context) -> tuple[TensorSpec, int]:
+    roles = context.stored.roles
+    return context.stored.cut[roles.get("head", roles["embedding"])]
+
+
+def _requantized(context: Context, ids: Ids) -> Iterator[tuple[int, Blocks]]:
+    """The source's rows of some ids in slices, converted to the graph's dtype and quantised."""
+    spec, axis = _head_spec(context)
+    rows = map_tensor(spec).reshape(spec.shape[axis], -1)
+    dtype = GRAPH_DTYPES[context.folder.manifest.dtype]
+    step = max(1, _SLICE_BYTES // (4 * rows.shape[1]))
+    for start in range(0, len(ids), step):
+        part = to_float32(np.asarray(rows[ids[start : start + step]]), spec.dtype).astype(dtype, copy=False)
+        yield start, quantize_rows(part, _scheme(context))
