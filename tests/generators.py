@@ -45,7 +45,7 @@ class Pair:
 def open_generator(path: Path, **options) -> Generator:
     folder = open_folder(path)
     session = open_session(folder.path / "model.onnx")
-    return Generator(folder, session, Codec(folder), ColdRows(folder), **options)
+    return Generator(folder, Decoder(session), Codec(folder), ColdRows(folder), **options)
 
 
 def make_pair(

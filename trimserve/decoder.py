@@ -4,7 +4,7 @@ Nothing here knows tokens' meaning, sampling or exactness; see `generation.py` f
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from trimserve.errors import UnsupportedModelError
 from trimserve.kv import GrowingCache, KVCache, KVLayout, SharedCache
+from trimserve.vocab import Ids
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -41,15 +42,24 @@ class Step:
 
 
 class Decoder:
-    """A decoder-only graph with the serving passes of DESIGN.md section 5, bound to one session."""
+    """A decoder-only graph with the serving passes of DESIGN.md section 5, bound to one session.
+
+    Attributes:
+        device: where the graph and its cache are.
+    """
+
+    _MASK = "attention_mask"  # the input that tells tokens from padding
 
     def __init__(self, session: "ort.InferenceSession", *, device: str = "cpu") -> None:
+        self.device = device
         self._session = session
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
-        self._past = [name for name in inputs if name.startswith("past_key_values.")]
+        self._past = [
+            name for name in inputs if name.startswith("past_key_values.") and ".encoder." not in name
+        ]
         self._present = [name.replace("past_key_values.", "present.") for name in self._past]
-        needed = {"input_ids", "attention_mask", "cold_rows", "logits_to_keep"}
+        needed = {"input_ids", self._MASK, "cold_rows", "logits_to_keep"}
         missing = sorted(
             (needed - inputs.keys()) | ({"logits", "hidden_states", *self._present} - set(outputs))
         )
@@ -59,6 +69,7 @@ class Decoder:
                 "serving. Export the model again with `trimserve export`."
             )
         self.takes_positions = "position_ids" in inputs
+        self._takes_mask = "attention_mask" in inputs
         self.dtype = np.dtype(_NUMPY_TYPES.get(inputs["cold_rows"].type, np.float32))
         self.hidden_size = int(inputs["cold_rows"].shape[1])
         past = [inputs[name] for name in self._past]
@@ -79,6 +90,10 @@ class Decoder:
         """A cache that holds nothing yet, for `batch` sequences."""
         kind = SharedCache if self._shares_buffers else GrowingCache
         return kind(self._layout, batch)
+
+    def start(self, sources: Sequence[Ids | None]) -> KVCache:
+        """A cache for as many sequences as sources, of which a model without an encoder reads none."""
+        return self.empty_cache(len(sources))
 
     def step(
         self,
@@ -103,7 +118,8 @@ class Decoder:
         cache.mask = np.concatenate([cache.mask, mask], axis=1)
         binding = self._binding
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        binding.bind_cpu_input("attention_mask", cache.mask)
+        if self._takes_mask:
+            binding.bind_cpu_input("attention_mask", cache.mask)
         binding.bind_cpu_input("cold_rows", cold_rows)
         binding.bind_cpu_input("logits_to_keep", np.array(keep, np.int64))
         if self.takes_positions:

@@ -85,7 +85,7 @@ class GenerationLoop:
         if not live:
             return
         for request in live:
-            cold_ids = request.prompt[~self._vocab.is_kept(request.prompt)]
+            cold_ids = request.given[~self._vocab.is_kept(request.given)]
             request.slots = DraftSlots(self._kept, self._cold, self._decoder.after_head, cold_ids)
         cache, step = self._prefill(live)
         blocks = self._draft(live, cache, step)
@@ -120,7 +120,9 @@ class GenerationLoop:
         for row, request in enumerate(requests):  # aligned at the right, where generation goes on
             ids[row, width - request.prompt.size :] = request.prompt
             mask[row, width - request.prompt.size :] = 1
-        cache = self._decoder.empty_cache(len(requests))
+        start = time.perf_counter()
+        cache = self._decoder.start([request.source for request in requests])
+        self.timing.model += time.perf_counter() - start
         return cache, self._step(cache, ids, mask=mask)
 
     def _feed(self, cache: KVCache, tokens: Sequence[int]) -> Step:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -13,16 +13,14 @@ from trimserve.decoder import Decoder
 from trimserve.errors import UsageError
 from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, ColdHead, ExactChecker
 from trimserve.folder import TrimmedFolder
+from trimserve.genconfig import GenerationConfig
 from trimserve.generation import Checker, GenerationLoop, Timing
 from trimserve.reading import Generation, Reader
 from trimserve.request import Request
 from trimserve.sampling import LogitsProcessor, SamplingParams
 from trimserve.scoring import MassMeter, Score, Scorer
-from trimserve.text import Codec, read_json
+from trimserve.text import Codec
 from trimserve.vocab import Ids
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 Mode = Literal["exact", "compact"]
 MODES: tuple[Mode, ...] = ("exact", "compact")
@@ -34,7 +32,8 @@ class GenerationOptions(TypedDict, total=False):
     The sampling options are those of `SamplingParams`. `max_new_tokens` limits the output (default 128);
     `stop` are strings that end it and are not part of it; `mode` is "exact" (default where the folder has
     cold rows) or "compact"; `max_block` limits how many tokens are drafted before a check; `report_mass`
-    measures, in compact mode, the probability of what it cannot produce.
+    measures, in compact mode, the probability of what it cannot produce. `forced_bos_token_id` (the language
+    of mBART-50, M2M100 and NLLB) and `decoder_start_token_id` override the model's generation config.
     """
 
     max_new_tokens: int
@@ -52,6 +51,8 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     logits_processor: LogitsProcessor | None
     seed: int
+    forced_bos_token_id: int
+    decoder_start_token_id: int
 
 
 @dataclass(slots=True)
@@ -89,23 +90,23 @@ class Generator:
     def __init__(
         self,
         folder: TrimmedFolder,
-        session: "ort.InferenceSession",
+        decoder: Decoder,
         codec: Codec,
         cold: ColdRows,
         *,
-        device: str = "cpu",
         threads: int | None = None,
         overlap: bool | None = None,
     ) -> None:
         self.folder = folder
         self.codec = codec
         self.stats = GeneratorStats()
-        self.stop_ids = _stop_ids(folder)
+        self.config = GenerationConfig(folder)
+        self.stop_ids = self.config.stop_ids
         self._cold = cold
         self._threads = threads
         # The decoder on a device leaves the CPU free for checking; on the CPU both want the same cores.
-        self._overlap = device != "cpu" if overlap is None else overlap
-        self._decoder = Decoder(session, device=device)
+        self._overlap = decoder.device != "cpu" if overlap is None else overlap
+        self._decoder = decoder
         self._head: ColdHead | None = None
 
     @property
@@ -205,24 +206,25 @@ class Generator:
             yield piece
 
     def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
-        names = SamplingParams.__dataclass_fields__
-        sampling: dict[str, Any] = {name: value for name, value in options.items() if name in names}
-        params = SamplingParams(**sampling)
+        params, limit = self._params(options)
+        started = [ids if ids.size else self.config.first_id() for ids in prompts]
+        return [Request(ids, params, limit, self.stop_ids) for ids in self._servable(started)]
+
+    def _params(self, options: GenerationOptions) -> tuple[SamplingParams, int]:
+        """How tokens are chosen, and how many at most."""
         limit = options.get("max_new_tokens", 128)
         if limit < 0:
             raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
-        started = [ids if ids.size else self._first_id() for ids in prompts]
-        servable = self.codec.servable(started)
-        self.stats.cold_tokens += servable.cold_tokens
-        return [Request(ids, params, limit, self.stop_ids) for ids in servable.sequences]
+        names = SamplingParams.__dataclass_fields__
+        sampling: dict[str, Any] = {name: value for name, value in options.items() if name in names}
+        forced = {key: options[key] for key in ("forced_bos_token_id",) if key in options}
+        return SamplingParams(**sampling, rules=self.config.rules(limit, **forced)), limit
 
-    def _first_id(self) -> Ids:
-        """What an empty prompt starts with: bos, or else eos, as transformers does."""
-        config = _configs(self.folder)
-        for name in ("bos_token_id", "eos_token_id"):
-            if found := _as_ids(config.get(name)):
-                return np.array(found[:1], np.int32)
-        raise UsageError("the prompt is empty and the model has no bos token to start from: give a prompt.")
+    def _servable(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
+        """The sequences with ids that the folder has rows for; counts cold tokens."""
+        servable = self.codec.servable(sequences)
+        self.stats.cold_tokens += servable.cold_tokens
+        return servable.sequences
 
     def _run(
         self, requests: Sequence[Request], checker: Checker | None
@@ -267,7 +269,7 @@ class Generator:
         stats = self.stats
         for request in requests:
             output = np.array(request.output, np.int32)
-            stats.prompt_tokens += request.prompt.size
+            stats.prompt_tokens += request.prompt_tokens
             stats.tokens += len(request.output)
             stats.cold_tokens += int((~self.folder.vocab.is_kept(output)).sum())
             stats.drafted += request.drafted
@@ -277,21 +279,3 @@ class Generator:
         parts["other"] = max(0.0, seconds - sum(parts.values()))
         for name, spent in parts.items():
             stats.seconds[name] += spent
-
-
-def _configs(folder: TrimmedFolder) -> dict[str, Any]:
-    """config.json, overridden by generation_config.json."""
-    config = read_json(folder, "config.json")
-    generation = read_json(folder, "generation_config.json")
-    parts = (config.get("text_config", {}), config, generation)
-    return {name: value for part in parts for name, value in part.items() if value is not None}
-
-
-def _stop_ids(folder: TrimmedFolder) -> frozenset[int]:
-    return frozenset(_as_ids(_configs(folder).get("eos_token_id")))
-
-
-def _as_ids(value: object) -> list[int]:
-    if isinstance(value, int):
-        return [value]
-    return [entry for entry in value if isinstance(entry, int)] if isinstance(value, list) else []

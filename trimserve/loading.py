@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from trimserve.cold import ColdRows
 from trimserve.encoder import Encoder
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import GENERATION_TASK, TrimmedFolder, open_folder
-from trimserve.session import open_session
+from trimserve.folder import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK, TrimmedFolder, open_folder
+from trimserve.session import open_session, prepacks
 from trimserve.text import Codec
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ ENCODER_TASKS = ("feature-extraction", "fill-mask", "text-classification", "toke
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    low_memory: bool = False,
 ) -> "Encoder | Generator":
     """Load a trimmed folder.
 
@@ -28,6 +32,8 @@ def load(
         path: a folder made by `trimserve export`.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of one operator; by default the CPUs this process may use.
+        low_memory: use the weights where they are mapped instead of packed copies: next to no private
+            memory, slower steps. Quantised weights are always packed.
 
     Returns:
         An Encoder or a Generator, by the folder's task.
@@ -41,18 +47,29 @@ def load(
     folder = open_folder(Path(path))
     _check(folder)
     codec = Codec(folder)
-    session = open_session(folder.file(folder.manifest.graphs["model"]), device=device, threads=threads)
-    cold = ColdRows(folder, width=_row_width(folder, session))
-    if folder.manifest.task != GENERATION_TASK:
-        return Encoder(folder, session, codec, cold)
-    from trimserve.generator import Generator  # an encoder's process needs none of it
+    prepack = prepacks(quantized=folder.manifest.quantization is not None, low_memory=low_memory)
+    sessions = {
+        role: open_session(folder.file(name), device=device, threads=threads, prepack=prepack)
+        for role, name in folder.manifest.graphs.items()
+    }
+    cold = ColdRows(folder, width=_row_width(folder, next(iter(sessions.values()))))
+    if folder.manifest.task not in GENERATOR_TASKS:
+        return Encoder(folder, sessions["model"], codec, cold)
+    # An encoder's process needs none of these.
+    from trimserve.decoder import Decoder
+    from trimserve.generator import Generator
+    from trimserve.seq2seq import Seq2seqDecoder
+    from trimserve.text2text import Text2TextGenerator
 
-    return Generator(folder, session, codec, cold, device=device, threads=threads)
+    if folder.manifest.task == GENERATION_TASK:
+        return Generator(folder, Decoder(sessions["model"], device=device), codec, cold, threads=threads)
+    pair = Seq2seqDecoder(sessions["encoder"], sessions["decoder"], codec, cold, device=device)
+    return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
 
 
 def _check(folder: TrimmedFolder) -> None:
     manifest = folder.manifest
-    if "model" not in manifest.graphs:
+    if not manifest.graphs:
         raise UsageError(
             f"{folder.path} holds a trimmed checkpoint and no ONNX graph (--to safetensors): load it with "
             "transformers or vLLM, or export the model with --to onnx."
@@ -62,10 +79,16 @@ def _check(folder: TrimmedFolder) -> None:
             f"{folder.path} has the layout {manifest.layout!r}, which is for other runtimes: this one runs "
             "folders exported with --layout runtime."
         )
-    if manifest.task not in (*ENCODER_TASKS, GENERATION_TASK):
+    if manifest.task not in (*ENCODER_TASKS, *GENERATOR_TASKS):
         raise UnsupportedModelError(
             f"{folder.path} was exported for {manifest.task!r}, which this version does not run: it runs "
-            f"{', '.join((*ENCODER_TASKS, GENERATION_TASK))}."
+            f"{', '.join((*ENCODER_TASKS, *GENERATOR_TASKS))}."
+        )
+    roles = {"encoder", "decoder"} if manifest.task == TEXT2TEXT_TASK else {"model"}
+    if missing := sorted(roles - manifest.graphs.keys()):
+        raise UnsupportedModelError(
+            f"{folder.path} was exported for {manifest.task!r}, but names no graph for {', '.join(missing)}: "
+            "export the model again."
         )
 
 

@@ -19,12 +19,13 @@ class Request:
     """One sequence being generated.
 
     Attributes:
-        prompt: token ids.
+        prompt: token ids that the output continues; for an encoder-decoder what its decoder starts with.
         params: how tokens are chosen.
         max_tokens: at most so many are produced.
         stop_ids: token ids that end the sequence.
         output: checked token ids.
         finished: set by the loop at a stop id or the limit, or by the reader at a stop string.
+        source: for an encoder-decoder the text that its encoder reads, as token ids.
     """
 
     prompt: Ids
@@ -36,6 +37,23 @@ class Request:
     drafted: int = 0
     rejected: int = 0
     slots: "DraftSlots | None" = None
+    source: Ids | None = None
+
+    @property
+    def given(self) -> Ids:
+        """Token ids that came with the request: source, prompt, and those that its rules force."""
+        forced = self.params.rules.forced_bos_token_id if self.params.rules else ()
+        parts = [np.array(forced, np.int32), self.prompt]
+        return np.concatenate([*([] if self.source is None else [self.source]), *parts])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the text that was given."""
+        return (self.prompt if self.source is None else self.source).size
+
+    def ends_with(self, tokens: Sequence[int]) -> bool:
+        """Whether a stop id or the limit is among tokens that would come next."""
+        return len(self.output) + len(tokens) >= self.max_tokens or not self.stop_ids.isdisjoint(tokens)
 
     def history(self, drafts: Sequence[int]) -> History:
         """Prompt and output, with drafts that were not checked yet."""
@@ -106,7 +124,7 @@ class DraftSlots:
         """Append the slots' logits to the kept ids': float32 (K,), (H,) -> (K + S,)."""
         if not self.ids:
             return logits
-        product = self._rows @ hidden.astype(np.float32)
+        product = self._rows @ self._cold.head_input(hidden)
         return np.concatenate([logits, apply_after_head(product, self._bias, self._after_head)])
 
 

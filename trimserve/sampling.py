@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import NoTokenError, UsageError
+from trimserve.rules import TokenRules
 from trimserve.vocab import Ids
 
 Floats = npt.NDArray[np.float32]
@@ -27,8 +28,8 @@ LogitsProcessor = Callable[[Ids, Floats], Floats]
 class SamplingParams:
     """How the next token is chosen. All ids are token ids; the defaults are greedy decoding.
 
-    Applied in this order: repetition, presence and frequency penalty, bias, processor, temperature, top-k,
-    top-p, min-p.
+    Applied in this order: repetition, presence and frequency penalty, bias, the model's own rules, processor,
+    temperature, top-k, top-p, min-p.
 
     Attributes:
         temperature: 0 takes the largest logit (lowest id on a tie); otherwise logits are divided by it.
@@ -41,6 +42,7 @@ class SamplingParams:
         logit_bias: added to the logits of these ids.
         logits_processor: the caller's own change to the logits over the full vocab.
         seed: of the random numbers.
+        rules: what the model's generation config forces and forbids.
     """
 
     temperature: float = 0.0
@@ -53,6 +55,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logits_processor: LogitsProcessor | None = None
     seed: int = 0
+    rules: TokenRules | None = None
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -74,6 +77,7 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.logits_processor
+            or self.rules
         )
 
     @property
@@ -162,7 +166,7 @@ def _first_maximum(scores: npt.NDArray[Any], ids: Ids) -> int:
 
 
 def edit_logits(logits: Floats, columns: Columns, params: SamplingParams, history: History) -> Floats:
-    """Apply penalties, bias and processor; returns a changed copy, float32 (n,)."""
+    """Apply penalties, bias, rules and processor; returns a changed copy, float32 (n,)."""
     out = logits.copy()
     if params.repetition_penalty != 1:
         seen = columns.find(np.unique(history.ids))
@@ -175,9 +179,21 @@ def edit_logits(logits: Floats, columns: Columns, params: SamplingParams, histor
         out[columns.find(distinct)] -= cost[known].astype(np.float32)
     for token_id, bias in params.logit_bias.items():
         out[columns.find(np.array([token_id], np.int32))] += np.float32(bias)
+    if params.rules:
+        obey(out, columns, params.rules, history)
     if params.logits_processor is not None:
         out = columns.apply(params.logits_processor, history.ids, out)
     return out
+
+
+def obey(logits: Floats, columns: Columns, rules: TokenRules, history: History) -> None:
+    """Set what the rules forbid at this step to -inf and a forced id to 0, in place: float32 (..., n)."""
+    verdict = rules.at(history.prompt, history.output)
+    if verdict.forced.size:
+        logits[...] = -np.inf
+        logits[..., columns.find(verdict.forced)] = 0
+    else:
+        logits[..., columns.find(verdict.banned)] = -np.inf
 
 
 def filter_scores(scores: Floats, params: SamplingParams) -> Floats:

@@ -50,9 +50,9 @@ class Scorer:
         self._cold = cold
         self._head = head
 
-    def score(self, ids: Ids) -> Score:
-        """Log-probabilities of one sequence, int32 (T,)."""
-        cache = self._decoder.empty_cache(1)
+    def score(self, ids: Ids, source: Ids | None = None) -> Score:
+        """Log-probabilities of one sequence, int32 (T,); `source` is what an encoder reads before it."""
+        cache = self._decoder.start([source])
         parts: list[LogProbs] = [np.zeros(0)]
         for start in range(0, max(ids.size - 1, 0), _POSITIONS):
             fed = ids[start : min(start + _POSITIONS, ids.size - 1)]

@@ -1,0 +1,154 @@
+"""Encoder-decoders behind the decoding loop: the encoder runs once a request, the decoder drafts as usual.
+
+The encoder's graph also makes the keys and values of the decoder's cross-attention, so that a step of the
+decoder reads nothing of the source but those. Sequences of a batch have decoders of one length (there is no
+mask for the decoder's own tokens), so their blocks are cut alike (`InStep`).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trimserve.cold import ColdRows
+from trimserve.decoder import Decoder
+from trimserve.errors import UnsupportedModelError
+from trimserve.generation import Checker
+from trimserve.kv import GrowingCache, KVLayout, Mask
+from trimserve.request import Block, Request
+from trimserve.text import Codec
+from trimserve.vocab import Ids
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+class CrossCache(GrowingCache):
+    """A `GrowingCache` with the cross-attention's keys and values of each sequence's source beside it."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        names: Sequence[str],
+        values: "Sequence[ort.OrtValue]",
+        source_mask: Mask,
+    ) -> None:
+        """Start with nothing but the sources.
+
+        Args:
+            layout: of the decoder's own keys and values.
+            names: the decoder's inputs for the cross-attention.
+            values: one for each of them, (B, heads, source positions, head size).
+            source_mask: int64 (B, source positions), 1 where there is a token.
+        """
+        super().__init__(layout, source_mask.shape[0])
+        self._cross_names = list(names)
+        self._cross = list(values)
+        self._source_mask = source_mask
+
+    def bind(self, binding: "ort.IOBinding", new: int) -> None:
+        """Bind the sources and the past; the graph makes the present."""
+        super().bind(binding, new)
+        binding.bind_cpu_input(Seq2seqDecoder.SOURCE_MASK, self._source_mask)
+        for name, value in zip(self._cross_names, self._cross, strict=True):
+            binding.bind_ortvalue_input(name, value)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Copy the chosen sequences with their sources; a row may come more than once."""
+        super().select(rows)
+        if list(rows) == list(range(self._source_mask.shape[0])):
+            return
+        self._source_mask = np.ascontiguousarray(self._source_mask[list(rows)])
+        self._cross = [
+            self._layout.to_device(np.ascontiguousarray(value.numpy()[list(rows)])) for value in self._cross
+        ]
+
+
+class Seq2seqDecoder(Decoder):
+    """The decoder of an encoder-decoder, with its encoder."""
+
+    SOURCE_MASK = "encoder_attention_mask"
+    _MASK = SOURCE_MASK
+    takes_batches = True
+
+    def __init__(
+        self,
+        encoder: "ort.InferenceSession",
+        session: "ort.InferenceSession",
+        codec: Codec,
+        cold: ColdRows,
+        *,
+        device: str = "cpu",
+    ) -> None:
+        """Join the two graphs.
+
+        Args:
+            encoder: `encoder_model.onnx`, which also makes the cross-attention's keys and values.
+            session: `decoder_model.onnx`.
+            codec: pads sources and gives their cold ids slots.
+            cold: rows of the cold ids.
+            device: where both sessions run.
+
+        Raises:
+            UnsupportedModelError: the graphs were not made for serving, or not for each other.
+        """
+        super().__init__(session, device=device)
+        self._encoder = encoder
+        self._codec = codec
+        self._cold = cold
+        inputs = [value.name for value in session.get_inputs()]
+        self._cross = [name for name in inputs if ".encoder." in name]
+        self._made = [name.replace("past_key_values.", "present.") for name in self._cross]
+        missing = sorted({*self._made} - {value.name for value in encoder.get_outputs()})
+        if missing or not self._cross:
+            raise UnsupportedModelError(
+                f"the encoder graph lacks {', '.join(missing) or 'the cross-attention'}: it was not made for "
+                "this decoder. Export the model again with `trimserve export`."
+            )
+
+    def start(self, sources: Sequence[Ids | None]) -> CrossCache:
+        """Read sources of any lengths, int32 (T,) each, for sequences that hold nothing yet."""
+        texts = [source for source in sources if source is not None]
+        if len(texts) != len(sources):
+            raise ValueError("every sequence of an encoder-decoder needs a source")
+        batch = self._codec.slots(texts)
+        binding = self._encoder.io_binding()
+        binding.bind_cpu_input("input_ids", batch.ids)
+        binding.bind_cpu_input("attention_mask", batch.attention_mask)
+        binding.bind_cpu_input("cold_rows", self._cold.embedding(batch.cold_ids))
+        for name in self._made:
+            binding.bind_output(name, self.device)
+        self._encoder.run_with_iobinding(binding)
+        return CrossCache(self._layout, self._cross, binding.get_outputs(), batch.attention_mask)
+
+
+class InStep:
+    """A `Checker` that lets every sequence of a batch advance by the same number of tokens.
+
+    What a sequence is ahead of the slowest is not taken: it is drafted again in the next block, and comes
+    out the same, since a token depends on (seed, step) and the tokens before it.
+    """
+
+    def __init__(self, checker: Checker) -> None:
+        self._checker = checker
+        self.replaces = checker.replaces
+        self.timing = checker.timing
+
+    @property
+    def block_size(self) -> int:
+        """How many tokens to draft before the next check."""
+        return self._checker.block_size
+
+    def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+        """The full model's tokens for each request; those that go on get equally many."""
+        checked = self._checker.check(requests, blocks)
+        going_on = [
+            len(tokens)
+            for request, tokens in zip(requests, checked, strict=True)
+            if not request.ends_with(tokens)
+        ]
+        shortest = min(going_on, default=0)
+        return [
+            tokens if request.ends_with(tokens) else tokens[:shortest]
+            for request, tokens in zip(requests, checked, strict=True)
+        ]
