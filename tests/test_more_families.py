@@ -44,7 +44,6 @@ MORE: dict[str, tuple[str, dict]] = {
     "deepseek_v3": ("DeepseekV3ForCausalLM", _COMMON | _LATENT),
     "falcon": ("FalconForCausalLM", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}),
     "gemma": ("GemmaForCausalLM", _HEADS),
-    "gemma2": ("Gemma2ForCausalLM", _HEADS | {"sliding_window": 8}),
     "glm": ("GlmForCausalLM", _HEADS),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", _GPT),
     "gpt_neo": (
@@ -57,7 +56,6 @@ MORE: dict[str, tuple[str, dict]] = {
         _HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
     ),
     "gptj": ("GPTJForCausalLM", _GPT | {"rotary_dim": 4}),
-    "granite": ("GraniteForCausalLM", _GROUPED),
     "helium": ("HeliumForCausalLM", _HEADS),
     "mistral": ("MistralForCausalLM", _GROUPED),
     "mpt": ("MptForCausalLM", {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64}),
