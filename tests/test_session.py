@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from trimserve.errors import MismatchError, MissingExtraError, UsageError
-from trimserve.session import open_session
+from trimserve.session import open_session, prepacks
 
 runtime = pytest.importorskip("onnxruntime")
 
@@ -70,3 +70,13 @@ def test_a_damaged_graph_is_one_sentence(tmp_path):
     with pytest.raises(MismatchError, match=r"model\.onnx cannot be loaded") as caught:
         open_session(tmp_path / "model.onnx")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("quantized", "low_memory", "packed"),
+    [(False, False, True), (False, True, False), (True, False, True), (True, True, True)],
+)
+def test_packed_copies_go_only_where_the_kernels_do_without(caplog, quantized, low_memory, packed):
+    caplog.set_level("INFO")
+    assert prepacks(quantized=quantized, low_memory=low_memory) is packed
+    assert f"packed copies {'on' if packed else 'off'}" in caplog.text

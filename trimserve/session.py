@@ -1,7 +1,7 @@
 """ONNX Runtime sessions: providers, threads, and the options that keep one copy of each weight.
 
 ONNX Runtime maps external data and uses it in place on the CPU, unless it folds a constant (a copy) or
-prepacks a matrix (another). The options below were chosen by measuring anonymous memory and step time;
+packs a matrix (another). The options below were chosen by measuring anonymous memory and step time;
 docs/runtime.md has the table.
 """
 
@@ -85,6 +85,22 @@ def _providers(runtime: ModuleType, device: str) -> list[Any]:
     # The arena doubles itself by default and never shrinks: ask for what is needed.
     cuda = ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
     return [cuda, "CPUExecutionProvider"]
+
+
+def prepacks(*, quantized: bool, low_memory: bool) -> bool:
+    """Choose whether the CPU kernels keep packed copies of a graph's matrices.
+
+    Packed copies take as much anonymous memory as the matrices; without them the mapped files are used in
+    place, and steps take longer (docs/runtime.md has both). A kernel for quantised blocks without its
+    packed copy is a hundred times slower, so it always has one.
+    """
+    chosen = quantized or not low_memory
+    logger.info(
+        "memory: %s weights, packed copies %s",
+        "quantised" if quantized else "float",
+        "on" if chosen else "off",
+    )
+    return chosen
 
 
 def available_cpus() -> int:

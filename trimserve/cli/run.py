@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="prompts or texts; - or none: from stdin")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one operator")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="use mapped weights in place: less memory, slower steps"
+    )
     generation = parser.add_argument_group("generators")
     generation.add_argument(
         "--mode",
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.encoder import Encoder
     from trimserve.loading import load
 
-    model = load(args.folder, device=args.device, threads=args.threads)
+    model = load(args.folder, device=args.device, threads=args.threads, low_memory=args.low_memory)
     if isinstance(model, Encoder):
         from trimserve.cli.encoding import encode
 
