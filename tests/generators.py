@@ -24,6 +24,7 @@ from trimserve.source import resolve_model
 from trimserve.structural import structural_ids
 from trimserve.text import Codec
 from trimserve_export.pipeline import export, export_full
+from trimserve_export.quantize import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,13 @@ def open_generator(path: Path, **options) -> Generator:
 
 
 def make_pair(
-    root: Path, family: str, *, kept_ids: Sequence[int] | None = None, kept: int | None = None, **options
+    root: Path,
+    family: str,
+    *,
+    kept_ids: Sequence[int] | None = None,
+    kept: int | None = None,
+    quantize: str | None = None,
+    **options,
 ) -> Pair:
     """Make, trim and export a tiny model; `kept` adds random ids to the structural ones up to that many."""
     model_path = save_model(family, root / "model", **options)
@@ -60,9 +67,10 @@ def make_pair(
         picked = np.random.default_rng(1).choice(others, max(0, (kept or 0) - structural.size), replace=False)
         kept_ids = sorted([*structural.tolist(), *picked.tolist()])
     vocab = make_vocab(kept_ids, source.vocab_size, sha256_file(source.tokenizer_path))
-    export(source, vocab, root / "trimmed", progress=False)
+    export(source, vocab, root / "trimmed", quantize=quantize, progress=False)
     (root / "full").mkdir()
-    full = export_full(source, root / "full", GENERATE, "fp32")
+    scheme = SCHEMES[quantize] if quantize else None
+    full = export_full(source, root / "full", GENERATE, "fp32", scheme)
     return Pair(open_generator(root / "trimmed"), model_path, full)
 
 

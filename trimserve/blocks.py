@@ -140,7 +140,6 @@ def round_activations(hidden: npt.NDArray[Any], scheme: BlockScheme) -> npt.NDAr
     padding = [(0, 0)] * (values.ndim - 1) + [(0, -width % scheme.block_size)]
     blocks = np.pad(values, padding).reshape(*values.shape[:-1], -1, scheme.block_size)
     scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    rounded: npt.NDArray[np.float32] = np.rint(
-        np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
-    )
-    return (rounded * scales).reshape(*values.shape[:-1], -1)[..., :width]
+    integers = np.rint(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0))
+    rounded: npt.NDArray[np.float32] = (integers * scales).reshape(*values.shape[:-1], -1)
+    return rounded[..., :width]
