@@ -100,11 +100,18 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     versions = ", ".join(f"{key} {value}" for key, value in manifest.exporter.items() if key != "name")
     yield "task", manifest.task
     yield "vocab rows", f"{manifest.vocab_size:,} -> {manifest.kept:,} ({share})"
-    yield "weights", f"{human_bytes(manifest.bytes_before)} -> {human_bytes(bytes_after)} in {manifest.dtype}"
+    before, after = human_bytes(manifest.bytes_before), human_bytes(bytes_after)
+    yield "weights", f"{before} in {manifest.dtype} -> {after} in {' and '.join(_number_formats(manifest))}"
     yield "cut", ", ".join(f"`{tensor.name}` (axis {tensor.axis})" for tensor in manifest.cut)
     if COLD_NAME in manifest.files:
         yield "cold rows", f"{human_bytes(manifest.files[COLD_NAME].bytes)}, memory-mapped"
     yield "made with", versions
+
+
+def _number_formats(manifest: Manifest) -> Iterator[str]:
+    yield manifest.dtype
+    if manifest.quantization is not None:
+        yield f"int{manifest.quantization['bits']}"
 
 
 def _selection(rule: dict[str, Any]) -> str:
@@ -131,6 +138,8 @@ def _verification(manifest: Manifest) -> str:
 def _commands(manifest: Manifest, name: str) -> Iterator[str]:
     words = [f"trimserve export -m {name} --vocab {VOCAB_NAME} -o FOLDER --task {manifest.task}"]
     words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
+    if manifest.quantization is not None:
+        words.append(f"--quantize int{manifest.quantization['bits']}")
     if COLD_NAME not in manifest.files:
         words.append("--no-cold")
     yield " ".join(words)
