@@ -15,7 +15,7 @@ from trimserve.source import ModelSource
 from trimserve.text import Codec
 from trimserve.vocab import Ids, Reason, VocabMap
 from trimserve_export.checkpoint import StoredVocab
-from trimserve_export.verify.graph import GraphModel
+from trimserve_export.verify.graph import GraphModel, Model, Seq2SeqModel
 from trimserve_export.verify.rounding import RoundingBound
 from trimserve_export.verify.sweep import Sweep, sweep
 
@@ -31,14 +31,14 @@ class Context:
         folder: the trimmed folder under test.
         source: the model that it was made from.
         stored: the vocab tensors of the source's checkpoint.
-        full_path: the graph of the full model, exported as the folder was; None for a trimmed checkpoint.
+        full_folder: the full model, exported as the folder was; None for a trimmed checkpoint.
         texts: the texts to compare on.
     """
 
     folder: TrimmedFolder
     source: ModelSource
     stored: StoredVocab
-    full_path: Path | None
+    full_folder: Path | None
     texts: Sequence[str]
 
     @cached_property
@@ -52,20 +52,30 @@ class Context:
         return ColdRows(self.folder) if self.folder.has_cold else None
 
     @cached_property
-    def trimmed(self) -> GraphModel:
-        """The folder's graph."""
-        path = self.folder.file(self.folder.manifest.graphs["model"])
-        return GraphModel(open_session(path), self.folder.vocab, self.cold)
+    def trimmed(self) -> Model:
+        """The folder's model."""
+        return self._open(self.folder.path, self.folder.vocab, self.cold)
 
     @cached_property
-    def full(self) -> GraphModel:
-        """The full model's graph; each of its V ids has its own row."""
-        if self.full_path is None:
+    def full(self) -> Model:
+        """The full model; each of its V ids has its own row."""
+        if self.full_folder is None:
             raise UsageError(f"{self.folder.path} holds no graph: there is no full one to compare it with.")
         size = self.folder.vocab.vocab_size
         reason = np.full(size, Reason.STRUCTURAL, np.uint8)
         everything = VocabMap(np.arange(size, dtype=np.int32), reason, size)
-        return GraphModel(open_session(self.full_path), everything, None)
+        return self._open(self.full_folder, everything, None)
+
+    def _open(self, folder: Path, vocab: VocabMap, cold: ColdRows | None) -> Model:
+        graphs = {
+            role: GraphModel(open_session(folder / name), vocab, cold)
+            for role, name in self.folder.manifest.graphs.items()
+        }
+        if "model" in graphs:
+            return graphs["model"]
+        return Seq2SeqModel(
+            graphs["encoder"], graphs["decoder"], self.source.config["decoder_start_token_id"]
+        )
 
     def encode(self, text: str) -> Ids | None:
         """Token ids of a text; None where the tokenizer gives an id that the model has no row for."""

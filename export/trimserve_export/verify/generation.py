@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from trimserve.loading import load
 
 from trimserve.generator import Generator, Mode
+from trimserve.loading import load
 from trimserve.vocab import Ids
 from trimserve_export.verify.context import Context
+from trimserve_export.verify.graph import GraphModel
 from trimserve_export.verify.result import Check
 
 _PROMPTS = 12
@@ -51,7 +52,7 @@ def check_generated_ids(context: Context) -> Check:
     rounding bound: a tie, which is counted and ends the comparison of that text.
     """
     model = load(context.folder.path)
-    if not isinstance(model, Generator):
+    if not isinstance(model, Generator) or not isinstance(context.full, GraphModel):
         return Check("generated-ids", False, None, f"{context.folder.path} does not load as a generator")
     modes: tuple[Mode, ...] = ("compact", "exact") if model.can_be_exact else ("compact",)
     prompts = _prompts(context)
@@ -59,7 +60,8 @@ def check_generated_ids(context: Context) -> Check:
     for mode in modes:
         for text, prompt in prompts:
             (generated,) = model.generate(text, mode=mode, max_new_tokens=_NEW_TOKENS)
-            parting = _parting(context, generated.ids, _greedy(context, prompt, mode, model.stop_ids))
+            expected = _greedy(context.full, prompt, _forbidden(context, prompt, mode), model.stop_ids)
+            parting = _parting(context, generated.ids, expected)
             if parting is None:
                 continue
             if not parting.gap <= parting.allowed:
@@ -90,16 +92,23 @@ def _cold(context: Context, ids: Ids) -> Ids:
     return ids[~context.folder.vocab.is_kept(ids)]
 
 
-def _greedy(context: Context, prompt: Ids, mode: Mode, stop_ids: frozenset[int]) -> list[Step]:
-    """Decode with the full graph and its KV cache, one token a time; the lowest id wins a tie."""
+def _forbidden(context: Context, prompt: Ids, mode: Mode) -> npt.NDArray[np.bool_]:
+    """Ids (V,) that a mode cannot produce: in compact mode the cold ids that the prompt does not hold."""
     forbidden = np.zeros(context.folder.vocab.vocab_size, bool)
     if mode == "compact":
         forbidden[context.folder.vocab.cold_ids] = True
         forbidden[_cold(context, prompt)] = False
+    return forbidden
+
+
+def _greedy(
+    full: GraphModel, prompt: Ids, forbidden: npt.NDArray[np.bool_], stop_ids: frozenset[int]
+) -> list[Step]:
+    """Decode with the full graph and its KV cache, one token a time; the lowest id wins a tie."""
     steps: list[Step] = []
     ids, past = prompt, None
     while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in stop_ids):
-        outputs = context.full.run(ids, past, keep=1)
+        outputs = full.run(ids, past, keep=1)
         logits = outputs["logits"][0, -1]
         token = int(np.where(forbidden, -np.inf, logits).argmax())
         steps.append(Step(token, logits, outputs["hidden_states"]))

@@ -5,7 +5,7 @@ The reference of every numeric check. It shares no code with the runtime that it
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -61,11 +61,12 @@ class GraphModel:
         """
         slotted = self.vocab.with_slots(ids)
         feeds = self._past(past or {})
-        before = next((value.shape[2] for value in feeds.values()), 0)
+        before = _cached_positions(feeds, of_source=False)
         feeds["input_ids"] = slotted.ids[None]
         feeds["attention_mask"] = np.ones((1, before + len(ids)), np.int64)
         feeds["token_type_ids"] = np.zeros((1, len(ids)), np.int64)
         feeds["position_ids"] = np.arange(before, before + len(ids), dtype=np.int64)[None]
+        feeds["encoder_attention_mask"] = np.ones((1, _cached_positions(feeds, of_source=True)), np.int64)
         feeds["logits_to_keep"] = np.array(keep, np.int64)
         feeds["cold_rows"] = self._cold_rows(slotted.cold_ids)
         wanted = {value.name for value in self.session.get_inputs()}
@@ -87,3 +88,53 @@ class GraphModel:
         # The input must not be empty; no id points at this row.
         described = next(value for value in self.session.get_inputs() if value.name == "cold_rows")
         return np.zeros((1, described.shape[1]), _DTYPES[described.type])
+
+
+def _cached_positions(past: Mapping[str, Array], *, of_source: bool) -> int:
+    """Positions in the cache: of the source text for cross-attention, else of the tokens so far."""
+    shapes = (value.shape for name, value in past.items() if (".encoder." in name) == of_source)
+    return next((shape[2] for shape in shapes), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Seq2SeqModel:
+    """An encoder and a decoder with cross-attention, run one after the other.
+
+    Attributes:
+        encoder: makes `present.N.encoder.*`, the cross-attention's keys and values.
+        decoder: has the vocab head.
+        start_id: token id that a decoder's text begins with.
+    """
+
+    encoder: GraphModel
+    decoder: GraphModel
+    start_id: int
+
+    @property
+    def vocab(self) -> VocabMap:
+        """Kept ids of both graphs."""
+        return self.decoder.vocab
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of all outputs; those of the encoder begin with ``encoder.``."""
+        return (*(f"encoder.{name}" for name in self.encoder.outputs), *self.decoder.outputs)
+
+    @property
+    def has_vocab_head(self) -> bool:
+        """Whether `logits` has the vocab as its last axis."""
+        return self.decoder.has_vocab_head
+
+    def can_feed(self, ids: Ids) -> bool:
+        """Whether every id has a compact row or a cold row."""
+        return self.decoder.can_feed(ids)
+
+    def run(self, ids: Ids) -> dict[str, Array]:
+        """Encode token ids, and decode the same ids after the start id."""
+        encoded = self.encoder.run(ids)
+        shifted = np.concatenate([np.array([self.start_id], np.int32), ids[:-1]])
+        decoded = self.decoder.run(shifted, encoded)
+        return {f"encoder.{name}": value for name, value in encoded.items()} | decoded
+
+
+Model: TypeAlias = GraphModel | Seq2SeqModel

@@ -2,12 +2,15 @@
 
 import numpy as np
 
+from trimserve.encoder import Encoder
+from trimserve.loading import load
 from trimserve.vocab import Ids
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 from trimserve_export.verify.sweep import Tally, unchanged_outputs
 
 _SLOT_SEQUENCES, _SLOT_TOKENS = 4, 32
+_RUNTIME_TEXTS = 100
 
 
 def check_hidden_states(context: Context) -> Check:
@@ -23,6 +26,30 @@ def check_kept_logits(context: Context) -> Check:
     """
     kept = len(context.folder.vocab)
     return _check("kept-logits", context.sweep.logits, f"logits of {kept:,} kept ids on {_texts(context)}")
+
+
+def check_runtime_outputs(context: Context) -> Check:
+    """Compare what the runtime gives for each text by itself with the full graph's output."""
+    model = load(context.folder.path)
+    if not isinstance(model, Encoder):
+        return Check("runtime-outputs", False, None, f"{context.folder.path} does not load as an encoder")
+    kept, tally = context.folder.vocab.kept_ids, Tally()
+    for text in context.texts[:_RUNTIME_TEXTS]:
+        ids = context.encode(text)
+        if ids is None or not 0 < len(ids) <= context.max_tokens or not context.trimmed.can_feed(ids):
+            continue
+        outputs = context.full.run(ids)
+        full = outputs.get("last_hidden_state", outputs.get("logits"))
+        if full is None:
+            return Check(
+                "runtime-outputs", False, None, "the full graph has no output that the runtime gives"
+            )
+        if context.full.has_vocab_head:
+            bound = context.bound.of(outputs["hidden_states"])
+            tally.add(full[0][..., kept], model.forward([text])[0], bound)
+        else:
+            tally.add(full[0], model.forward([text])[0])
+    return _check("runtime-outputs", tally, "what the runtime gives for each text by itself")
 
 
 def check_cold_slots(context: Context) -> Check:

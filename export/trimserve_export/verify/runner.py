@@ -8,7 +8,15 @@ from pathlib import Path
 
 from trimserve.blocks import BlockScheme
 from trimserve.errors import MismatchError, TrimserveError
-from trimserve.folder import Manifest, open_folder, read_manifest, with_verification, write_manifest
+from trimserve.folder import (
+    GENERATION_TASK,
+    Manifest,
+    open_folder,
+    read_manifest,
+    with_verification,
+    write_manifest,
+)
+from trimserve.loading import ENCODER_TASKS
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
 from trimserve_export.checkpoint import StoredVocab, find_stored_vocab, read_specs
@@ -16,7 +24,12 @@ from trimserve_export.exporters.optimum import task_class
 from trimserve_export.pipeline import export_full, has_vocab_head, with_card
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.generation import check_generated_ids
-from trimserve_export.verify.numbers import check_cold_slots, check_hidden_states, check_kept_logits
+from trimserve_export.verify.numbers import (
+    check_cold_slots,
+    check_hidden_states,
+    check_kept_logits,
+    check_runtime_outputs,
+)
 from trimserve_export.verify.quantized import check_quantized_head
 from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
@@ -74,8 +87,10 @@ def verify(
 
 
 def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
+    if not manifest.graphs:
+        return None
     scheme = BlockScheme.from_dict(manifest.quantization)
-    return export_full(source, scratch, manifest.task, manifest.dtype, scheme) if manifest.graphs else None
+    return export_full(source, scratch, manifest.task, manifest.dtype, scheme).parent
 
 
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
@@ -99,7 +114,9 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
         yield "kept-logits", check_kept_logits
     if context.folder.has_cold and len(context.folder.vocab.cold_ids):
         yield "cold-slots", check_cold_slots
-    if task.startswith("text-generation"):
+    if task in ENCODER_TASKS:
+        yield "runtime-outputs", check_runtime_outputs
+    if task == GENERATION_TASK:
         yield "generated-ids", check_generated_ids
 
 

@@ -1,4 +1,4 @@
-"""Run two graphs over the same token ids once and count what differs."""
+"""Run two models over the same token ids once and count what differs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.vocab import Ids
-from trimserve_export.verify.graph import GraphModel
+from trimserve_export.verify.graph import Model
 from trimserve_export.verify.rounding import RoundingBound
 
 Array = npt.NDArray[Any]
@@ -48,12 +48,12 @@ class Sweep:
     others: Tally = field(default_factory=Tally)
 
 
-def sweep(full: GraphModel, trimmed: GraphModel, texts: Iterable[Ids], bound: RoundingBound) -> Sweep:
-    """Compare all outputs of a full and a trimmed graph.
+def sweep(full: Model, trimmed: Model, texts: Iterable[Ids], bound: RoundingBound) -> Sweep:
+    """Compare all outputs of a full and a trimmed model.
 
     Args:
-        full: graph with V rows.
-        trimmed: graph with K rows.
+        full: model with V rows.
+        trimmed: model with K rows.
         texts: token ids (T,) of each text.
         bound: what vocab logits may differ by where the head's input is the same.
     """
@@ -70,6 +70,6 @@ def sweep(full: GraphModel, trimmed: GraphModel, texts: Iterable[Ids], bound: Ro
     return seen
 
 
-def unchanged_outputs(model: GraphModel) -> tuple[str, ...]:
+def unchanged_outputs(model: Model) -> tuple[str, ...]:
     """Outputs that trimming must not change at all: every one without a vocab axis."""
     return tuple(name for name in model.outputs if name != "logits" or not model.has_vocab_head)
