@@ -16,7 +16,7 @@ from trimserve.decoder import Floats
 from trimserve.folder import TrimmedFolder
 from trimserve.generation import Timing
 from trimserve.request import Block, Request
-from trimserve.sampling import Columns, choose
+from trimserve.sampling import Columns, choose, obey
 from trimserve.session import open_session
 from trimserve.vocab import Ids, VocabMap
 
@@ -126,8 +126,10 @@ class ExactChecker:
         self, head: ColdHead, vocab: VocabMap, *, max_block: int = MAX_BLOCK, overlap: bool = False
     ) -> None:
         self._head = head
-        self._kept_ids = vocab.kept_ids
-        self._full = Columns(np.arange(vocab.vocab_size, dtype=np.int32), vocab.vocab_size)
+        self._kept, self._cold, self._full = (
+            Columns(ids, vocab.vocab_size)
+            for ids in (vocab.kept_ids, head.cold_ids, np.arange(vocab.vocab_size, dtype=np.int32))
+        )
         self._block = BlockSize(max_block, overlap=overlap)
         self.timing = Timing()
 
@@ -139,10 +141,11 @@ class ExactChecker:
     def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
         """The full model's tokens for each request, up to the first that differs from its draft."""
         start = time.perf_counter()
-        plain = [row for row, request in enumerate(requests) if request.params.takes_maximum]
+        plain = [row for row, request in enumerate(requests) if request.params.takes_allowed_maximum]
         checked: list[list[int]] = [[] for _ in requests]
         if plain:
-            for row, tokens in zip(plain, self._check_greedy([blocks[row] for row in plain]), strict=True):
+            greedy = self._check_greedy([requests[row] for row in plain], [blocks[row] for row in plain])
+            for row, tokens in zip(plain, greedy, strict=True):
                 checked[row] = tokens
         for row, (request, block) in enumerate(zip(requests, blocks, strict=True)):
             if row not in plain:
@@ -150,21 +153,43 @@ class ExactChecker:
         self._learn(blocks, checked, time.perf_counter() - start)
         return checked
 
-    def _check_greedy(self, blocks: Sequence[Block]) -> list[list[int]]:
+    def _check_greedy(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
         start = time.perf_counter()
         cold_logits, cold_ids = self._head.maxima(np.concatenate([block.hidden for block in blocks]))
         self.timing.cold_head += time.perf_counter() - start
         logits = np.concatenate([block.logits for block in blocks])
+        ends = np.cumsum([len(block.tokens) for block in blocks])
+        for request, block, end in zip(requests, blocks, ends.tolist(), strict=True):
+            if request.params.rules:
+                steps = slice(end - len(block.tokens), end)
+                self._obey(request, block, logits[steps], cold_logits[steps], cold_ids[steps])
         columns = logits.argmax(axis=1)
-        kept_logits, kept_ids = logits[np.arange(len(columns)), columns], self._kept_ids[columns]
+        kept_logits, kept_ids = logits[np.arange(len(columns)), columns], self._kept.ids[columns]
         # The largest logit; on a tie the lowest id, as argmax over the full vocab gives it.
         cold_wins = (cold_logits > kept_logits) | ((cold_logits == kept_logits) & (cold_ids < kept_ids))
         winners = np.where(cold_wins, cold_ids, kept_ids)
-        ends = np.cumsum([len(block.tokens) for block in blocks])[:-1]
         return [
             _agreeing(block.tokens, full.tolist())
-            for block, full in zip(blocks, np.split(winners, ends), strict=True)
+            for block, full in zip(blocks, np.split(winners, ends[:-1]), strict=True)
         ]
+
+    def _obey(
+        self, request: Request, block: Block, kept_logits: Floats, cold_maxima: Floats, cold_ids: Ids
+    ) -> None:
+        """Apply a request's rules to its block's (n, K) kept logits and (n,) cold maxima, in place."""
+        for step in range(len(block.tokens)):
+            verdict = request.verdict(block.tokens[:step])
+            obey(kept_logits[step], self._kept, verdict)
+            if not verdict.forced.size and cold_ids[step] not in verdict.banned:
+                continue
+            # Rare: the largest cold logit is not allowed, so all of them are needed.
+            if verdict.forced.size:
+                logits = np.empty(self._cold.ids.size, np.float32)
+            else:
+                logits = self._head.logits(block.hidden[step : step + 1])[0].copy()
+            obey(logits, self._cold, verdict)
+            best = logits.argmax()
+            cold_maxima[step], cold_ids[step] = logits[best], self._cold.ids[best]
 
     def _replay(self, request: Request, block: Block) -> list[int]:
         start = time.perf_counter()
@@ -174,7 +199,7 @@ class ExactChecker:
         tokens: list[int] = []
         full = np.empty(self._full.vocab_size, np.float32)
         for draft, kept_row, cold_row in zip(block.tokens, block.logits, cold_logits, strict=True):
-            full[self._kept_ids] = kept_row
+            full[self._kept.ids] = kept_row
             full[self._head.cold_ids] = cold_row
             tokens.append(choose(full, self._full, request.params, request.history(tokens)))
             if tokens[-1] != draft:

@@ -7,6 +7,7 @@ import numpy as np
 
 from trimserve.cold import ColdRows
 from trimserve.decoder import AfterHead, Floats, apply_after_head
+from trimserve.rules import TokenRules, Verdict
 from trimserve.sampling import Columns, History, SamplingParams, choose, join_columns
 from trimserve.vocab import Ids
 
@@ -58,6 +59,11 @@ class Request:
     def history(self, drafts: Sequence[int]) -> History:
         """Prompt and output, with drafts that were not checked yet."""
         return History(self.prompt, np.array([*self.output, *drafts], np.int32))
+
+    def verdict(self, drafts: Sequence[int]) -> Verdict:
+        """What the model's rules say of the step after some drafts."""
+        history = self.history(drafts)
+        return (self.params.rules or TokenRules()).at(history.prompt, history.output)
 
     def draft(self, logits: Floats, hidden: Floats, drafts: Sequence[int]) -> int:
         """Choose the next draft among kept ids and slots, after drafts that were not checked yet.

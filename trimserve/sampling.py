@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import NoTokenError, UsageError
-from trimserve.rules import TokenRules
+from trimserve.rules import TokenRules, Verdict
 from trimserve.vocab import Ids
 
 Floats = npt.NDArray[np.float32]
@@ -71,19 +71,27 @@ class SamplingParams:
     @property
     def edits_logits(self) -> bool:
         """Whether anything changes the logits before the temperature."""
+        return bool(self.rules) or self._edits_values
+
+    @property
+    def _edits_values(self) -> bool:
         return bool(
             self.repetition_penalty != 1
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
             or self.logits_processor
-            or self.rules
         )
 
     @property
     def takes_maximum(self) -> bool:
         """Whether the token is the largest logit of the model and nothing else matters."""
         return self.temperature == 0 and not self.edits_logits
+
+    @property
+    def takes_allowed_maximum(self) -> bool:
+        """Whether the token is the largest logit among those that the rules allow."""
+        return self.temperature == 0 and not self._edits_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,20 +188,19 @@ def edit_logits(logits: Floats, columns: Columns, params: SamplingParams, histor
     for token_id, bias in params.logit_bias.items():
         out[columns.find(np.array([token_id], np.int32))] += np.float32(bias)
     if params.rules:
-        obey(out, columns, params.rules, history)
+        obey(out, columns, params.rules.at(history.prompt, history.output))
     if params.logits_processor is not None:
         out = columns.apply(params.logits_processor, history.ids, out)
     return out
 
 
-def obey(logits: Floats, columns: Columns, rules: TokenRules, history: History) -> None:
-    """Set what the rules forbid at this step to -inf and a forced id to 0, in place: float32 (..., n)."""
-    verdict = rules.at(history.prompt, history.output)
+def obey(logits: Floats, columns: Columns, verdict: Verdict) -> None:
+    """Set what the rules forbid at a step to -inf and a forced id to 0, in place: float32 (n,)."""
     if verdict.forced.size:
-        logits[...] = -np.inf
-        logits[..., columns.find(verdict.forced)] = 0
+        logits[:] = -np.inf
+        logits[columns.find(verdict.forced)] = 0
     else:
-        logits[..., columns.find(verdict.banned)] = -np.inf
+        logits[columns.find(verdict.banned)] = -np.inf
 
 
 def filter_scores(scores: Floats, params: SamplingParams) -> Floats:
