@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme
-from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.errors import UnsupportedModelError
 from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import (
     COLD_NAME,
@@ -39,6 +39,7 @@ from trimserve.vocab import VocabMap
 from trimserve_export.card import CARD_NAME, render_card
 from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.exporters import optimum
+from trimserve_export.options import Options
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
 from trimserve_export.quantize import SCHEMES, quantize_graph
 from trimserve_export.serving import make_servable
@@ -64,48 +65,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
-# Choices that are declared, and not built yet: named so that the refusal can say so.
-_LATER = {
-    "layout": {"tokenizer", "graph"},
-    "exporter": {"transformers", "genai"},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to export; see `export`."""
-
-    task: str = "auto"
-    exporter: str = "auto"
-    dtype: str = "fp32"
-    layout: str = "runtime"
-    to: str = "onnx"
-    cold: bool = True
-    trust_remote_code: bool = False
-    quantize: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("layout", self.layout, {"runtime"})
-        _check_choice("exporter", self.exporter, {"auto", "optimum"})
-        _check_choice("dtype", self.dtype, set(optimum.TORCH_DTYPES))
-        _check_choice("to", self.to, {"onnx", "safetensors"})
-        if self.quantize is not None:
-            _check_choice("quantize", self.quantize, set(SCHEMES))
-            _check_quantized(self)
-
-
-def _check_choice(option: str, value: str, allowed: set[str]) -> None:
-    if value in _LATER.get(option, ()):
-        raise UsageError(f"{option} {value!r} is not built yet: use {', '.join(sorted(allowed))}.")
-    if value not in allowed:
-        raise UsageError(f"{option} {value!r} is not known: use {', '.join(sorted(allowed))}.")
-
-
-def _check_quantized(options: Options) -> None:
-    if options.to != "onnx":
-        raise UsageError("quantize changes a graph and --to safetensors makes none: leave one of them out.")
-    if options.dtype == "bf16":
-        raise UsageError("quantize takes dtype fp32 or fp16: bf16 scales run on no CPU.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,50 @@
+"""What may be asked of an export, checked before anything is read."""
+
+from dataclasses import dataclass
+
+from trimserve.errors import UsageError
+from trimserve_export.exporters import optimum
+from trimserve_export.quantize import SCHEMES
+
+# Choices that are declared, and not built yet: named so that the refusal can say so.
+_LATER = {
+    "layout": {"tokenizer", "graph"},
+    "exporter": {"transformers", "genai"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to export; see `export`."""
+
+    task: str = "auto"
+    exporter: str = "auto"
+    dtype: str = "fp32"
+    layout: str = "runtime"
+    to: str = "onnx"
+    cold: bool = True
+    trust_remote_code: bool = False
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("layout", self.layout, {"runtime"})
+        _check_choice("exporter", self.exporter, {"auto", "optimum"})
+        _check_choice("dtype", self.dtype, set(optimum.TORCH_DTYPES))
+        _check_choice("to", self.to, {"onnx", "safetensors"})
+        if self.quantize is not None:
+            _check_choice("quantize", self.quantize, set(SCHEMES))
+            _check_quantized(self)
+
+
+def _check_choice(option: str, value: str, allowed: set[str]) -> None:
+    if value in _LATER.get(option, ()):
+        raise UsageError(f"{option} {value!r} is not built yet: use {', '.join(sorted(allowed))}.")
+    if value not in allowed:
+        raise UsageError(f"{option} {value!r} is not known: use {', '.join(sorted(allowed))}.")
+
+
+def _check_quantized(options: Options) -> None:
+    if options.to != "onnx":
+        raise UsageError("quantize changes a graph and --to safetensors makes none: leave one of them out.")
+    if options.dtype == "bf16":
+        raise UsageError("quantize takes dtype fp32 or fp16: bf16 scales run on no CPU.")
