@@ -4,8 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny_tokenizers import KINDS, save_model_folder
+
+# A busy machine is slow now and then; that is no failure.
+settings.register_profile("trimserve", deadline=None)
+settings.load_profile("trimserve")
 
 # Helper modules hold no tests, and some of them need the [export] extra as soon as they are imported.
 collect_ignore = [
