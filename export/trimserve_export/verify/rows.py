@@ -1,5 +1,6 @@
 """Checks of bytes: the folder's files, its tokenizer, and each row of the vocab tensors."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,8 +151,7 @@ def _orientations(array: Array) -> tuple[Array, ...]:
 
 def _row_matrix(spec: TensorSpec, axis: int) -> Array:
     """A stored tensor with a row an id: (V, H), or (V, 1) for a bias; mapped, in its own dtype."""
-    rows = spec.shape[axis]
-    return _as_floats(spec).reshape(rows, -1)
+    return _as_floats(spec).reshape(spec.shape[axis], math.prod(spec.shape[axis + 1 :]))
 
 
 def _as_floats(spec: TensorSpec) -> Array:
