@@ -86,6 +86,11 @@ class Decoder:
         """Whether sequences of unequal length can run together, padded on the left."""
         return self.takes_positions and not self._shares_buffers
 
+    @property
+    def takes_beams(self) -> bool:
+        """Whether its cache can hold several sequences of one length."""
+        return not self._shares_buffers
+
     def empty_cache(self, batch: int) -> KVCache:
         """A cache that holds nothing yet, for `batch` sequences."""
         kind = SharedCache if self._shares_buffers else GrowingCache

@@ -14,10 +14,10 @@ import numpy as np
 
 from trimserve.decoder import Floats
 from trimserve.folder import TrimmedFolder
-from trimserve.generation import Timing
 from trimserve.request import Block, Request
 from trimserve.sampling import Columns, choose, obey
 from trimserve.session import open_session
+from trimserve.stats import Timing
 from trimserve.vocab import Ids, VocabMap
 
 COLD_MAX_NAME = "cold_max.onnx"

@@ -7,30 +7,19 @@ decoder the check runs on the CPU in another thread while the device drafts on (
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Floats, Step
 from trimserve.errors import NoTokenError
+from trimserve.feeding import Feeder
 from trimserve.kv import KVCache
 from trimserve.request import Block, DraftSlots, Request
 from trimserve.sampling import Columns
-from trimserve.vocab import Ids, VocabMap
-
-
-@dataclass(slots=True)
-class Timing:
-    """Seconds spent in the parts of generation."""
-
-    PARTS: ClassVar[tuple[str, ...]] = ("model", "cold_head", "sampler")
-
-    model: float = 0.0
-    cold_head: float = 0.0
-    sampler: float = 0.0
+from trimserve.stats import Timing
+from trimserve.vocab import VocabMap
 
 
 class Checker(Protocol):
@@ -75,9 +64,9 @@ class GenerationLoop:
         self._cold = cold
         self._checker = checker
         self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
-        self._no_rows = np.zeros((1, decoder.hidden_size), decoder.dtype)
+        self._feeder = Feeder(decoder, vocab, cold)
         self._overlap = overlap and checker is not None
-        self.timing = Timing()
+        self.timing = self._feeder.timing
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
         """Generate until all requests are finished, giving each one's checked tokens as they come."""
@@ -87,7 +76,7 @@ class GenerationLoop:
         for request in live:
             cold_ids = request.given[~self._vocab.is_kept(request.given)]
             request.slots = DraftSlots(self._kept, self._cold, self._decoder.after_head, cold_ids)
-        cache, step = self._prefill(live)
+        cache, step = self._feeder.prefill(live)
         blocks = self._draft(live, cache, step)
         while True:
             checked, ahead = self._check(live, blocks, cache)
@@ -111,30 +100,9 @@ class GenerationLoop:
                 request.drafted += fed_ahead
             cache.cut(np.array(drop, np.int64) + fed_ahead)
             cache.select(keep)
-            blocks = self._draft(live, cache, self._feed(cache, [request.output[-1] for request in live]))
-
-    def _prefill(self, requests: Sequence[Request]) -> tuple[KVCache, Step]:
-        width = max(request.prompt.size for request in requests)
-        ids = np.full((len(requests), width), int(self._vocab.kept_ids[0]), np.int32)
-        mask = np.zeros((len(requests), width), np.int64)
-        for row, request in enumerate(requests):  # aligned at the right, where generation goes on
-            ids[row, width - request.prompt.size :] = request.prompt
-            mask[row, width - request.prompt.size :] = 1
-        start = time.perf_counter()
-        cache = self._decoder.start([request.source for request in requests])
-        self.timing.model += time.perf_counter() - start
-        return cache, self._step(cache, ids, mask=mask)
-
-    def _feed(self, cache: KVCache, tokens: Sequence[int]) -> Step:
-        return self._step(cache, np.array(tokens, np.int32)[:, None])
-
-    def _step(self, cache: KVCache, ids: Ids, mask: npt.NDArray[np.int64] | None = None) -> Step:
-        start = time.perf_counter()
-        slotted = self._vocab.with_slots(ids)
-        rows = self._cold.embedding(slotted.cold_ids) if slotted.cold_tokens else self._no_rows
-        step = self._decoder.step(cache, slotted.ids, rows, mask=mask)
-        self.timing.model += time.perf_counter() - start
-        return step
+            blocks = self._draft(
+                live, cache, self._feeder.feed(cache, [request.output[-1] for request in live])
+            )
 
     def _draft(
         self, requests: Sequence[Request], cache: KVCache, step: Step, flying: Sequence[Block] = ()
@@ -155,7 +123,7 @@ class GenerationLoop:
             self.timing.sampler += time.perf_counter() - start
             if position == size - 1 or _all_ended(requests, drafts):
                 break
-            steps.append(self._feed(cache, [tokens[-1] for tokens in drafts]))
+            steps.append(self._feeder.feed(cache, [tokens[-1] for tokens in drafts]))
         logits = np.stack([s.logits[:, -1] for s in steps], axis=1)
         hidden = np.stack([s.hidden[:, -1] for s in steps], axis=1)
         step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
@@ -185,7 +153,7 @@ class GenerationLoop:
             return self._checker.check(requests, blocks), []
         with ThreadPoolExecutor(1) as checking:
             checked = checking.submit(self._checker.check, requests, blocks)
-            step = self._feed(cache, [tokens[-1] for tokens in drafted])
+            step = self._feeder.feed(cache, [tokens[-1] for tokens in drafted])
             ahead = self._draft(requests, cache, step, blocks)
             return checked.result(), ahead
 

@@ -2,11 +2,9 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack
 
-import numpy as np
-
+from trimserve.beam import BeamParams, BeamSearch, EarlyStopping
 from trimserve.chat import Message, render_chat
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder
@@ -14,11 +12,12 @@ from trimserve.errors import UsageError
 from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, ColdHead, ExactChecker
 from trimserve.folder import TrimmedFolder
 from trimserve.genconfig import GenerationConfig
-from trimserve.generation import Checker, GenerationLoop, Timing
+from trimserve.generation import Checker, GenerationLoop
 from trimserve.reading import Generation, Reader
 from trimserve.request import Request
 from trimserve.sampling import LogitsProcessor, SamplingParams
 from trimserve.scoring import MassMeter, Score, Scorer
+from trimserve.stats import GeneratorStats
 from trimserve.text import Codec
 from trimserve.vocab import Ids
 
@@ -34,6 +33,8 @@ class GenerationOptions(TypedDict, total=False):
     cold rows) or "compact"; `max_block` limits how many tokens are drafted before a check; `report_mass`
     measures, in compact mode, the probability of what it cannot produce. `forced_bos_token_id` (the language
     of mBART-50, M2M100 and NLLB) and `decoder_start_token_id` override the model's generation config.
+    `num_beams` above 1 searches with so many beams instead of sampling; `length_penalty` and
+    `early_stopping` are those of `BeamParams`.
     """
 
     max_new_tokens: int
@@ -53,30 +54,9 @@ class GenerationOptions(TypedDict, total=False):
     seed: int
     forced_bos_token_id: int
     decoder_start_token_id: int
-
-
-@dataclass(slots=True)
-class GeneratorStats:
-    """What a generator has done since it was loaded: the live coverage, which shows drift.
-
-    Attributes:
-        prompt_tokens: tokens fed from prompts.
-        tokens: tokens generated.
-        cold_tokens: tokens of prompts and outputs that have no compact row (in a folder without cold rows
-            they were split into kept pieces).
-        drafted: tokens drafted.
-        rejected: drafts that the full model's token replaced.
-        seconds: time by part: model (body and compact head), cold_head, sampler, other.
-    """
-
-    prompt_tokens: int = 0
-    tokens: int = 0
-    cold_tokens: int = 0
-    drafted: int = 0
-    rejected: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"model": 0.0, "cold_head": 0.0, "sampler": 0.0, "other": 0.0}
-    )
+    num_beams: int
+    length_penalty: float
+    early_stopping: EarlyStopping
 
 
 class Generator:
@@ -185,17 +165,21 @@ class Generator:
         requests = self._requests(prompts, options)
         together = self._decoder.takes_batches and not options.get("report_mass")
         batches = [requests] if together else [[request] for request in requests]
+        beams = _beam_params(options)
         results: list[Generation] = []
         for batch in batches:
             readers = {id(request): Reader(self.codec, options.get("stop", ())) for request in batch}
-            checker = self._checker(options)
-            for request, tokens in self._run(batch, checker):
+            checker = None if beams else self._checker(options)
+            steps = self._search(batch, beams, options) if beams else self._run(batch, checker)
+            for request, tokens in steps:
                 readers[id(request)].push(request, tokens)
             mass = checker.mean_mass if isinstance(checker, MassMeter) else None
             results += [readers[id(request)].result(request, mass) for request in batch]
         return results
 
     def _stream(self, prompt_ids: Ids, options: GenerationOptions) -> Iterator[str]:
+        if _beam_params(options):
+            raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
         (request,) = self._requests([prompt_ids], options)
         reader = Reader(self.codec, options.get("stop", ()))
         checker = self._checker(options)
@@ -234,14 +218,27 @@ class Generator:
         try:
             yield from loop.run(requests)
         finally:
-            self._count(
-                requests, [loop.timing, *([checker.timing] if checker else [])], time.perf_counter() - start
-            )
+            timings = [loop.timing, *([checker.timing] if checker else [])]
+            self.stats.count(requests, self.folder.vocab, timings, time.perf_counter() - start)
 
-    def _checker(self, options: GenerationOptions) -> Checker | None:
+    def _search(
+        self, requests: Sequence[Request], params: BeamParams, options: GenerationOptions
+    ) -> Iterator[tuple[Request, list[int]]]:
+        head = self._cold_head("exact mode") if self._mode(options) == "exact" else None
+        search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
+        start = time.perf_counter()
+        search.run(requests)
+        self.stats.count(requests, self.folder.vocab, [search.timing], time.perf_counter() - start)
+        yield from ((request, request.output) for request in requests)
+
+    def _mode(self, options: GenerationOptions) -> Mode:
         mode = options.get("mode") or ("exact" if self.can_be_exact else "compact")
         if mode not in MODES:
             raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
+        return mode
+
+    def _checker(self, options: GenerationOptions) -> Checker | None:
+        mode = self._mode(options)
         max_block = options.get("max_block", MAX_BLOCK)
         if max_block < 1:
             raise UsageError(f"max_block should be 1 or more, found {max_block}.")
@@ -265,17 +262,15 @@ class Generator:
             self._head = ColdHead(self.folder, threads=self._threads)
         return self._head
 
-    def _count(self, requests: Sequence[Request], timings: Sequence[Timing], seconds: float) -> None:
-        stats = self.stats
-        for request in requests:
-            output = np.array(request.output, np.int32)
-            stats.prompt_tokens += request.prompt_tokens
-            stats.tokens += len(request.output)
-            stats.cold_tokens += int((~self.folder.vocab.is_kept(output)).sum())
-            stats.drafted += request.drafted
-            stats.rejected += request.rejected
-        parts = {name: sum(getattr(timing, name) for timing in timings) for name in Timing.PARTS}
-        # Parts that overlapped count twice: nothing is left for the rest then.
-        parts["other"] = max(0.0, seconds - sum(parts.values()))
-        for name, spent in parts.items():
-            stats.seconds[name] += spent
+
+def _beam_params(options: GenerationOptions) -> BeamParams | None:
+    """How beams are kept, or None without them."""
+    names = BeamParams.__dataclass_fields__
+    given: dict[str, Any] = {name: value for name, value in options.items() if name in names}
+    params = BeamParams(**given)
+    if params.num_beams == 1:
+        return None
+    for name in ("temperature", "stop", "report_mass"):
+        if options.get(name):
+            raise UsageError(f"{name} means nothing to a beam search: leave it out, or use num_beams=1.")
+    return params

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Floats
 from trimserve.exact import ColdHead
-from trimserve.generation import Timing
 from trimserve.request import Block, Request
+from trimserve.stats import Timing
 from trimserve.vocab import Ids, VocabMap
 
 # Positions whose logits exist at the same time: 16 x 262,144 float32 are 17 MB.

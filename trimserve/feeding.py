@@ -1,0 +1,54 @@
+"""Feed token ids to a decoder: cold ones through slots, a batch of prompts aligned at their right ends."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.cold import ColdRows
+from trimserve.decoder import Decoder, Step
+from trimserve.kv import KVCache
+from trimserve.request import Request
+from trimserve.stats import Timing
+from trimserve.vocab import Ids, VocabMap
+
+
+class Feeder:
+    """A decoder that takes token ids.
+
+    Attributes:
+        timing: seconds spent in the model.
+    """
+
+    def __init__(self, decoder: Decoder, vocab: VocabMap, cold: ColdRows) -> None:
+        self._decoder = decoder
+        self._vocab = vocab
+        self._cold = cold
+        self._no_rows = np.zeros((1, decoder.hidden_size), decoder.dtype)
+        self.timing = Timing()
+
+    def prefill(self, requests: Sequence[Request]) -> tuple[KVCache, Step]:
+        """Read the requests' sources and prompts; gives the step after each prompt's last token."""
+        width = max(request.prompt.size for request in requests)
+        ids = np.full((len(requests), width), int(self._vocab.kept_ids[0]), np.int32)
+        mask = np.zeros((len(requests), width), np.int64)
+        for row, request in enumerate(requests):  # aligned at the right, where generation goes on
+            ids[row, width - request.prompt.size :] = request.prompt
+            mask[row, width - request.prompt.size :] = 1
+        start = time.perf_counter()
+        cache = self._decoder.start([request.source for request in requests])
+        self.timing.model += time.perf_counter() - start
+        return cache, self._step(cache, ids, mask)
+
+    def feed(self, cache: KVCache, tokens: Sequence[int]) -> Step:
+        """Feed one token id to each sequence."""
+        return self._step(cache, np.array(tokens, np.int32)[:, None])
+
+    def _step(self, cache: KVCache, ids: Ids, mask: npt.NDArray[np.int64] | None = None) -> Step:
+        start = time.perf_counter()
+        slotted = self._vocab.with_slots(ids)
+        rows = self._cold.embedding(slotted.cold_ids) if slotted.cold_tokens else self._no_rows
+        step = self._decoder.step(cache, slotted.ids, rows, mask=mask)
+        self.timing.model += time.perf_counter() - start
+        return step
