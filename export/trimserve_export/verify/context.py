@@ -10,6 +10,7 @@ import numpy as np
 from trimserve.cold import ColdRows
 from trimserve.errors import UnknownIdError, UsageError
 from trimserve.folder import TrimmedFolder
+from trimserve.genconfig import GenerationConfig
 from trimserve.session import open_session
 from trimserve.source import ModelSource
 from trimserve.text import Codec
@@ -73,9 +74,8 @@ class Context:
         }
         if "model" in graphs:
             return graphs["model"]
-        return Seq2SeqModel(
-            graphs["encoder"], graphs["decoder"], self.source.config["decoder_start_token_id"]
-        )
+        (start_id,) = GenerationConfig(self.folder).decoder_start().tolist()
+        return Seq2SeqModel(graphs["encoder"], graphs["decoder"], start_id)
 
     def encode(self, text: str) -> Ids | None:
         """Token ids of a text; None where the tokenizer gives an id that the model has no row for."""

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.genconfig import GenerationConfig
 from trimserve.generator import Generator, Mode
 from trimserve.loading import load
+from trimserve.rules import TokenRules, Verdict
 from trimserve.vocab import Ids
 from trimserve_export.verify.context import Context
-from trimserve_export.verify.graph import GraphModel
+from trimserve_export.verify.graph import GraphModel, Model
 from trimserve_export.verify.result import Check
 
 _PROMPTS = 12
@@ -48,11 +50,12 @@ def check_generated_ids(context: Context) -> Check:
     """Generate greedily in each mode of the folder and compare with the full model, step by step.
 
     Compact mode is compared with the full model's logits masked to the kept ids and the prompt's cold ids,
-    exact mode with all of them. Where the ids part, the full model's two logits must lie within the
-    rounding bound: a tie, which is counted and ends the comparison of that text.
+    exact mode with all of them; what the generation config forces and forbids holds in both. Where the ids
+    part, the full model's two logits must lie within the rounding bound: a tie, which is counted and ends
+    the comparison of that text.
     """
     model = load(context.folder.path)
-    if not isinstance(model, Generator) or not isinstance(context.full, GraphModel):
+    if not isinstance(model, Generator):
         return Check("generated-ids", False, None, f"{context.folder.path} does not load as a generator")
     modes: tuple[Mode, ...] = ("compact", "exact") if model.can_be_exact else ("compact",)
     prompts = _prompts(context)
@@ -60,7 +63,7 @@ def check_generated_ids(context: Context) -> Check:
     for mode in modes:
         for text, prompt in prompts:
             (generated,) = model.generate(text, mode=mode, max_new_tokens=_NEW_TOKENS)
-            expected = _greedy(context.full, prompt, _forbidden(context, prompt, mode), model.stop_ids)
+            expected = _greedy(context.full, prompt, _forbidden(context, prompt, mode), model.config)
             parting = _parting(context, generated.ids, expected)
             if parting is None:
                 continue
@@ -102,18 +105,31 @@ def _forbidden(context: Context, prompt: Ids, mode: Mode) -> npt.NDArray[np.bool
 
 
 def _greedy(
-    full: GraphModel, prompt: Ids, forbidden: npt.NDArray[np.bool_], stop_ids: frozenset[int]
+    full: Model, prompt: Ids, forbidden: npt.NDArray[np.bool_], config: GenerationConfig
 ) -> list[Step]:
     """Decode with the full graph and its KV cache, one token a time; the lowest id wins a tie."""
+    if isinstance(full, GraphModel):
+        decoder, past, start = full, {}, prompt
+    else:  # the encoder reads the prompt
+        decoder, past, start = full.decoder, full.encoder.run(prompt), np.array([full.start_id], np.int32)
+    rules = config.rules(_NEW_TOKENS) or TokenRules()
     steps: list[Step] = []
-    ids, past = prompt, None
-    while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in stop_ids):
-        outputs = full.run(ids, past, keep=1)
-        logits = outputs["logits"][0, -1]
-        token = int(np.where(forbidden, -np.inf, logits).argmax())
-        steps.append(Step(token, logits, outputs["hidden_states"]))
-        ids, past = np.array([token], np.int32), outputs
+    ids = start
+    while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in config.stop_ids):
+        outputs = decoder.run(ids, past, keep=1)
+        verdict = rules.at(start, np.array([step.token for step in steps], np.int32))
+        logits = _obey(verdict, np.where(forbidden, -np.inf, outputs["logits"][0, -1]))
+        steps.append(Step(int(logits.argmax()), logits, outputs["hidden_states"]))
+        ids, past = np.array([steps[-1].token], np.int32), past | outputs
     return steps
+
+
+def _obey(verdict: Verdict, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Logits (V,) with -inf for what the model's rules forbid; a forced token needs none of its own."""
+    ids = np.arange(len(logits))
+    if verdict.forced.size:
+        return np.where(np.isin(ids, verdict.forced), 0, -np.inf)
+    return np.where(np.isin(ids, verdict.banned), -np.inf, logits)
 
 
 def _parting(context: Context, ids: Sequence[int], expected: Sequence[Step]) -> Parting | None:

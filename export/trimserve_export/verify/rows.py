@@ -101,7 +101,7 @@ def check_kept_rows(context: Context) -> Check:
         kept = _closest(expected, context.folder.vocab.kept_ids, weights, dtype)
         differences.append((f"{role} rows in the weights", kept))
         if context.folder.has_cold:
-            stored = [_row_matrix(cold[role], axis)] if role in cold else []
+            stored = [_row_matrix(cold[role], 0)] if role in cold else []
             difference = _closest(expected, context.folder.vocab.cold_ids, stored, None)
             differences.append((f"{role} rows in {COLD_NAME}", difference))
     return _rows_check(context, differences)

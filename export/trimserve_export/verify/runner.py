@@ -9,7 +9,7 @@ from pathlib import Path
 from trimserve.blocks import BlockScheme
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.folder import (
-    GENERATION_TASK,
+    GENERATOR_TASKS,
     Manifest,
     open_folder,
     read_manifest,
@@ -116,7 +116,7 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
         yield "cold-slots", check_cold_slots
     if task in ENCODER_TASKS:
         yield "runtime-outputs", check_runtime_outputs
-    if task == GENERATION_TASK:
+    if task in GENERATOR_TASKS:
         yield "generated-ids", check_generated_ids
 
 
