@@ -26,6 +26,8 @@ _GENERATION = (
     "stop",
     "mode",
     "report_mass",
+    "num_beams",
+    "length_penalty",
 )
 _ENCODING = ("corpus", "text_column", "top", "batch_size")
 
@@ -57,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", metavar="TEXT", help="ends the output; can be repeated"
     )
     generation.add_argument(
+        "--num-beams", type=int, metavar="N", help="search with N beams; the text comes when it is over"
+    )
+    generation.add_argument(
+        "--length-penalty", type=float, metavar="P", help="of beams: below 1 favours short ones (default: 1)"
+    )
+    generation.add_argument(
+        "--forced-bos", metavar="TOKEN", help="the first token, for example a language's: fra_Latn"
+    )
+    generation.add_argument(
         "--chat", action="store_true", default=None, help="each prompt is a user's message (chat template)"
     )
     generation.add_argument(
@@ -81,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(model, Encoder):
         from trimserve.cli.encoding import encode
 
-        _refuse(args, (*_GENERATION, "chat"), model.task)
+        _refuse(args, (*_GENERATION, "forced_bos", "chat"), model.task)
         texts = list(_texts(args.texts, by_line=True))
         return encode(args, model, texts, _given(args, _ENCODING))
     _refuse(args, _ENCODING, model.folder.manifest.task)
@@ -125,8 +136,10 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], task: str) -> None
 
 def _generate(args: argparse.Namespace, model: "Generator", prompts: list[str]) -> int:
     options: GenerationOptions = _given(args, _GENERATION)  # type: ignore[assignment]
+    if args.forced_bos is not None:
+        options["forced_bos_token_id"] = _token_id(model, args.forced_bos)
     start = time.perf_counter()
-    if args.format == "human" and not args.report_mass:
+    if args.format == "human" and not args.report_mass and (args.num_beams or 1) == 1:
         for prompt in prompts:
             _stream(model, prompt, args.chat, options)
         results: list[Generation] = []
@@ -141,6 +154,15 @@ def _generate(args: argparse.Namespace, model: "Generator", prompts: list[str]) 
     if args.verbose:
         print(_summary(model, seconds), file=sys.stderr)
     return 0
+
+
+def _token_id(model: "Generator", token: str) -> int:
+    token_id = model.codec.tokenizer.token_to_id(token)
+    if token_id is None:
+        raise UsageError(
+            f"the tokenizer of {model.folder.path} has no token {token!r}: see its tokenizer.json."
+        )
+    return int(token_id)
 
 
 def _stream(model: "Generator", prompt: str, chat: bool | None, options: "GenerationOptions") -> None:
