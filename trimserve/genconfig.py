@@ -16,6 +16,7 @@ class GenerationConfig:
 
     Attributes:
         stop_ids: ids that end a sequence.
+        positions: rows of the model's table of positions, as far as its config says; None for no limit.
     """
 
     def __init__(self, folder: TrimmedFolder) -> None:
@@ -26,6 +27,7 @@ class GenerationConfig:
         self._merged = {name: value for part in parts for name, value in part.items() if value is not None}
         # As in transformers, which reads rules from the model's config only if it has no other.
         self._rules = generation or config
+        self.positions: int | None = self._merged.get("max_position_embeddings")
         self.stop_ids = frozenset(as_ids(self._merged.get("eos_token_id")))
 
     def rules(self, max_new_tokens: int, **changes: int) -> TokenRules | None:

@@ -196,13 +196,17 @@ class Generator:
 
     def _params(self, options: GenerationOptions) -> tuple[SamplingParams, int]:
         """How tokens are chosen, and how many at most."""
-        limit = options.get("max_new_tokens", 128)
-        if limit < 0:
-            raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
+        limit = self._limit(options)
         names = SamplingParams.__dataclass_fields__
         sampling: dict[str, Any] = {name: value for name, value in options.items() if name in names}
         forced = {key: options[key] for key in ("forced_bos_token_id",) if key in options}
         return SamplingParams(**sampling, rules=self.config.rules(limit, **forced)), limit
+
+    def _limit(self, options: GenerationOptions) -> int:
+        limit = options.get("max_new_tokens", 128)
+        if limit < 0:
+            raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
+        return limit
 
     def _servable(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
         """The sequences with ids that the folder has rows for; counts cold tokens."""

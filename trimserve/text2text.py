@@ -58,11 +58,25 @@ class Text2TextGenerator(Generator):
     def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
         params, limit = self._params(options)
         start = self.config.decoder_start(options.get("decoder_start_token_id"))
-        empty = next((place for place, ids in enumerate(prompts) if not ids.size), None)
-        if empty is not None:
-            raise UsageError(f"text {empty + 1} is empty: an encoder-decoder needs something to read.")
         sources = self._servable(prompts)
+        self._check_lengths(sources)
         return [Request(start, params, limit, self.stop_ids, source=source) for source in sources]
+
+    def _check_lengths(self, sources: Sequence[Ids]) -> None:
+        positions = self.config.positions
+        for place, source in enumerate(sources, 1):
+            if not source.size:
+                raise UsageError(f"text {place} is empty: an encoder-decoder needs something to read.")
+            if positions is not None and source.size > positions:
+                raise UsageError(
+                    f"text {place} has {source.size:,} tokens, this model's encoder reads {positions:,} at "
+                    "most: split the text."
+                )
+
+    def _limit(self, options: GenerationOptions) -> int:
+        # A table of positions ends somewhere: nothing can be computed after that.
+        limit = super()._limit(options)
+        return limit if self.config.positions is None else min(limit, self.config.positions)
 
     def _checker(self, options: GenerationOptions) -> Checker | None:
         checker = super()._checker(options)

@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from trimserve.folder import COLD_NAME, VOCAB_NAME, Manifest
+from trimserve.folder import COLD_NAME, GENERATION_TASK, TEXT2TEXT_TASK, VOCAB_NAME, Manifest
 from trimserve.report import human_bytes, percent
 from trimserve.source import ModelSource
 
@@ -43,7 +43,7 @@ $commands
 licence of the base model applies.
 """)
 _LICENCE = re.compile(r"^---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n", re.MULTILINE)
-_PIPELINE_TAGS = {"text-generation-with-past": "text-generation"}
+_PIPELINE_TAGS = {GENERATION_TASK: "text-generation", TEXT2TEXT_TASK: "text2text-generation"}
 _WITH_COLD = (
     "A token whose row was not kept is fed from its cold row, read from "
     f"`{COLD_NAME}`: any text goes in exactly."
