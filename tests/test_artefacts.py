@@ -51,9 +51,18 @@ def test_vocab_file_holds_what_other_tools_read(tmp_path):
     with safe_open(tmp_path / "v.safetensors", "numpy") as file:
         vocab_map = file.get_tensor("vocab_map")
         assert (vocab_map.tolist(), vocab_map.dtype) == ([0, 5, 36], np.int32)
-        assert file.get_tensor("reason").dtype == np.uint8
+        # TensorRT-Edge-LLM's runtime: "vocab_map.safetensors should contain exactly one tensor", int32, 1-D.
+        assert list(file.keys()) == ["vocab_map"]
+        assert vocab_map.ndim == 1
         assert file.metadata()["kind"] == "vocab"
         assert json.loads(file.metadata()["vocab_size"]) == 37
+
+
+def test_reasons_of_files_that_hold_them_as_a_tensor_are_read(tmp_path):
+    facts = {"vocab_size": 37, "tokenizer_sha256": "", "rule": {}}
+    arrays = {"vocab_map": np.array([3, 5], np.int32), "reason": np.array([0, 3], np.uint8)}
+    save_artefact(tmp_path / "v", "vocab", arrays, facts)
+    assert load_vocab(tmp_path / "v").reason.tolist() == [Reason.STRUCTURAL, Reason.FILL]
 
 
 def test_same_content_is_the_same_bytes(tmp_path):

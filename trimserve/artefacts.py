@@ -125,13 +125,17 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
 
 
 def save_vocab(vocab: VocabMap, path: Path) -> None:
-    """Write `vocab_map.safetensors`: int32 `vocab_map` (K,), uint8 `reason` (K,)."""
+    """Write `vocab_map.safetensors`: int32 `vocab_map` (K,), and in its metadata a digit of `Reason` an id.
+
+    `vocab_map` is the only tensor, as TensorRT-Edge-LLM's runtime demands of a file of this name.
+    """
     facts = {
+        "reason": "".join(map(str, vocab.reason.tolist())),
         "vocab_size": vocab.vocab_size,
         "tokenizer_sha256": vocab.tokenizer_sha256,
         "rule": vocab.rule,
     }
-    save_artefact(path, "vocab", {"vocab_map": vocab.kept_ids, "reason": vocab.reason}, facts)
+    save_artefact(path, "vocab", {"vocab_map": vocab.kept_ids}, facts)
 
 
 def load_vocab(path: Path) -> VocabMap:
@@ -145,10 +149,16 @@ def load_vocab(path: Path) -> VocabMap:
     try:
         return VocabMap(
             kept_ids=arrays["vocab_map"],
-            reason=arrays["reason"],
+            reason=_reasons(arrays, facts),
             vocab_size=facts["vocab_size"],
             tokenizer_sha256=facts["tokenizer_sha256"],
             rule=facts["rule"],
         )
     except KeyError as error:
         raise MismatchError(f"{path} lacks {error}: select the vocab again.") from error
+
+
+def _reasons(arrays: Arrays, facts: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+    if "reason" in arrays:  # as written before they moved to the metadata
+        return np.asarray(arrays["reason"])
+    return np.frombuffer(facts["reason"].encode(), np.uint8) - ord("0")

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
+from trimserve.keepfile import KeepList, check_named, read_keep_file
 from trimserve.profiling import Profile, merge
 from trimserve.source import ModelSource, resolve_model
 from trimserve.vocab import Ids, Reason, VocabMap
@@ -78,7 +79,7 @@ def select(  # noqa: PLR0913 - the options are the public interface
         max_bytes: see `Rule`.
         keep_tokens: tokens of the vocabulary, or texts, all of whose tokens stay.
         keep_ids: token ids that stay.
-        keep_file: a UTF-8 file with a `keep_tokens` entry a line.
+        keep_file: a keep list of this or another tool; see `keepfile.read_keep_file`.
         multiple_of: see `Rule`; a power of two suits matrix kernels.
         model: where the tokenizer is, for `keep_tokens` and `keep_file`; by default as profiled.
 
@@ -92,8 +93,12 @@ def select(  # noqa: PLR0913 - the options are the public interface
     """
     rule = Rule(coverage, top_k, min_count, max_bytes, multiple_of)
     profile = profiles if isinstance(profiles, Profile) else merge(profiles)
-    words = [*keep_tokens, *_lines(keep_file)]
-    explicit = [*keep_ids, *(_token_ids(words, _tokenizer_of(profile, model)) if words else ())]
+    listed = KeepList() if keep_file is None else read_keep_file(keep_file)
+    explicit = [*keep_ids, *listed.ids]
+    if words := [*keep_tokens, *listed.words]:
+        explicit += _token_ids(words, _tokenizer_of(profile, model))
+    if listed.named:
+        explicit += check_named(listed.named, _tokenizer_of(profile, model))
     _check_ids(explicit, profile.vocab_size)
     reason = _reasons(profile, rule, explicit)
     kept_ids = np.flatnonzero(reason >= 0).astype(np.int32)
@@ -132,7 +137,7 @@ def _reasons(profile: Profile, rule: Rule, explicit: Sequence[int]) -> npt.NDArr
     wanted = min(int(eligible[ranked].sum()), _limit(profile, rule, ranked, forced))
     size = min(
         forced.size + ranked.size,
-        _round_up(forced.size + wanted, rule.multiple_of, profile.linear_widths),
+        round_up(forced.size + wanted, rule.multiple_of, profile.linear_widths),
     )
     reason[ranked[:wanted]] = Reason.PROFILE
     reason[ranked[wanted : size - forced.size]] = Reason.FILL
@@ -185,20 +190,20 @@ def _affordable(profile: Profile, max_bytes: int, multiple_of: int, forced: int,
     while size in profile.linear_widths:
         size -= multiple_of
     if size < forced:
-        least = _round_up(forced, multiple_of, profile.linear_widths) * profile.row_bytes
+        least = round_up(forced, multiple_of, profile.linear_widths) * profile.row_bytes
         raise UsageError(
             f"max_bytes {max_bytes:,} cannot hold the {forced:,} ids that must stay: allow {least:,} bytes."
         )
     return size - forced
 
 
-def _round_up(size: int, multiple_of: int, widths: Sequence[int]) -> int:
+def round_up(size: int, multiple_of: int, widths: Sequence[int]) -> int:
     """The next multiple that is not the width of a linear layer.
 
     An exporter that looks for the head by its width would take such a layer for it.
 
     Example:
-        >>> _round_up(700, 128, [768])
+        >>> round_up(700, 128, [768])
         896
     """
     rounded = -(-max(size, 1) // multiple_of) * multiple_of
@@ -207,25 +212,20 @@ def _round_up(size: int, multiple_of: int, widths: Sequence[int]) -> int:
     return rounded
 
 
+def count_reasons(reason: npt.NDArray[np.integer[Any]]) -> dict[str, int]:
+    """How many ids stay for each reason; dependencies are named only where there are some."""
+    counts = {kind.name.lower(): int((reason == kind).sum()) for kind in Reason}
+    if not counts["dependency"]:
+        del counts["dependency"]
+    return counts
+
+
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
     outside = [id_ for id_ in ids if not 0 <= id_ < vocab_size]
     if outside:
         raise UnknownIdError(
             f"token id {outside[0]:,} cannot be kept: the model has rows 0..{vocab_size - 1:,}. Leave it out."
         )
-
-
-def _lines(keep_file: str | Path | None) -> list[str]:
-    if keep_file is None:
-        return []
-    try:
-        return [line for line in Path(keep_file).read_text("utf-8").splitlines() if line]
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{keep_file} does not exist: expected a file with a token or text a line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{keep_file} is not UTF-8 ({error}): convert it.") from error
 
 
 def _tokenizer_of(profile: Profile, model: str | Path | ModelSource | None) -> Tokenizer:
@@ -261,7 +261,7 @@ def _facts(
         "coverage": profile.coverage(kept_ids),
         "missing_mass": profile.missing_mass,
         "missing_mass_bound": profile.missing_mass_bound,
-        "reasons": {kind.name.lower(): int((reason == kind).sum()) for kind in Reason},
+        "reasons": count_reasons(reason),
         "tokenizer_name": profile.tokenizer_name,
         "texts": profile.texts,
         "tokens": profile.tokens,

@@ -21,6 +21,7 @@ class Reason(IntEnum):
     PROFILE = 1
     EXPLICIT = 2
     FILL = 3
+    DEPENDENCY = 4  # a rewritten tokenizer needs it: see trimserve_export.layouts.closure
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class VocabMap:
         """
         compact = np.asarray(compact_ids)
         _check_range(compact, len(self), "compact id")
-        original: Ids = self.kept_ids[compact]
+        original: Ids = self.kept_ids[compact.astype(np.int64)]  # an empty list is float64
         return original
 
     def with_slots(self, ids: npt.ArrayLike, slots: Sequence[int] | Ids = ()) -> Slotted:

@@ -26,7 +26,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="a token, or a text whose tokens stay; can be repeated",
     )
-    parser.add_argument("--keep-file", type=Path, metavar="F", help="file with a token or text a line")
+    parser.add_argument("--keep-file", type=Path, metavar="F", help="ids or tokens, one a line, or .json")
 
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:

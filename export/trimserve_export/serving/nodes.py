@@ -21,13 +21,16 @@ class NodeWriter:
 
     def constant(self, value: int | Sequence[int]) -> ir.Value:
         """Add an int64 constant and return its value."""
-        name = f"{self._scope}/constant_{len(self._graph.initializers)}"
-        array = np.array(value, np.int64)
+        return self.array(f"constant_{len(self._graph.initializers)}", np.array(value, np.int64))
+
+    def array(self, name: str, array: np.ndarray) -> ir.Value:
+        """Add a constant of an array's own dtype and return its value."""
+        tensor = ir.tensor(array, name=f"{self._scope}/{name}")
         constant = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.INT64),
+            name=tensor.name,
+            type=ir.TensorType(tensor.dtype),
             shape=ir.Shape(array.shape),
-            const_value=ir.tensor(array, name=name),
+            const_value=tensor,
         )
         self._graph.register_initializer(constant)
         return constant
@@ -59,6 +62,10 @@ class NodeWriter:
     def insert_before(self, node: ir.Node) -> None:
         """Put the collected nodes in front of a node of the graph."""
         self._graph.insert_before(node, self._nodes)
+
+    def insert_after(self, node: ir.Node) -> None:
+        """Put the collected nodes behind a node of the graph."""
+        self._graph.insert_after(node, self._nodes)
 
 
 def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> ir.Value:
