@@ -1,6 +1,7 @@
 """Say what a path is: a model and the prize of trimming it, a trimmed folder, or an ONNX graph."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from trimserve.folder import COLD_NAME, is_trimmed, read_manifest
 from trimserve.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:
+    from trimserve.tensorfile import TensorSpec
     from trimserve_export.checkpoint import StoredVocab
 
 # A K that most single-domain profiles stay below.
@@ -37,7 +39,8 @@ class Prize:
         vocab_share: share of all weight bytes that have a vocab axis; no K removes more.
         bytes_removed: bytes of the rows beyond K.
         decode_ratio: weight bytes read for one token by the full model over those at K: every weight is
-            read once but the embedding, of which a token needs one row. None for models without a head.
+            read once but an encoder's and the embedding, of which a token needs one row. None for models
+            without a head.
     """
 
     kept: int
@@ -177,8 +180,23 @@ def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
         tied=stored.tied,
         weight_bytes=total,
         vocab_tensors=tensors,
-        prize=prize(tensors, total, source.vocab_size, kept, tied=stored.tied),
+        prize=prize(
+            tensors,
+            total,
+            source.vocab_size,
+            kept,
+            tied=stored.tied,
+            encoder=_encoder_bytes(source, specs, stored),
+        ),
     )
+
+
+def _encoder_bytes(source: ModelSource, specs: Mapping[str, "TensorSpec"], stored: "StoredVocab") -> int:
+    """Bytes of an encoder beside a decoder, which reads what it made and not its weights."""
+    if not source.config.get("is_encoder_decoder"):
+        return 0
+    names = (name for name in specs if name.removeprefix("model.").startswith("encoder."))
+    return sum(specs[name].nbytes for name in names if name not in stored.cut)
 
 
 def _vocab_tensors(stored: "StoredVocab") -> tuple[VocabTensorFacts, ...]:
@@ -190,7 +208,13 @@ def _vocab_tensors(stored: "StoredVocab") -> tuple[VocabTensorFacts, ...]:
 
 
 def prize(
-    tensors: tuple[VocabTensorFacts, ...], total: int, vocab_size: int, kept: int, *, tied: bool
+    tensors: tuple[VocabTensorFacts, ...],
+    total: int,
+    vocab_size: int,
+    kept: int,
+    *,
+    tied: bool,
+    encoder: int = 0,
 ) -> Prize:
     """Compute what trimming to K ids can win at most.
 
@@ -200,13 +224,14 @@ def prize(
         vocab_size: V.
         kept: K; at most V counts.
         tied: the head is the embedding, so the embedding is read as a whole for each token.
+        encoder: bytes of the weights that are read once a text and not for each token.
     """
     share = min(kept, vocab_size) / vocab_size
     counted = [tensor for tensor in tensors if tensor.role != "copy"]
     vocab_bytes = sum(tensor.bytes for tensor in counted)
     head_roles = {"head", "head_bias", *(["embedding"] if tied else [])}
     head = sum(tensor.bytes for tensor in counted if tensor.role in head_roles)
-    body = total - vocab_bytes
+    body = total - vocab_bytes - encoder
     has_head = tied or any(tensor.role == "head" for tensor in counted)
     ratio = (body + head) / (body + head * share) if has_head and body + head else None
     return Prize(min(kept, vocab_size), vocab_bytes / total, round(vocab_bytes * (1 - share)), ratio)
