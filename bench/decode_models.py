@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import IO, Any
 
+import ml_dtypes
 import numpy as np
 
 from trimserve.tensorfile import TensorSource, exhaust, write_tensors
@@ -113,7 +114,7 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class NormalTensor:
-    """Independent normal float32 numbers, made a few rows at a time; `row_scales` multiplies each row."""
+    """Independent normal numbers, F32 or BF16, made a few rows at a time; `row_scales` multiplies rows."""
 
     shape: tuple[int, ...]
     std: float
@@ -129,10 +130,11 @@ class NormalTensor:
             rows = random.standard_normal((count, *self.shape[1:]), np.float32) * np.float32(self.std)
             if self.row_scales is not None:
                 rows *= self.row_scales[start : start + count, None]
-            data = rows.tobytes()
+            data = (rows.astype(ml_dtypes.bfloat16) if self.dtype == "BF16" else rows).tobytes()
+            count = len(data)
             while data:
                 data = data[file.write(data) :]
-            yield rows.nbytes
+            yield count
 
 
 @dataclass(frozen=True, slots=True)
