@@ -10,19 +10,24 @@ def add_cold_slots(graph: ir.Graph, embedding: Embedding) -> None:
     """Add the input `cold_rows` (S, H), S >= 1: compact id K + s takes row s of it.
 
     ``Gather(E, ids)`` becomes ``Where(ids < K, Gather(E, min(ids, K-1)), Gather(cold_rows, max(ids-K, 0)))``.
-    Both lookups stay in range for every id, and the rows pass through unchanged.
+    Both lookups stay in range for every id, and the rows pass through unchanged. A quantised embedding keeps
+    the nodes that dequantise its rows; cold rows are floats.
     """
     rows, width = embedding.rows, embedding.width
     cold_rows = add_input(graph, "cold_rows", embedding.dtype, ["cold_slots", width])
-    writer = NodeWriter(graph, "cold_slots")
-    ids = writer.op("Cast", [embedding.ids], to=int(ir.DataType.INT64))  # some exporters look up int32 ids
-    kept = writer.op("Less", [ids, writer.constant(rows)])
-    mask = writer.op("Unsqueeze", [kept, writer.constant([-1])])
-    kept_ids = writer.op("Min", [ids, writer.constant(rows - 1)])
-    slots = writer.op("Max", [writer.op("Sub", [ids, writer.constant(rows)]), writer.constant(0)])
-    kept_rows = writer.op("Gather", [embedding.table, kept_ids], axis=0)
-    slot_rows = writer.op("Gather", [cold_rows, slots], axis=0)
-    result = writer.op("Where", [mask, kept_rows, slot_rows])
-    writer.insert_before(embedding.gather)
-    ir.convenience.replace_all_uses_with(embedding.gather.outputs[0], result)
-    graph.remove(embedding.gather, safe=True)
+    before = NodeWriter(graph, "cold_slots")
+    ids = before.op("Cast", [embedding.ids], to=int(ir.DataType.INT64))  # some exporters look up int32 ids
+    kept = before.op("Less", [ids, before.constant(rows)])
+    mask = before.op("Unsqueeze", [kept, before.constant([-1])])
+    kept_ids = before.op("Min", [ids, before.constant(rows - 1)])
+    slots = before.op("Max", [before.op("Sub", [ids, before.constant(rows)]), before.constant(0)])
+    slot_rows = before.op("Gather", [cold_rows, slots], axis=0)
+    before.insert_before(embedding.gather)
+    embedding.gather.replace_input_with(1, kept_ids)
+    uses = list(embedding.output.uses())
+    after = NodeWriter(graph, "cold_slots/rows")
+    result = after.op("Where", [mask, embedding.output, slot_rows])
+    for user, index in uses:
+        user.replace_input_with(index, result)
+    maker = embedding.output.producer() or embedding.gather
+    after.insert_after(maker)

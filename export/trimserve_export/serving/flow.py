@@ -25,29 +25,26 @@ class Embedding:
     """The token embedding of a graph.
 
     Attributes:
-        gather: the node ``Gather(table, ids)``.
+        gather: the node ``Gather(table, ids)`` or ``GatherBlockQuantized(table, ids, ...)``.
         ids: its second input, in the shape that the graph made of `input_ids`.
-        table: the constant (K, H).
+        table: the constant (K, H); of a quantised embedding the integers, K rows of some shape.
+        output: the rows that were looked up, as floats: the node's own output, or that of the
+            DequantizeLinear behind it.
+        width: H.
+        dtype: type of `output`.
     """
 
     gather: ir.Node
     ids: ir.Value
     table: ir.Value
+    output: ir.Value
+    width: int
+    dtype: ir.DataType
 
     @property
     def rows(self) -> int:
         """K."""
         return _shape(self.table)[0]
-
-    @property
-    def width(self) -> int:
-        """H."""
-        return _shape(self.table)[1]
-
-    @property
-    def dtype(self) -> ir.DataType:
-        """Type of the rows."""
-        return _tensor(self.table).dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +141,9 @@ def find_embedding(graph: ir.Graph) -> Embedding:
     """
     found = []
     for node, ids in _uses_of_ids(find_input(graph, "input_ids")):
-        table = _looked_up(node, ids) if node.graph is graph else None
-        if table is not None:
-            found.append(Embedding(node, ids, table))
+        embedding = _looked_up(node, ids) if node.graph is graph else None
+        if embedding is not None:
+            found.append(embedding)
         elif node.op_type not in _BLIND:
             raise UnsupportedModelError(
                 f"{describe(node)} depends on the token ids themselves: compact ids would change its result."
@@ -167,12 +164,44 @@ def _uses_of_ids(ids: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
             yield node, ids
 
 
-def _looked_up(node: ir.Node, ids: ir.Value) -> ir.Value | None:
-    axis = node.attributes.get("axis")
-    if node.op_type != "Gather" or node.inputs[1] is not ids or (axis is not None and axis.as_int() != 0):
+def _looked_up(node: ir.Node, ids: ir.Value) -> Embedding | None:
+    if len(node.inputs) < 2 or node.inputs[1] is not ids:
         return None
-    table = _constant_behind(node.inputs[0])
-    return table[0] if table is not None and not table[1] else None
+    if node.op_type == "GatherBlockQuantized":
+        return _looked_up_in_blocks(node, ids)
+    axis = node.attributes.get("axis")
+    if node.op_type != "Gather" or (axis is not None and axis.as_int() != 0):
+        return None
+    output = node.outputs[0]
+    before = None if node.inputs[0] is None else node.inputs[0].producer()
+    if before is not None and before.op_type == "DequantizeLinear":
+        found, scale = _constant_behind(before.inputs[0]), before.inputs[1]
+    else:
+        found, scale = _constant_behind(node.inputs[0]), None
+    if found is None or found[1]:
+        return None
+    table = found[0]
+    after = [user for user in output.consumers() if user.op_type == "DequantizeLinear"]
+    if scale is None and len(after) == 1 and len(list(output.uses())) == 1:
+        output, scale = after[0].outputs[0], after[0].inputs[1]
+    return Embedding(node, ids, table, output, _shape(table)[1], _tensor(scale or table).dtype)
+
+
+def _looked_up_in_blocks(node: ir.Node, ids: ir.Value) -> Embedding | None:
+    """Integers of fewer than 8 bits lie in bytes (uint8), or have a type of their own (int4, uint4)."""
+    value, scales = node.inputs[0], node.inputs[2]
+    reshape = None if value is None else value.producer()
+    if reshape is not None and reshape.op_type == "Reshape":
+        shape = ir.convenience.get_const_tensor(reshape.inputs[1]) if reshape.inputs[1] else None
+        value = reshape.inputs[0]
+    else:
+        shape = None
+    if value is None or value.const_value is None or scales is None or (reshape and shape is None):
+        return None
+    columns = int(_shape(value)[-1] if shape is None else shape.numpy()[-1])
+    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+    packed = 8 // bits if _tensor(value).dtype == ir.DataType.UINT8 else 1
+    return Embedding(node, ids, value, node.outputs[0], columns * packed, _tensor(scales).dtype)
 
 
 def find_head(graph: ir.Graph) -> Head:
