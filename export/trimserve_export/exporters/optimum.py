@@ -96,6 +96,12 @@ def task_class(task: str, config: PretrainedConfig) -> ModelClass:
             f"{exporter} exports {', '.join(names)} of a {config.model_type!r} model, not {task}: "
             "choose another task."
         )
+    if getattr(config, "attention_type", None) == "block_sparse":  # BigBird, BigBirdPegasus
+        raise UnsupportedModelError(
+            f"a {config.model_type!r} model reads long texts with block-sparse attention, which "
+            'optimum-onnx replaces by full attention: set "attention_type" to "original_full" in its '
+            "config.json if that is the model you want."
+        )
     return TasksManager.get_model_class_for_task(task, model_type=config.model_type)
 
 

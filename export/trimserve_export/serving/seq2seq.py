@@ -129,7 +129,10 @@ class _Copier:
     def _constant(self, name: str, dims: Iterable[object]) -> ir.Value:
         sizes = [size if isinstance(size, int) else None for size in dims]
         if None in sizes:
-            raise UnsupportedModelError(f"{name} should give heads and their size, found {sizes}.")
+            raise UnsupportedModelError(
+                f"the exporter gave {name.partition('/')[0]} no number of heads or no size of them: export "
+                "the model as fp32 or fp16."
+            )
         array = np.array(sizes, np.int64)
         value = ir.Value(
             name=name,
