@@ -78,7 +78,7 @@ def test_vocab_file_and_human_output(source, tmp_path, capsys):
         (["--vocab", "v", "--coverage", "0.9"], "leave out the options that select"),
         (["--vocab", "v", "--keep-token", "cat"], "leave out the options that select"),
         (["--vocab", "no-such-file"], "no-such-file"),
-        (["--corpus", "{corpus}", "--layout", "graph"], "not built yet"),
+        (["--corpus", "{corpus}", "--layout", "graph", "--to", "safetensors"], "makes none"),
         (["--corpus", "{corpus}", "--exporter", "genai"], "not built yet"),
         (["--corpus", "{corpus}", "--task", "summarising"], "summarising"),
     ],
@@ -99,3 +99,22 @@ def test_target_is_checked_before_any_work(tmp_path, capsys):
     )
     assert code == 2
     assert "not made by trimserve" in capsys.readouterr().err
+
+
+def test_layout_tokenizer_tells_how_segmentation_changes(source, corpus, tmp_path, capsys):
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("the cat\nun dog\n\nthe mat\n", "utf-8")
+    options = ["--layout", "tokenizer", "--corpus", str(corpus), "--top-k", "16"]
+    arguments = ["export", "-m", str(source), *options]
+    assert main([*arguments, "-o", str(tmp_path / "a"), "--held-out", str(held_out)]) == 0
+    assert "of 3 held-out texts" in capsys.readouterr().out
+    assert main([*arguments, "-o", str(tmp_path / "b"), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)["segmentation"]
+    assert (found["texts"], found["held_out"]) == (2, False)
+    assert found == open_folder(tmp_path / "b").manifest.segmentation
+
+
+def test_held_out_texts_need_the_layout(source, corpus, tmp_path, capsys):
+    arguments = ["export", "-m", str(source), "-o", str(tmp_path / "out"), "--corpus", str(corpus)]
+    assert main([*arguments, "--held-out", str(corpus)]) == 2
+    assert "--held-out" in capsys.readouterr().err

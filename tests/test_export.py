@@ -222,7 +222,7 @@ def test_task_that_is_not_known_is_asked_for(architecture, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "tokenizer"}, "not built yet: use runtime"),
+        ({"layout": "gguf"}, "use graph, runtime, tokenizer"),
         ({"exporter": "genai"}, "not built yet: use auto, optimum"),
         ({"dtype": "fp8"}, "use bf16, fp16, fp32"),
         ({"to": "gguf"}, "use onnx, safetensors"),

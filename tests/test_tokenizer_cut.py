@@ -20,7 +20,7 @@ from trimserve.selection import select
 from trimserve.source import ModelSource, resolve_model
 from trimserve.vocab import Reason, VocabMap
 from trimserve_export.layouts.closure import CLOSED_KEY, MergeTrees, close_vocab, read_content
-from trimserve_export.layouts.segmentation import compare_segmentation
+from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import cut_tokenizer, write_cut_tokenizer
 
 pytestmark = pytest.mark.export
@@ -206,7 +206,8 @@ def test_truncation_and_padding_move(model_folders, tmp_path):
 def test_segmentation_is_counted(model_folders, tmp_path):
     source = resolve_model(model_folders["wordpiece"])
     vocab, tokenizer = cut(source, tmp_path / "cut", texts=["the cat the cat the mat"], coverage=0.6)
-    found = compare_segmentation(source.tokenizer(), tokenizer, vocab, ["the cat", "the mat", "Ω the"])
+    sample = Sample(["the cat", "the mat", "Ω the"])
+    found = compare_segmentation(source.tokenizer(), tokenizer, vocab, sample)
     assert (found.texts, found.words) == (3, 6)
     before = [
         len(source.tokenizer().encode(t, add_special_tokens=False)) for t in ("the cat", "the mat", "Ω the")

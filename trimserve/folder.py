@@ -77,6 +77,7 @@ class Manifest:
         bytes_before: bytes of the source's weights in the graph's dtype.
         quantization: how products are quantised (`blocks.BlockScheme`), or None; `dtype` is then the dtype
             of what is not: embedding, norms, activations.
+        segmentation: how a cut tokenizer segments texts beside the original (layout tokenizer), or None.
     """
 
     source: Source
@@ -96,6 +97,7 @@ class Manifest:
     bytes_before: int = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
+    segmentation: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:

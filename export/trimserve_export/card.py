@@ -9,6 +9,7 @@ from typing import Any
 from trimserve.folder import COLD_NAME, GENERATION_TASK, TEXT2TEXT_TASK, VOCAB_NAME, Manifest
 from trimserve.report import human_bytes, percent
 from trimserve.source import ModelSource
+from trimserve_export.layouts.segmentation import describe_segmentation
 
 CARD_NAME = "README.md"
 
@@ -27,7 +28,7 @@ $facts
 
 $selection
 
-The tokenizer is the original one, byte for byte, so texts are segmented as before. $cold
+$texts
 
 ## Verified
 
@@ -44,6 +45,16 @@ licence of the base model applies.
 """)
 _LICENCE = re.compile(r"^---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n", re.MULTILINE)
 _PIPELINE_TAGS = {GENERATION_TASK: "text-generation", TEXT2TEXT_TASK: "text2text-generation"}
+_ORIGINAL_TOKENIZER = "The tokenizer is the original one, byte for byte, so texts are segmented as before."
+_CUT_TOKENIZER = (
+    "The tokenizer is cut to these ids, and all ids in every file are compact: any runtime loads the folder. "
+    "Texts are segmented with what was kept:"
+)
+_DROP_IN = (
+    "The graph takes the original ids and gives logits over all of them, -inf for those that were not kept: "
+    "a drop-in for the full model."
+)
+_NO_ROW = "There are no cold rows: a token whose row was not kept is an error at the input."
 _WITH_COLD = (
     "A token whose row was not kept is fed from its cold row, read from "
     f"`{COLD_NAME}`: any text goes in exactly."
@@ -73,7 +84,7 @@ def render_card(manifest: Manifest, source: ModelSource, bytes_after: int) -> st
         created=manifest.created,
         facts="\n".join(f"- {key}: {value}" for key, value in _facts(manifest, bytes_after)),
         selection=_selection(manifest.selection),
-        cold=_WITH_COLD if COLD_NAME in manifest.files else _WITHOUT_COLD,
+        texts=_texts(manifest),
         verification=_verification(manifest),
         commands="\n".join(_commands(manifest, name)),
     )
@@ -129,6 +140,18 @@ def _selection(rule: dict[str, Any]) -> str:
     )
 
 
+def _texts(manifest: Manifest) -> str:
+    """What happens to a text, by the folder's layout."""
+    if manifest.layout == "tokenizer":
+        if manifest.segmentation is None:
+            return f"{_CUT_TOKENIZER} how far that differs was not measured when this card was written."
+        return f"{_CUT_TOKENIZER} {describe_segmentation(manifest.segmentation)}"
+    with_cold = COLD_NAME in manifest.files
+    if manifest.layout == "graph":
+        return f"{_ORIGINAL_TOKENIZER} {_DROP_IN} {_WITH_COLD if with_cold else _NO_ROW}"
+    return f"{_ORIGINAL_TOKENIZER} {_WITH_COLD if with_cold else _WITHOUT_COLD}"
+
+
 def _verification(manifest: Manifest) -> str:
     if manifest.verification is None:
         return "Not when this card was written; `trimserve verify` records its result in `trimserve.json`."
@@ -140,7 +163,9 @@ def _commands(manifest: Manifest, name: str) -> Iterator[str]:
     words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
     if manifest.quantization is not None:
         words.append(f"--quantize int{manifest.quantization['bits']}")
-    if COLD_NAME not in manifest.files:
+    if manifest.layout != "runtime":
+        words.append(f"--layout {manifest.layout}")
+    if COLD_NAME not in manifest.files and manifest.layout != "tokenizer":
         words.append("--no-cold")
     yield " ".join(words)
     yield f"trimserve verify FOLDER -m {name}"

@@ -8,7 +8,6 @@ from trimserve_export.quantize import SCHEMES
 
 # Choices that are declared, and not built yet: named so that the refusal can say so.
 _LATER = {
-    "layout": {"tokenizer", "graph"},
     "exporter": {"transformers", "genai"},
 }
 
@@ -27,13 +26,22 @@ class Options:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("layout", self.layout, {"runtime"})
+        _check_choice("layout", self.layout, {"runtime", "tokenizer", "graph"})
         _check_choice("exporter", self.exporter, {"auto", "optimum"})
         _check_choice("dtype", self.dtype, set(optimum.TORCH_DTYPES))
         _check_choice("to", self.to, {"onnx", "safetensors"})
+        if self.layout == "graph" and self.to != "onnx":
+            raise UsageError(
+                "layout graph changes a graph, --to safetensors makes none: choose another layout."
+            )
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, set(SCHEMES))
             _check_quantized(self)
+
+    @property
+    def writes_cold(self) -> bool:
+        """Whether the folder gets the rows that were not kept: nothing could feed them to a cut tokenizer."""
+        return self.cold and self.layout != "tokenizer"
 
 
 def _check_choice(option: str, value: str, allowed: set[str]) -> None:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,11 +34,16 @@ from trimserve.folder import (
     staged_folder,
     write_manifest,
 )
+from trimserve.profiling import Profile
 from trimserve.source import ModelSource, resolve_model
 from trimserve.vocab import VocabMap
 from trimserve_export.card import CARD_NAME, render_card
-from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
+from trimserve_export.checkpoint import TrimmedCheckpoint, check_vocab, trim_checkpoint
 from trimserve_export.exporters import optimum
+from trimserve_export.layouts.closure import close_vocab
+from trimserve_export.layouts.remap import make_drop_in, save_plain, save_tied
+from trimserve_export.layouts.segmentation import Sample, compare_segmentation
+from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.options import Options
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
 from trimserve_export.quantize import SCHEMES, quantize_graph
@@ -80,6 +85,7 @@ class ExportResult:
         files: name -> bytes of every file of the folder.
         seconds: wall time.
         peak_rss_bytes: largest resident memory of this process so far; 0 where the system does not tell.
+        segmentation: how the cut tokenizer segments the sample's texts (layout tokenizer), if there is one.
     """
 
     path: Path
@@ -90,6 +96,7 @@ class ExportResult:
     files: dict[str, int]
     seconds: float
     peak_rss_bytes: int
+    segmentation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command line."""
@@ -105,6 +112,7 @@ class _Plan:
     options: Options
     task: str
     pooling: Pooling | None
+    sample: Sample | None = None
 
 
 def export(  # noqa: PLR0913 - the options are the public interface
@@ -122,6 +130,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    profile: Profile | None = None,
+    sample: Sample | None = None,
     progress: bool = True,
 ) -> ExportResult:
     """Make a trimmed folder from a model.
@@ -136,13 +146,17 @@ def export(  # noqa: PLR0913 - the options are the public interface
         task: ``"auto"`` (by the checkpoint's architecture) or one of `exporters.optimum.TASKS`.
         exporter: ``"auto"`` or ``"optimum"``.
         dtype: of the graph's weights: fp32, fp16 or bf16.
-        layout: ``"runtime"``: original tokenizer, ids remapped by the runtime.
+        layout: where ids are remapped: ``"runtime"`` (original tokenizer, cold slots, exact mode),
+            ``"tokenizer"`` (a tokenizer cut to the vocab, for any runtime) or ``"graph"`` (a drop-in for the
+            full model); see docs/layouts.md.
         to: ``"onnx"``, or ``"safetensors"`` to stop at the trimmed checkpoint.
         cold: write the rows that were not kept, which the runtime needs to take any text.
         quantize: ``"int4"`` or ``"int8"``: round the weights of body and vocab head, in blocks of 32.
         overwrite: replace a folder that trimserve made.
         trust_remote_code: allow code that the model folder brings.
         revision: hub branch, tag or commit.
+        profile: what the vocab was selected from, if at hand: layout tokenizer closes the vocab with it.
+        sample: texts that the cut tokenizer is compared with the original one on (layout tokenizer).
         progress: show a bar on stderr if it is a terminal.
 
     Raises:
@@ -152,7 +166,11 @@ def export(  # noqa: PLR0913 - the options are the public interface
     """
     start = time.perf_counter()
     options = Options(task, exporter, dtype, layout, to, cold, trust_remote_code, quantize)
-    plan = _plan(resolve_model(model, revision=revision), vocab, options)
+    source = resolve_model(model, revision=revision)
+    if layout == "tokenizer":
+        check_vocab(source, vocab)
+        vocab = close_vocab(vocab, source, profile)
+    plan = dataclasses.replace(_plan(source, vocab, options), sample=sample)
     target = Path(output)
     with staged_folder(target, overwrite=overwrite) as staging:
         manifest = _fill(plan, staging, progress=progress)
@@ -168,6 +186,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         files=files | {MANIFEST_NAME: (target / MANIFEST_NAME).stat().st_size},
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
+        segmentation=manifest.segmentation,
     )
 
 
@@ -219,6 +238,11 @@ def _plan(source: ModelSource, vocab: VocabMap, options: Options) -> _Plan:
         task = optimum.infer_task(config, sentence_transformers=is_sentence_transformers(source))
     optimum.task_class(task, config)  # refuses what it cannot export
     _check_pad_is_kept(config, task, vocab)
+    if options.layout != "runtime" and options.to == "onnx" and task == TEXT2TEXT_TASK:
+        raise UnsupportedModelError(
+            f"layout {options.layout} is not built for graphs of encoder-decoders yet: use --layout runtime, "
+            "or --layout tokenizer with --to safetensors."
+        )
     if options.quantize and task in ("fill-mask", TEXT2TEXT_TASK):
         raise UnsupportedModelError(f"quantize is not built for {task} yet: leave it out.")
     pooling = read_pooling(source) if task == "feature-extraction" else None
@@ -243,13 +267,31 @@ def _fill(plan: _Plan, staging: Path, *, progress: bool) -> Manifest:
         checkpoint = Path(scratch) if to_onnx else staging
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
         graphs = _export_graph(plan, checkpoint, staging) if to_onnx else {}
-    names = TOKENIZER_FILES + (CONFIG_FILES if to_onnx else ())
-    for name in names:
-        if (plan.source.path / name).is_file():
-            shutil.copyfile(plan.source.path / name, staging / name)
+        segmentation = _write_texts(plan, checkpoint, staging)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, graphs, list_files(staging))
+    manifest = dataclasses.replace(manifest, segmentation=segmentation)
     return with_card(manifest, plan.source, staging)
+
+
+def _write_texts(plan: _Plan, checkpoint: Path, staging: Path) -> dict[str, Any] | None:
+    """Write tokenizer and configs: the originals, or for layout tokenizer those with compact ids."""
+    cut = plan.options.layout == "tokenizer"
+    if plan.options.to == "onnx":
+        _copy(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
+    if not cut:
+        _copy(TOKENIZER_FILES, plan.source.path, staging)
+        return None
+    tokenizer = write_cut_tokenizer(plan.source, plan.vocab, staging)
+    if plan.sample is None:
+        return None
+    return compare_segmentation(plan.source.tokenizer(), tokenizer, plan.vocab, plan.sample).to_dict()
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _trim(plan: _Plan, checkpoint: Path, staging: Path, *, progress: bool) -> TrimmedCheckpoint:
@@ -261,7 +303,7 @@ def _trim(plan: _Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tr
         plan.vocab,
         checkpoint,
         model_class=optimum.task_class(plan.task, config),
-        cold_path=staging / COLD_NAME if plan.options.cold else None,
+        cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
         trust_remote_code=trust,
         progress=progress,
     )
@@ -275,12 +317,29 @@ def _export_graph(plan: _Plan, checkpoint: Path, staging: Path) -> dict[str, str
     made = optimum.export_checkpoint(
         checkpoint, exported, plan.task, plan.options.dtype, trust_remote_code=trust
     )
-    logger.info("making the graph servable")
     scheme = SCHEMES[plan.options.quantize] if plan.options.quantize else None
+    if plan.options.layout != "runtime":
+        return _write_layout(plan, made, staging, scheme)
+    logger.info("making the graph servable")
     graphs = _make_servable(made, staging, len(plan.vocab), plan.task, scheme)
     if plan.task in GENERATOR_TASKS and plan.options.cold and plan.vocab.cold_ids.size:
         write_cold_head(graphs.get("decoder") or graphs["model"], staging / COLD_NAME)
     return {role: path.name for role, path in graphs.items()}
+
+
+def _write_layout(plan: _Plan, made: Path, staging: Path, scheme: BlockScheme | None) -> dict[str, str]:
+    """Write the exporter's graph for a layout that is not the runtime's; returns role -> file name."""
+    has_head = has_vocab_head(plan.task)
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".layout.") as scratch:
+        if scheme is not None:
+            tied = save_tied(made, made.parent / "tied") if has_head else made
+            made = quantize_graph(tied, Path(scratch), scheme, has_head=has_head)
+        if plan.options.layout == "tokenizer":
+            path = save_plain(made, staging)
+        else:
+            cold_path = staging / COLD_NAME if plan.options.writes_cold else None
+            path = make_drop_in(made, staging, plan.vocab, has_head=has_head, cold_path=cold_path)
+    return {"model": path.name}
 
 
 def _manifest(

@@ -9,9 +9,11 @@ from trimserve.cli.select import add_selection_arguments, selection_options
 from trimserve.errors import UsageError, require
 
 if TYPE_CHECKING:
+    from trimserve.corpus import CorpusSource
     from trimserve.profiling import Profile
     from trimserve.source import ModelSource
     from trimserve.vocab import VocabMap
+    from trimserve_export.layouts.segmentation import Sample
 
 
 SETTINGS = ("task", "exporter", "dtype", "quantize", "layout", "to", "cold", "trust_remote_code")
@@ -38,6 +40,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="of the weights")
     layouts = ("runtime", "tokenizer", "graph")
     parser.add_argument("--layout", default="runtime", choices=layouts, help="where ids are remapped")
+    held_out = "texts to compare the cut tokenizer on (--layout tokenizer)"
+    parser.add_argument("--held-out", nargs="+", metavar="FILE", help=held_out)
     parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors"), help="what to write")
     parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the cold rows out")
@@ -53,33 +57,61 @@ def run(args: argparse.Namespace) -> int:
     options = selection_options(args)
     if args.vocab is not None and any(options.values()):
         raise UsageError("--vocab already says which ids stay: leave out the options that select.")
+    if args.held_out and args.layout != "tokenizer":
+        raise UsageError("--held-out compares tokenizers, and only --layout tokenizer has two: leave it out.")
     check_target(args.output, overwrite=args.overwrite)  # before minutes of work
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
     settings = {name: getattr(args, name) for name in SETTINGS}
     exporter.Options(**settings)  # refuses what is not built before a corpus is read
     source = resolve_model(args.model, revision=args.revision)
-    vocab = _vocab(args, source, options)
+    profile = _profile(args, source)
+    vocab = _vocab(args, source, profile, options)
+    if args.layout == "tokenizer":
+        settings |= {"profile": profile, "sample": _sample(args, profile)}
     result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
     emit(args, document, _summary(document))
     return 0
 
 
-def _vocab(args: argparse.Namespace, source: "ModelSource", options: dict[str, Any]) -> "VocabMap":
+def _vocab(
+    args: argparse.Namespace, source: "ModelSource", profile: "Profile | None", options: dict[str, Any]
+) -> "VocabMap":
     from trimserve.artefacts import load_vocab
     from trimserve.selection import select
 
-    if args.vocab is not None:
-        return load_vocab(args.vocab)
-    return select(_profiles(args, source), model=source, **options)
+    return load_vocab(args.vocab) if profile is None else select(profile, model=source, **options)
 
 
-def _profiles(args: argparse.Namespace, source: "ModelSource") -> "list[Profile]":
-    from trimserve.profiling import Profile, profile
+def _profile(args: argparse.Namespace, source: "ModelSource") -> "Profile | None":
+    from trimserve.profiling import Profile, merge, profile
 
     if args.profile is not None:
-        return [Profile.load(path) for path in args.profile]
-    return [profile(args.corpus, source, text_column=args.text_column)]
+        return merge([Profile.load(path) for path in args.profile])
+    if args.corpus is not None:
+        return profile(args.corpus, source, text_column=args.text_column)
+    return None
+
+
+def _sample(args: argparse.Namespace, profile: "Profile | None") -> "Sample | None":
+    """Texts to compare tokenizers on: held-out ones if there are any, else those that were profiled."""
+    from trimserve_export.layouts.segmentation import Sample
+
+    if args.held_out:
+        return Sample.of_files(args.held_out, args.text_column, held_out=True)
+    sources = profile.sources if profile is not None else ()
+    files = [source.name for source in sources if _is_at_hand(source, args.text_column)]
+    return Sample.of_files(files, args.text_column, held_out=False) if files else None
+
+
+def _is_at_hand(source: "CorpusSource", text_column: str | None) -> bool:
+    """Whether a profiled file still lies where it did, unchanged, and can be read again."""
+    from trimserve.artefacts import sha256_file
+    from trimserve.corpus import JSONL_SUFFIXES
+
+    path = Path(source.name)
+    readable = text_column is not None or path.suffix.lower() not in JSONL_SUFFIXES
+    return readable and path.is_file() and sha256_file(path) == source.sha256
 
 
 def _summary(document: dict[str, Any]) -> str:
@@ -95,8 +127,17 @@ def _summary(document: dict[str, Any]) -> str:
     return "\n".join(
         [
             table(["", "full", "trimmed", "share"], rows),
+            *_segmentation(document),
             "",
             f"{document['path']}: {files}",
             f"{document['seconds']:.1f} s, peak memory {human_bytes(document['peak_rss_bytes'])}",
         ]
     )
+
+
+def _segmentation(document: dict[str, Any]) -> list[str]:
+    if document["segmentation"] is None:
+        return []
+    from trimserve_export.layouts.segmentation import describe_segmentation
+
+    return ["", f"Segmentation: {describe_segmentation(document['segmentation'])}"]

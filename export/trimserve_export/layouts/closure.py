@@ -223,7 +223,8 @@ def _space(pieces: _Pieces) -> list[int]:
 def _seen(vocab: VocabMap, profile: Profile | None) -> npt.NDArray[np.intp]:
     if profile is not None:
         return np.flatnonzero(profile.counts)
-    return vocab.kept_ids[vocab.reason != Reason.FILL].astype(np.intp)
+    seen: npt.NDArray[np.intp] = vocab.kept_ids[vocab.reason != Reason.FILL].astype(np.intp)
+    return seen
 
 
 def _character_ids(pieces: _Pieces, token_of: Mapping[int, str], seen: Iterable[int]) -> list[int]:

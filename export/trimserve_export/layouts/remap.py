@@ -23,8 +23,16 @@ from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.vocab import VocabMap
 from trimserve_export.serving import ALIGNMENT, GRAPH_NAME
 from trimserve_export.serving.cold_slots import add_cold_slots
-from trimserve_export.serving.flow import Embedding, describe, find_embedding, find_input, find_output
+from trimserve_export.serving.flow import (
+    Embedding,
+    describe,
+    find_embedding,
+    find_head,
+    find_input,
+    find_output,
+)
 from trimserve_export.serving.nodes import NodeWriter, take_over
+from trimserve_export.serving.tied_head import tie_head
 
 # What ONNX Runtime names when it refuses a cold id.
 LOOKUP_NAME: Final = "trimserve/token_id_without_a_row"
@@ -42,6 +50,21 @@ def save_plain(source: Path, output: Path) -> Path:
         The path of the graph.
     """
     return _save(ir.load(source.resolve()), output / GRAPH_NAME)
+
+
+def save_tied(source: Path, output: Path) -> Path:
+    """Write an exporter's graph whose head reads the embedding's one tensor where it is tied.
+
+    The quantiser takes a product with that tensor, not one with a transposed view of it.
+
+    Args:
+        source: the exporter's graph; it has a vocab head.
+        output: see `save_plain`.
+    """
+    model = ir.load(source.resolve())
+    tie_head(model, find_embedding(model.graph), find_head(model.graph))
+    RemoveUnusedNodesPass()(model)
+    return _save(model, output / GRAPH_NAME)
 
 
 def make_drop_in(
@@ -101,6 +124,7 @@ def id_table(vocab: VocabMap, *, slots: bool) -> npt.NDArray[np.int64]:
 
 
 def _save(model: ir.Model, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
     ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
     return path
 

@@ -1,7 +1,7 @@
 """How a cut tokenizer segments texts beside the original: what changes, and how much longer texts get."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from trimserve.corpus import Corpus
 from trimserve.report import percent
 from trimserve.vocab import Ids, VocabMap
 
@@ -16,6 +17,21 @@ _BATCH = 256
 # Enough for every rate to three digits, and a few seconds of work at most.
 MAX_TEXTS = 20_000
 MAX_CHARACTERS = 8_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Texts to compare on; `held_out` says that the vocab was not selected from them."""
+
+    texts: Iterable[str]
+    held_out: bool = True
+
+    @classmethod
+    def of_files(cls, paths: Sequence[str], text_column: str | None, *, held_out: bool) -> "Sample":
+        """The lines of text files, or of a field of .jsonl records; read when they are compared."""
+        documents = Corpus(paths, text_column).documents()
+        lines = (line for document in documents for line in document.text.splitlines() if line.strip())
+        return cls(lines, held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +78,7 @@ class Segmentation:
 
 
 def compare_segmentation(
-    original: Tokenizer, cut: Tokenizer, vocab: VocabMap, texts: Iterable[str], *, held_out: bool = True
+    original: Tokenizer, cut: Tokenizer, vocab: VocabMap, sample: Sample
 ) -> Segmentation:
     """Segment texts with both tokenizers, at most `MAX_TEXTS` of them and `MAX_CHARACTERS`.
 
@@ -70,12 +86,11 @@ def compare_segmentation(
         original: the model's tokenizer.
         cut: the tokenizer cut to `vocab`, whose ids are compact.
         vocab: the kept ids.
-        texts: any texts.
-        held_out: whether they are others than those the vocab was selected from.
+        sample: any texts.
     """
     unknown = _unknown_id(original)
     counts = np.zeros(7, np.int64)
-    limited = _limited(texts)
+    limited = _limited(sample.texts)
     while batch := list(islice(limited, _BATCH)):
         before = _encode(original, batch)
         after = [vocab.to_original(ids) for ids in _encode(cut, batch)]
@@ -85,7 +100,7 @@ def compare_segmentation(
         unknowns = [sum(int((one == unknown).sum()) for one in ids) for ids in (before, after)]
         counts += [len(batch), same, words, *sizes, *unknowns]
     names = (field.name for field in fields(Segmentation) if field.name != "held_out")
-    return Segmentation(**dict(zip(names, counts.tolist(), strict=True)), held_out=held_out)
+    return Segmentation(**dict(zip(names, counts.tolist(), strict=True)), held_out=sample.held_out)
 
 
 def describe_segmentation(facts: dict[str, Any]) -> str:

@@ -1,0 +1,306 @@
+"""Layouts for other runtimes: transformers and optimum load the folders and give the full model's tokens."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import onnxruntime as ort
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForFeatureExtraction, ORTModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+from tests.models import save_model
+from tests.tiny_tokenizers import CHAT_TEMPLATE, TEXT
+from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.folder import open_folder
+from trimserve.loading import load
+from trimserve.profiling import profile
+from trimserve.selection import select
+from trimserve.source import resolve_model
+from trimserve.vocab import VocabMap
+from trimserve_export import export
+from trimserve_export.layouts.remap import LOOKUP_NAME, id_table
+from trimserve_export.layouts.segmentation import Sample
+
+pytestmark = pytest.mark.export
+
+PROMPTS = ("The cat sat on the", "What is the total", "a dog and", "user: can I")
+SETTINGS = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tied decoder with a byte-level tokenizer, as transformers loads it."""
+    path = save_model("qwen3", tmp_path_factory.mktemp("qwen3") / "model", tokenizer="byte_level_bpe")
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(SETTINGS | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def counted(model):
+    return profile([], model, texts=["The cat sat on the mat. The dog sat on the log"], progress=False)
+
+
+@pytest.fixture(scope="module")
+def vocab(counted) -> VocabMap:
+    return select(counted, coverage=0.9, multiple_of=8)
+
+
+@pytest.fixture(scope="module")
+def full(model):
+    return AutoModelForCausalLM.from_pretrained(model).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(model, counted, vocab, tmp_path_factory):
+    """The folder of each layout, made once."""
+    root = tmp_path_factory.mktemp("layouts")
+    sample = Sample(TEXT.splitlines())
+    for name, options in {
+        "checkpoint": {"layout": "tokenizer", "to": "safetensors"},
+        "tokenizer": {"layout": "tokenizer"},
+        "graph": {"layout": "graph"},
+        "graph_no_cold": {"layout": "graph", "cold": False},
+    }.items():
+        export(model, vocab, root / name, profile=counted, sample=sample, **options)
+    return root
+
+
+class OnlyKept(LogitsProcessor):
+    """Masks the full model's logits: the reference for every compact one."""
+
+    def __init__(self, vocab: VocabMap) -> None:
+        self._cold = torch.from_numpy(vocab.cold_ids.astype(np.int64))
+
+    def __call__(self, _ids, scores):
+        return scores.index_fill(-1, self._cold, float("-inf"))
+
+
+def greedy(model, ids, processors=()) -> list[int]:
+    made = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        logits_processor=LogitsProcessorList(processors),
+        pad_token_id=0,
+    )
+    return made[0, len(ids) :].tolist()
+
+
+def check_same_generation(folder, loaded, full, model) -> None:
+    """Prompts that are segmented identically give the tokens of the masked full model."""
+    vocab = open_folder(folder).vocab
+    original, cut = (AutoTokenizer.from_pretrained(path) for path in (model, folder))
+    compared = 0
+    for prompt in PROMPTS:
+        ids, compact = original(prompt)["input_ids"], cut(prompt)["input_ids"]
+        if vocab.to_original(compact).tolist() == ids:
+            found = vocab.to_original(greedy(loaded, compact)).tolist()
+            assert found == greedy(full, ids, [OnlyKept(vocab)])
+            compared += 1
+    assert compared >= 2
+
+
+def test_checkpoint_of_layout_tokenizer_in_transformers(folders, full, model):
+    folder = folders / "checkpoint"
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    vocab = open_folder(folder).vocab
+    assert loaded.config.vocab_size == len(vocab) == loaded.get_input_embeddings().num_embeddings
+    assert loaded.config.eos_token_id == vocab.to_compact(full.config.eos_token_id)
+    check_same_generation(folder, loaded, full, model)
+
+
+def test_graph_of_layout_tokenizer_in_optimum(folders, full, model):
+    folder = folders / "tokenizer"
+    check_same_generation(
+        folder, ORTModelForCausalLM.from_pretrained(folder, use_io_binding=False), full, model
+    )
+
+
+def test_layout_tokenizer_has_the_exporters_interface(folders):
+    folder = open_folder(folders / "tokenizer", hash_all=True)
+    assert not folder.has_cold
+    assert not {"cold_head.onnx", "cold_rows.safetensors"} & set(folder.manifest.files)
+    names = {value.name for value in open_session(folder.path).get_inputs()}
+    assert names >= {"input_ids", "attention_mask", "past_key_values.0.key"}
+    assert not names & {"cold_rows", "logits_to_keep"}
+    assert open_session(folder.path).get_outputs()[0].name == "logits"
+    with pytest.raises(UnsupportedModelError, match="for other runtimes"):
+        load(folder.path)
+
+
+def test_tokenizer_in_transformers(folders, model):
+    folder = folders / "checkpoint"
+    vocab = open_folder(folder).vocab
+    original, cut = (AutoTokenizer.from_pretrained(path) for path in (model, folder))
+    assert len(cut) == len(vocab)
+    assert sorted(cut.get_vocab().values()) == list(range(len(vocab)))
+    assert (cut.eos_token, cut.pad_token) == (original.eos_token, original.pad_token)
+    assert cut.eos_token_id == vocab.to_compact(original.eos_token_id)
+    messages = [{"role": "user", "content": "The cat sat"}]
+    expected = original.apply_chat_template(messages, add_generation_prompt=True)
+    found = cut.apply_chat_template(messages, add_generation_prompt=True)
+    assert cut.decode(found) == original.decode(expected)
+    for text in TEXT.splitlines():
+        assert cut.decode(cut(text)["input_ids"]) == original.decode(original(text)["input_ids"]) == text
+
+
+def test_segmentation_is_stored_and_in_the_card(folders):
+    folder = open_folder(folders / "tokenizer")
+    facts = folder.manifest.segmentation
+    assert facts["texts"] == len(TEXT.splitlines())
+    assert 0 < facts["identical"] < facts["texts"]
+    assert facts["tokens_after"] > facts["tokens_before"]
+    assert facts["held_out"]
+    card = (folder.path / "README.md").read_text("utf-8")
+    assert f"{facts['identical']} of {facts['texts']} held-out texts" in card
+    assert "byte for byte" not in card
+    assert "--layout tokenizer" in card
+    assert "drop-in" in (folders / "graph" / "README.md").read_text("utf-8")
+
+
+def open_session(folder) -> ort.InferenceSession:
+    return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+
+
+def logits_of(folder, ids) -> np.ndarray:
+    session = open_session(folder)
+    feeds = {
+        "input_ids": np.array([ids], np.int64),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids))[None],
+        "token_type_ids": np.zeros((1, len(ids)), np.int64),
+    }
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            feeds[value.name] = np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
+    names = {value.name for value in session.get_inputs()}
+    return session.run(None, {name: feeds[name] for name in names & feeds.keys()})[0]
+
+
+def test_drop_in_generates_in_optimum_with_the_original_tokenizer(folders, full, model, vocab):
+    folder = folders / "graph"
+    for name in ("tokenizer.json", "config.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (model / name).read_bytes()
+    loaded = ORTModelForCausalLM.from_pretrained(folder, use_io_binding=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cold = 0
+    for prompt in (*PROMPTS, "unseen Ωmega 🦊 latte"):
+        ids = tokenizer(prompt)["input_ids"]
+        cold += (~vocab.is_kept(ids)).sum()
+        assert greedy(loaded, ids) == greedy(full, ids, [OnlyKept(vocab)])
+    assert cold > 5
+
+
+def test_drop_in_logits_are_the_full_ones_where_kept(folders, full, vocab):
+    ids = np.arange(vocab.vocab_size)[:60]
+    found = logits_of(folders / "graph", ids)
+    with torch.inference_mode():
+        expected = full(torch.tensor(ids[None])).logits.numpy()
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found[..., vocab.kept_ids], expected[..., vocab.kept_ids], atol=1e-4, rtol=0)
+    assert np.all(found[..., vocab.cold_ids] == -np.inf)
+
+
+def test_drop_in_without_cold_rows_refuses_a_cold_id(folders, vocab):
+    kept, cold = vocab.kept_ids[:3].tolist(), int(vocab.cold_ids[0])
+    folder = folders / "graph_no_cold"
+    assert not open_folder(folder).has_cold
+    np.testing.assert_array_equal(logits_of(folder, kept), logits_of(folders / "graph", kept))
+    with pytest.raises(Exception, match=f"(?s){LOOKUP_NAME}.*out of (data )?bounds"):
+        logits_of(folder, [*kept, cold])
+    with pytest.raises(Exception, match=r"out of (data )?bounds"):
+        logits_of(folders / "graph", [vocab.vocab_size])
+
+
+def test_table_from_ids_to_rows():
+    vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3), 8)
+    assert id_table(vocab, slots=True).tolist() == [3, 4, 0, 1, 5, 6, 2, 7]
+    assert id_table(vocab, slots=False).tolist() == [3, 3, 0, 1, 3, 3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer", "loader"),
+    [
+        ("bert", "wordpiece", ORTModelForMaskedLM),
+        ("bert_encoder", "wordpiece", ORTModelForFeatureExtraction),
+        ("xlm_roberta", "unigram", ORTModelForMaskedLM),  # counts positions from the pad id
+    ],
+)
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_encoders(tmp_path, family, tokenizer, loader, layout):
+    path = save_model(family, tmp_path / "model", tokenizer=tokenizer)
+    source = resolve_model(path)
+    counted = profile([], source, texts=["the cat sat on the mat"], progress=False)
+    export(
+        path, select(counted, coverage=0.9, multiple_of=1), tmp_path / "out", layout=layout, profile=counted
+    )
+    vocab = open_folder(tmp_path / "out").vocab
+    assert len(vocab) < vocab.vocab_size
+    text = "the cat sat" if layout == "tokenizer" else "the cat un dog tte l"
+    ids = np.array(source.tokenizer().encode(text).ids)
+    fed = vocab.to_compact(ids) if layout == "tokenizer" else ids
+    loaded = loader.from_pretrained(tmp_path / "out")
+    inputs = {
+        "input_ids": torch.tensor(fed[None]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+    }
+    found = loaded(**inputs)[0].numpy()
+    expected = full_output(path, family, ids)
+    if layout == "graph":
+        assert (~vocab.is_kept(ids)).any()
+    if family != "bert_encoder":
+        expected = expected[..., vocab.kept_ids]
+        found = found if layout == "tokenizer" else found[..., vocab.kept_ids]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def full_output(path, family, ids) -> np.ndarray:
+    import transformers
+
+    from tests.models import FAMILIES
+
+    model = getattr(transformers, FAMILIES[family].model_class).from_pretrained(path).eval()
+    with torch.inference_mode():
+        return model(torch.tensor(ids[None]))[0].numpy()
+
+
+def test_bfloat16_cold_rows_in_an_fp32_drop_in(tmp_path):
+    path = save_model("qwen3", tmp_path / "model", tokenizer="byte_level_bpe", dtype=torch.bfloat16)
+    export(path, vocab_for(path), tmp_path / "out", layout="graph")
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found_vocab = open_folder(tmp_path / "out").vocab
+    ids = np.arange(40)
+    with torch.inference_mode():
+        expected = reference(torch.tensor(ids[None])).logits.numpy()[..., found_vocab.kept_ids]
+    found = logits_of(tmp_path / "out", ids)[..., found_vocab.kept_ids]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def vocab_for(path) -> VocabMap:
+    return select(profile([], path, texts=["The cat"], progress=False), coverage=0.9, multiple_of=8)
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_quantized_layouts_run(model, vocab, tmp_path, layout):
+    export(model, vocab, tmp_path / "out", layout=layout, quantize="int8")
+    export(model, vocab, tmp_path / "fp32", layout=layout)
+    ids = open_folder(tmp_path / "out").vocab.kept_ids[:4].tolist() if layout == "graph" else [1, 2, 3, 4]
+    found, expected = (logits_of(tmp_path / name, ids) for name in ("out", "fp32"))
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(np.isfinite(found), finite)
+    np.testing.assert_allclose(found[finite], expected[finite], atol=0.3, rtol=0)
+    assert not np.array_equal(found, expected)
+
+
+def test_combinations_that_make_no_sense_are_refused(model, vocab, tmp_path):
+    with pytest.raises(UsageError, match="layout graph changes a graph"):
+        export(model, vocab, tmp_path / "out", layout="graph", to="safetensors")
+    assert not (tmp_path / "out").exists()
