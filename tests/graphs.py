@@ -193,7 +193,7 @@ def gemm_by_column(s: Sketch) -> None:
     s.add("product = Reshape(scored, whole)", head=s.floats(s.H, s.V), last=np.array([s.V], np.int64))
 
 
-def _nbits(s: Sketch, bits: int, *, flat: bool = False, zeros: str = "", bias: bool = False) -> None:
+def nbits(s: Sketch, bits: int, *, flat: bool = False, zeros: str = "", bias: bool = False) -> None:
     n = s.blocks
     data, scales = s.bytes(s.V, n, s.block * bits // 8), s.scales(s.V, n)
     tensors = {"data": data, "head_scales": scales.reshape(-1) if flat else scales}
@@ -211,27 +211,27 @@ def _nbits(s: Sketch, bits: int, *, flat: bool = False, zeros: str = "", bias: b
 
 
 def nbits_2(s: Sketch) -> None:
-    _nbits(s, 2, zeros="packed")
+    nbits(s, 2, zeros="packed")
 
 
 def nbits_4(s: Sketch) -> None:
-    _nbits(s, 4)
+    nbits(s, 4)
 
 
 def nbits_4_flat(s: Sketch) -> None:
-    _nbits(s, 4, flat=True, zeros="packed")
+    nbits(s, 4, flat=True, zeros="packed")
 
 
 def nbits_4_bias(s: Sketch) -> None:
-    _nbits(s, 4, zeros="packed", bias=True)
+    nbits(s, 4, zeros="packed", bias=True)
 
 
 def nbits_4_float_zeros(s: Sketch) -> None:
-    _nbits(s, 4, zeros="float")
+    nbits(s, 4, zeros="float")
 
 
 def nbits_8(s: Sketch) -> None:
-    _nbits(s, 8, zeros="packed")
+    nbits(s, 8, zeros="packed")
 
 
 def _qdq(s: Sketch, dtype) -> None:

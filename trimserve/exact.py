@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trimserve.blocks import COLD_BLOCKS_NAME
 from trimserve.decoder import Floats
 from trimserve.folder import TrimmedFolder
 from trimserve.request import Block, Request
@@ -39,7 +40,7 @@ class ColdHead:
         self.cold_ids: Ids = folder.vocab.cold_ids
         self._folder = folder
         self._threads = threads
-        prepack = folder.manifest.quantization is not None
+        prepack = COLD_BLOCKS_NAME in folder.manifest.files
         self._maxima = open_session(folder.file(COLD_MAX_NAME), threads=threads, prepack=prepack)
         self._logits = open_session(folder.file(COLD_HEAD_NAME), threads=threads, prepack=prepack)
 

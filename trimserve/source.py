@@ -1,5 +1,6 @@
 """What `-m/--model` names: a local folder of a model's files, or a hub id that is fetched into one."""
 
+import glob
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from trimserve.tensorfile import TensorSpec, read_header
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+GENAI_NAME = "genai_config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights in pickle (*.bin, *.pt) and code (*.py).
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
@@ -36,11 +38,30 @@ class ModelSource:
         name: what the user typed, a path or a hub id.
         revision: the hub revision asked for, if any.
         path: the folder; files of a hub snapshot in it are links, which copying follows.
+        named_graph: the ONNX file of the folder that was named itself.
     """
 
     name: str
     revision: str | None
     path: Path
+    named_graph: Path | None = None
+
+    @cached_property
+    def graph(self) -> Path | None:
+        """The ONNX graph to trim: the named one, or the folder's where it has no safetensors weights.
+
+        Raises:
+            UsageError: the folder has several graphs and none has a usual name.
+        """
+        if self.named_graph is not None or self.has_weights:
+            return self.named_graph
+        return find_graph(self.path, self.genai_model.get("decoder", {}).get("filename"))
+
+    @property
+    def genai_model(self) -> dict[str, Any]:
+        """The section `model` of onnxruntime-genai's config; empty where there is none."""
+        section = self.read_json(GENAI_NAME).get("model")
+        return section if isinstance(section, dict) else {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -104,31 +125,34 @@ class ModelSource:
 
     def text_configs(self) -> Iterator[dict[str, Any]]:
         """Yield the config and the sub-configs that can describe the language model, outermost first."""
-        yield self.config
+        yield self.config or self.genai_model
         for key in _TEXT_CONFIGS:
             if isinstance(nested := self.config.get(key), dict):
                 yield nested
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files with the weights, sorted by name.
+        """The safetensors files with the weights, sorted by name; or the graph and its external data.
 
         Raises:
             UnsupportedModelError: the weights are pickled.
             UsageError: there are no weights, or a file that the index names is missing.
             MismatchError: the index names a path outside the folder.
         """
-        if (self.path / WEIGHTS_NAME).is_file():
+        if self.named_graph is None and (self.path / WEIGHTS_NAME).is_file():
             return (self.path / WEIGHTS_NAME,)
-        if (self.path / INDEX_NAME).is_file():
+        if self.named_graph is None and (self.path / INDEX_NAME).is_file():
             return self._indexed_files()
+        if self.graph is not None:
+            return tuple(sorted(self.graph.parent.glob(f"{glob.escape(self.graph.name)}*")))
         if pickled := sorted(self.path.glob("*.bin")):
             raise UnsupportedModelError(
                 f"{pickled[0]} is a pickle, which can run code when it is read: convert the weights to "
                 f"{WEIGHTS_NAME} with transformers' save_pretrained, or use a revision that has them."
             )
         raise UsageError(
-            f"{self.path} has no weights: expected {WEIGHTS_NAME} or {INDEX_NAME} with its files."
+            f"{self.path} has no weights: expected {WEIGHTS_NAME}, {INDEX_NAME} with its files, or an ONNX "
+            "graph."
         )
 
     def _indexed_files(self) -> tuple[Path, ...]:
@@ -184,6 +208,40 @@ def _config_widths(config: dict[str, Any]) -> set[int]:
     return sizes
 
 
+def find_graph(folder: Path, named: str | None = None) -> Path | None:
+    """Find the ONNX graph of a folder, laid out as by optimum, onnxruntime-genai or transformers.js.
+
+    Args:
+        folder: the folder.
+        named: a file that one of its configs names.
+
+    Returns:
+        The graph of that name, else `model.onnx`, else `onnx/model.onnx`, else the only one there is;
+        None where there is none.
+
+    Raises:
+        UsageError: there are several, none of them with a usual name.
+    """
+    usual = [folder / name for name in (named, "model.onnx", "onnx/model.onnx") if name]
+    if found := next((path for path in usual if path.is_file()), None):
+        return found
+    graphs = sorted([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
+    if len(graphs) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in graphs)
+        raise UsageError(f"{folder} has several graphs ({names}): pass the file of the one to trim.")
+    return graphs[0] if graphs else None
+
+
+def _folder_of(graph: Path) -> Path:
+    """The folder that belongs to a graph: transformers.js keeps graphs in `onnx/`, below the tokenizer."""
+    above = graph.parent.parent
+    return (
+        above
+        if not (graph.parent / TOKENIZER_NAME).is_file() and (above / TOKENIZER_NAME).is_file()
+        else (graph.parent)
+    )
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, with padding and truncation off.
 
@@ -219,6 +277,8 @@ def resolve_model(
     path = Path(name)
     if path.is_dir():
         return ModelSource(str(name), revision, path)
+    if path.suffix == ".onnx" and path.is_file():
+        return ModelSource(str(name), revision, _folder_of(path), path)
     if path.exists():
         raise UsageError(f"{name} is a file: pass the folder that holds the model's files.")
     if not _HUB_ID.fullmatch(str(name)):

@@ -14,7 +14,7 @@ from trimserve.errors import MismatchError
 from trimserve.source import ModelSource
 from trimserve.vocab import Ids
 
-CONFIG_NAMES = ("config.json", "generation_config.json")
+CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 # Models that number positions by cumsum(ids != pad) * (ids != pad) + pad: in their graphs the pad id is
 # both compared with ids and added to positions, so its compact id must equal it.

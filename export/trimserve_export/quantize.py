@@ -213,8 +213,13 @@ def block_attributes(inputs: int, outputs: int, scheme: BlockScheme) -> dict[str
 
 def scheme_of(node: ir.Node) -> BlockScheme:
     """The scheme of a MatMulNBits."""
-    names = ("bits", "block_size", "accuracy_level")
-    return BlockScheme(*(node.attributes[name].as_int() for name in names))
+    return BlockScheme(**block_attributes_of(node))
+
+
+def block_attributes_of(node: ir.Node) -> dict[str, int]:
+    """A MatMulNBits' bits, block size and accuracy level; other tools leave out those with their default."""
+    found = {"bits": 4, "block_size": 0, "accuracy_level": 0}
+    return found | {name: node.attributes[name].as_int() for name in found if name in node.attributes}
 
 
 def write_blocks(rows: TensorSpec, path: Path, scheme: BlockScheme, dtype: npt.DTypeLike) -> BlockSpecs:

@@ -18,7 +18,7 @@ from trimserve_export.serving.flow import describe, find_embedding, find_head
 from trimserve_export.serving.last_logits import slice_before_head
 from trimserve_export.serving.tied_head import tie_head
 
-__all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_servable"]
+__all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_servable", "serve"]
 
 GRAPH_NAME = "model.onnx"
 # Large tensors start on a boundary at which every system can map them.
@@ -56,7 +56,21 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
         UnsupportedModelError: the embedding or the head is not found, or has other rows; nothing is
             written then.
     """
-    model = ir.load(source.resolve())
+    return serve(ir.load(source.resolve()), output, rows=rows, has_head=has_head)
+
+
+def serve(model: ir.Model, output: Path, *, rows: int, has_head: bool) -> ServableGraph:
+    """Run the serving passes on a graph in memory, which is changed, and write the result.
+
+    Args:
+        model: the exporter's graph; its large tensors may lie in files.
+        output: see `make_servable`.
+        rows: see `make_servable`.
+        has_head: see `make_servable`.
+
+    Raises:
+        UnsupportedModelError: see `make_servable`.
+    """
     _check_inputs(model.graph)
     tied = apply_passes(model, rows=rows, has_head=has_head)
     return _save(model, output / GRAPH_NAME, tied=tied)

@@ -47,13 +47,14 @@ class _ColdTensors:
     blocks: BlockSpecs | None = None
 
 
-def write_cold_head(graph_path: Path, cold_path: Path) -> tuple[str, ...]:
+def write_cold_head(graph_path: Path, cold_path: Path, blocks: BlockSpecs | None = None) -> tuple[str, ...]:
     """Write `cold_head.onnx` (all cold logits) and `cold_max.onnx` (the largest of each tile).
 
     Args:
         graph_path: a servable graph with a vocab head.
         cold_path: `cold_rows.safetensors` with at least one row; the cold graphs are written beside it. If
             the graph's head is quantised, its own float rows leave that file.
+        blocks: where the cold rows of a quantised head lie already; else they are quantised from the floats.
 
     Returns:
         The names of the files.
@@ -63,7 +64,7 @@ def write_cold_head(graph_path: Path, cold_path: Path) -> tuple[str, ...]:
     """
     source = ir.load(graph_path.resolve())
     head = find_head(source.graph)
-    tensors = _cold_tensors(head, cold_path)
+    tensors = _cold_tensors(head, cold_path, blocks)
     tail = _tail_nodes(source.graph, head)
     paths = [cold_path.parent / COLD_HEAD_NAME, cold_path.parent / COLD_MAX_NAME]
     for path, reduced in zip(paths, (False, True), strict=True):
@@ -75,11 +76,11 @@ def write_cold_head(graph_path: Path, cold_path: Path) -> tuple[str, ...]:
     return COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME
 
 
-def _cold_tensors(head: Head, cold_path: Path) -> _ColdTensors:
+def _cold_tensors(head: Head, cold_path: Path, blocks: BlockSpecs | None) -> _ColdTensors:
     specs, metadata = read_header(cold_path)
     rows = specs.get("head", specs["embedding"])
-    if not head.is_quantized:
-        return _ColdTensors(rows, specs.get("head_bias"))
+    if blocks is not None or not head.is_quantized:
+        return _ColdTensors(rows, specs.get("head_bias"), blocks)
     blocks = write_blocks(
         rows, cold_path.with_name(COLD_BLOCKS_NAME), scheme_of(head.product), head.dtype.numpy()
     )

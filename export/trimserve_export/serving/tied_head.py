@@ -19,7 +19,7 @@ def tie_head(model: ir.Model, embedding: Embedding, head: Head) -> bool:
     Returns:
         Whether the head is tied now.
     """
-    if head.product.op_type not in ("MatMul", "FusedMatMul") or not _same_numbers(embedding.table, head):
+    if head.product.op_type not in ("MatMul", "FusedMatMul") or not same_numbers(embedding.table, head):
         return False
     if head.product.op_type == "FusedMatMul" and head.weight is embedding.table:
         return True
@@ -33,7 +33,7 @@ def tie_head(model: ir.Model, embedding: Embedding, head: Head) -> bool:
     return True
 
 
-def _same_numbers(table: ir.Value, head: Head) -> bool:
+def same_numbers(table: ir.Value, head: Head) -> bool:
     """Compare the embedding (K, H) with the head's weight, whichever way that lies, block by block."""
     if head.weight is table:
         return head.by_row

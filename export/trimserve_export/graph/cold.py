@@ -1,0 +1,134 @@
+"""Write the rows that a graph loses: floats of embedding and head, or the blocks of a quantised head."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, BlockSpecs, block_specs
+from trimserve.errors import UnsupportedModelError
+from trimserve.tensorfile import TensorSource, exhaust, write_tensors
+from trimserve.vocab import VocabMap
+from trimserve_export.graph.plan import constant, optional_input
+from trimserve_export.graph.rows import ComputedRows, StoredColumns, StoredRows, dtype_name
+from trimserve_export.graph.turned import Turned
+from trimserve_export.quantize import block_attributes_of, scheme_of
+from trimserve_export.serving.flow import Embedding, Head, describe, find_output
+from trimserve_export.serving.tied_head import same_numbers
+
+# What the runtime can read back.
+BITS = (4, 8)
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True, slots=True)
+class FullGraph:
+    """An untrimmed graph, its embedding and, if it has one, its vocab head."""
+
+    model: ir.Model
+    embedding: Embedding
+    head: Head | None
+
+    @property
+    def bias(self) -> ir.TensorProtocol | None:
+        """The head's bias: what an Add gives each token by itself.
+
+        Raises:
+            UnsupportedModelError: there are several.
+        """
+        found = [] if self.head is None else list(_biases(self.model.graph, self.head))
+        if len(found) > 1:
+            raise UnsupportedModelError("the head has several biases: exact mode is not possible for it.")
+        return found[0] if found else None
+
+
+def _biases(graph: ir.Graph, head: Head) -> Iterator[ir.TensorProtocol]:
+    value: ir.Value | None = find_output(graph, "logits")
+    while value is not None and (node := value.producer()) is not None and node is not head.product:
+        tensors = [tensor for operand in node.inputs if (tensor := constant(operand)) is not None]
+        yield from (tensor for tensor in tensors if tensor.size > 1)
+        value = next(operand for operand in node.inputs if operand is not None and constant(operand) is None)
+
+
+def write_cold_rows(full: FullGraph, vocab: VocabMap, path: Path) -> None:
+    """Write `cold_rows.safetensors`: embedding, head and bias of the ids that are not kept.
+
+    A quantised embedding's rows are the floats that its graph makes of them. A quantised head's are not
+    written here, see `write_cold_blocks`.
+    """
+    tied = _is_tied(full.embedding, full.head)
+    tensors: dict[str, TensorSource] = {"embedding": embedding_rows(full, vocab.cold_ids, vocab.vocab_size)}
+    if full.head is not None and not full.head.is_quantized and not tied:
+        tensors["head"] = _head_rows(full.head, vocab)
+    if full.bias is not None:
+        tensors["head_bias"] = StoredRows(full.bias, vocab.vocab_size, vocab.cold_ids, 1)
+    exhaust(write_tensors(path, tensors, {"tied": str(tied).lower()}))
+
+
+def _is_tied(embedding: Embedding, head: Head | None) -> bool:
+    if head is None or head.is_quantized:
+        return False
+    table = constant(embedding.table)
+    if isinstance(table, Turned) and table.source is constant(head.weight):
+        return not head.by_row
+    return same_numbers(embedding.table, head)
+
+
+def embedding_rows(full: FullGraph, ids: np.ndarray, rows: int) -> TensorSource:
+    """Rows of the embedding as the graph reads them."""
+    embedding = full.embedding
+    table = constant(embedding.table)
+    plain = embedding.gather.op_type == "Gather" and embedding.output is embedding.gather.outputs[0]
+    if plain and isinstance(table, Turned):
+        return StoredColumns(table.source, ids)
+    if plain and table is not None and table.dtype in _FLOATS:
+        return StoredRows(table, rows, ids, embedding.width)
+    return ComputedRows(embedding, dict(full.model.graph.opset_imports), rows, ids)
+
+
+def _head_rows(head: Head, vocab: VocabMap) -> StoredRows | StoredColumns:
+    weight = constant(head.weight)
+    if weight is None:
+        raise UnsupportedModelError(f"{describe(head.product)} has no constant weight.")
+    if head.by_row:
+        return StoredRows(weight, vocab.vocab_size, vocab.cold_ids, head.width)
+    return StoredColumns(weight, vocab.cold_ids)
+
+
+def head_scheme(head: Head) -> BlockScheme | None:
+    """How a quantised head is quantised; None for one of floats.
+
+    Raises:
+        UnsupportedModelError: in a way that cold rows cannot be multiplied in yet.
+    """
+    if not head.is_quantized:
+        return None
+    for index, what in ((3, "zero points"), (4, "reordered columns (g_idx)"), (5, "a bias")):
+        if optional_input(head.product, index) is not None:
+            raise UnsupportedModelError(
+                f"{describe(head.product)}, the quantised vocab head, has {what}: cold rows of such heads "
+                "are not built yet. Export it with --no-cold."
+            )
+    if block_attributes_of(head.product)["bits"] not in BITS:
+        raise UnsupportedModelError(
+            f"{describe(head.product)}, the vocab head, has weights of other than {BITS} bits: cold rows of "
+            "such heads are not built yet. Export it with --no-cold."
+        )
+    return scheme_of(head.product)
+
+
+def write_cold_blocks(head: Head, scheme: BlockScheme, vocab: VocabMap, folder: Path) -> BlockSpecs:
+    """Write the head's own integers and scales of the ids that are not kept; nothing is rounded again."""
+    integers, scales = (constant(optional_input(head.product, index)) for index in (1, 2))
+    if integers is None or scales is None:
+        raise UnsupportedModelError(f"{describe(head.product)} has no constant weight.")
+    count, blocks = len(vocab.cold_ids), scheme.blocks(head.width)
+    specs = block_specs(
+        folder / COLD_BLOCKS_NAME, count, head.width, scheme, dtype_name(scales.dtype, str(scales.name))
+    )
+    with specs.integers.path.open("wb", buffering=0) as file:
+        for tensor, entries in ((integers, blocks * scheme.block_bytes), (scales, blocks)):
+            exhaust(StoredRows(tensor, vocab.vocab_size, vocab.cold_ids, entries).write_to(file))
+    return specs

@@ -1,0 +1,220 @@
+"""Rows of an untrimmed graph's embedding and head, as floats, streamed: what the graph itself would read."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trimserve.errors import UnsupportedModelError, require
+from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve_export.graph.plan import constant
+from trimserve_export.graph.tensors import Cut, KeptEntries, release, stored_bytes
+from trimserve_export.graph.trim import trim_graph
+from trimserve_export.serving.flow import Embedding
+
+DTYPES = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.UINT8: "U8",
+}
+_BLOCK_BYTES = 8 << 20
+
+
+def dtype_name(dtype: ir.DataType, what: str) -> str:
+    """Safetensors' name of a type.
+
+    Raises:
+        UnsupportedModelError: rows of that type cannot be stored.
+    """
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(f"{what} has the type {dtype.name}: expected floats of 16 or 32 bits.")
+    return DTYPES[dtype]
+
+
+@dataclass(frozen=True)  # no slots: the cut tensor is made once
+class StoredRows:
+    """Rows that lie in a constant one after the other: (V, H), V numbers, or blocks of rows.
+
+    Attributes:
+        tensor: the constant.
+        rows: V.
+        ids: the rows to give.
+        entries: numbers of a row.
+    """
+
+    tensor: ir.TensorProtocol
+    rows: int
+    ids: Ids
+    entries: int
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        return dtype_name(self.tensor.dtype, str(self.tensor.name))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, entries), or (n,) for single numbers."""
+        return (len(self.ids), self.entries) if self.entries > 1 else (len(self.ids),)
+
+    @cached_property
+    def _kept(self) -> KeptEntries:
+        flat = Cut(0, 1, self.entries)
+        if self.tensor.size != self.rows * self.entries:
+            raise ValueError(f"{self.tensor.name} holds {self.tensor.size} entries")
+        return KeptEntries(_first_axis(self.tensor, self.rows), flat, self.rows, self.ids)
+
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the rows' bytes to an unbuffered file; yield their sizes."""
+        for chunk in self._kept.chunks():
+            yield _write(file, chunk.tobytes())
+
+
+def _first_axis(tensor: ir.TensorProtocol, rows: int) -> ir.TensorProtocol:
+    """A bias may be stored as (1, V)."""
+    sizes = tensor.shape.numpy()
+    if len(sizes) and sizes[0] % rows == 0:
+        return tensor
+    return ir.tensor(tensor.numpy().reshape(rows, -1), name=tensor.name)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredColumns:
+    """Rows that are the columns of a constant (H, V)."""
+
+    tensor: ir.TensorProtocol
+    ids: Ids
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        return dtype_name(self.tensor.dtype, str(self.tensor.name))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, H)."""
+        return (len(self.ids), self.tensor.shape.numpy()[0])
+
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the rows' bytes to an unbuffered file, a block of rows at a time; yield their sizes."""
+        width, rows = self.tensor.shape.numpy()
+        data = stored_bytes(self.tensor)
+        columns = data.view(f"u{self.tensor.dtype.itemsize:.0f}").reshape(width, rows)
+        step = max(1, _BLOCK_BYTES // (columns.itemsize * width))
+        for start in range(0, len(self.ids), step):
+            part = np.take(columns, self.ids[start : start + step], axis=1)
+            yield _write(file, np.ascontiguousarray(part.T).tobytes())
+        release(data)
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedRows:
+    """Rows that a graph makes of quantised ones: its own nodes are run, in ONNX Runtime, on the asked rows.
+
+    Attributes:
+        embedding: the lookup, in the untrimmed graph.
+        opsets: the graph's opset imports.
+        rows: V.
+        ids: the rows to give.
+    """
+
+    embedding: Embedding
+    opsets: dict[str, int]
+    rows: int
+    ids: Ids
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        return dtype_name(self.embedding.dtype, str(self.embedding.output.name))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, H)."""
+        return (len(self.ids), self.embedding.width)
+
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the rows' bytes to an unbuffered file, a block of rows at a time; yield their sizes."""
+        step = max(1, _BLOCK_BYTES // (4 * self.embedding.width))
+        for start in range(0, len(self.ids), step):
+            yield _write(file, self.read(self.ids[start : start + step]).tobytes())
+
+    def read(self, ids: Ids) -> np.ndarray:
+        """Compute rows (n, H)."""
+        model = _LookupCopier(self.embedding, self.opsets).model()
+        reason = np.full(len(ids), Reason.EXPLICIT, np.uint8)
+        trim_graph(model, VocabMap(ids, reason, self.rows), has_head=False)
+        runtime = require("onnxruntime", extra="cpu", purpose="trimming a quantised graph")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        session = runtime.InferenceSession(
+            ir.to_proto(_inline(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        (rows,) = session.run(None, {"input_ids": np.arange(len(ids))})
+        return np.asarray(rows)
+
+
+def _inline(model: ir.Model) -> ir.Model:
+    """The model with the small constants that lie in files in memory; cut ones are made when written."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    return model
+
+
+class _LookupCopier:
+    """Copies the nodes from the token ids to the rows into a graph of their own."""
+
+    def __init__(self, embedding: Embedding, opsets: dict[str, int]) -> None:
+        self._embedding = embedding
+        self._opsets = opsets
+        ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
+        self._copies: dict[ir.Value, ir.Value] = {embedding.ids: ids}
+        self._nodes: list[ir.Node] = []
+        self._constants: list[ir.Value] = []
+
+    def model(self) -> ir.Model:
+        """The graph: `input_ids` (n,) -> rows (n, H)."""
+        output = self._copy(self._embedding.output)
+        output.type = ir.TensorType(self._embedding.dtype)
+        graph = ir.Graph(
+            [self._copies[self._embedding.ids]],
+            [output],
+            nodes=self._nodes,
+            initializers=self._constants,
+            opset_imports=self._opsets,
+            name="lookup",
+        )
+        return ir.Model(graph, ir_version=10)
+
+    def _copy(self, value: ir.Value) -> ir.Value:
+        if value not in self._copies:
+            self._copies[value] = self._copied(value)
+        return self._copies[value]
+
+    def _copied(self, value: ir.Value) -> ir.Value:
+        copy = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=constant(value))
+        node = value.producer()
+        if copy.const_value is not None:
+            self._constants.append(copy)
+        elif node is None:
+            raise UnsupportedModelError(f"the embedding's rows depend on the input {value.name}.")
+        else:
+            inputs = [None if operand is None else self._copy(operand) for operand in node.inputs]
+            attributes = list(node.attributes.values())
+            self._nodes.append(
+                ir.Node(node.domain, node.op_type, inputs, attributes, outputs=[copy], name=node.name)
+            )
+        return copy
+
+
+def _write(file: IO[bytes], data: bytes) -> int:
+    view: Any = memoryview(data)
+    while view:
+        view = view[os.write(file.fileno(), view) :]
+    return len(data)

@@ -1,0 +1,163 @@
+"""From ONNX graphs to servable folders: cold slots and cold rows of every layout, against the full graph."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir")
+
+import onnx_ir as ir
+
+from tests.exports import open_graph, read_float32
+from tests.folders import make_vocab
+from tests.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, sketch, sketch_tied
+from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.folder import COLD_NAME
+from trimserve.source import resolve_model
+from trimserve_export.graph.export import infer_task, serve_full, trim_to_folder, write_generation_config
+
+pytestmark = pytest.mark.export
+
+V = 37
+KEPT = (0, 1, 2, 5, 7, 8, 20, 29, 30, 35, 36)
+VOCAB = make_vocab(KEPT, V)
+IDS = np.array([[0, 3, 5, 36, 34, 3, 20, 19, 1]])
+
+
+def save(made: Sketch, folder: Path, name: str = "model.onnx") -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    ir.save(made.model(), folder / name, external_data="weights.data", size_threshold_bytes=0)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": made.V}))
+    return folder
+
+
+def run(path: Path, ids: np.ndarray, cold_rows: np.ndarray) -> dict[str, np.ndarray]:
+    session = open_graph(path)
+    feeds = {"input_ids": ids, "cold_rows": cold_rows, "logits_to_keep": np.array(0)}
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def assert_serves(made: Sketch, root: Path, task: str = "fill-mask") -> dict[str, np.ndarray]:
+    """Export a graph, feed kept and cold ids, compare with the full graph; returns the cold rows."""
+    source = resolve_model(save(made, root / "model"))
+    for name in ("trimmed", "full"):
+        (root / name).mkdir()
+    trim_to_folder(source, VOCAB, root / "trimmed", task=task)
+    full = run(serve_full(source, root / "full", task=task), IDS, np.zeros((1, made.H), np.float32))
+    cold = read_float32(root / "trimmed" / COLD_NAME)
+    slotted = VOCAB.with_slots(IDS)
+    rows = cold["embedding"][np.searchsorted(VOCAB.cold_ids, slotted.cold_ids)]
+    found = run(root / "trimmed" / "model.onnx", slotted.ids, rows)
+    np.testing.assert_array_equal(found["hidden_states"], full["hidden_states"])
+    np.testing.assert_array_equal(found["logits"], full["logits"][..., KEPT])
+    return cold
+
+
+SERVED = ["plain", "transposed", "dequantized_after", "dequantized_before", "blocks_int4"]
+
+
+@pytest.mark.parametrize("embedding", [*SERVED, "blocks_uint4", "blocks_uint8", "blocks_reshaped"])
+@pytest.mark.parametrize("head", ["matmul", "nbits_4"])
+def test_cold_rows_are_what_the_graph_reads(tmp_path, embedding, head):
+    assert_serves(sketch(embedding, head), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tied", "tied_fused", "tied_transposed"])
+def test_tied_rows_are_stored_once(tmp_path, kind):
+    assert set(assert_serves(sketch_tied(kind), tmp_path)) == {"embedding"}
+
+
+def test_tied_blocks(tmp_path):
+    assert_serves(sketch_tied("tied_blocks"), tmp_path)
+
+
+def test_cold_head_and_bias_rows(tmp_path):
+    made = sketch("plain", "matmul", "biased")
+    cold = assert_serves(made, tmp_path)
+    head, bias = made.tensors["head"].numpy(), made.tensors["bias"].numpy()
+    np.testing.assert_array_equal(cold["head"], head.T[VOCAB.cold_ids])
+    np.testing.assert_array_equal(cold["head_bias"], bias.reshape(-1)[VOCAB.cold_ids])
+
+
+@pytest.mark.parametrize("head", ["nbits_4", "nbits_8_symmetric", "matmul", "fused"])
+def test_cold_head_gives_the_full_graphs_logits(tmp_path, head):
+    made = Sketch(H=48)
+    EMBEDDINGS["blocks_int4"](made)
+    middle(made)
+    {**HEADS, "nbits_8_symmetric": partial(nbits, bits=8)}[head](made)
+    made.add("logits = Identity(product)")
+    source = resolve_model(save(made, tmp_path / "model"))
+    for name in ("trimmed", "full"):
+        (tmp_path / name).mkdir()
+    result = trim_to_folder(source, VOCAB, tmp_path / "trimmed", task="text-generation-with-past")
+    full = run(serve_full(source, tmp_path / "full", task="fill-mask"), IDS, np.zeros((1, 48), np.float32))
+    session = open_graph(tmp_path / "trimmed" / "cold_head.onnx")
+    (cold,) = session.run(["logits"], {"hidden_states": full["hidden_states"][0]})
+    np.testing.assert_array_equal(cold.T, full["logits"][0][:, VOCAB.cold_ids])
+    assert (result.quantization is None) == (head in ("matmul", "fused"))
+
+
+@pytest.mark.parametrize("head", ["nbits_2", "nbits_4_flat", "nbits_4_bias"])
+def test_cold_head_that_is_not_built_is_refused(tmp_path, head):
+    source = resolve_model(save(sketch("plain", head), tmp_path / "model"))
+    task = "text-generation-with-past"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedModelError, match="--no-cold"):
+        trim_to_folder(source, VOCAB, tmp_path / "out", task=task)
+    trim_to_folder(source, VOCAB, tmp_path / "out", task=task, cold=False)
+
+
+def test_weights_are_hashed_by_name(tmp_path):
+    source = resolve_model(save(sketch("plain", "matmul"), tmp_path / "model"))
+    (tmp_path / "out").mkdir()
+    made = trim_to_folder(source, VOCAB, tmp_path / "out", task="auto")
+    assert set(made.source.files) == {"model.onnx", "weights.data"}
+    assert {(cut.name, cut.axis, cut.rows_after) for cut in made.cut} == {("table", 0, 11), ("head", 1, 11)}
+    assert made.bytes_before == 4 * (2 * V * 16 + 16 * 16)
+    assert made.dtype == "fp32"
+
+
+def test_task_by_outputs():
+    def graph(outputs: str) -> ir.Graph:
+        made = Sketch()
+        made.add(f"{outputs.split()[-1]} = Identity(x)")
+        return made.model(outputs, "int64[b, s] input_ids, float[b, s, n] x").graph
+
+    assert infer_task(graph("float[b, s, 8] last_hidden_state"), V) == "feature-extraction"
+    assert infer_task(graph("float[b, 8] logits"), V) == "text-classification"
+    assert infer_task(graph("float[b, s, 8] logits"), V) == "token-classification"
+    assert infer_task(graph("float[b, s, 37] logits"), V) == "fill-mask"
+    decoder = graph("float[b, s, 37] logits")
+    decoder.inputs[1].name = "past_key_values.0.key"
+    assert infer_task(decoder, V) == "text-generation-with-past"
+    with pytest.raises(UnsupportedModelError, match="outputs scores: expected logits"):
+        infer_task(graph("float[b, s, 8] scores"), V)
+
+
+def test_graphs_are_found(tmp_path):
+    made = sketch("plain", "matmul")
+    assert resolve_model(save(made, tmp_path / "a")).graph == tmp_path / "a" / "model.onnx"
+    root = tmp_path / "b"
+    save(made, root, "onnx/model.onnx")
+    save(made, root, "onnx/model_q4.onnx")
+    (root / "tokenizer.json").write_text("{}")
+    assert resolve_model(root).graph == root / "onnx" / "model.onnx"
+    named = resolve_model(root / "onnx" / "model_q4.onnx")
+    assert (named.path, named.graph) == (root, root / "onnx" / "model_q4.onnx")
+    assert [path.name for path in named.weight_files] == ["model_q4.onnx"]
+    genai = save(made, tmp_path / "c", "decoder.onnx")
+    (genai / "other.onnx").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"several graphs \(decoder\.onnx, other\.onnx\)"):
+        _ = resolve_model(genai).graph
+    (genai / "config.json").unlink()
+    section = {"vocab_size": V, "eos_token_id": [1, 2], "decoder": {"filename": "decoder.onnx"}}
+    (genai / "genai_config.json").write_text(json.dumps({"model": section}))
+    found = resolve_model(genai)
+    assert (found.graph, found.vocab_size) == (genai / "decoder.onnx", V)
+    write_generation_config(found, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
+    assert resolve_model(tmp_path).graph is None
