@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow demo bench-quick wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-js demo bench-quick wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ test: $(READY)  ## the whole suite but its slow tests
 
 test-slow: $(READY)  ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+test-js: $(READY)  ## transformers.js under Node on folders of ours
+	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m pytest tests/test_layouts.py -k transformers_js
 
 demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into demo-out/
 	$(BIN)/python examples/demo.py

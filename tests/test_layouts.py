@@ -1,6 +1,9 @@
 """Layouts for other runtimes: transformers and optimum load the folders and give the full model's tokens."""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,9 +39,7 @@ TOKENS = 8
 def model(tmp_path_factory):
     """A tied decoder with a byte-level tokenizer, as transformers loads it."""
     path = save_model("qwen3", tmp_path_factory.mktemp("qwen3") / "model", tokenizer="byte_level_bpe")
-    (path / "tokenizer_config.json").write_text(
-        json.dumps(SETTINGS | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    )
+    (path / "tokenizer_config.json").write_text(json.dumps(SETTINGS | {"tokenizer_class": "Qwen2Tokenizer"}))
     return path
 
 
@@ -224,6 +225,61 @@ def test_table_from_ids_to_rows():
     vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3), 8)
     assert id_table(vocab, slots=True).tolist() == [3, 4, 0, 1, 5, 6, 2, 7]
     assert id_table(vocab, slots=False).tolist() == [3, 3, 0, 1, 3, 3, 2, 3]
+
+
+def expected_ids(folder, full, model, prompt) -> tuple[list[int], list[int]] | None:
+    """Ids of a prompt in the folder's own vocab and what the masked full model says to it, up to its end."""
+    vocab = open_folder(folder).vocab
+    ids = AutoTokenizer.from_pretrained(model)(prompt)["input_ids"]
+    made = greedy(full, ids, [OnlyKept(vocab)])
+    made = [id_ for id_ in made if id_ != full.config.eos_token_id]
+    if open_folder(folder).manifest.layout == "graph":
+        return ids, made
+    if not vocab.is_kept(ids).all():
+        return None
+    return vocab.to_compact(ids).tolist(), vocab.to_compact(made).tolist()
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_onnxruntime_genai_generates(folders, full, model, layout):
+    og = pytest.importorskip("onnxruntime_genai")
+    folder = folders / layout
+    loaded = og.Model(str(folder))
+    tokenizer = og.Tokenizer(loaded)
+    compared = 0
+    for prompt in PROMPTS:
+        if (expected := expected_ids(folder, full, model, prompt)) is None:
+            continue
+        ids = tokenizer.encode(prompt).tolist()
+        parameters = og.GeneratorParams(loaded)
+        parameters.set_search_options(max_length=len(ids) + TOKENS, do_sample=False)
+        generator = og.Generator(loaded, parameters)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert (ids, generator.get_sequence(0).tolist()[len(ids) :]) == expected
+        compared += len(expected[1])
+    assert compared > TOKENS
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_transformers_js_generates(folders, full, model, layout):
+    scripts = Path(__file__).parent / "js"
+    node = shutil.which("node")
+    if node is None or not (scripts / "node_modules").is_dir():
+        pytest.skip("transformers.js is not installed: make test-js")
+    expected = {prompt: expected_ids(folders / layout, full, model, prompt) for prompt in PROMPTS}
+    expected = {prompt: ids for prompt, ids in expected.items() if ids is not None}
+    command = [node, str(scripts / "generate.mjs"), str(folders), layout, str(TOKENS), *expected]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=120)
+    end = full.config.eos_token_id
+    if layout == "tokenizer":
+        end = int(open_folder(folders / layout).vocab.to_compact(end))
+    found = [
+        (result["ids"], [id_ for id_ in result["made"] if id_ != end]) for result in json.loads(done.stdout)
+    ]
+    assert found == list(expected.values())
+    assert len(found) >= 2
 
 
 @pytest.mark.parametrize(

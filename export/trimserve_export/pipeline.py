@@ -21,6 +21,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import (
     COLD_NAME,
+    GENERATION_TASK,
     GENERATOR_TASKS,
     MANIFEST_NAME,
     TEXT2TEXT_TASK,
@@ -41,6 +42,7 @@ from trimserve_export.card import CARD_NAME, render_card
 from trimserve_export.checkpoint import TrimmedCheckpoint, check_vocab, trim_checkpoint
 from trimserve_export.exporters import optimum
 from trimserve_export.layouts.closure import close_vocab
+from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.remap import make_drop_in, save_plain, save_tied
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
@@ -268,6 +270,11 @@ def _fill(plan: _Plan, staging: Path, *, progress: bool) -> Manifest:
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
         graphs = _export_graph(plan, checkpoint, staging) if to_onnx else {}
         segmentation = _write_texts(plan, checkpoint, staging)
+    if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
+        cut = plan.options.layout == "tokenizer"
+        write_genai_config(
+            staging / graphs["model"], vocab_size=len(plan.vocab) if cut else plan.vocab.vocab_size
+        )
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, graphs, list_files(staging))
     manifest = dataclasses.replace(manifest, segmentation=segmentation)
