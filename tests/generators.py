@@ -106,7 +106,7 @@ class FullSampler:
         while len(output) < tokens:
             past = History(prompt, np.array(output, np.int32))
             output.append(choose(step.logits[0, -1], self._columns, params, past))
-            if output[-1] in stop_ids:
+            if output[-1] in stop_ids or len(output) == tokens:
                 break
             step = self._decoder.step(cache, np.array([[output[-1]]], np.int64), no_rows)
         return output

@@ -197,6 +197,23 @@ def test_checking_while_drafting_on_changes_nothing(pair):
     assert overlapped.stats.drafted > overlapped.stats.tokens  # something was drafted ahead, or wasted
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_output_ends_where_the_table_of_positions_ends(tmp_path, overlap):
+    """GPT-2's 64 positions; in a batch the longest prompt ends first."""
+    from tests.generators import open_generator
+
+    pair = make_pair(tmp_path, "gpt2", tokenizer="byte_level_bpe", kept=275, seed=1)
+    generator = open_generator(pair.generator.folder.path, overlap=overlap)
+    prompts = ["the cat sat on the mat", "a"]
+    sampler = FullSampler(pair.full_graph, pair.vocab_size)
+    results = generator.generate(prompts, max_new_tokens=200, temperature=1.0)
+    for ids, result in zip(generator.codec.encode(prompts), results, strict=True):
+        expected = sampler.run(ids, SamplingParams(temperature=1.0), 65 - ids.size, generator.stop_ids)
+        assert list(result.ids) == expected
+    with pytest.raises(UsageError, match="reads 64 at most"):
+        generator.generate(["the cat " * 40])
+
+
 def test_streamed_text_is_the_generated_text(pair):
     generator = pair.generator
     for text in TEXTS:

@@ -30,6 +30,14 @@ class GenerationConfig:
         self.positions: int | None = self._merged.get("max_position_embeddings")
         self.stop_ids = frozenset(as_ids(self._merged.get("eos_token_id")))
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that a decoder can be fed; None where positions are computed (rotary) and never end."""
+        if any(name.startswith(("rope", "rotary")) for name in self._merged):
+            return None
+        limit: int | None = self._merged.get("max_position_embeddings", self._merged.get("n_positions"))
+        return limit
+
     def rules(self, max_new_tokens: int, **changes: int) -> TokenRules | None:
         """What is forced and forbidden in an output of so many tokens; `changes` overrides entries."""
         config: dict[str, Any] = self._rules | {"eos_token_id": sorted(self.stop_ids)} | changes

@@ -167,7 +167,10 @@ class GenerationLoop:
 
 
 def _tokens_left(requests: Sequence[Request]) -> int:
-    return max(request.max_tokens - len(request.output) for request in requests)
+    """Tokens that it makes sense to draft: what one of them may still produce, and all have room for."""
+    wanted = max(request.max_tokens - len(request.output) for request in requests)
+    room = [request.room - len(request.output) for request in requests if request.room is not None]
+    return min([wanted, *room])
 
 
 def _all_ended(requests: Sequence[Request], drafts: Sequence[Sequence[int]]) -> bool:

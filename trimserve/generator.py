@@ -192,7 +192,23 @@ class Generator:
     def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
         params, limit = self._params(options)
         started = [ids if ids.size else self.config.first_id() for ids in prompts]
-        return [Request(ids, params, limit, self.stop_ids) for ids in self._servable(started)]
+        requests = []
+        for place, ids in enumerate(self._servable(started), 1):
+            room = self._room(place, ids)
+            most = limit if room is None else min(limit, room)
+            requests.append(Request(ids, params, most, self.stop_ids, room=room))
+        return requests
+
+    def _room(self, place: int, prompt: Ids) -> int | None:
+        """Tokens that can follow a prompt before the model's table of positions ends."""
+        context = self.config.context
+        if context is None:
+            return None
+        if prompt.size > context:
+            raise UsageError(
+                f"text {place} has {prompt.size:,} tokens, this model reads {context:,} at most: shorten it."
+            )
+        return context - prompt.size + 1  # the last one is produced and not fed
 
     def _params(self, options: GenerationOptions) -> tuple[SamplingParams, int]:
         """How tokens are chosen, and how many at most."""

@@ -26,6 +26,7 @@ class Request:
         stop_ids: token ids that end the sequence.
         output: checked token ids.
         finished: set by the loop at a stop id or the limit, or by the reader at a stop string.
+        room: tokens that can follow the prompt before the model's positions end; None for no end.
         source: for an encoder-decoder the text that its encoder reads, as token ids.
     """
 
@@ -39,6 +40,7 @@ class Request:
     rejected: int = 0
     slots: "DraftSlots | None" = None
     source: Ids | None = None
+    room: int | None = None
 
     @property
     def given(self) -> Ids:
