@@ -74,7 +74,7 @@ def compare(full: Path, trimmed: Path, texts: Path, *, rounds: int, threads: int
         "max_abs_diff": float(np.abs(embeddings[0] - embeddings[1]).max()),
     }
     medians = {name: [float(np.median(run["batch_ms"])) for run in runs[name]] for name in runs}
-    row["time_ratio"] = asdict(harness.ratio(medians["trimmed"], medians["full"]))
+    row["time_ratio"] = asdict(harness.paired_ratio(medians["trimmed"], medians["full"]))
     removed = row["full"]["weight_bytes"] - row["trimmed"]["weight_bytes"]
     saved = row["full"]["memory"]["resident"] - row["trimmed"]["memory"]["resident"]
     return row | {"removed_bytes": removed, "saved_bytes": saved, "saved_share": saved / removed}

@@ -14,6 +14,12 @@ def test_ratio_of_equal_samples_is_one_and_interval_holds_the_value():
     assert noisy.value == pytest.approx(2.0)
 
 
+def test_slow_rounds_cancel_in_a_paired_ratio():
+    slowness = [1.0, 3.0, 2.0, 9.0, 5.0]
+    found = harness.paired_ratio([0.9 * factor for factor in slowness], slowness)
+    assert (found.value, found.low, found.high) == pytest.approx((0.9, 0.9, 0.9))
+
+
 def test_spread_orders_its_percentiles():
     values = harness.spread([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (values.median, values.count) == (3.0, 5)
