@@ -41,6 +41,8 @@ from trimserve.vocab import VocabMap
 from trimserve_export.card import CARD_NAME, render_card
 from trimserve_export.checkpoint import TrimmedCheckpoint, check_vocab, trim_checkpoint
 from trimserve_export.exporters import optimum
+from trimserve_export.graph.export import serve_full
+from trimserve_export.graph.road import fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.remap import make_drop_in, save_plain, save_tied
@@ -142,7 +144,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
     and the serving passes make that graph servable. The folder appears complete or not at all.
 
     Args:
-        model: a folder or hub id with safetensors weights and a tokenizer.json.
+        model: a folder or hub id with a tokenizer.json and safetensors weights, or an ONNX graph, which is
+            trimmed as it is, its quantisation kept; or the .onnx file itself.
         vocab: the kept ids, selected for this model.
         output: the folder to make; it must not exist or be empty.
         task: ``"auto"`` (by the checkpoint's architecture) or one of `exporters.optimum.TASKS`.
@@ -172,10 +175,14 @@ def export(  # noqa: PLR0913 - the options are the public interface
     if layout == "tokenizer":
         check_vocab(source, vocab)
         vocab = close_vocab(vocab, source, profile)
-    plan = dataclasses.replace(_plan(source, vocab, options), sample=sample)
+    plan = dataclasses.replace(_plan(source, vocab, options), sample=sample) if source.graph is None else None
     target = Path(output)
     with staged_folder(target, overwrite=overwrite) as staging:
-        manifest = _fill(plan, staging, progress=progress)
+        if plan is not None:
+            manifest = _fill(plan, staging, progress=progress)
+        else:
+            filled = fill_from_graph(source, vocab, options, staging, (*TOKENIZER_FILES, *CONFIG_FILES))
+            manifest = with_card(filled, source, staging)
         write_manifest(staging, manifest)
     files = {name: entry.bytes for name, entry in manifest.files.items()}
     seconds = round(time.perf_counter() - start, 3)
@@ -208,6 +215,8 @@ def export_full(
         The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
         encoder-decoder the decoder's, with the encoder beside it.
     """
+    if source.graph is not None:
+        return serve_full(source, output, task=task)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
         exported = optimum.export_checkpoint(source.path, Path(scratch), task, dtype)
         graphs = _make_servable(exported, output, source.vocab_size, task, scheme)

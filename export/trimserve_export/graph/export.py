@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +19,11 @@ from trimserve_export.graph.cold import FullGraph, head_scheme, write_cold_block
 from trimserve_export.graph.loading import load_graph
 from trimserve_export.graph.plan import VocabPlan
 from trimserve_export.graph.rows import DTYPES
-from trimserve_export.graph.trim import trim_graph
+from trimserve_export.graph.trim import LOGITS, trim_graph
 from trimserve_export.graph.turned import Turned, turn_tables
+from trimserve_export.layouts.remap import make_drop_in
 from trimserve_export.quantize import block_attributes_of
-from trimserve_export.serving import serve
+from trimserve_export.serving import ALIGNMENT, GRAPH_NAME, serve
 from trimserve_export.serving.cold_head import write_cold_head
 from trimserve_export.serving.flow import find_embedding, find_head
 
@@ -36,6 +38,7 @@ _HEAD_TASKS = ("fill-mask", *GENERATOR_TASKS)
 class TrimmedGraph:
     """What was made of a graph; fields as in `Manifest`."""
 
+    task: str
     graphs: dict[str, str]
     cut: tuple[CutTensor, ...]
     dtype: str
@@ -71,15 +74,22 @@ def infer_task(graph: ir.Graph, rows: int) -> str:
 
 
 def trim_to_folder(
-    source: ModelSource, vocab: VocabMap, folder: Path, *, task: str, cold: bool = True
+    source: ModelSource,
+    vocab: VocabMap,
+    folder: Path,
+    *,
+    task: str,
+    layout: str = "runtime",
+    cold: bool = True,
 ) -> TrimmedGraph:
-    """Write a trimmed, servable graph and what its cold ids need.
+    """Write a trimmed graph and, where the layout feeds cold ids, their rows.
 
     Args:
         source: a model with a graph.
         vocab: the kept ids, made for its tokenizer and vocab size.
         folder: an existing folder.
         task: ``"auto"`` or one of the runtime's tasks.
+        layout: where ids are remapped, as in `pipeline.export`.
         cold: write the cold rows.
 
     Raises:
@@ -89,28 +99,77 @@ def trim_to_folder(
     path = _graph(source)
     untrimmed = load_graph(path)
     task = infer_task(untrimmed.graph, vocab.vocab_size) if task == "auto" else task
-    has_head = task in _HEAD_TASKS
-    turn_tables(untrimmed.graph)
+    job = _Job(vocab, folder, task, layout, cold and bool(vocab.cold_ids.size))
     trimmed = load_graph(path)
-    plan = trim_graph(trimmed, vocab, has_head=has_head)
-    turn_tables(trimmed.graph)
-    full = FullGraph(
-        untrimmed, find_embedding(untrimmed.graph), find_head(untrimmed.graph) if has_head else None
-    )
-    logger.info("making the graph servable")
+    plan = trim_graph(trimmed, vocab, has_head=job.has_head)
     cut = _cut_tensors(plan, len(vocab))
-    served = serve(trimmed, folder, rows=len(vocab), has_head=has_head).path
-    if cold and vocab.cold_ids.size:
-        _write_cold(full, vocab, folder, served, exact=task in GENERATOR_TASKS)
+    for model in (untrimmed, trimmed):
+        turn_tables(model.graph)
+    if layout == "tokenizer":
+        _save(trimmed, folder)
+    elif layout == "graph":
+        _write_drop_in(untrimmed, trimmed, job)
+    else:
+        _write_servable(untrimmed, trimmed, job)
     return TrimmedGraph(
-        graphs={"model": served.name},
+        task=task,
+        graphs={"model": GRAPH_NAME},
         cut=cut,
-        dtype=_DTYPES[full.embedding.dtype],
+        dtype=_dtype(untrimmed.graph),
         bytes_before=_weight_bytes(untrimmed),
         source=Source(source.name, source.revision, _hashes(path, untrimmed)),
         exporter={"name": "graph"} | {name: version(name) for name in ("onnx", "onnx-ir")},
-        quantization=_quantization(full),
+        quantization=_quantization(untrimmed, has_head=job.has_head),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is settled before anything is written."""
+
+    vocab: VocabMap
+    folder: Path
+    task: str
+    layout: str
+    cold: bool
+
+    @property
+    def has_head(self) -> bool:
+        return self.task in _HEAD_TASKS
+
+
+def _full(model: ir.Model, *, has_head: bool) -> FullGraph:
+    return FullGraph(model, find_embedding(model.graph), find_head(model.graph) if has_head else None)
+
+
+def _write_servable(untrimmed: ir.Model, trimmed: ir.Model, job: _Job) -> None:
+    """The runtime's layout: cold slots, and for decoders the cold head."""
+    logger.info("making the graph servable")
+    full = _full(untrimmed, has_head=job.has_head)
+    exact = job.cold and job.task in GENERATOR_TASKS
+    scheme = head_scheme(full.head) if full.head is not None and exact else None
+    served = serve(trimmed, job.folder, rows=len(job.vocab), has_head=job.has_head).path
+    if job.cold:
+        write_cold_rows(full, job.vocab, job.folder / COLD_NAME)
+    if full.head is not None and exact:
+        blocks = None if scheme is None else write_cold_blocks(full.head, scheme, job.vocab, job.folder)
+        write_cold_head(served, job.folder / COLD_NAME, blocks)
+
+
+def _write_drop_in(untrimmed: ir.Model, trimmed: ir.Model, job: _Job) -> None:
+    """The graph's own layout: token ids in, V logits out, cold rows mapped by the graph."""
+    cold_path = job.folder / COLD_NAME if job.cold else None
+    if cold_path is not None:
+        write_cold_rows(_full(untrimmed, has_head=False), job.vocab, cold_path)
+    with tempfile.TemporaryDirectory(dir=job.folder.parent, prefix=".layout.") as scratch:
+        plain = _save(trimmed, Path(scratch))
+        make_drop_in(plain, job.folder, job.vocab, has_head=job.has_head, cold_path=cold_path)
+
+
+def _save(model: ir.Model, folder: Path) -> Path:
+    path = folder / GRAPH_NAME
+    ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
+    return path
 
 
 def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
@@ -124,15 +183,6 @@ def _graph(source: ModelSource) -> Path:
     if source.graph is None:
         raise UnsupportedModelError(f"{source.name} has no ONNX graph.")
     return source.graph
-
-
-def _write_cold(full: FullGraph, vocab: VocabMap, folder: Path, served: Path, *, exact: bool) -> None:
-    scheme = head_scheme(full.head) if full.head is not None and exact else None
-    write_cold_rows(full, vocab, folder / COLD_NAME)
-    if full.head is None or not exact:
-        return
-    blocks = None if scheme is None else write_cold_blocks(full.head, scheme, vocab, folder)
-    write_cold_head(served, folder / COLD_NAME, blocks)
 
 
 def _cut_tensors(plan: VocabPlan, kept: int) -> tuple[CutTensor, ...]:
@@ -171,12 +221,22 @@ def _hashes(path: Path, model: ir.Model) -> dict[str, str]:
     return {path.name: sha256_file(path)} | {beside[file]: sha256_file(file) for file in sorted(used)}
 
 
-def _quantization(full: FullGraph) -> dict[str, Any] | None:
+def _quantization(model: ir.Model, *, has_head: bool) -> dict[str, Any] | None:
     """How the head, or else the body, is quantised: the runtime opens such graphs another way."""
-    nodes = [node for node in full.model.graph if node.op_type == "MatMulNBits"]
-    if full.head is not None and full.head.is_quantized:
-        nodes.insert(0, full.head.product)
+    nodes = [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
+    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
+    if has_head and logits is not None:
+        nodes.sort(key=lambda node: node is not logits.producer())
     return block_attributes_of(nodes[0]) if nodes else None
+
+
+def _dtype(graph: ir.Graph) -> str:
+    """The dtype of embedding rows, which is that of activations."""
+    try:
+        dtype = find_embedding(graph).dtype
+    except UnsupportedModelError:  # several tables, or one that only other layouts take
+        dtype = graph.outputs[0].dtype or ir.DataType.FLOAT
+    return _DTYPES.get(dtype, dtype.name.lower())
 
 
 def write_generation_config(source: ModelSource, folder: Path) -> None:
