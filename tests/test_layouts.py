@@ -1,5 +1,6 @@
 """Layouts for other runtimes: transformers and optimum load the folders and give the full model's tokens."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,23 +11,29 @@ import pytest
 
 pytest.importorskip("torch")
 
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForFeatureExtraction, ORTModelForMaskedLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from tests.models import save_model
 from tests.tiny_tokenizers import CHAT_TEMPLATE, TEXT
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import open_folder
+from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
 from trimserve.loading import load
 from trimserve.profiling import profile
 from trimserve.selection import select
 from trimserve.source import resolve_model
 from trimserve.vocab import VocabMap
 from trimserve_export import export
-from trimserve_export.layouts.remap import LOOKUP_NAME, id_table
+from trimserve_export.layouts.remap import LOOKUP_NAME, id_table, make_drop_in
 from trimserve_export.layouts.segmentation import Sample
+from trimserve_export.verify import verify
 
 pytestmark = pytest.mark.export
 
@@ -221,6 +228,43 @@ def test_drop_in_without_cold_rows_refuses_a_cold_id(folders, vocab):
         logits_of(folders / "graph", [vocab.vocab_size])
 
 
+class UncheckedGather(OpRun):
+    """Gather as CUDA's: an index out of bounds reads zeros."""
+
+    op_domain = ""
+
+    def _run(self, data, indices, axis=0):
+        found = np.take(data, np.clip(indices, 0, data.shape[axis] - 1), axis=axis)
+        if data.ndim == 2 and axis == 0:
+            found[(indices < 0) | (indices >= len(data))] = 0
+        return (found,)
+
+
+UncheckedGather.__name__ = "Gather"
+
+
+def test_cold_id_without_a_row_is_nan_where_lookups_are_not_checked(tmp_path):
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["rows"], name="lookup"),
+            helper.make_node("Identity", ["rows"], ["last_hidden_state"]),
+        ],
+        "embedding",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "t"])],
+        [helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["b", "t", 2])],
+        [numpy_helper.from_array(rows, "table")],
+    )
+    source = tmp_path / "source.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), source)
+    vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3), 8)
+    (tmp_path / "out").mkdir()
+    path = make_drop_in(source, tmp_path / "out", vocab, has_head=False)
+    evaluator = ReferenceEvaluator(str(path), new_ops=[UncheckedGather])
+    (found,) = evaluator.run(None, {"input_ids": np.array([[2, 5, 6]])})
+    np.testing.assert_array_equal(found[0], [rows[0], [np.nan, np.nan], rows[2]])
+
+
 def test_table_from_ids_to_rows():
     vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3), 8)
     assert id_table(vocab, slots=True).tolist() == [3, 4, 0, 1, 5, 6, 2, 7]
@@ -360,3 +404,54 @@ def test_combinations_that_make_no_sense_are_refused(model, vocab, tmp_path):
     with pytest.raises(UsageError, match="layout graph changes a graph"):
         export(model, vocab, tmp_path / "out", layout="graph", to="safetensors")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "tokenizer", "graph", "graph_no_cold"])
+def test_verify_holds(folders, model, name):
+    result = verify(folders / name, model, store=False, progress=False)
+    assert result.ok, result.failed
+    if name != "checkpoint":
+        outputs = next(check for check in result.checks if check.name == "layout-outputs")
+        assert outputs.max_abs_diff < 1e-4
+
+
+def damaged(folders, name, tmp_path):
+    return Path(shutil.copytree(folders / name, tmp_path / name))
+
+
+def rehash(folder) -> None:
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), files=list_files(folder)))
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "graph"])
+def test_verify_sees_a_shifted_row(folders, model, tmp_path, name):
+    folder = damaged(folders, name, tmp_path)
+    graph = ir.load(folder / "model.onnx")
+    size = (len(open_folder(folder).vocab), 16)
+    table = next(v for v in graph.graph.initializers.values() if tuple(v.shape.numpy()) == size)
+    rows = table.const_value.numpy().copy()
+    rows[[5, 6]] = rows[[6, 5]]
+    table.const_value = ir.tensor(rows, name=table.name)
+    ir.save(graph, folder / "model.onnx")
+    rehash(folder)
+    result = verify(folder, model, store=False, progress=False)
+    assert {"kept-rows", "layout-outputs"} <= set(result.failed)
+
+
+def test_verify_sees_a_shifted_token_and_a_shifted_table(folders, model, tmp_path):
+    folder = damaged(folders, "checkpoint", tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    vocab = content["model"]["vocab"]
+    one, two = list(vocab)[5:7]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    rehash(folder)
+    assert "tokenizer" in verify(folder, model, store=False, progress=False).failed
+    folder = damaged(folders, "graph", tmp_path)
+    graph = ir.load(folder / "model.onnx")
+    table = graph.graph.initializers["trimserve/logits/columns"]
+    columns = np.roll(table.const_value.numpy(), 1)
+    table.const_value = ir.tensor(columns, name=table.name)
+    ir.save(graph, folder / "model.onnx")
+    rehash(folder)
+    assert set(verify(folder, model, store=False, progress=False).failed) == {"id-tables", "layout-outputs"}

@@ -88,7 +88,7 @@ def compare_segmentation(
         vocab: the kept ids.
         sample: any texts.
     """
-    unknown = _unknown_id(original)
+    unknown = unknown_id(original)
     counts = np.zeros(7, np.int64)
     limited = _limited(sample.texts)
     while batch := list(islice(limited, _BATCH)):
@@ -125,7 +125,8 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
-def _unknown_id(tokenizer: Tokenizer) -> int:
+def unknown_id(tokenizer: Tokenizer) -> int:
+    """The id of a tokenizer's unknown token; -1 if it has none."""
     model = json.loads(tokenizer.to_str())["model"]  # not every model object says its unknown id
     unk = model.get("unk_id")
     if unk is None and model.get("unk_token") is not None:

@@ -15,7 +15,7 @@ _RUNTIME_TEXTS = 100
 
 def check_hidden_states(context: Context) -> Check:
     """Compare every output but vocab logits, bit for bit, on every text."""
-    return _check("hidden-states", context.sweep.others, f"outputs on {_texts(context)}")
+    return check_tally("hidden-states", context.sweep.others, f"outputs on {_texts(context)}")
 
 
 def check_kept_logits(context: Context) -> Check:
@@ -25,7 +25,9 @@ def check_kept_logits(context: Context) -> Check:
     another tail than K, is a difference within the rounding bound of both results accepted, and said.
     """
     kept = len(context.folder.vocab)
-    return _check("kept-logits", context.sweep.logits, f"logits of {kept:,} kept ids on {_texts(context)}")
+    return check_tally(
+        "kept-logits", context.sweep.logits, f"logits of {kept:,} kept ids on {_texts(context)}"
+    )
 
 
 def check_runtime_outputs(context: Context) -> Check:
@@ -49,7 +51,7 @@ def check_runtime_outputs(context: Context) -> Check:
             tally.add(full[0][..., kept], model.forward([text])[0], bound)
         else:
             tally.add(full[0], model.forward([text])[0])
-    return _check("runtime-outputs", tally, "what the runtime gives for each text by itself")
+    return check_tally("runtime-outputs", tally, "what the runtime gives for each text by itself")
 
 
 def check_cold_slots(context: Context) -> Check:
@@ -62,7 +64,7 @@ def check_cold_slots(context: Context) -> Check:
         for name in names:
             tally.add(full[name], trimmed[name])
     tokens = sum(len(ids) for ids in sequences)
-    return _check("cold-slots", tally, f"outputs on {tokens} tokens, most of them through cold slots")
+    return check_tally("cold-slots", tally, f"outputs on {tokens} tokens, most of them through cold slots")
 
 
 def _cold_sequences(context: Context) -> list[Ids]:
@@ -83,7 +85,8 @@ def _texts(context: Context) -> str:
     return f"{used} texts" if used == given else f"{used} of {given} texts (the others have no ids to feed)"
 
 
-def _check(name: str, tally: Tally, what: str) -> Check:
+def check_tally(name: str, tally: Tally, what: str) -> Check:
+    """Turn what a comparison has seen into a check; `what` says what was compared."""
     ok = tally.values > 0 and tally.beyond_bound == 0
     if tally.unequal == 0 and ok:
         return Check(name, True, 0.0, f"{tally.values:,} numbers bit for bit equal: {what}")

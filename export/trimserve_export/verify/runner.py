@@ -24,6 +24,7 @@ from trimserve_export.exporters.optimum import task_class
 from trimserve_export.pipeline import export_full, has_vocab_head, with_card
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.generation import check_generated_ids
+from trimserve_export.verify.layouts import layout_checks
 from trimserve_export.verify.numbers import (
     check_cold_slots,
     check_hidden_states,
@@ -32,6 +33,7 @@ from trimserve_export.verify.numbers import (
 )
 from trimserve_export.verify.quantized import check_quantized_head
 from trimserve_export.verify.result import Check, VerifyResult
+from trimserve_export.verify.retrimmed import check_retrimmed
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
 from trimserve_export.vocab_axes import architecture_class, find_vocab_axes, load_config
@@ -89,11 +91,13 @@ def verify(
 def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
     if not manifest.graphs:
         return None
-    scheme = BlockScheme.from_dict(manifest.quantization)
+    scheme = BlockScheme.from_dict(manifest.quantization) if source.graph is None else None
     return export_full(source, scratch, manifest.task, manifest.dtype, scheme).parent
 
 
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
+    if source.graph is not None:
+        return StoredVocab({}, {}, tied=False)
     config = load_config(source.path)
     classes = (task_class(task, config), architecture_class(config))
     axes = [find_vocab_axes(config, found) for found in classes if found is not None]
@@ -102,12 +106,16 @@ def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
 
 def _applicable(context: Context) -> Iterator[NamedCheck]:
     task = context.folder.manifest.task
+    if context.folder.manifest.layout != "runtime":
+        yield from layout_checks(context)
+        return
     yield "files", check_files
     yield "tokenizer", check_tokenizer
-    yield "kept-rows", check_kept_rows
+    yield "kept-rows", check_kept_rows if context.source.graph is None else check_retrimmed
     if not context.folder.manifest.graphs:  # a trimmed checkpoint: nothing to run
         return
-    if context.folder.manifest.quantization is not None and has_vocab_head(task):
+    from_checkpoint = context.source.graph is None
+    if from_checkpoint and context.folder.manifest.quantization is not None and has_vocab_head(task):
         yield "quantized-head", check_quantized_head
     yield "hidden-states", check_hidden_states
     if has_vocab_head(task):
