@@ -160,8 +160,10 @@ def _verification(manifest: Manifest) -> str:
 
 def _commands(manifest: Manifest, name: str) -> Iterator[str]:
     words = [f"trimserve export -m {name} --vocab {VOCAB_NAME} -o FOLDER --task {manifest.task}"]
-    words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
-    if manifest.quantization is not None:
+    from_graph = manifest.exporter.get("name") == "graph"  # it keeps the numbers it has
+    if not from_graph:
+        words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
+    if manifest.quantization is not None and not from_graph:
         words.append(f"--quantize int{manifest.quantization['bits']}")
     if manifest.layout != "runtime":
         words.append(f"--layout {manifest.layout}")

@@ -17,7 +17,7 @@ from trimserve.text import Codec
 from trimserve.vocab import Ids, Reason, VocabMap
 from trimserve_export.checkpoint import StoredVocab
 from trimserve_export.verify.graph import GraphModel, Model, Seq2SeqModel
-from trimserve_export.verify.rounding import RoundingBound
+from trimserve_export.verify.rounding import GraphBound, RoundingBound
 from trimserve_export.verify.sweep import Sweep, sweep
 
 # Long enough for every position-dependent path, short enough that T x V logits stay small.
@@ -31,7 +31,7 @@ class Context:
     Attributes:
         folder: the trimmed folder under test.
         source: the model that it was made from.
-        stored: the vocab tensors of the source's checkpoint.
+        stored: the vocab tensors of the source's checkpoint; none where the source is a graph.
         full_folder: the full model, exported as the folder was; None for a trimmed checkpoint.
         texts: the texts to compare on.
     """
@@ -94,6 +94,10 @@ class Context:
     @cached_property
     def bound(self) -> RoundingBound:
         """How far two roundings of one vocab logit can lie apart."""
+        if self.source.graph is not None and self.full_folder is not None:
+            return GraphBound(
+                self.full_folder / self.folder.manifest.graphs["model"], self.folder.manifest.dtype
+            )
         return RoundingBound(self.stored, self.folder.manifest.dtype)
 
     @cached_property

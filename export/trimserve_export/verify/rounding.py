@@ -1,13 +1,17 @@
 """The rounding bound of a vocab logit: what two correct kernels may differ by."""
 
+import math
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from trimserve.tensorfile import map_tensor, to_float32
 from trimserve_export.checkpoint import StoredVocab
+from trimserve_export.serving.flow import Head, find_head
 
 # Unit roundoff of a graph's dtype: half the distance from 1 to the next larger number.
 _ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -52,3 +56,43 @@ class RoundingBound:
         starts = range(0, len(rows), step)
         blocks = (to_float32(rows[start : start + step], spec.dtype) for start in starts)
         return max(float(np.linalg.norm(block, axis=1).max()) for block in blocks)
+
+
+class GraphBound(RoundingBound):
+    """The rounding bound of a head that is a constant of a graph, quantised or not."""
+
+    def __init__(self, graph: Path, dtype: str) -> None:
+        """Bound the logits of a served graph.
+
+        Args:
+            graph: the full model's graph.
+            dtype: see `RoundingBound`.
+        """
+        super().__init__(StoredVocab({}, {}, tied=False), dtype)
+        self._graph = graph
+
+    @cached_property
+    def _largest_row(self) -> float:
+        head = find_head(ir.load(self._graph).graph)
+        return _largest_quantized(head) if head.is_quantized else _largest_float(head)
+
+
+def _largest_float(head: Head) -> float:
+    if head.weight.const_value is None:
+        return 0.0
+    weight = head.weight.const_value.numpy()
+    rows = weight if head.by_row else weight.T
+    step = max(1, _BLOCK_BYTES // (4 * rows.shape[1]))
+    starts = range(0, len(rows), step)
+    blocks = (rows[start : start + step].astype(np.float32) for start in starts)
+    return max(float(np.linalg.norm(block, axis=1).max()) for block in blocks)
+
+
+def _largest_quantized(head: Head) -> float:
+    """No weight is larger than the largest scale times the range of its integers."""
+    scales = None if head.product.inputs[2] is None else head.product.inputs[2].const_value
+    if scales is None:
+        return 0.0
+    bits = head.product.attributes["bits"].as_int() if "bits" in head.product.attributes else 4
+    largest = float(np.abs(scales.numpy().astype(np.float32)).max()) * (1 << bits)
+    return largest * math.sqrt(head.width)
