@@ -41,7 +41,7 @@ test: $(READY)  ## the whole suite but its slow tests
 	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
 
 test-slow: $(READY)  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 test-js: $(READY)  ## transformers.js under Node on folders of ours
 	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
