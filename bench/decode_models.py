@@ -185,18 +185,26 @@ def make_checkpoint(folder: Path, shape: Shape, stand: float) -> None:
     kept = kept_ids(shape)
     scales = np.full(shape.vocab_size, cold_scale(len(kept), shape.vocab_size - len(kept), stand), np.float32)
     scales[kept] = 1
-    # Gemma multiplies by one more than its norm weights.
-    norm = 0.0 if shape.config["model_type"].startswith("gemma") else 1.0
+    gemma = shape.config["model_type"].startswith("gemma")
     tensors: dict[str, TensorSource] = {}
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         size = tuple(parameter.shape)
         if len(size) == 1:
-            tensors[name] = ConstantTensor(size, norm)
+            tensors[name] = ConstantTensor(size, _gemma_norm(name) if gemma else 1.0)
         elif size[0] == shape.vocab_size:
             tensors[name] = NormalTensor(size, shape.embedding_std, seed, scales)
         else:
             tensors[name] = NormalTensor(size, 1 / math.sqrt(size[1]), seed)
     exhaust(write_tensors(folder / "model.safetensors", tensors, {"format": "pt"}))
+
+
+def _gemma_norm(name: str) -> float:
+    """A norm's weight less one, as Gemma stores it.
+
+    With random weights attention gives the mean of all past values, which hardly changes from step to step;
+    normalised to full size again it would make every token the same.
+    """
+    return -0.8 if "post_attention" in name else 0.0
 
 
 def _write_tokenizer(path: Path, vocab_size: int) -> None:
