@@ -14,9 +14,11 @@ import onnx_ir as ir
 from tests.exports import open_graph, read_float32
 from tests.folders import make_vocab
 from tests.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, sketch, sketch_tied
+from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME
 from trimserve.source import resolve_model
+from trimserve.tensorfile import map_tensor
 from trimserve_export.graph.export import infer_task, serve_full, trim_to_folder, write_generation_config
 
 pytestmark = pytest.mark.export
@@ -83,7 +85,9 @@ def test_cold_head_and_bias_rows(tmp_path):
     np.testing.assert_array_equal(cold["head_bias"], bias.reshape(-1)[VOCAB.cold_ids])
 
 
-@pytest.mark.parametrize("head", ["nbits_4", "nbits_8_symmetric", "matmul", "fused"])
+@pytest.mark.parametrize(
+    "head", ["nbits_4", "nbits_4_flat", "nbits_8", "nbits_8_symmetric", "matmul", "fused"]
+)
 def test_cold_head_gives_the_full_graphs_logits(tmp_path, head):
     made = Sketch(H=48)
     EMBEDDINGS["blocks_int4"](made)
@@ -99,9 +103,20 @@ def test_cold_head_gives_the_full_graphs_logits(tmp_path, head):
     (cold,) = session.run(["logits"], {"hidden_states": full["hidden_states"][0]})
     np.testing.assert_array_equal(cold.T, full["logits"][0][:, VOCAB.cold_ids])
     assert (result.quantization is None) == (head in ("matmul", "fused"))
+    scheme = BlockScheme.from_dict(result.quantization)
+    if scheme is not None:
+        rows = stored_head(tmp_path / "trimmed" / COLD_BLOCKS_NAME, len(VOCAB.cold_ids), 48, scheme)
+        np.testing.assert_array_equal(full["hidden_states"][0] @ rows.T, cold.T)
 
 
-@pytest.mark.parametrize("head", ["nbits_2", "nbits_4_flat", "nbits_4_bias"])
+def stored_head(path: Path, count: int, width: int, scheme: BlockScheme) -> np.ndarray:
+    """The rows that a file of blocks stands for."""
+    specs = block_specs(path, count, width, scheme, "F32")
+    zeros = None if specs.zero_points is None else map_tensor(specs.zero_points)
+    return dequantize(map_tensor(specs.integers), map_tensor(specs.scales), width, scheme, zeros)
+
+
+@pytest.mark.parametrize("head", ["nbits_2", "nbits_4_float_zeros", "nbits_4_bias"])
 def test_cold_head_that_is_not_built_is_refused(tmp_path, head):
     source = resolve_model(save(sketch("plain", head), tmp_path / "model"))
     task = "text-generation-with-past"

@@ -36,18 +36,18 @@ def save_graph(root, family: str, kind: str, **options):
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
         if (source / name).is_file():
             shutil.copy(source / name, root / "onnx" / name)
-    if kind == "int4":
-        _quantize_blocks(graph)
+    if kind in ("int4", "uint4"):
+        _quantize_blocks(graph, symmetric=kind == "int4")
     elif kind == "int8":
         _quantize_dynamic(graph)
     return resolve_model(root / "onnx")
 
 
-def _quantize_blocks(graph):
+def _quantize_blocks(graph, *, symmetric: bool):
     from onnxruntime.quantization import matmul_nbits_quantizer
 
     logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.WARNING)
-    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(str(graph), block_size=32, is_symmetric=True)
+    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(str(graph), block_size=32, is_symmetric=symmetric)
     quantizer.process()
     quantizer.model.save_model_to_file(str(graph), True)
 
@@ -72,7 +72,8 @@ def vocab_of(source, others: int = 20) -> VocabMap:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("llama", "fp32"), ("llama", "int4"), ("llama_tied", "int4"), ("gemma2", "fp32")]
+    ("family", "kind"),
+    [("llama", "fp32"), ("llama", "int4"), ("llama", "uint4"), ("llama_tied", "int4"), ("gemma2", "fp32")],
 )
 def test_exact_mode_gives_the_untrimmed_graphs_tokens(tmp_path, family, kind):
     sizes = {"hidden_size": 64, "intermediate_size": 96}
@@ -81,7 +82,8 @@ def test_exact_mode_gives_the_untrimmed_graphs_tokens(tmp_path, family, kind):
     (tmp_path / "full").mkdir()
     full = FullSampler(serve_full(source, tmp_path / "full", task=FAMILIES[family].task), source.vocab_size)
     generator = open_generator(tmp_path / "trimmed")
-    assert ("cold_head.onnx_data" in generator.folder.manifest.files) == ((family, kind) == ("llama", "int4"))
+    quantized = family == "llama" and kind in ("int4", "uint4")  # a tied head is a Transpose, which stays
+    assert ("cold_head.onnx_data" in generator.folder.manifest.files) == quantized
     cold = 0
     for text in TEXTS:
         ids = generator.codec.encode([text])[0]

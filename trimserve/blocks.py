@@ -1,7 +1,8 @@
 """Block-wise quantised rows: how a quantised head lies in a file, and back to floats.
 
 A row of H numbers is cut into blocks of `block_size`; a block is stored as one scale s and an unsigned
-integer q a number, which stands for ``s * (q - 2 ** (bits - 1))``. It is the layout of MatMulNBits
+integer q a number, which stands for ``s * (q - z)`` with z = 2 ** (bits - 1), or a zero point of the
+block's own. It is the layout of MatMulNBits
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md): two 4-bit integers share a
 byte, the first one in its low half, and the last block of a row is padded. Rows do not depend on each
 other, so cold rows quantised alone are the rows that the full head would have.
@@ -32,11 +33,14 @@ class BlockScheme:
             tools' 4-bit files have, too; larger blocks save scales and lose accuracy.
         accuracy_level: MatMulNBits' attribute: 4 rounds the activations to 8 bits, a block at a time,
             which is several times as fast on CPUs with dot products of bytes; 1 keeps them in float.
+        zero_points: each block has a zero point of its own, packed as the integers are, a row from a whole
+            byte on. Other tools' graphs have them; `--quantize` makes none.
     """
 
     bits: int
     block_size: int = 32
     accuracy_level: int = 4
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         size = self.block_size
@@ -64,6 +68,10 @@ class BlockScheme:
         """Bytes of a block's integers."""
         return self.block_size * self.bits // 8
 
+    def zero_point_bytes(self, width: int) -> int:
+        """Bytes of the zero points of a row of `width` numbers."""
+        return -(-self.blocks(width) * self.bits // 8)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockSpecs:
@@ -72,19 +80,22 @@ class BlockSpecs:
     Attributes:
         integers: uint8 (n, blocks, block bytes).
         scales: (n, blocks), in the graph's dtype.
+        zero_points: uint8 (n, bytes), if the scheme has them.
     """
 
     integers: TensorSpec
     scales: TensorSpec
+    zero_points: TensorSpec | None = None
 
     @property
     def end(self) -> int:
-        """Offset of the first byte after both."""
-        return self.scales.offset + self.scales.nbytes
+        """Offset of the first byte after them."""
+        last = self.zero_points or self.scales
+        return last.offset + last.nbytes
 
 
 def block_specs(path: Path, rows: int, width: int, scheme: BlockScheme, dtype: str) -> BlockSpecs:
-    """The layout of a file of quantised rows: all integers, then all scales.
+    """The layout of a file of quantised rows: all integers, then all scales, then all zero points.
 
     Args:
         path: the file.
@@ -98,11 +109,20 @@ def block_specs(path: Path, rows: int, width: int, scheme: BlockScheme, dtype: s
         "integers", "U8", (*shape, scheme.block_bytes), path, 0, rows * shape[1] * scheme.block_bytes
     )
     nbytes = rows * shape[1] * STORAGE_DTYPES[dtype].itemsize
-    return BlockSpecs(integers, TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes))
+    scales = TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes)
+    if not scheme.zero_points:
+        return BlockSpecs(integers, scales)
+    size = scheme.zero_point_bytes(width)
+    zeros = TensorSpec("zero_points", "U8", (rows, size), path, integers.nbytes + nbytes, rows * size)
+    return BlockSpecs(integers, scales, zeros)
 
 
 def dequantize(
-    integers: npt.NDArray[np.uint8], scales: npt.NDArray[Any], width: int, scheme: BlockScheme
+    integers: npt.NDArray[np.uint8],
+    scales: npt.NDArray[Any],
+    width: int,
+    scheme: BlockScheme,
+    zero_points: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.float32]:
     """The rows that quantised rows stand for.
 
@@ -111,16 +131,26 @@ def dequantize(
         scales: float (n, blocks).
         width: H; what a row's last block has beyond it is padding.
         scheme: see `BlockScheme`.
+        zero_points: uint8 (n, bytes), if the scheme has them.
 
     Returns:
         float32 (n, H).
     """
-    if scheme.bits == 4:
-        halves = np.stack([integers & np.uint8(15), integers >> np.uint8(4)], axis=-1)
-        integers = halves.reshape(*integers.shape[:2], -1)
-    values = integers.astype(np.float32) - np.float32(1 << (scheme.bits - 1))
+    values = _unpack(integers, scheme).astype(np.float32)
+    if zero_points is None:
+        values -= np.float32(1 << (scheme.bits - 1))
+    else:
+        values -= _unpack(zero_points, scheme)[:, : scales.shape[1], None]
     rows = values * scales.astype(np.float32)[..., None]
     return np.ascontiguousarray(rows.reshape(len(rows), -1)[:, :width])
+
+
+def _unpack(packed: npt.NDArray[np.uint8], scheme: BlockScheme) -> npt.NDArray[np.uint8]:
+    """Integers along the last axis, one a byte."""
+    if scheme.bits == 8:
+        return packed
+    halves = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
+    return halves.reshape(*packed.shape[:-1], -1)
 
 
 def round_activations(hidden: npt.NDArray[Any], scheme: BlockScheme) -> npt.NDArray[np.float32]:

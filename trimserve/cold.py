@@ -210,13 +210,20 @@ class _QuantizedRows:
         self.scheme = scheme
         self._width = width
         self._integers, self._scales = map_tensor(specs.integers), map_tensor(specs.scales)
+        self._zero_points = None if specs.zero_points is None else map_tensor(specs.zero_points)
 
     def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Rows (S, H) as floats."""
-        integers, scales = np.asarray(self._integers)[rows], np.asarray(self._scales)[rows]
-        _release(self._integers)
-        _release(self._scales)
-        return dequantize(integers, scales, self._width, self.scheme)
+        integers, scales = _take(self._integers, rows), _take(self._scales, rows)
+        zero_points = None if self._zero_points is None else _take(self._zero_points, rows)
+        return dequantize(integers, scales, self._width, self.scheme, zero_points)
+
+
+def _take(mapped: Rows, rows: npt.NDArray[np.int64]) -> Rows:
+    """Copy rows out of a map and let its pages go."""
+    found = np.asarray(mapped)[rows]
+    _release(mapped)
+    return found
 
 
 def _release(mapped: Rows) -> None:

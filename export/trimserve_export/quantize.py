@@ -213,7 +213,8 @@ def block_attributes(inputs: int, outputs: int, scheme: BlockScheme) -> dict[str
 
 def scheme_of(node: ir.Node) -> BlockScheme:
     """The scheme of a MatMulNBits."""
-    return BlockScheme(**block_attributes_of(node))
+    attributes = block_attributes_of(node)
+    return BlockScheme(**attributes, zero_points=len(node.inputs) > 3 and node.inputs[3] is not None)
 
 
 def block_attributes_of(node: ir.Node) -> dict[str, int]:

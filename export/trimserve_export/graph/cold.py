@@ -105,7 +105,10 @@ def head_scheme(head: Head) -> BlockScheme | None:
     """
     if not head.is_quantized:
         return None
-    for index, what in ((3, "zero points"), (4, "reordered columns (g_idx)"), (5, "a bias")):
+    zeros = constant(optional_input(head.product, 3))
+    packed = zeros is None or zeros.dtype == ir.DataType.UINT8
+    refused = {3: "zero points of floats"} if not packed else {}
+    for index, what in (refused | {4: "reordered columns (g_idx)", 5: "a bias"}).items():
         if optional_input(head.product, index) is not None:
             raise UnsupportedModelError(
                 f"{describe(head.product)}, the quantised vocab head, has {what}: cold rows of such heads "
@@ -120,15 +123,21 @@ def head_scheme(head: Head) -> BlockScheme | None:
 
 
 def write_cold_blocks(head: Head, scheme: BlockScheme, vocab: VocabMap, folder: Path) -> BlockSpecs:
-    """Write the head's own integers and scales of the ids that are not kept; nothing is rounded again."""
-    integers, scales = (constant(optional_input(head.product, index)) for index in (1, 2))
+    """Write the head's own integers and scales of the ids that are not kept; nothing is rounded again.
+
+    Its zero points too, if it has any.
+    """
+    integers, scales, zeros = (constant(optional_input(head.product, index)) for index in (1, 2, 3))
     if integers is None or scales is None:
         raise UnsupportedModelError(f"{describe(head.product)} has no constant weight.")
     count, blocks = len(vocab.cold_ids), scheme.blocks(head.width)
+    stored = [(integers, blocks * scheme.block_bytes), (scales, blocks)]
+    if zeros is not None:
+        stored.append((zeros, scheme.zero_point_bytes(head.width)))
     specs = block_specs(
         folder / COLD_BLOCKS_NAME, count, head.width, scheme, dtype_name(scales.dtype, str(scales.name))
     )
     with specs.integers.path.open("wb", buffering=0) as file:
-        for tensor, entries in ((integers, blocks * scheme.block_bytes), (scales, blocks)):
+        for tensor, entries in stored:
             exhaust(StoredRows(tensor, vocab.vocab_size, vocab.cold_ids, entries).write_to(file))
     return specs

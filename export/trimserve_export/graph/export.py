@@ -17,7 +17,7 @@ from trimserve.source import ModelSource
 from trimserve.vocab import VocabMap
 from trimserve_export.graph.cold import FullGraph, head_scheme, write_cold_blocks, write_cold_rows
 from trimserve_export.graph.loading import load_graph
-from trimserve_export.graph.plan import VocabPlan
+from trimserve_export.graph.plan import VocabPlan, optional_input
 from trimserve_export.graph.rows import DTYPES
 from trimserve_export.graph.trim import LOGITS, trim_graph
 from trimserve_export.graph.turned import Turned, turn_tables
@@ -227,7 +227,9 @@ def _quantization(model: ir.Model, *, has_head: bool) -> dict[str, Any] | None:
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     if has_head and logits is not None:
         nodes.sort(key=lambda node: node is not logits.producer())
-    return block_attributes_of(nodes[0]) if nodes else None
+    if not nodes:
+        return None
+    return block_attributes_of(nodes[0]) | {"zero_points": optional_input(nodes[0], 3) is not None}
 
 
 def _dtype(graph: ir.Graph) -> str:

@@ -173,8 +173,11 @@ class _TiledGraph:
             raise ValueError("the head is not quantised")
         integers = self._part(blocks.integers, start, stop)
         scales = self._part(blocks.scales, start, stop)
+        operands = [self._hidden, integers, scales]
+        if blocks.zero_points is not None:
+            operands.append(self._part(blocks.zero_points, start, stop))
         attributes = block_attributes(self._head.width, stop - start, scheme_of(self._head.product))
-        product = self._op("MatMulNBits", [self._hidden, integers, scales], domain=_CONTRIB, **attributes)
+        product = self._op("MatMulNBits", operands, domain=_CONTRIB, **attributes)
         return self._op("Transpose", [product], perm=[1, 0])
 
     def _repeat(self, node: ir.Node, value: ir.Value, start: int, stop: int) -> ir.Value:
