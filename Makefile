@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-js demo bench-quick wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-js test-next demo bench-quick wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,21 @@ test: $(READY)  ## the whole suite but its slow tests
 test-slow: $(READY)  ## the slow tests
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
+# The transformers 5 environment: what needs no optimum-onnx.
+NEXT := .venv-next
+NEXT_TESTS := tests/test_cut_checkpoint.py tests/test_tokenizer_cut.py tests/test_checkpoint.py \
+	tests/test_configs.py tests/test_vocab_axes.py
+
+$(NEXT)/.ready: pyproject.toml constraints-next.txt
+	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	@echo "setting up $(NEXT) (a few minutes, once)"
+	@$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-next.txt -e '.[export-next]' --group dev
+	@touch $(NEXT)/.ready
+
+test-next: $(NEXT)/.ready  ## the tests that run with transformers 5
+	$(NEXT)/bin/python -m pytest -n $(JOBS) $(NEXT_TESTS)
+
 test-js: $(READY)  ## transformers.js under Node on folders of ours
 	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest tests/test_layouts.py -k transformers_js
@@ -58,4 +73,4 @@ wheel-check: $(READY)  ## install the built wheel in a clean environment and cal
 	.ci/check-wheel $(BIN)/python
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
