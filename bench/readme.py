@@ -1,7 +1,7 @@
-"""Write the measured tables of README.md from the newest rows of bench/results.
+"""Write the measured tables of README.md and docs/ from the newest rows of bench/results.
 
 A table stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``. No number in it is typed by hand; a
-test compares the README with what this makes.
+test compares the pages with what this makes.
 """
 
 import re
@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import encoder, harness
+from trimserve.report import human_bytes
 
-README = harness.ROOT / "README.md"
+PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,7 +25,8 @@ def encoder_table() -> str:
         f"docstrings of the Python standard library; {_where(row)}. Time of trimmed to full "
         f"{ratio['value']:.2f} (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})."
     )
-    return _markdown(encoder.HEADER, encoder.comparison_lines(row)) + f"\n{caption}\n"
+    lines = [line for line in encoder.comparison_lines(row) if not line[0].startswith("-")]
+    return _markdown(encoder.HEADER, lines) + f"\n{caption}\n"
 
 
 def startup_table() -> str:
@@ -34,10 +36,32 @@ def startup_table() -> str:
         (f"`{name}`", f"{value['median']:.0f}", f"{value['p5']:.0f}", f"{value['p95']:.0f}")
         for name, value in row["ms"].items()
     ]
-    return _markdown(("fresh process", "median ms", "p5", "p95"), lines) + f"\n{_where(row).capitalize()}.\n"
+    return _markdown(("fresh process", "median ms", "p5", "p95"), lines) + f"\n{_where(row)}.\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"encoder": encoder_table, "startup": startup_table}
+def stream_table() -> str:
+    """Trimming a checkpoint by streaming, from bench/stream.py."""
+    row = harness.last_row("stream")
+    ratio, peak = row["ratio"], row["peak_bytes"]
+    time = f"{ratio['value']:.2f} x the time (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
+    lines = [
+        (f"trimming {human_bytes(row['bytes'])} of fp32 checkpoint, against `cp` of the bytes written", time),
+        (
+            "peak memory above a process that has imported torch and transformers",
+            human_bytes(peak["trim"] - peak["import"]),
+        ),
+    ]
+    return (
+        _markdown(("step 2, Qwen3-0.6B's shape", ""), lines)
+        + f"\n{_where(row)}; `python -m bench.stream` measures it again.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "encoder": encoder_table,
+    "startup": startup_table,
+    "stream": stream_table,
+}
 
 
 def _where(row: dict[str, Any]) -> str:
@@ -60,8 +84,9 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite README.md in place."""
-    README.write_text(render(README.read_text("utf-8")), "utf-8")
+    """Rewrite the pages in place."""
+    for page in PAGES:
+        page.write_text(render(page.read_text("utf-8")), "utf-8")
     return 0
 
 
