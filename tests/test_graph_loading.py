@@ -4,12 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 pytest.importorskip("onnx_ir")
 
+import ml_dtypes
 import onnx_ir as ir
 from hypothesis import given, settings
 from hypothesis import strategies as st
