@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.folders import make_vocab
 from tests.realdata import TOKENIZERS, corpus_slices
-from tests.tiny_tokenizers import KINDS, TEXT
+from tests.tiny_tokenizers import KINDS, TEXT, save_model_folder
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.profiling import profile
 from trimserve.selection import select
@@ -128,6 +128,17 @@ def test_ids_without_a_token_leave(model_folders, caplog):
     vocab = close_vocab(make_vocab([70, source.vocab_size - 1], source.vocab_size), source)
     assert source.vocab_size - 1 not in vocab.kept_ids
     assert "1 kept ids name no token" in caplog.text
+
+
+def test_added_tokens_without_a_row_leave(tmp_path, caplog):
+    # <think> is the last of the tokenizer's ids; the model has rows for those below it alone.
+    last = KINDS["byte_level_bpe"]().token_to_id("<think>")
+    source = resolve_model(save_model_folder("byte_level_bpe", tmp_path / "model", vocab_size=last))
+    vocab, tokenizer = cut(source, tmp_path / "cut")
+    assert "1 added tokens have no row" in caplog.text
+    assert tokenizer.token_to_id("<think>") is None
+    assert tokenizer.decode(tokenizer.encode("<think>a cat").ids) == "<think>a cat"
+    check(source, vocab, tokenizer, [text for text in TEXTS if "<think>" not in text])
 
 
 def test_merges_that_make_a_token_are_those_of_the_library():
