@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = (
     "torch",
@@ -44,3 +45,25 @@ def test_help_of_every_command_leaves_heavy_packages_unloaded():
         "    assert [main([command, '--help']) for command in COMMANDS] == [0] * len(COMMANDS)"
     )
     assert loaded_after(statement).isdisjoint(HEAVY)
+
+
+def test_suite_is_collected_by_a_light_install():
+    code = """
+import sys
+import pytest
+EXTRAS = {"torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxruntime", "ml_dtypes", "jinja2"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "tests"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
