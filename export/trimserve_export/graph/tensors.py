@@ -54,19 +54,22 @@ class KeptEntries(ir.LazyTensor):
         cut: where its vocab axis is.
         rows: V.
         ids: the tokens to keep, strictly increasing.
+
+    Attributes:
+        whole: the whole tensor.
     """
 
     def __init__(self, source: ir.TensorProtocol, cut: Cut, rows: int, ids: Ids) -> None:
         shape = ir.Shape(cut.shape(tuple(source.shape.numpy()), rows, len(ids)))
         super().__init__(self._in_memory, source.dtype, shape, name=source.name)
-        self._source = source
+        self.whole = source
         self._cut = cut
         self._rows = rows
         self._ids = ids.astype(np.int64)
 
     def tobytes(self) -> bytes:
         """The kept entries as ONNX stores them."""
-        return b"".join(chunk.tobytes() for chunk in self.chunks())
+        return self._filled().tobytes()
 
     def tofile(self, file: IO[bytes]) -> None:
         """Write the kept entries, a block at a time."""
@@ -75,7 +78,7 @@ class KeptEntries(ir.LazyTensor):
 
     def chunks(self) -> Iterator[Bytes]:
         """The kept entries as bytes, in order, a block at a time."""
-        data = stored_bytes(self._source)
+        data = stored_bytes(self.whole)
         bits = self.dtype.bitwidth
         if self._cut.inner * bits % 8 == 0:
             table = data.reshape(self._cut.outer, self._rows, self._cut.inner * bits // 8)
@@ -84,8 +87,15 @@ class KeptEntries(ir.LazyTensor):
             yield from self._parts_of_bytes(data, bits)
         release(data)
 
+    def _filled(self) -> Bytes:
+        data, position = np.empty(self.nbytes, np.uint8), 0
+        for chunk in self.chunks():
+            data[position : position + len(chunk)] = chunk
+            position += len(chunk)
+        return data
+
     def _in_memory(self) -> ir.TensorProtocol:
-        data = np.frombuffer(self.tobytes(), np.uint8)
+        data = self._filled()
         if self.dtype.bitwidth < 8:
             return ir.PackedTensor(data, self.dtype, shape=self.shape)
         return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape.numpy()), dtype=self.dtype)

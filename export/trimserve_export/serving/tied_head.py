@@ -38,6 +38,11 @@ def same_numbers(table: ir.Value, head: Head) -> bool:
     if head.weight is table:
         return head.by_row
     first, second = table.const_value, head.weight.const_value
+    # Entries that are cut when they are written would be made here: compare what they are cut from, which
+    # is mapped.
+    wholes = getattr(first, "whole", None), getattr(second, "whole", None)
+    if None not in wholes:
+        first, second = wholes
     if first is None or second is None or first.dtype != second.dtype:
         return False
     rows, weights = first.numpy(), second.numpy() if head.by_row else second.numpy().T
