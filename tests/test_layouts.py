@@ -455,3 +455,10 @@ def test_verify_sees_a_shifted_token_and_a_shifted_table(folders, model, tmp_pat
     ir.save(graph, folder / "model.onnx")
     rehash(folder)
     assert set(verify(folder, model, store=False, progress=False).failed) == {"id-tables", "layout-outputs"}
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_verify_of_quantized_layouts(model, vocab, tmp_path, layout):
+    export(model, vocab, tmp_path / "out", layout=layout, quantize="int8")
+    result = verify(tmp_path / "out", model, store=False, progress=False)
+    assert result.ok, result.failed

@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,6 @@ from trimserve.folder import (
     GENERATOR_TASKS,
     MANIFEST_NAME,
     TEXT2TEXT_TASK,
-    TOKENIZER_NAME,
     VOCAB_NAME,
     FileEntry,
     Manifest,
@@ -45,9 +43,14 @@ from trimserve_export.graph.export import serve_full
 from trimserve_export.graph.road import fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.genai_config import write_genai_config
-from trimserve_export.layouts.remap import make_drop_in, save_plain, save_tied
-from trimserve_export.layouts.segmentation import Sample, compare_segmentation
-from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
+from trimserve_export.layouts.segmentation import Sample
+from trimserve_export.layouts.writing import (
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    copy_files,
+    write_cut_files,
+    write_layout_graph,
+)
 from trimserve_export.options import Options
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
 from trimserve_export.quantize import SCHEMES, quantize_graph
@@ -57,23 +60,6 @@ from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.vocab_axes import load_config
 
 logger = logging.getLogger(__name__)
-
-# Copied as they are. config.json and generation_config.json too, unless the checkpoint itself is the result.
-TOKENIZER_FILES = (
-    TOKENIZER_NAME,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,36 +264,19 @@ def _fill(plan: _Plan, staging: Path, *, progress: bool) -> Manifest:
         checkpoint = Path(scratch) if to_onnx else staging
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
         graphs = _export_graph(plan, checkpoint, staging) if to_onnx else {}
-        segmentation = _write_texts(plan, checkpoint, staging)
-    if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         cut = plan.options.layout == "tokenizer"
-        write_genai_config(
-            staging / graphs["model"], vocab_size=len(plan.vocab) if cut else plan.vocab.vocab_size
-        )
+        if to_onnx:
+            copy_files(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
+        if not cut:
+            copy_files(TOKENIZER_FILES, plan.source.path, staging)
+        segmentation = write_cut_files(plan.source, plan.vocab, staging, plan.sample) if cut else None
+    if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
+        columns = len(plan.vocab) if cut else plan.vocab.vocab_size
+        write_genai_config(staging / graphs["model"], vocab_size=columns)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, graphs, list_files(staging))
     manifest = dataclasses.replace(manifest, segmentation=segmentation)
     return with_card(manifest, plan.source, staging)
-
-
-def _write_texts(plan: _Plan, checkpoint: Path, staging: Path) -> dict[str, Any] | None:
-    """Write tokenizer and configs: the originals, or for layout tokenizer those with compact ids."""
-    cut = plan.options.layout == "tokenizer"
-    if plan.options.to == "onnx":
-        _copy(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
-    if not cut:
-        _copy(TOKENIZER_FILES, plan.source.path, staging)
-        return None
-    tokenizer = write_cut_tokenizer(plan.source, plan.vocab, staging)
-    if plan.sample is None:
-        return None
-    return compare_segmentation(plan.source.tokenizer(), tokenizer, plan.vocab, plan.sample).to_dict()
-
-
-def _copy(names: Iterable[str], source: Path, target: Path) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _trim(plan: _Plan, checkpoint: Path, staging: Path, *, progress: bool) -> TrimmedCheckpoint:
@@ -335,27 +304,21 @@ def _export_graph(plan: _Plan, checkpoint: Path, staging: Path) -> dict[str, str
     )
     scheme = SCHEMES[plan.options.quantize] if plan.options.quantize else None
     if plan.options.layout != "runtime":
-        return _write_layout(plan, made, staging, scheme)
+        path = write_layout_graph(
+            made,
+            staging,
+            plan.vocab,
+            drop_in=plan.options.layout == "graph",
+            has_head=has_vocab_head(plan.task),
+            scheme=scheme,
+            cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
+        )
+        return {"model": path.name}
     logger.info("making the graph servable")
     graphs = _make_servable(made, staging, len(plan.vocab), plan.task, scheme)
     if plan.task in GENERATOR_TASKS and plan.options.cold and plan.vocab.cold_ids.size:
         write_cold_head(graphs.get("decoder") or graphs["model"], staging / COLD_NAME)
     return {role: path.name for role, path in graphs.items()}
-
-
-def _write_layout(plan: _Plan, made: Path, staging: Path, scheme: BlockScheme | None) -> dict[str, str]:
-    """Write the exporter's graph for a layout that is not the runtime's; returns role -> file name."""
-    has_head = has_vocab_head(plan.task)
-    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".layout.") as scratch:
-        if scheme is not None:
-            tied = save_tied(made, made.parent / "tied") if has_head else made
-            made = quantize_graph(tied, Path(scratch), scheme, has_head=has_head)
-        if plan.options.layout == "tokenizer":
-            path = save_plain(made, staging)
-        else:
-            cold_path = staging / COLD_NAME if plan.options.writes_cold else None
-            path = make_drop_in(made, staging, plan.vocab, has_head=has_head, cold_path=cold_path)
-    return {"model": path.name}
 
 
 def _manifest(

@@ -150,7 +150,7 @@ def _redirect(uses: Iterable[tuple[ir.Node, int]], value: ir.Value) -> None:
 def _mark_missing_rows(graph: ir.Graph, embedding: Embedding) -> None:
     """Give an id without a row NaN on devices whose lookup does not check its index."""
     embedding.gather.name = LOOKUP_NAME
-    found = embedding.gather.outputs[0]
+    found = embedding.output
     uses = tuple(found.uses())
     writer = NodeWriter(graph, "missing_rows")
     ids = writer.op("Cast", [embedding.ids], to=int(ir.DataType.INT64))
@@ -158,7 +158,7 @@ def _mark_missing_rows(graph: ir.Graph, embedding: Embedding) -> None:
     mask = writer.op("Unsqueeze", [kept, writer.constant([-1])])
     missing = writer.array("missing_row", np.array(np.nan, embedding.dtype.numpy()))
     rows = writer.op("Where", [mask, found, missing])
-    writer.insert_after(embedding.gather)
+    writer.insert_after(found.producer() or embedding.gather)
     _redirect(uses, rows)
 
 

@@ -1,0 +1,90 @@
+"""Write what depends on the layout of a folder: tokenizer, configs, and graphs for other runtimes."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trimserve.blocks import BlockScheme
+from trimserve.folder import TOKENIZER_NAME
+from trimserve.source import ModelSource
+from trimserve.vocab import VocabMap
+from trimserve_export.layouts.remap import make_drop_in, save_plain, save_tied
+from trimserve_export.layouts.segmentation import Sample, compare_segmentation
+from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
+from trimserve_export.quantize import quantize_graph
+
+# Copied as they are. config.json and generation_config.json too, unless the checkpoint itself is the result.
+TOKENIZER_FILES = (
+    TOKENIZER_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Copy those of the named files that a folder has."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_cut_files(
+    source: ModelSource, vocab: VocabMap, target: Path, sample: Sample | None
+) -> dict[str, Any] | None:
+    """Write the tokenizer cut to a closed vocab.
+
+    Args:
+        source: the model.
+        vocab: the closed vocab.
+        target: the folder to write into.
+        sample: texts to compare both tokenizers on.
+
+    Returns:
+        The comparison as JSON values; None without a sample.
+    """
+    tokenizer = write_cut_tokenizer(source, vocab, target)
+    if sample is None:
+        return None
+    return compare_segmentation(source.tokenizer(), tokenizer, vocab, sample).to_dict()
+
+
+def write_layout_graph(
+    made: Path,
+    target: Path,
+    vocab: VocabMap,
+    *,
+    drop_in: bool,
+    has_head: bool,
+    scheme: BlockScheme | None = None,
+    cold_path: Path | None = None,
+) -> Path:
+    """Write an exporter's graph for another runtime.
+
+    Args:
+        made: the exporter's graph of the trimmed checkpoint.
+        target: the folder to write into.
+        vocab: the kept ids.
+        drop_in: take token ids and give V logits (layout graph); else compact ones (layout tokenizer).
+        has_head: the graph makes logits over the vocab.
+        scheme: how to quantise it, if at all.
+        cold_path: cold rows in `target` that a drop-in feeds.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".layout.") as scratch:
+        if scheme is not None:
+            tied = save_tied(made, Path(scratch) / "tied") if has_head else made
+            made = quantize_graph(tied, Path(scratch), scheme, has_head=has_head)
+        if not drop_in:
+            return save_plain(made, target)
+        return make_drop_in(made, target, vocab, has_head=has_head, cold_path=cold_path)
