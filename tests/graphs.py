@@ -7,6 +7,7 @@ adds: logits of a trimmed graph must equal those of the full one bit for bit.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -193,7 +194,9 @@ def gemm_by_column(s: Sketch) -> None:
     s.add("product = Reshape(scored, whole)", head=s.floats(s.H, s.V), last=np.array([s.V], np.int64))
 
 
-def nbits(s: Sketch, bits: int, *, flat: bool = False, zeros: str = "", bias: bool = False) -> None:
+def nbits(
+    s: Sketch, bits: int, *, flat: bool = False, zeros: str = "", bias: bool = False, order: bool = False
+) -> None:
     n = s.blocks
     data, scales = s.bytes(s.V, n, s.block * bits // 8), s.scales(s.V, n)
     tensors = {"data": data, "head_scales": scales.reshape(-1) if flat else scales}
@@ -204,7 +207,10 @@ def nbits(s: Sketch, bits: int, *, flat: bool = False, zeros: str = "", bias: bo
         tensors["head_zeros"] = s.floats(s.V, n)
     if bias:
         tensors["head_bias"] = s.floats(s.V)
-    names = ["hidden", "data", "head_scales", "head_zeros" if zeros else "", "", "head_bias" if bias else ""]
+    if order:
+        tensors["order"] = (np.arange(s.H) // s.block).astype(np.int32)
+    optional = {"head_zeros": zeros, "order": order, "head_bias": bias}
+    names = ["hidden", "data", "head_scales", *(name if there else "" for name, there in optional.items())]
     attributes = f"K = {s.H}, N = {s.V}, bits = {bits}, block_size = {s.block}"
     operands = ", ".join(names).rstrip(", ")
     s.add(f"product = {CONTRIB}.MatMulNBits<{attributes}>({operands})", **tensors)
@@ -290,6 +296,37 @@ def integer_fused(s: Sketch) -> None:
     )
 
 
+def integer_to_float(s: Sketch) -> None:
+    s.add("q, q_scale, q_zero = DynamicQuantizeLinear(hidden)")
+    s.add(
+        f"product = {CONTRIB}.MatMulIntegerToFloat"
+        "(q, head, q_scale, head_scale, q_zero, head_zero, head_bias)",
+        head=s.bytes(s.H, s.V),
+        head_scale=s.scales(s.V),
+        head_zero=s.bytes(s.V),
+        head_bias=s.floats(s.V),
+    )
+
+
+def static_integer(s: Sketch) -> None:
+    """Static quantisation: the logits are integers for a moment."""
+    s.add("q = QuantizeLinear(hidden, q_scale, q_zero)", q_scale=np.float32(0.25), q_zero=np.uint8(128))
+    s.add(
+        "whole = QLinearMatMul(q, q_scale, q_zero, head, head_scale, head_zero, y_scale, y_zero)",
+        head=s.bytes(s.H, s.V).view(np.int8),
+        head_scale=s.scales(s.V),
+        head_zero=np.zeros(s.V, np.int8),
+        y_scale=np.float32(32),
+        y_zero=np.uint8(128),
+    )
+    s.add("product = DequantizeLinear(whole, y_scale, y_zero)")
+
+
+def nbits_4_g_idx(s: Sketch) -> None:
+    """The order of the columns, as GPTQ has it."""
+    nbits(s, 4, zeros="packed", order=True)
+
+
 def bnb4(s: Sketch) -> None:
     attributes = f"K = {s.H}, N = {s.V}, block_size = {s.block}, quant_type = 1"
     s.add(
@@ -319,6 +356,9 @@ HEADS: dict[str, Callable[[Sketch], None]] = {
         integer,
         integer_by_token,
         integer_fused,
+        integer_to_float,
+        static_integer,
+        nbits_4_g_idx,
         bnb4,
     )
 }
@@ -411,13 +451,12 @@ def sketch_tied(kind: str, after: str = "bare", **sizes: int) -> Sketch:
     return made
 
 
-def run(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Run a model in ONNX Runtime, as it is: no rewriting, no layout changes."""
+def run(model: ir.Model | Path, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Run a model, or a file, in ONNX Runtime as it is: no rewriting, no layout changes."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return session.run(None, dict(feeds))

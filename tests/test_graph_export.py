@@ -11,6 +11,7 @@ pytest.importorskip("onnx_ir")
 
 import onnx_ir as ir
 
+from tests import graphs
 from tests.exports import open_graph, read_float32
 from tests.folders import make_vocab
 from tests.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, sketch, sketch_tied
@@ -31,7 +32,7 @@ IDS = np.array([[0, 3, 5, 36, 34, 3, 20, 19, 1]])
 
 def save(made: Sketch, folder: Path, name: str = "model.onnx") -> Path:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    ir.save(made.model(), folder / name, external_data="weights.data", size_threshold_bytes=0)
+    ir.save(made.model(), folder / name, external_data="weights.data", size_threshold_bytes=64)
     (folder / "config.json").write_text(json.dumps({"vocab_size": made.V}))
     return folder
 
@@ -176,3 +177,28 @@ def test_graphs_are_found(tmp_path):
     write_generation_config(found, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
     assert resolve_model(tmp_path).graph is None
+
+
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("head", ["matmul", "gemm", "nbits_2", "qdq_int4", "integer_by_token", "bnb4"])
+@pytest.mark.parametrize("embedding", ["plain", "dequantized_after", "blocks_reshaped"])
+def test_drop_in_of_any_head(tmp_path, embedding, head, cold):
+    made = sketch(embedding, head)
+    source = resolve_model(save(made, tmp_path / "model"))
+    (tmp_path / "out").mkdir()
+    trim_to_folder(source, VOCAB, tmp_path / "out", task="fill-mask", layout="graph", cold=cold)
+    ids = IDS if cold else np.array([KEPT])
+    (full,) = graphs.run(tmp_path / "model" / "model.onnx", {"input_ids": ids})
+    (found,) = graphs.run(tmp_path / "out" / "model.onnx", {"input_ids": ids})
+    np.testing.assert_array_equal(found[..., KEPT], full[..., KEPT])
+    assert np.isneginf(found[..., VOCAB.cold_ids]).all()
+
+
+def test_graph_for_a_cut_tokenizer(tmp_path):
+    source = resolve_model(save(sketch("blocks_uint4", "qdq_int4"), tmp_path / "model"))
+    (tmp_path / "out").mkdir()
+    trim_to_folder(source, VOCAB, tmp_path / "out", task="fill-mask", layout="tokenizer", cold=False)
+    (full,) = graphs.run(tmp_path / "model" / "model.onnx", {"input_ids": np.array([KEPT])})
+    compact = np.arange(len(KEPT))[None]
+    (found,) = graphs.run(tmp_path / "out" / "model.onnx", {"input_ids": compact})
+    np.testing.assert_array_equal(found, full[..., KEPT])
