@@ -31,6 +31,9 @@ KEPT = 16_384
 PROMPTS = 12
 _SEED = 7
 _ROWS_AT_ONCE = 4096
+# With random weights attention gives the mean of all past values, which hardly changes from step to step:
+# at full size it would make every token the same.
+_ATTENTION_GAIN = 0.2
 _COMMON = {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
@@ -194,17 +197,14 @@ def make_checkpoint(folder: Path, shape: Shape, stand: float) -> None:
         elif size[0] == shape.vocab_size:
             tensors[name] = NormalTensor(size, shape.embedding_std, seed, scales)
         else:
-            tensors[name] = NormalTensor(size, 1 / math.sqrt(size[1]), seed)
+            gain = _ATTENTION_GAIN if "o_proj" in name else 1.0
+            tensors[name] = NormalTensor(size, gain / math.sqrt(size[1]), seed)
     exhaust(write_tensors(folder / "model.safetensors", tensors, {"format": "pt"}))
 
 
 def _gemma_norm(name: str) -> float:
-    """A norm's weight less one, as Gemma stores it.
-
-    With random weights attention gives the mean of all past values, which hardly changes from step to step;
-    normalised to full size again it would make every token the same.
-    """
-    return -0.8 if "post_attention" in name else 0.0
+    """A norm's weight less one, as Gemma stores it; the one after attention undoes what `o_proj` scales."""
+    return _ATTENTION_GAIN - 1 if "post_attention" in name else 0.0
 
 
 def _write_tokenizer(path: Path, vocab_size: int) -> None:
