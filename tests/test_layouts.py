@@ -462,3 +462,35 @@ def test_verify_of_quantized_layouts(model, vocab, tmp_path, layout):
     export(model, vocab, tmp_path / "out", layout=layout, quantize="int8")
     result = verify(tmp_path / "out", model, store=False, progress=False)
     assert result.ok, result.failed
+
+
+@pytest.mark.realdata
+def test_real_model_in_onnxruntime_genai(data_dir, tmp_path):
+    og = pytest.importorskip("onnxruntime_genai")
+    path = data_dir / "models" / "multidomain-qwen2"
+    seen = (data_dir / "corpora" / "gsm8k-en" / "text.txt").read_text("utf-8")[:200_000]
+    counted = profile([], path, texts=[seen], progress=False)
+    export(path, select(counted), tmp_path / "out", layout="tokenizer", profile=counted, progress=False)
+    vocab = open_folder(tmp_path / "out").vocab
+    prompt = "Natalia sold clips to 48 of her friends in"
+    ids = resolve_model(path).tokenizer().encode(prompt).ids
+    loaded = og.Model(str(tmp_path / "out"))
+    compact = og.Tokenizer(loaded).encode(prompt).tolist()
+    assert vocab.to_original(compact).tolist() == ids
+    parameters = og.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=len(ids) + 24, do_sample=False)
+    generator = og.Generator(loaded, parameters)
+    generator.append_tokens(compact)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = vocab.to_original(generator.get_sequence(0)[len(ids) :]).tolist()
+    full = AutoModelForCausalLM.from_pretrained(path).eval()
+    made = full.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        max_new_tokens=24,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([OnlyKept(vocab)]),
+    )
+    assert found == made[0, len(ids) :].tolist()
+    assert len(found) == 24
