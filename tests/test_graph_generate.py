@@ -1,5 +1,6 @@
 """Folders made of ONNX graphs, through the runtime: exact mode's tokens are the untrimmed graph's."""
 
+import json
 import logging
 import shutil
 
@@ -15,9 +16,10 @@ from tests.exports import open_graph
 from tests.generators import FullSampler, open_generator
 from tests.models import FAMILIES, save_model
 from trimserve.artefacts import sha256_file
-from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.errors import MismatchError, UsageError
+from trimserve.folder import open_folder
 from trimserve.sampling import SamplingParams
-from trimserve.source import resolve_model
+from trimserve.source import load_tokenizer, resolve_model
 from trimserve.structural import structural_ids
 from trimserve.vocab import Reason, VocabMap
 from trimserve_export import export
@@ -130,14 +132,34 @@ def test_drop_in_takes_token_ids(tmp_path):
     assert np.isneginf(found[..., vocab.cold_ids]).all()
 
 
+def test_cut_tokenizer_beside_a_quantised_graph(tmp_path):
+    source = save_graph(tmp_path, "llama", "int4", tokenizer="byte_level_bpe", hidden_size=64)
+    export(source, vocab_of(source), tmp_path / "trimmed", layout="tokenizer")
+    kept = open_folder(tmp_path / "trimmed").vocab
+    config = json.loads((tmp_path / "trimmed" / "config.json").read_text("utf-8"))
+    old = source.config
+    assert config["vocab_size"] == len(kept)
+    assert config["eos_token_id"] == kept.to_compact([old["eos_token_id"]])[0]
+    tokenizer = load_tokenizer(tmp_path / "trimmed" / "tokenizer.json")
+    assert tokenizer.get_vocab_size() == len(kept)
+    ids = np.array([tokenizer.encode(TEXTS[0]).ids])
+    feeds = {"attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]} | {
+        f"past_key_values.{n}.{kind}": np.zeros((1, 1, 0, 32), np.float32)
+        for n in (0, 1)
+        for kind in ("key", "value")
+    }
+    found = open_graph(tmp_path / "trimmed" / "model.onnx").run(["logits"], feeds | {"input_ids": ids})[0]
+    original = kept.to_original(ids).astype(np.int64)
+    full = open_graph(source.graph).run(["logits"], feeds | {"input_ids": original})[0]
+    np.testing.assert_allclose(found, full[..., kept.kept_ids], rtol=1e-5, atol=1e-5)
+
+
 def test_options_of_checkpoints_are_refused(tmp_path):
     source = save_graph(tmp_path, "llama", "fp32", tokenizer="wordpiece")
     vocab = vocab_of(source, 5)
     for options in ({"to": "safetensors"}, {"quantize": "int4"}, {"dtype": "fp16"}, {"exporter": "optimum"}):
         with pytest.raises(UsageError, match=r"is an ONNX graph.*(leave|needs a checkpoint)"):
             export(source, vocab, tmp_path / "trimmed", **options)
-    with pytest.raises(UnsupportedModelError, match="layout tokenizer is not built"):
-        export(source, vocab, tmp_path / "trimmed", layout="tokenizer")
     other = VocabMap(vocab.kept_ids, vocab.reason, source.vocab_size + 3)
     with pytest.raises(MismatchError, match="selected for"):
         export(source, other, tmp_path / "trimmed")

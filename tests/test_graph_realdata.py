@@ -1,5 +1,7 @@
 """Graphs by other tools: a onnxruntime-genai Llama through export, verify and runtime; GPT-2 and LFM2 cut."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ import onnx_ir as ir
 import trimserve
 from tests.exports import open_graph
 from tests.folders import make_vocab
+from trimserve.folder import open_folder
 from trimserve.selection import select
 from trimserve_export import export
 from trimserve_export.graph import load_graph, trim_graph
@@ -57,6 +60,27 @@ def test_outputs_equal_the_full_graphs(data_dir, tmp_path, name):
     np.testing.assert_array_equal(found[0], full[0][..., kept])
     for other, expected in zip(found[1:], full[1:], strict=True):
         np.testing.assert_array_equal(other, expected)
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_genai_config_follows_the_layout(data_dir, tmp_path, layout):
+    source = data_dir / "models" / "onnx-layouts" / "llama-32k-fp16-extdata"
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, 1 2 3.", "utf-8")
+    found = trimserve.profile([text], source)
+    result = export(source, select([found], model=source), tmp_path / "trimmed", layout=layout, profile=found)
+    written = json.loads((tmp_path / "trimmed" / "genai_config.json").read_text("utf-8"))["model"]
+    assert written["vocab_size"] == (result.kept if layout == "tokenizer" else 32000)
+    assert written["decoder"]["filename"] == "model.onnx"
+    assert written["eos_token_id"] == 1  # special ids come first, so they stay
+    ids = np.array([[1, 3, 5, 7]])
+    kept = open_folder(tmp_path / "trimmed").vocab
+    logits = run(tmp_path / "trimmed" / "model.onnx", ids)[0]
+    full = run(source / "model.onnx", kept.to_original(ids) if layout == "tokenizer" else ids)[0]
+    columns = slice(None) if layout == "tokenizer" else kept.kept_ids
+    # On a CPU fp16 is rounded where ONNX Runtime casts, which a node behind the head moves.
+    rounding = 0 if layout == "tokenizer" else 1e-3
+    np.testing.assert_allclose(logits[..., columns], full[..., kept.kept_ids], rtol=0, atol=rounding)
 
 
 def test_genai_folder_from_end_to_end(data_dir, tmp_path):

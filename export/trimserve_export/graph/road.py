@@ -1,21 +1,26 @@
 """Fill a folder from a model that has an ONNX graph: graph, tokenizer, configs, vocab and manifest."""
 
+import json
 import logging
 import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
-from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.errors import UsageError
 from trimserve.folder import VOCAB_NAME, Manifest, list_files
-from trimserve.source import ModelSource
+from trimserve.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.vocab import VocabMap
 from trimserve_export.checkpoint import check_vocab
-from trimserve_export.graph.export import trim_to_folder, write_generation_config
+from trimserve_export.configs import compact_config
+from trimserve_export.graph.export import GENERATION_CONFIG, trim_to_folder, write_generation_config
+from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.options import Options
 from trimserve_export.pooling import read_pooling
+from trimserve_export.serving import GRAPH_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +35,12 @@ def fill_from_graph(
         vocab: the kept ids.
         options: what was asked for.
         folder: an existing folder.
-        texts: names of the tokenizer's and the configs' files, which are copied as they are.
+        texts: names of the tokenizer's and the configs' files, which are copied as they are unless the
+            layout cuts the tokenizer.
 
     Raises:
         UsageError: an option that only a checkpoint has.
-        UnsupportedModelError: the graph is not understood, or a layout cannot be made of it yet.
+        UnsupportedModelError: the graph, or a part of it, is not understood.
         MismatchError: the vocab was made for another tokenizer or vocab size.
     """
     _check_options(source, options)
@@ -43,10 +49,13 @@ def fill_from_graph(
         source, vocab, folder, task=options.task, layout=options.layout, cold=options.writes_cold
     )
     logger.info("%s: task %s, %s of %s rows", source.name, made.task, len(vocab), vocab.vocab_size)
-    for name in texts:
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, folder / name)
-    write_generation_config(source, folder)
+    if options.layout == "tokenizer":
+        write_cut_tokenizer(source, vocab, folder)
+        _write_compact_configs(source, vocab, folder)
+    else:
+        _copy_texts(source, folder, texts)
+        if options.layout == "graph" and source.genai_model:
+            _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,
@@ -68,6 +77,40 @@ def fill_from_graph(
     )
 
 
+def _copy_texts(source: ModelSource, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+    write_generation_config(source, folder)
+
+
+def _write_compact_configs(source: ModelSource, vocab: VocabMap, folder: Path) -> None:
+    """Write the configs that the folder has, with compact ids and K instead of V."""
+    for name in (CONFIG_NAME, GENERATION_CONFIG, GENAI_NAME):
+        if (source.path / name).is_file():
+            content = _compact(source.read_json(name), vocab)
+            _write_json(folder / name, _with_filename(content) if name == GENAI_NAME else content)
+
+
+def _with_filename(genai: dict[str, Any]) -> dict[str, Any]:
+    """The graph may have had another name than the one that it is written by."""
+    model = genai["model"]
+    return genai | {"model": model | {"decoder": model.get("decoder", {}) | {"filename": GRAPH_NAME}}}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _compact(config: dict[str, Any], vocab: VocabMap) -> dict[str, Any]:
+    """Move token ids and vocab_size, also in the sections that name the language model."""
+    moved = compact_config(config, vocab)
+    if moved.get("vocab_size") == vocab.vocab_size:
+        moved["vocab_size"] = len(vocab)
+    sections = ((key, value) for key, value in config.items() if key == "model" or key.endswith("_config"))
+    return moved | {key: _compact(value, vocab) for key, value in sections if isinstance(value, dict)}
+
+
 def _check_options(source: ModelSource, options: Options) -> None:
     what = f"{source.name} is an ONNX graph"
     if options.to != "onnx":
@@ -78,7 +121,3 @@ def _check_options(source: ModelSource, options: Options) -> None:
         raise UsageError(f"{what}, which keeps the numbers it has: leave --dtype out.")
     if options.exporter != "auto":
         raise UsageError(f"{what}, so there is nothing to export: leave --exporter out.")
-    if options.layout == "tokenizer":
-        raise UnsupportedModelError(
-            f"{what}: layout tokenizer is not built for those yet, use runtime or graph, or its checkpoint."
-        )
