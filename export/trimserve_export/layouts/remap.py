@@ -6,7 +6,7 @@ not kept gets the logit -inf. Weights stay compact in between.
 A cold id at the input is fed its own row, from `cold_rows.safetensors` itself: the graph names that tensor as
 external data, so ONNX Runtime maps it and pages of it are read only where a text needs them. Without cold
 rows there is no row to feed, and no other one is read in its place: the lookup's index is K, which ONNX
-Runtime refuses on a CPU; for devices that do not check (CUDA reads zeros) such a row is NaN.
+Runtime refuses on a CPU; for devices that do not check their index such a row is NaN.
 """
 
 from collections.abc import Iterable
