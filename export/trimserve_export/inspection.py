@@ -98,7 +98,7 @@ class OnnxFacts:
 
     path: str
     bytes: int
-    note: str = "trimming an ONNX graph is not built yet: export from the model's checkpoint"
+    note: str = "trimserve export -m trims it as it is, its numbers kept"
     kind: str = "onnx"
 
 
