@@ -127,6 +127,15 @@ def test_cold_head_that_is_not_built_is_refused(tmp_path, head):
     trim_to_folder(source, VOCAB, tmp_path / "out", task=task, cold=False)
 
 
+@pytest.mark.parametrize(("embedding", "head"), [("plain", "integer"), ("layer_norm", "matmul")])
+def test_refusal_names_the_layouts_that_are_left(tmp_path, embedding, head):
+    source = resolve_model(save(sketch(embedding, head), tmp_path / "model"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedModelError, match="--layout graph or --layout tokenizer"):
+        trim_to_folder(source, VOCAB, tmp_path / "out", task="fill-mask")
+    trim_to_folder(source, VOCAB, tmp_path / "out", task="fill-mask", layout="tokenizer")
+
+
 def test_weights_are_hashed_by_name(tmp_path):
     source = resolve_model(save(sketch("plain", "matmul"), tmp_path / "model"))
     (tmp_path / "out").mkdir()

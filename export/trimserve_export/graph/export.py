@@ -1,8 +1,10 @@
 """From a folder with an ONNX graph to a trimmed folder: no checkpoint, no exporter, nothing rounded again."""
 
+import contextlib
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +112,8 @@ def trim_to_folder(
     elif layout == "graph":
         _write_drop_in(untrimmed, trimmed, job)
     else:
-        _write_servable(untrimmed, trimmed, job)
+        with _other_layouts_named():
+            _write_servable(untrimmed, trimmed, job)
     return TrimmedGraph(
         task=task,
         graphs={"model": GRAPH_NAME},
@@ -121,6 +124,17 @@ def trim_to_folder(
         exporter={"name": "graph"} | {name: version(name) for name in ("onnx", "onnx-ir")},
         quantization=_quantization(untrimmed, has_head=job.has_head),
     )
+
+
+@contextlib.contextmanager
+def _other_layouts_named() -> Iterator[None]:
+    """The graph has been trimmed: what the runtime does not take, others may."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error} The rows can be cut for other runtimes: --layout graph or --layout tokenizer."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
