@@ -21,6 +21,7 @@ from trimserve.tensorfile import STORAGE_DTYPES, TensorSpec
 # Holds the cold rows of a quantised head.
 COLD_BLOCKS_NAME = "cold_head.onnx_data"
 _BITS = (4, 8)
+_SMALLEST = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +168,10 @@ def round_activations(hidden: npt.NDArray[Any], scheme: BlockScheme) -> npt.NDAr
     if scheme.accuracy_level != 4:
         return values
     width = values.shape[-1]
-    padding = [(0, 0)] * (values.ndim - 1) + [(0, -width % scheme.block_size)]
-    blocks = np.pad(values, padding).reshape(*values.shape[:-1], -1, scheme.block_size)
-    scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    integers = np.rint(np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0))
-    rounded: npt.NDArray[np.float32] = (integers * scales).reshape(*values.shape[:-1], -1)
+    if missing := -width % scheme.block_size:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    blocks = values.reshape(*values.shape[:-1], -1, scheme.block_size)
+    # A block of zeros has no scale of its own: any will do.
+    scales = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), _SMALLEST)
+    rounded: npt.NDArray[np.float32] = (np.rint(blocks / scales) * scales).reshape(values.shape)
     return rounded[..., :width]

@@ -81,10 +81,9 @@ class Request:
         slots = self.slots
         if slots is None:
             raise RuntimeError("a request was drafted before its slots were made")
+        if self.params.takes_maximum:
+            return slots.best(logits, hidden)
         extended = slots.extend(logits, hidden)
-        if self.params.takes_maximum and not slots.ids:
-            # Kept ids are sorted: argmax is the lowest on a tie.
-            return int(slots.columns.ids[extended.argmax()])
         return choose(extended, slots.columns, self.params, self.history(drafts))
 
     def accept(self, tokens: Sequence[int]) -> list[int]:
@@ -130,10 +129,24 @@ class DraftSlots:
 
     def extend(self, logits: Floats, hidden: Floats) -> Floats:
         """Append the slots' logits to the kept ids': float32 (K,), (H,) -> (K + S,)."""
+        return np.concatenate([logits, self._logits(hidden)]) if self.ids else logits
+
+    def best(self, logits: Floats, hidden: Floats) -> int:
+        """The token id of the largest of these logits, the lowest on a tie."""
+        column = int(logits.argmax())  # kept ids are sorted: the first is the lowest
+        kept_id = int(self._kept.ids[column])
         if not self.ids:
-            return logits
+            return kept_id
+        slot_logits = self._logits(hidden)
+        largest = slot_logits.max()
+        if largest < logits[column]:
+            return kept_id
+        ties = [self.ids[slot] for slot in np.flatnonzero(slot_logits == largest)]
+        return min(ties if largest > logits[column] else [*ties, kept_id])
+
+    def _logits(self, hidden: Floats) -> Floats:
         product = self._rows @ self._cold.head_input(hidden)
-        return np.concatenate([logits, apply_after_head(product, self._bias, self._after_head)])
+        return apply_after_head(product, self._bias, self._after_head)
 
 
 @dataclass(frozen=True, slots=True)
