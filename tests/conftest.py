@@ -48,3 +48,19 @@ def exported(tmp_path_factory):
     from tests.exports import Exports
 
     return Exports(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="session")
+def translators(tmp_path_factory):
+    """Give a family's tiny encoder-decoder and its trimmed folder, each made once: `translators("t5")`."""
+    pytest.importorskip("torch")
+    from tests.translators import make_translator
+
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            made[family] = make_translator(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return get

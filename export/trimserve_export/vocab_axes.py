@@ -97,6 +97,11 @@ def find_vocab_axes(
     Raises:
         UnsupportedModelError: a tensor with a vocab axis is neither embedding nor head nor its bias.
     """
+    if not getattr(config, "share_encoder_decoder_embeddings", True):  # Marian
+        raise UnsupportedModelError(
+            f"this {config.model_type!r} model's encoder and decoder have vocabs of their own: two vocabs "
+            "cannot be trimmed yet."
+        )
     model = build_on_meta(config, model_class, trust_remote_code=trust_remote_code)
     axes = _changed_axes(config, model, model_class, trust_remote_code)
     tensors = tuple(_vocab_tensors(model, axes))

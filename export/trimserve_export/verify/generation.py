@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.genconfig import GenerationConfig
 from trimserve.generator import Generator, Mode
 from trimserve.loading import load
 from trimserve.rules import TokenRules, Verdict
@@ -63,7 +62,9 @@ def check_generated_ids(context: Context) -> Check:
     for mode in modes:
         for text, prompt in prompts:
             (generated,) = model.generate(text, mode=mode, max_new_tokens=_NEW_TOKENS)
-            expected = _greedy(context.full, prompt, _forbidden(context, prompt, mode), model.config)
+            rules = model.config.rules(_NEW_TOKENS) or TokenRules()
+            forbidden = _forbidden(context, prompt, rules, mode)
+            expected = _greedy(context.full, prompt, forbidden, rules, model.stop_ids)
             parting = _parting(context, generated.ids, expected)
             if parting is None:
                 continue
@@ -95,27 +96,31 @@ def _cold(context: Context, ids: Ids) -> Ids:
     return ids[~context.folder.vocab.is_kept(ids)]
 
 
-def _forbidden(context: Context, prompt: Ids, mode: Mode) -> npt.NDArray[np.bool_]:
-    """Ids (V,) that a mode cannot produce: in compact mode the cold ids that the prompt does not hold."""
+def _forbidden(context: Context, prompt: Ids, rules: TokenRules, mode: Mode) -> npt.NDArray[np.bool_]:
+    """Ids (V,) that a mode cannot produce: in compact mode the cold ids that come with no request."""
     forbidden = np.zeros(context.folder.vocab.vocab_size, bool)
     if mode == "compact":
         forbidden[context.folder.vocab.cold_ids] = True
         forbidden[_cold(context, prompt)] = False
+        forbidden[list(rules.forced_bos_token_id)] = False
     return forbidden
 
 
 def _greedy(
-    full: Model, prompt: Ids, forbidden: npt.NDArray[np.bool_], config: GenerationConfig
+    full: Model,
+    prompt: Ids,
+    forbidden: npt.NDArray[np.bool_],
+    rules: TokenRules,
+    stop_ids: frozenset[int],
 ) -> list[Step]:
     """Decode with the full graph and its KV cache, one token a time; the lowest id wins a tie."""
     if isinstance(full, GraphModel):
         decoder, past, start = full, {}, prompt
     else:  # the encoder reads the prompt
         decoder, past, start = full.decoder, full.encoder.run(prompt), np.array([full.start_id], np.int32)
-    rules = config.rules(_NEW_TOKENS) or TokenRules()
     steps: list[Step] = []
     ids = start
-    while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in config.stop_ids):
+    while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in stop_ids):
         outputs = decoder.run(ids, past, keep=1)
         verdict = rules.at(start, np.array([step.token for step in steps], np.int32))
         logits = _obey(verdict, np.where(forbidden, -np.inf, outputs["logits"][0, -1]))
