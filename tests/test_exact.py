@@ -348,3 +348,39 @@ def test_the_block_stays_small_where_drafts_fall_and_steps_are_dear():
         stood = size // 2
         block.note(size, stood, stood + 1, 0.050, 0.001)
     assert block.size <= 2
+
+
+def test_what_a_block_size_learned_stays_for_the_next_request():
+    block = BlockSize(32)
+    for _ in range(20):
+        block.note(block.size, block.size, block.size, 0.001, 0.010)
+    learned = block.size
+    block.start()
+    assert block.size == 1
+    sizes = []
+    while block.size < learned and len(sizes) < 8:
+        sizes.append(block.size)
+        block.note(block.size, block.size, block.size, 0.001, 0.010)
+    assert len(sizes) <= 3, sizes
+
+
+def test_the_greedy_draft_is_the_largest_of_kept_and_slots_and_the_lowest_id_on_a_tie(tiny):
+    from trimserve.request import DraftSlots
+    from trimserve.sampling import Columns, History, choose
+
+    generator = tiny.generator
+    vocab, decoder = generator.folder.vocab, generator._decoder
+    kept = Columns(vocab.kept_ids, vocab.vocab_size)
+    random = np.random.default_rng(0)
+    for cold_ids in ([], [35, 5], [6, 24, 7]):
+        slots = DraftSlots(kept, generator._cold, decoder.after_head, np.array(cold_ids, np.int32))
+        for _ in range(20):
+            hidden = random.standard_normal(8).astype(np.float32)
+            logits = random.standard_normal(len(vocab)).astype(np.float32)
+            extended = slots.extend(logits, hidden)
+            none = History(np.array([0], np.int32), np.array([], np.int32))
+            assert slots.best(logits, hidden) == choose(extended, slots.columns, SamplingParams(), none)
+            if cold_ids:  # a tie of a kept id and a slot
+                logits[3] = extended.max()
+                extended = slots.extend(logits, hidden)
+                assert slots.best(logits, hidden) == choose(extended, slots.columns, SamplingParams(), none)

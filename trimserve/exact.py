@@ -26,6 +26,8 @@ COLD_HEAD_NAME = "cold_head.onnx"
 # The longest block by default. On two cores the product with 144,512 x 256 fp32 rows took 11.6 ms for 16
 # steps, 13.3 for 32 and 17.7 for 48: past 32 another step costs more than it shares.
 MAX_BLOCK = 32
+# How fast the limit of a block's size grows while drafts stand.
+_GROWTH = 4
 
 
 class ColdHead:
@@ -70,18 +72,22 @@ class BlockSize:
     A block of B steps costs ``B * step + check(B)``, or the larger of the two where the check overlaps with
     the next drafts. If each draft stands with probability p, it gives ``(1 - p^B) / (1 - p)`` tokens: those
     up to and with the first that differs. Of the powers of two up to the maximum, the size with the lowest
-    cost a token is taken. Costs are averages over the run so far, so they follow the machine; the tokens
-    do not depend on them.
+    cost a token is taken. Costs are averages over the requests so far, so they follow the machine; the
+    tokens do not depend on them.
     """
 
     def __init__(self, maximum: int = MAX_BLOCK, *, overlap: bool = False) -> None:
         self._overlap = overlap
         self._sizes = [1 << power for power in range(maximum.bit_length()) if 1 << power <= maximum]
-        self._limit = 1  # doubles while drafts stand, so that the first tokens come fast
+        self._limit = 1
         self._stood = 4.0
         self._drafted = 4.2
         self._step_seconds = 0.0
         self._check_seconds: dict[int, float] = {}
+
+    def start(self) -> None:
+        """Begin a request: one step until its first token, then blocks grow. What was learned stays."""
+        self._limit = 1
 
     @property
     def size(self) -> int:
@@ -108,7 +114,8 @@ class BlockSize:
         decay = 0.98**drafted
         self._stood = decay * self._stood + stood
         self._drafted = decay * self._drafted + drafted
-        self._limit = min(2 * self._limit, self._sizes[-1]) if stood == drafted else max(self._limit // 2, 1)
+        grown, shrunk = min(_GROWTH * self._limit, self._sizes[-1]), max(self._limit // 2, 1)
+        self._limit = grown if stood == drafted else shrunk
         if step_seconds > 0:
             self._step_seconds = _average(self._step_seconds, step_seconds)
         self._check_seconds[size] = _average(self._check_seconds.get(size, 0.0), check_seconds)
@@ -123,15 +130,15 @@ class ExactChecker:
 
     replaces = True
 
-    def __init__(
-        self, head: ColdHead, vocab: VocabMap, *, max_block: int = MAX_BLOCK, overlap: bool = False
-    ) -> None:
+    def __init__(self, head: ColdHead, vocab: VocabMap, block: BlockSize | None = None) -> None:
+        """Check against a cold head; `block` may have learned from other requests."""
         self._head = head
         self._kept, self._cold, self._full = (
             Columns(ids, vocab.vocab_size)
             for ids in (vocab.kept_ids, head.cold_ids, np.arange(vocab.vocab_size, dtype=np.int32))
         )
-        self._block = BlockSize(max_block, overlap=overlap)
+        self._block = block or BlockSize()
+        self._block.start()
         self.timing = Timing()
 
     @property

@@ -9,7 +9,7 @@ from trimserve.chat import Message, render_chat
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder
 from trimserve.errors import UsageError
-from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, ColdHead, ExactChecker
+from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, BlockSize, ColdHead, ExactChecker
 from trimserve.folder import TrimmedFolder
 from trimserve.genconfig import GenerationConfig
 from trimserve.generation import Checker, GenerationLoop
@@ -88,6 +88,7 @@ class Generator:
         self._overlap = decoder.device != "cpu" if overlap is None else overlap
         self._decoder = decoder
         self._head: ColdHead | None = None
+        self._blocks: dict[int, BlockSize] = {}  # by their maximum
 
     @property
     def can_be_exact(self) -> bool:
@@ -269,7 +270,9 @@ class Generator:
             return None
         if mode == "compact":
             return MassMeter(head)
-        return ExactChecker(head, self.folder.vocab, max_block=max_block, overlap=self._overlap)
+        if max_block not in self._blocks:
+            self._blocks[max_block] = BlockSize(max_block, overlap=self._overlap)
+        return ExactChecker(head, self.folder.vocab, self._blocks[max_block])
 
     def _cold_head(self, purpose: str) -> ColdHead | None:
         """The cold head, opened once; None where no id is cold."""
