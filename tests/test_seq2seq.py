@@ -26,6 +26,7 @@ from tests.translators import (
     save_translator,
     with_generation_config,
 )
+from trimserve.cli.main import main
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME
 from trimserve.loading import load
@@ -366,6 +367,48 @@ def _never_end(_, logits):
 def test_models_that_cannot_be_exported_are_refused(config, message):
     with pytest.raises(UnsupportedModelError, match=message):
         optimum.task_class(TASK, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("t5", {"dtype": "bf16"}, "no number of heads or no size of them: export the model as fp32 or fp16"),
+        ("bart", {"dtype": "bf16"}, "cannot export this 'bart' model for text2text-generation-with-past"),
+        ("t5", {"quantize": "int4"}, "quantize is not built for text2text-generation-with-past"),
+    ],
+)
+def test_ways_that_are_not_built_are_refused(translators, tmp_path, family, options, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        export(translators(family).source, make_vocab(KEPT, V), tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision(translators, tmp_path):
+    translator = translators("mt5")
+    export(translator.source, make_vocab(KEPT, V), tmp_path / "half", dtype="fp16", progress=False)
+    half = load(tmp_path / "half").generate(TEXTS, max_new_tokens=2)
+    assert [r.ids for r in half] == [r.ids for r in translator.generator.generate(TEXTS, max_new_tokens=2)]
+
+
+def test_the_command_line_translates(translators, capsys):
+    translator = translators("m2m_100")
+    words = ["run", str(translator.path), TEXTS[0], "--max-new-tokens", "8"]
+    (plain,) = translator.generator.generate(TEXTS[0], max_new_tokens=8)
+    assert main(words) == 0
+    assert capsys.readouterr().out == plain.text + "\n"
+    assert main([*words, "--num-beams", "3", "--length-penalty", "0.5", "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (searched,) = translator.generator.generate(TEXTS[0], max_new_tokens=8, num_beams=3, length_penalty=0.5)
+    assert document["ids"] == [list(searched.ids)]
+    assert (document["mode"], document["drafted"]) == ("exact", 0)
+    assert main([*words, "--num-beams", "3", "--length-penalty", "0.5"]) == 0
+    assert capsys.readouterr().out == searched.text + "\n"
+    assert main([*words, "--forced-bos", "cat", "--format", "json"]) == 0
+    forced = json.loads(capsys.readouterr().out)
+    assert forced["ids"][0][0] == translator.generator.codec.tokenizer.token_to_id("cat")
+    assert main([*words, "--forced-bos", "no such token"]) == 2
+    assert "has no token 'no such token'" in capsys.readouterr().err
 
 
 def test_two_vocabs_are_refused(tmp_path, monkeypatch):
