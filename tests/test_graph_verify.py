@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 import onnx_ir as ir
 
 from tests.test_graph_generate import save_graph, vocab_of
-from trimserve.folder import COLD_NAME, list_files, read_manifest, write_manifest
+from trimserve.folder import COLD_NAME, list_files, open_folder, read_manifest, write_manifest
 from trimserve.tensorfile import read_header
 from trimserve_export import export
 from trimserve_export.verify import verify
@@ -69,3 +69,18 @@ def test_shifted_head_blocks_are_found(tmp_path):
     shift_rows(folder / "model.onnx_data", blocks.offset or 0, 32, kept)
     accept_files(folder)
     assert set(verify(folder, texts=TEXTS).failed) >= {"kept-rows", "kept-logits"}
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_other_layouts(tmp_path, layout):
+    source = save_graph(tmp_path, "llama", "int4", tokenizer="byte_level_bpe", hidden_size=64)
+    export(source, vocab_of(source), tmp_path / "trimmed", layout=layout)
+    result = verify(tmp_path / "trimmed", texts=TEXTS)
+    assert result.ok, result.to_dict()
+    graph = ir.load(tmp_path / "trimmed" / "model.onnx").graph
+    rows = (len(open_folder(tmp_path / "trimmed").vocab), 64)
+    tables = [value.const_value for value in graph.initializers.values()]
+    table = next(tensor for tensor in tables if tuple(tensor.shape) == rows)
+    shift_rows(tmp_path / "trimmed" / "model.onnx_data", table.offset or 0, 256, rows[0])
+    accept_files(tmp_path / "trimmed")
+    assert set(verify(tmp_path / "trimmed", texts=TEXTS).failed) >= {"kept-rows", "layout-outputs"}

@@ -193,6 +193,11 @@ def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
     return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
 
 
+def save_untrimmed(source: ModelSource, folder: Path) -> Path:
+    """Write the untrimmed graph as it is, with its weights beside it."""
+    return _save(load_graph(_graph(source)), folder)
+
+
 def _graph(source: ModelSource) -> Path:
     if source.graph is None:
         raise UnsupportedModelError(f"{source.name} has no ONNX graph.")
