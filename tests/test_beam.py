@@ -9,6 +9,7 @@ import torch
 
 from tests.generators import make_pair
 from tests.translators import make_translator
+from trimserve.beam import largest
 from trimserve.errors import UsageError
 
 pytestmark = [
@@ -134,6 +135,16 @@ def test_one_beam_is_greedy_and_many_requests_share_a_product(translator):
 def test_what_does_not_go_with_beams_is_refused(decoder_only, options, message):
     with pytest.raises(UsageError, match=message):
         decoder_only.generator.generate("dog", **{"num_beams": 2, **options})
+
+
+@pytest.mark.parametrize("size", [1, 7, 511, 512, 5_000, 20_480, 30_001])
+@pytest.mark.parametrize("count", [1, 8, 37])
+def test_the_largest_scores_are_found(size, count):
+    random = np.random.default_rng(size + count)
+    for scores in (random.normal(size=size), -np.arange(size), np.full(size, -np.inf), np.zeros(size)):
+        found = largest(scores.astype(np.float32), count)
+        assert len(set(found.tolist())) == min(size, count)
+        np.testing.assert_array_equal(np.sort(scores[found])[::-1], np.sort(scores)[::-1][: min(size, count)])
 
 
 def test_beams_are_not_streamed(decoder_only):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Floats, Step
@@ -28,6 +29,7 @@ EarlyStopping = bool | Literal["never"]
 _OUT = np.float32(-1e9)  # the score of what cannot be chosen, as in transformers
 # Beams whose logits over the whole vocab exist at a time: 32 x 262,144 float32 are 34 MB.
 _MAX_ROWS = 32
+_BLOCK = 512  # entries that `largest` reduces at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +124,21 @@ class BeamState:
         keep = max(2, 1 + len(self.request.stop_ids)) * self.params.num_beams
         found: list[tuple[float, int, int, np.float32]] = []
         for row, (beam, beam_logits) in enumerate(zip(self.running, logits, strict=True)):
-            scores = self._log_probs(beam, beam_logits, columns) + beam.score
-            top = np.argpartition(-scores, min(keep, scores.size) - 1)[:keep]
-            pairs = zip(scores[top], columns.ids[top].tolist(), strict=True)
+            scores = self._log_probs(beam, beam_logits, columns)
+            top = largest(scores, keep)
+            pairs = zip(scores[top] + beam.score, columns.ids[top].tolist(), strict=True)
             found += [(-float(score), row, token, score) for score, token in pairs]
         chosen = sorted(found, key=lambda entry: entry[:3])[:keep]
         return [Beam((*self.running[row].tokens, token), score, row) for _, row, token, score in chosen]
 
     def _log_probs(self, beam: Beam, logits: Floats, columns: Columns) -> Floats:
-        shifted = logits - logits.max()
-        log_probs: Floats = shifted - np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+        shifted: Floats = logits - logits.max()
+        shifted -= np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
         params = self.request.params
         if not params.edits_logits:
-            return log_probs
+            return shifted
         history = History(self.request.prompt, np.array(beam.tokens, np.int32))
-        return edit_logits(log_probs, columns, params, history)
+        return edit_logits(shifted, columns, params, history)
 
     def _ends(self, beam: Beam) -> bool:
         return beam.tokens[-1] in self.request.stop_ids or len(beam.tokens) >= self.request.max_tokens
@@ -239,3 +241,22 @@ class BeamSearch:
     def _columns_of(self, state: BeamState) -> Columns:
         slots = state.request.slots
         return self._columns if self._head is not None or slots is None else slots.columns
+
+
+def largest(scores: Floats, count: int) -> npt.NDArray[np.int64]:
+    """Places of the `count` largest of float32 (n,), in no order; all of them if there are fewer.
+
+    They lie in the `count` blocks with the largest maxima: for a vocab that takes a fifth of the time
+    that sorting it into two parts does.
+    """
+    whole = scores.size // _BLOCK * _BLOCK
+    places = np.arange(scores.size)
+    if whole // _BLOCK > count:
+        maxima = scores[:whole].reshape(-1, _BLOCK).max(axis=1)
+        blocks = np.argpartition(-maxima, count - 1)[:count]
+        inside = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
+        places = np.concatenate([inside, np.arange(whole, scores.size)])
+    if places.size <= count:
+        return places
+    top: npt.NDArray[np.int64] = places[np.argpartition(-scores[places], count - 1)[:count]]
+    return top
