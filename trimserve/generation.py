@@ -124,8 +124,8 @@ class GenerationLoop:
             if position == size - 1 or _all_ended(requests, drafts):
                 break
             steps.append(self._feeder.feed(cache, [tokens[-1] for tokens in drafts]))
-        logits = np.stack([s.logits[:, -1] for s in steps], axis=1)
-        hidden = np.stack([s.hidden[:, -1] for s in steps], axis=1)
+        logits = _joined([s.logits[:, -1:] for s in steps])
+        hidden = _joined([s.hidden[:, -1:] for s in steps])
         step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
         return [Block(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
 
@@ -164,6 +164,11 @@ class GenerationLoop:
             for token in taken:
                 if not self._vocab.is_kept(token):
                     request.slots.use(token)
+
+
+def _joined(steps: Sequence[Floats]) -> Floats:
+    """Put steps (B, 1, n) side by side; a single one, as compact mode has, is not copied."""
+    return steps[0] if len(steps) == 1 else np.concatenate(steps, axis=1)
 
 
 def _tokens_left(requests: Sequence[Request]) -> int:
