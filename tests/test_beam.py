@@ -10,7 +10,7 @@ import torch
 from tests.generators import make_pair
 from tests.translators import make_translator
 from trimserve.beam import largest
-from trimserve.errors import UsageError
+from trimserve.errors import NoTokenError, UsageError
 
 pytestmark = [
     pytest.mark.export,
@@ -145,6 +145,13 @@ def test_the_largest_scores_are_found(size, count):
         found = largest(scores.astype(np.float32), count)
         assert len(set(found.tolist())) == min(size, count)
         np.testing.assert_array_equal(np.sort(scores[found])[::-1], np.sort(scores)[::-1][: min(size, count)])
+
+
+def test_beams_without_any_token_are_an_error(decoder_only):
+    with pytest.raises(NoTokenError, match="every beam's logits"):
+        decoder_only.generator.generate(
+            "dog", num_beams=2, logits_processor=lambda _, logits: np.full_like(logits, -np.inf)
+        )
 
 
 def test_beams_are_not_streamed(decoder_only):

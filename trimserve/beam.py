@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Floats, Step
-from trimserve.errors import UsageError
+from trimserve.errors import NoTokenError, UsageError
 from trimserve.exact import ColdHead
 from trimserve.feeding import Feeder
 from trimserve.request import DraftSlots, Request
@@ -129,6 +129,8 @@ class BeamState:
             pairs = zip(scores[top] + beam.score, columns.ids[top].tolist(), strict=True)
             found += [(-float(score), row, token, score) for score, token in pairs]
         chosen = sorted(found, key=lambda entry: entry[:3])[:keep]
+        if chosen[0][3] == -np.inf:
+            raise NoTokenError("no token is allowed: every beam's logits are -inf. Allow at least one id.")
         return [Beam((*self.running[row].tokens, token), score, row) for _, row, token, score in chosen]
 
     def _log_probs(self, beam: Beam, logits: Floats, columns: Columns) -> Floats:
