@@ -31,6 +31,7 @@ from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME
 from trimserve.loading import load
 from trimserve.tensorfile import read_header
+from trimserve.text2text import Text2TextGenerator
 from trimserve_export import export
 from trimserve_export.exporters import optimum
 from trimserve_export.verify import verify
@@ -98,6 +99,15 @@ def test_a_batch_of_unequal_texts_gives_what_each_gives_alone(translators, famil
         together = generator.generate(TEXTS, max_new_tokens=20, mode=mode, **params)
         alone = [generator.generate(text, max_new_tokens=20, mode=mode, **params)[0] for text in TEXTS]
         assert [(r.ids, r.text, r.stopped) for r in together] == [(r.ids, r.text, r.stopped) for r in alone]
+
+
+@pytest.mark.parametrize("family", ["mt5", "bart"])
+def test_drafting_on_during_the_check_changes_nothing(translators, family):
+    plain = translators(family).generator
+    overlapping = Text2TextGenerator(plain.folder, plain._decoder, plain.codec, plain._cold, overlap=True)
+    for params in ({}, {"temperature": 1.0, "seed": 2}):
+        found = overlapping.generate(TEXTS, max_new_tokens=25, **params)
+        assert [r.ids for r in found] == [r.ids for r in plain.generate(TEXTS, max_new_tokens=25, **params)]
 
 
 def test_streamed_text_is_the_generated_text(translator):
@@ -382,6 +392,22 @@ def test_ways_that_are_not_built_are_refused(translators, tmp_path, family, opti
     with pytest.raises(UnsupportedModelError, match=message):
         export(translators(family).source, make_vocab(KEPT, V), tmp_path / "out", progress=False, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["t5", "marian", "m2m_100"])
+def test_the_trimmed_checkpoint_is_a_model_of_its_own(translators, tmp_path, family):
+    """Its ids, also those in its configs, are compact ids."""
+    translator = translators(family)
+    export(translator.source, make_vocab(KEPT, V), tmp_path / "out", to="safetensors", progress=False)
+    trimmed = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    start = translator.torch_model.config.decoder_start_token_id
+    assert trimmed.generation_config.decoder_start_token_id == KEPT.index(start)
+    compact = torch.tensor(np.random.default_rng(0).integers(0, len(KEPT), (2, 7)))
+    ids = torch.tensor(KEPT)[compact]
+    with torch.inference_mode():
+        found = trimmed(input_ids=compact, decoder_input_ids=compact).logits
+        full = translator.torch_model(input_ids=ids, decoder_input_ids=ids).logits[..., KEPT]
+    torch.testing.assert_close(found, full, rtol=0, atol=1e-5)
 
 
 def test_half_precision(translators, tmp_path):
