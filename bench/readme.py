@@ -4,6 +4,7 @@ A table stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``. No numb
 test compares the pages with what this makes.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -57,7 +58,34 @@ def stream_table() -> str:
     )
 
 
+def decode_table() -> str:
+    """Full, compact and exact decoding, from bench/decode.py: the newest row of each model and format."""
+    lines = (harness.RESULTS / "decode.jsonl").read_text("utf-8").splitlines()
+    newest = {(row["model"], row["quantize"]): row for row in map(json.loads, lines)}
+    header = ("model", "V", "K", "full", "compact", "exact", "exact to full", "drafts that stood", "ceiling")
+    rows = [
+        (
+            f"{model}, {quantize or 'fp32'}",
+            f"{row['vocab_size']:,}",
+            f"{row['kept']:,}",
+            *(f"{row['token_ms'][mode]['median']:.2f}" for mode in ("full", "compact", "exact")),
+            f"{row['speed']['exact_to_full']['value']:.2f} x",
+            f"{row['drafts']['stood']:.1%}",
+            f"{row['ceiling']:.2f} x",
+        )
+        for (model, quantize), row in newest.items()
+    ]
+    last = list(newest.values())[-1]
+    caption = (
+        "Milliseconds a token, one request at a time, variants in processes that take turns; ids of exact "
+        "mode equal the full model's in every answer. The ceiling is what compact mode could gain if a token "
+        f"cost its bytes alone. {_where(last).capitalize()}."
+    )
+    return _markdown(header, rows) + f"\n{caption}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "decode": decode_table,
     "encoder": encoder_table,
     "startup": startup_table,
     "stream": stream_table,
