@@ -177,6 +177,7 @@ def measure(name: str, shape: tuple[int, int], args: Any) -> dict[str, Any]:  # 
     with tempfile.TemporaryDirectory(prefix="trimserve-cold-head-", dir=args.work) as scratch:
         folder = Path(scratch)
         make(folder, shape)
+        neighbours = harness.Neighbours()
         common = ["--threads", str(args.threads), "--width", str(shape[1])]
         variants = {
             variant: ["-m", "bench.cold_head", "--worker", str(folder / path), *common, *(["--pack"] * packs)]
@@ -189,6 +190,7 @@ def measure(name: str, shape: tuple[int, int], args: Any) -> dict[str, Any]:  # 
         "rows": shape[0],
         "width": shape[1],
         "threads": args.threads,
+        "others_cpu_share": neighbours.share(),
         "file_bytes": stored,
         "anonymous_bytes": {variant: min(run["anonymous"] for run in runs[variant]) for variant in VARIANTS},
         "ms": {variant: _by_size(runs[variant]) for variant in VARIANTS},

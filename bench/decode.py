@@ -88,6 +88,7 @@ def measure(case: Case, steps: int, scratch: Path) -> dict[str, Any]:
     """Measure one case; returns the row for the result file."""
     parts = {name: _parts(folder, scratch / name) for name, folder in case.folders.items()}
     resident = _resident(case)
+    neighbours = harness.Neighbours()
     with case.start("full") as full, case.start("trimmed") as trimmed:
         variants = {
             "full": Variant(full, None),
@@ -105,7 +106,8 @@ def measure(case: Case, steps: int, scratch: Path) -> dict[str, Any]:
             "full": full.ask(json.dumps(_terms_request(parts["full"], context))),
             "trimmed": trimmed.ask(json.dumps(_terms_request(parts["trimmed"], context))),
         }
-    return _row(case, answers, terms, parts, resident)
+    others = {"others_cpu_share": neighbours.share(), "load_average": os.getloadavg()[0]}
+    return _row(case, answers, terms, parts, resident) | others
 
 
 def _parts(folder: Path, scratch: Path) -> dict[str, Any]:
@@ -151,7 +153,6 @@ def _row(
         **_sizes(case.folders["trimmed"]),
         "threads": case.threads,
         "tokens": case.tokens,
-        "load_average": os.getloadavg()[0],
         "token_ms": {name: asdict(harness.spread(token_ms[name])) for name in VARIANTS},
         "token_ms_samples": token_ms,
         "speed": speed,
@@ -271,7 +272,8 @@ def summary(row: Mapping[str, Any]) -> str:
             f"cold product {cost['cold']:.2f} + wasted steps {cost['wasted']:.2f} = "
             f"{cost['predicted']:.2f}; measured {cost['measured']:.2f} ({cost['excess']:+.0%})",
             f"our own code: {row['compact_parts_ms']['own_share']:.1%} of compact, "
-            f"{row['exact_parts_ms']['own_share']:.1%} of exact",
+            f"{row['exact_parts_ms']['own_share']:.1%} of exact; other processes had "
+            f"{row['others_cpu_share'] or 0:.0%} of the CPUs",
         ]
     )
 
@@ -283,7 +285,7 @@ def main() -> int:
         "--model", nargs="+", choices=(*SHAPES, REAL_MODEL), default=[*list(SHAPES)[:-1], REAL_MODEL]
     )
     parser.add_argument("--format", nargs="+", choices=("fp32", "int4", "int8"), default=["fp32", "int4"])
-    parser.add_argument("--tokens", type=int, default=64, help="tokens an answer (default 64)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens an answer (default 128)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens a random prompt (default 32)")
     parser.add_argument(
         "--stand", type=float, default=0.99, help="share of drafts to stand, of random models"

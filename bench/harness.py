@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -207,6 +208,34 @@ def alternately(workers: Mapping[str, Worker], request: str, steps: int) -> dict
         for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
             answers[name].append(workers[name].ask(request))
     return answers
+
+
+class Neighbours:
+    """Watches what share of the CPUs other processes use meanwhile: what a measurement must not be near to.
+
+    Workers count as ours once they have ended, so end them first. None where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._busy, self._own = _busy_seconds(), sum(os.times()[:4])
+
+    def share(self) -> float | None:
+        """Share of all CPU time since the beginning that went to processes that are not ours."""
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        foreign = (busy - self._busy) - (sum(os.times()[:4]) - self._own)
+        return max(0.0, foreign) / ((time.perf_counter() - self._start) * (os.cpu_count() or 1))
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of all processes since the system started, summed over CPUs."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    user, nice, system, _, _, irq, softirq = map(int, path.read_text("utf-8").split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def circumstances() -> dict[str, Any]:
