@@ -58,6 +58,26 @@ def stream_table() -> str:
     )
 
 
+def session_table() -> str:
+    """Packed copies against mapped weights, from bench/session.py: the newest row of each folder."""
+    lines = (harness.RESULTS / "session.jsonl").read_text("utf-8").splitlines()
+    newest = {row["folder"]: row for row in map(json.loads, lines)}
+    header = ("folder", "weights", "ms, 1 token", "16", "128", "anonymous MB", "file MB")
+    rows = [
+        (
+            folder,
+            name,
+            *(f"{value['ms'][tokens]:.2f}" for tokens in ("1", "16", "128")),
+            *(f"{value['memory'][part] / 1e6:.0f}" for part in ("anonymous", "file")),
+        )
+        for folder, row in newest.items()
+        for name, value in row["variants"].items()
+    ]
+    where = _where(next(reversed(newest.values())))
+    caption = f"A step of so many tokens, and memory above that of the imports. {where}."
+    return _markdown(header, rows) + f"\n{caption}\n"
+
+
 def decode_table() -> str:
     """Full, compact and exact decoding, from bench/decode.py: the newest row of each model and format."""
     lines = (harness.RESULTS / "decode.jsonl").read_text("utf-8").splitlines()
@@ -86,6 +106,7 @@ def decode_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
+    "session": session_table,
     "encoder": encoder_table,
     "startup": startup_table,
     "stream": stream_table,
