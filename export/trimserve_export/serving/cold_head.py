@@ -2,7 +2,7 @@
 
 Each tile of cold rows W is multiplied as ``W @ hidden^T``: ONNX Runtime packs the right operand of a
 product and takes the left one as it lies, so the mapped file is used in place, at the speed of a packed
-copy from about 16 hidden states on. Rows of another dtype than the graph's are cast a tile at a time;
+copy from about 32 hidden states on. Rows of another dtype than the graph's are cast a tile at a time;
 bench/cold_head.py compares that with a second copy of the rows.
 
 The cold rows of a quantised head are quantised alike, into `cold_head.onnx_data`. MatMulNBits reads its
