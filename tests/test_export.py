@@ -55,6 +55,26 @@ def test_folder_is_complete_and_says_what_it_is(bert, vocab, tmp_path):
     np.testing.assert_array_equal(load_vocab(folder.path / "vocab_map.safetensors").kept_ids, KEPT)
 
 
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "bert"])
+def test_large_models_skip_the_exporters_clean_up_and_are_the_same(family, vocab, tmp_path, monkeypatch):
+    """Above 2 GiB optimum-onnx cannot tie weights: our passes do."""
+    model = save_model(family, tmp_path / "model", rows=V)
+    export(model, vocab, tmp_path / "small")
+    monkeypatch.setattr(optimum, "_MAX_POST_PROCESSED_BYTES", 0)
+    export(model, vocab, tmp_path / "large")
+    sizes = [(tmp_path / name / "model.onnx_data").stat().st_size for name in ("small", "large")]
+    assert sizes[0] == sizes[1]
+    rows = np.zeros((1, read_float32(tmp_path / "small" / "cold_rows.safetensors")["embedding"].shape[1]))
+    feeds = {"cold_rows": rows.astype(np.float32)}
+    ids = np.arange(len(KEPT), dtype=np.int64)[None]
+    small, large = (
+        run(open_graph(tmp_path / name / "model.onnx"), ids, **feeds) for name in ("small", "large")
+    )
+    assert small.keys() == large.keys()
+    for name, values in small.items():
+        np.testing.assert_array_equal(values, large[name])
+
+
 def test_result_counts_bytes_before_and_after(bert, vocab, tmp_path):
     result = export(bert, vocab, tmp_path / "out")
     specs, _ = read_header(bert / "model.safetensors")

@@ -39,6 +39,8 @@ _TASK_OF_HEAD = {
     "Model": "feature-extraction",
 }
 _TEXT2TEXT_HEADS = ("ForConditionalGeneration", "MTModel")
+# optimum-onnx measures a graph as one protobuf message, with its weights, to tie them: an error above 2 GiB.
+_MAX_POST_PROCESSED_BYTES = 2**31 - (64 << 20)
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -131,9 +133,16 @@ def export_checkpoint(
         model = load_model(folder, task, dtype, trust_remote_code=trust_remote_code)
         with _failures_named(model.config.model_type, task), _no_cpu_session(dtype):
             # Merging an encoder-decoder's two decoders would write them once more: the serving passes take
-            # one of them, and tie its weights themselves.
-            onnx_export_from_model(model, output, task=task, do_validation=False, no_post_process=seq2seq)
+            # one of them. They also tie weights themselves.
+            skip = seq2seq or _parameter_bytes(model) > _MAX_POST_PROCESSED_BYTES
+            onnx_export_from_model(model, output, task=task, do_validation=False, no_post_process=skip)
     return output if seq2seq else output / "model.onnx"
+
+
+def _parameter_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the model's weights as a graph stores them at first: a tied one in each of its places."""
+    parameters = (parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 @contextlib.contextmanager
