@@ -44,6 +44,9 @@ class Profile:
         row_bytes: bytes of one id's rows as stored in the checkpoint; 0 if unknown.
         shares: float64 (V,), probability of each id in a weighted merge; None means counts / tokens.
         effective_tokens: number of equally weighted tokens that a weighted merge is worth.
+        output_counts: int64 (V,), those of `counts` that stand in completions; None where prompts and
+            completions were not told apart.
+        document_counts: int64 (V,), number of documents that hold each id; None in older files.
     """
 
     counts: Counts
@@ -59,10 +62,12 @@ class Profile:
     row_bytes: int = 0
     shares: npt.NDArray[np.float64] | None = None
     effective_tokens: float = 0.0
+    output_counts: Counts | None = None
+    document_counts: Counts | None = None
 
     def __post_init__(self) -> None:
         _check_arrays(self)
-        for name in ("counts", "structural", "padding_ids", "shares"):
+        for name in (*_ARRAYS, *_OPTIONAL_ARRAYS):
             if (array := getattr(self, name)) is not None:
                 locked = array.view()  # the caller's own array stays writable
                 locked.setflags(write=False)
@@ -128,8 +133,8 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write the profile as one safetensors file, atomically."""
         arrays: dict[str, npt.NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
-        if self.shares is not None:
-            arrays["shares"] = self.shares
+        optional = {name: getattr(self, name) for name in _OPTIONAL_ARRAYS}
+        arrays |= {name: array for name, array in optional.items() if array is not None}
         facts: dict[str, Any] = {name: getattr(self, name) for name in _FACTS}
         facts["sources"] = [[source.name, source.sha256, source.bytes] for source in self.sources]
         save_artefact(Path(path), "profile", arrays, facts | {"tokens": self.tokens})
@@ -163,8 +168,11 @@ def _check_arrays(profile: Profile) -> None:
     whole = counts.ndim == 1 and counts.dtype == np.int64 and counts.min(initial=0) >= 0
     ids = np.concatenate([profile.structural, profile.padding_ids])
     inside = ids.min(initial=0) >= 0 and ids.max(initial=-1) < size
-    fits = profile.shares is None or profile.shares.shape == counts.shape
-    if not (whole and inside and fits):
+    optional = [getattr(profile, name) for name in _OPTIONAL_ARRAYS]
+    fits = all(array is None or array.shape == counts.shape for array in optional)
+    parts = [profile.output_counts, profile.document_counts]  # neither can exceed the occurrences
+    within = fits and all(part is None or bool(np.all((part >= 0) & (part <= counts))) for part in parts)
+    if not (whole and inside and fits and within):
         raise MismatchError(
             f"a profile needs int64 counts of at least 0 and ids below their number: found {counts.dtype} "
             f"counts of shape {counts.shape} and ids up to {ids.max(initial=-1):,}. Make the profile again."
@@ -172,6 +180,7 @@ def _check_arrays(profile: Profile) -> None:
 
 
 _ARRAYS = ("counts", "structural", "padding_ids")
+_OPTIONAL_ARRAYS = ("shares", "output_counts", "document_counts")
 _FACTS = (
     "tokenizer_sha256",
     "tokenizer_name",
@@ -284,7 +293,15 @@ def merge(profiles: Sequence[Profile], *, weights: Sequence[float] | None = None
         row_bytes=max(part.row_bytes for part in profiles),
         shares=np.asarray(shares) if weighted else None,
         effective_tokens=1 / variance if weighted else 0.0,
+        output_counts=_sum_known([part.output_counts for part in profiles]),
+        document_counts=_sum_known([part.document_counts for part in profiles]),
     )
+
+
+def _sum_known(arrays: Sequence[Counts | None]) -> Counts | None:
+    """The sum, or None if one is not known: a sum of the others would count too little."""
+    known = [array for array in arrays if array is not None]
+    return np.sum(known, axis=0) if len(known) == len(arrays) else None
 
 
 def _normalised(profiles: Sequence[Profile], weights: Sequence[float] | None) -> list[float]:
