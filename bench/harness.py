@@ -6,136 +6,68 @@ A row of `bench/results/*.jsonl` holds the raw samples and says where, when and 
 """
 
 import argparse
-import importlib.metadata
+import importlib
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from bench.machine import ROOT, SCHEMA_VERSION, Neighbours, bandwidth, circumstances
+from trimserve import measuring
+from trimserve.errors import TrimserveError
+from trimserve.measuring import Memory, Ratio, Spread, alternately, memory, paired_ratio, ratio, spread
+from trimserve.session import DEVICES, providers
 
-SCHEMA_VERSION = 1
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = [
+    "MIN_STEPS",
+    "RESULTS",
+    "ROOT",
+    "SCHEMA_VERSION",
+    "SCRATCH",
+    "Memory",
+    "Neighbours",
+    "Ratio",
+    "Spread",
+    "Worker",
+    "alternately",
+    "bandwidth",
+    "circumstances",
+    "data_folder",
+    "fresh_process",
+    "in_turn",
+    "last_row",
+    "memory",
+    "newest_rows",
+    "paired_ratio",
+    "parser",
+    "ratio",
+    "report",
+    "save_row",
+    "spread",
+    "without_samples",
+]
+
 RESULTS = ROOT / "bench" / "results"
 SCRATCH = ROOT / "build" / "bench"
-_PACKAGES = (
-    "trimserve",
-    "numpy",
-    "tokenizers",
-    "safetensors",
-    "onnxruntime",
-    "onnx",
-    "onnx-ir",
-    "torch",
-    "transformers",
-    "optimum",
-    "optimum-onnx",
-)
-_RESAMPLES = 2000
+# Timed steps below which a median is not published.
+MIN_STEPS = 30
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident memory of a process in bytes; a field is None where the system does not tell it apart."""
-
-    resident: int
-    anonymous: int | None = None
-    file: int | None = None
-    peak: int | None = None
+def data_folder() -> Path:
+    """Where corpora, tokenizers and models lie: ``TRIMSERVE_DATA``, or ../shared/data."""
+    return Path(os.environ.get("TRIMSERVE_DATA", ROOT.parent / "shared" / "data"))
 
 
-def memory() -> Memory:
-    """Measure this process: VmRSS, RssAnon, RssFile and VmHWM on Linux, psutil's RSS elsewhere."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        import psutil  # Linux needs no package for this
-
-        return Memory(int(psutil.Process().memory_info().rss))
-    fields = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines() if ":" in line)
-    wanted = ("VmRSS", "RssAnon", "RssFile", "VmHWM")
-    return Memory(*(1024 * int(fields[name].split()[0]) for name in wanted))
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, 5th and 95th percentile of `count` samples."""
-
-    median: float
-    p5: float
-    p95: float
-    count: int
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    """Summarise samples; needs at least one."""
-    p5, median, p95 = np.percentile(np.asarray(samples, np.float64), (5, 50, 95))
-    return Spread(float(median), float(p5), float(p95), len(samples))
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A ratio of medians with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Ratio:
-    """Estimate median(numerator) / median(denominator) and its 95 % percentile-bootstrap interval.
-
-    Args:
-        numerator: one value a round, e.g. each process's own median, so that the samples are independent.
-        denominator: the other variant's values.
-        seed: of the resampling, so that a result file gives the same interval again.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
-    """
-    top, bottom = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    random = np.random.default_rng(seed)
-    ratios = _resampled_medians(top, random) / _resampled_medians(bottom, random)
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return Ratio(float(np.median(top) / np.median(bottom)), float(low), float(high))
-
-
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Ratio:
-    """Estimate the median of numerator[i] / denominator[i] and its 95 % percentile-bootstrap interval.
-
-    For variants that took turns within each round: a slow round is slow for both, and cancels.
-
-    Args:
-        numerator: one value a round.
-        denominator: the other variant's values of the same rounds.
-        seed: of the resampling.
-    """
-    ratios = np.asarray(numerator, np.float64) / np.asarray(denominator, np.float64)
-    low, high = np.percentile(_resampled_medians(ratios, np.random.default_rng(seed)), (2.5, 97.5))
-    return Ratio(float(np.median(ratios)), float(low), float(high))
-
-
-def _resampled_medians(
-    values: npt.NDArray[np.float64], random: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    picks = random.integers(0, len(values), (_RESAMPLES, len(values)))
-    medians: npt.NDArray[np.float64] = np.median(values[picks], axis=1)
-    return medians
-
-
-def fresh_process(arguments: Sequence[str]) -> dict[str, Any]:
+def fresh_process(arguments: Sequence[str], *, python: str | Path = sys.executable) -> dict[str, Any]:
     """Run ``python ARGUMENTS`` from the repository root and parse the last line of its stdout as JSON.
 
     Raises:
         RuntimeError: it failed; the message is the end of its stderr.
     """
-    command = [sys.executable, *arguments]
+    command = [str(python), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -162,122 +94,12 @@ def in_turn(variants: Mapping[str, Sequence[str]], rounds: int) -> dict[str, lis
     return results
 
 
-class Worker:
-    """A fresh process that writes a line of JSON when it is ready and one for each line it is sent."""
+class Worker(measuring.Worker):
+    """A worker process that finds the modules of this folder."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        """Start ``python ARGUMENTS`` from the repository root and wait until it is ready.
-
-        Raises:
-            RuntimeError: it ended; its stderr, which is ours, says why.
-        """
-        command = [sys.executable, *arguments]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        self.ready = self._answer()
-
-    def ask(self, request: str) -> dict[str, Any]:
-        """Send one line and wait for the answer."""
-        stdin = self._process.stdin
-        if stdin is None:  # cannot be: Popen was asked for a pipe
-            raise RuntimeError("the worker has no stdin")
-        stdin.write(f"{request}\n")
-        stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        if not line:
-            raise RuntimeError(f"the process ended with exit code {self._process.wait()} and no answer")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-def alternately(workers: Mapping[str, Worker], request: str, steps: int) -> dict[str, list[dict[str, Any]]]:
-    """Send a request to idle workers in turn, `steps` times each, in an order that reverses every step."""
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for number in range(steps):
-        for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
-            answers[name].append(workers[name].ask(request))
-    return answers
-
-
-class Neighbours:
-    """Watches what share of the CPUs other processes use meanwhile: what a measurement must not be near to.
-
-    Workers count as ours once they have ended, so end them first. None where the system does not tell.
-    """
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._busy, self._own = _busy_seconds(), sum(os.times()[:4])
-
-    def share(self) -> float | None:
-        """Share of all CPU time since the beginning that went to processes that are not ours."""
-        busy = _busy_seconds()
-        if busy is None or self._busy is None:
-            return None
-        foreign = (busy - self._busy) - (sum(os.times()[:4]) - self._own)
-        return max(0.0, foreign) / ((time.perf_counter() - self._start) * (os.cpu_count() or 1))
-
-
-def _busy_seconds() -> float | None:
-    """CPU seconds of all processes since the system started, summed over CPUs."""
-    path = Path("/proc/stat")
-    if not path.exists():
-        return None
-    user, nice, system, _, _, irq, softirq = map(int, path.read_text("utf-8").split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def circumstances() -> dict[str, Any]:
-    """When, where and with which versions a row was measured."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "git": _git_revision(),
-        "hardware": f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} {_machine_kind()}",
-        "cpu": _cpu_model(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-    }
-
-
-def _git_revision() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _machine_kind() -> str:
-    info = Path("/proc/cpuinfo")
-    virtual = info.exists() and " hypervisor" in info.read_text("utf-8")
-    return "VM" if virtual else "machine"
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    def __init__(self, arguments: Sequence[str], *, python: str | Path = sys.executable) -> None:
+        """Start ``python ARGUMENTS`` from the repository root and wait until it is ready."""
+        super().__init__(arguments, python=python, cwd=ROOT)
 
 
 def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
@@ -287,28 +109,60 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
         description: what is measured.
         rounds: fresh processes a variant, by default.
     """
-    made = argparse.ArgumentParser(description=description)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--rounds", type=int, default=rounds, help=f"processes a variant (default {rounds})")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="threads (default: all cores)")
     made.add_argument("--quick", action="store_true", help="two rounds, result in build/bench only")
+    made.add_argument(
+        "--device", type=_device, default="cpu", metavar="{cpu,cuda}", help="where models run (default cpu)"
+    )
     return made
 
 
-def save_row(name: str, row: Mapping[str, Any], *, quick: bool) -> Path:
+def _device(name: str) -> str:
+    if name not in DEVICES:
+        raise argparse.ArgumentTypeError(f"choose one of {', '.join(DEVICES)}")
+    if name != "cpu":
+        try:
+            providers(importlib.import_module("onnxruntime"), name)
+        except TrimserveError as error:  # its message names the pip command
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def save_row(name: str, row: Mapping[str, Any], *, quick: bool, device: str = "cpu") -> Path:
     """Append a row with its circumstances to ``bench/results/NAME.jsonl``, or to build/bench if quick."""
     folder = SCRATCH if quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"benchmark": name, **circumstances(), **row}, sort_keys=True) + "\n")
+        file.write(json.dumps({"benchmark": name, **circumstances(device), **row}, sort_keys=True) + "\n")
     return path
 
 
-def last_row(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+def last_row(name: str, folder: Path | None = None) -> dict[str, Any]:
     """Read the newest row of a result file."""
-    lines = (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
+    lines = ((folder or RESULTS) / f"{name}.jsonl").read_text("utf-8").splitlines()
     row: dict[str, Any] = json.loads(lines[-1])
     return row
+
+
+def newest_rows(name: str, *keys: str, folder: Path | None = None) -> list[dict[str, Any]]:
+    """Read the newest row of each combination of keys, in the order in which these first came."""
+    lines = ((folder or RESULTS) / f"{name}.jsonl").read_text("utf-8").splitlines()
+    newest = {tuple(str(row.get(key)) for key in keys): row for row in map(json.loads, lines)}
+    return list(newest.values())
+
+
+def without_samples(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row less its raw samples, which only the result file needs."""
+    return {
+        key: without_samples(value) if isinstance(value, dict) else value
+        for key, value in row.items()
+        if not key.endswith("_samples")
+    }
 
 
 def report(text: str, document: Mapping[str, Any]) -> None:

@@ -41,11 +41,11 @@ def open_session(
         MismatchError: the file is not a graph that ONNX Runtime can load.
     """
     runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
-    providers = _providers(runtime, device)
+    chosen = providers(runtime, device)
     options = _options(runtime, threads or available_cpus(), prepack=prepack)
     try:
         session: ort.InferenceSession = runtime.InferenceSession(
-            os.fspath(path.resolve()), options, providers=providers
+            os.fspath(path.resolve()), options, providers=chosen
         )
     except Exception as error:
         # onnxruntime's exception classes share no base but Exception.
@@ -53,7 +53,7 @@ def open_session(
             raise
         reason = str(error).partition("\n")[0]
         raise MismatchError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
-    logger.info("session %s: %s, prepack %s", path.name, providers[0], "on" if prepack else "off")
+    logger.info("session %s: %s, prepack %s", path.name, chosen[0], "on" if prepack else "off")
     return session
 
 
@@ -72,7 +72,16 @@ def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.Sessio
     return options
 
 
-def _providers(runtime: ModuleType, device: str) -> list[Any]:
+def providers(runtime: ModuleType, device: str) -> list[Any]:
+    """Execution providers of a device, with their options.
+
+    Args:
+        runtime: the onnxruntime module.
+        device: one of `DEVICES`.
+
+    Raises:
+        UsageError: unknown device, or one that this onnxruntime was not built for.
+    """
     if device not in DEVICES:
         raise UsageError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}.")
     if device == "cpu":
