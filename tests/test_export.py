@@ -21,8 +21,9 @@ from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder import open_folder
 from trimserve.tensorfile import read_header
 from trimserve.vocab import VocabMap
-from trimserve_export import export, pipeline
+from trimserve_export import card, export, from_checkpoint
 from trimserve_export.exporters import optimum
+from trimserve_export.tasks import infer_task
 
 pytestmark = pytest.mark.export
 
@@ -183,7 +184,8 @@ def test_safetensors_is_a_checkpoint_that_transformers_loads(vocab, tmp_path):
     with torch.inference_mode():
         expected = full(torch.tensor(ids)).logits[..., list(KEPT)]
         found = trimmed(torch.tensor(vocab.to_compact(ids))).logits
-    assert torch.equal(found, expected)
+    # torch's kernels tile a head of another width in another order on some processors.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     folder = open_folder(tmp_path / "out", hash_all=True)
     assert (folder.manifest.graphs, folder.manifest.dtype, folder.has_cold) == ({}, "fp32", True)
     assert result.bytes_after == result.files["model.safetensors"]
@@ -221,8 +223,8 @@ TASKS = {name: family.task for name, family in FAMILIES.items()}
 @pytest.mark.parametrize("family", TASKS)
 def test_task_follows_from_the_architecture(family):
     config = transformers.PretrainedConfig(architectures=[FAMILIES[family].model_class])
-    assert optimum.infer_task(config, sentence_transformers=False) == TASKS[family]
-    assert optimum.infer_task(config, sentence_transformers=True) == "feature-extraction"
+    assert infer_task(config, sentence_transformers=False) == TASKS[family]
+    assert infer_task(config, sentence_transformers=True) == "feature-extraction"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_task_follows_from_the_architecture(family):
 def test_task_that_is_not_known_is_asked_for(architecture, message):
     config = transformers.PretrainedConfig(architectures=[architecture] if architecture else None)
     with pytest.raises(UnsupportedModelError, match=message):
-        optimum.infer_task(config, sentence_transformers=False)
+        infer_task(config, sentence_transformers=False)
 
 
 @pytest.mark.parametrize(
@@ -284,14 +286,22 @@ def test_pad_id_that_a_classifier_needs_has_to_stay(tmp_path):
 @pytest.mark.parametrize(
     "error", [RuntimeError("no kernel"), KeyboardInterrupt(), OSError(28, "No space left")]
 )
-@pytest.mark.parametrize("step", ["onnx_export_from_model", "make_servable", "save_vocab", "render_card"])
-def test_failure_half_way_leaves_nothing(bert, vocab, tmp_path, monkeypatch, error, step):
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (optimum, "onnx_export_from_model"),
+        (from_checkpoint, "make_servable"),
+        (from_checkpoint, "save_vocab"),
+        (card, "render_card"),
+    ],
+)
+def test_failure_half_way_leaves_nothing(bert, vocab, tmp_path, monkeypatch, error, module, step):
     def fail(*args, **_options):
         for folder in (argument for argument in args if isinstance(argument, Path) and argument.is_dir()):
             (folder / "half-written").write_text("x")
         raise error
 
-    monkeypatch.setattr(optimum if step == "onnx_export_from_model" else pipeline, step, fail)
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises((type(error), UnsupportedModelError)):
         export(bert, vocab, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -311,7 +321,7 @@ def test_overwrite_replaces_our_folder_and_a_failure_keeps_it(bert, vocab, tmp_p
     with pytest.raises(UsageError, match="not empty"):
         export(bert, vocab, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "make_servable", lambda *_args, **_options: 1 / 0)
+        patch.setattr(from_checkpoint, "make_servable", lambda *_args, **_options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(bert, make_vocab(KEPT[:7], V), tmp_path / "out", overwrite=True)
     assert open_folder(tmp_path / "out", hash_all=True).manifest.kept == len(KEPT)

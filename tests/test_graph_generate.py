@@ -23,7 +23,7 @@ from trimserve.source import load_tokenizer, resolve_model
 from trimserve.structural import structural_ids
 from trimserve.vocab import Reason, VocabMap
 from trimserve_export import export
-from trimserve_export.exporters import optimum
+from trimserve_export.exporters import GraphJob, optimum
 from trimserve_export.graph.export import serve_full
 
 pytestmark = pytest.mark.export
@@ -34,7 +34,7 @@ TEXTS = ["the cat sat on the mat", "a", "Grüße, Welt! 🎉", "数学 ábc\n\nd
 def save_graph(root, family: str, kind: str, **options):
     """A folder as another tool would leave it: a graph, perhaps quantised, a tokenizer and configs."""
     source = save_model(family, root / "checkpoint", **options)
-    graph = optimum.export_checkpoint(source, root / "onnx", FAMILIES[family].task, "fp32")
+    graph = optimum.export_checkpoint(source, root / "onnx", GraphJob(FAMILIES[family].task))
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
         if (source / name).is_file():
             shutil.copy(source / name, root / "onnx" / name)

@@ -34,6 +34,7 @@ from trimserve.tensorfile import read_header
 from trimserve.text2text import Text2TextGenerator
 from trimserve_export import export
 from trimserve_export.exporters import optimum
+from trimserve_export.tasks import infer_task
 from trimserve_export.verify import verify
 
 pytestmark = [
@@ -376,7 +377,7 @@ def _never_end(_, logits):
 )
 def test_models_that_cannot_be_exported_are_refused(config, message):
     with pytest.raises(UnsupportedModelError, match=message):
-        optimum.task_class(TASK, config)
+        optimum.check_model(config, TASK)
 
 
 @pytest.mark.slow
@@ -450,8 +451,8 @@ def test_two_vocabs_are_refused(tmp_path, monkeypatch):
 def test_a_model_for_both_is_not_taken_for_a_part_of_it():
     for name in ("T5ForConditionalGeneration", "MarianMTModel"):
         config = transformers.PretrainedConfig(architectures=[name], is_encoder_decoder=True)
-        assert optimum.infer_task(config, sentence_transformers=False) == TASK
+        assert infer_task(config, sentence_transformers=False) == TASK
     for name in ("T5EncoderModel", "BartModel"):
         config = transformers.PretrainedConfig(architectures=[name], is_encoder_decoder=True)
         with pytest.raises(UnsupportedModelError, match="part of an encoder-decoder"):
-            optimum.infer_task(config, sentence_transformers=False)
+            infer_task(config, sentence_transformers=False)

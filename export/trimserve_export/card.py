@@ -1,12 +1,16 @@
 """The model card of a trimmed folder: what it was made from and how, and nothing that was not measured."""
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from trimserve.folder import COLD_NAME, GENERATION_TASK, TEXT2TEXT_TASK, VOCAB_NAME, Manifest
+from trimserve.artefacts import sha256_file
+from trimserve.blocks import COLD_BLOCKS_NAME
+from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
+from trimserve.folder import COLD_NAME, GENERATION_TASK, TEXT2TEXT_TASK, VOCAB_NAME, FileEntry, Manifest
 from trimserve.report import human_bytes, percent
 from trimserve.source import ModelSource
 from trimserve_export.layouts.segmentation import describe_segmentation
@@ -63,6 +67,21 @@ _WITHOUT_COLD = (
     "There are no cold rows: a token whose row was not kept is split into kept pieces, which the model "
     "reads differently."
 )
+
+
+def with_card(manifest: Manifest, source: ModelSource, folder: Path) -> Manifest:
+    """Write a folder's model card and return the manifest that lists it."""
+    path = folder / CARD_NAME
+    path.write_text(render_card(manifest, source, weight_bytes(manifest.files)), "utf-8")
+    entry = FileEntry(path.stat().st_size, sha256_file(path))
+    return dataclasses.replace(manifest, files=manifest.files | {CARD_NAME: entry})
+
+
+def weight_bytes(files: Mapping[str, FileEntry]) -> int:
+    """Bytes of the graph and its data, or of the trimmed checkpoint; never of vocab map or cold rows."""
+    ours = (VOCAB_NAME, COLD_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME)
+    names = (name for name in files if name not in ours)
+    return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
 
 
 def render_card(manifest: Manifest, source: ModelSource, bytes_after: int) -> str:

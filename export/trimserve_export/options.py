@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from trimserve.errors import UsageError
-from trimserve_export.exporters import optimum
 from trimserve_export.quantize import SCHEMES
+from trimserve_export.tasks import TORCH_DTYPES
 
 # Choices that are declared, and not built yet: named so that the refusal can say so.
 _LATER = {
@@ -28,7 +28,7 @@ class Options:
     def __post_init__(self) -> None:
         _check_choice("layout", self.layout, {"runtime", "tokenizer", "graph"})
         _check_choice("exporter", self.exporter, {"auto", "optimum"})
-        _check_choice("dtype", self.dtype, set(optimum.TORCH_DTYPES))
+        _check_choice("dtype", self.dtype, set(TORCH_DTYPES))
         _check_choice("to", self.to, {"onnx", "safetensors"})
         if self.layout == "graph" and self.to != "onnx":
             raise UsageError(

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 import transformers
 from optimum.exporters.onnx import OnnxConfig, onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
@@ -17,70 +16,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.folder import TEXT2TEXT_TASK
-from trimserve_export.vocab_axes import ModelClass
+from trimserve_export.exporters import GraphJob
+from trimserve_export.tasks import TASKS, check_task, load_model
 
 logger = logging.getLogger(__name__)
 
-TASKS = (
-    "feature-extraction",
-    "fill-mask",
-    "text-classification",
-    "token-classification",
-    "text-generation-with-past",
-    TEXT2TEXT_TASK,
-)
-_TASK_OF_HEAD = {
-    "ForCausalLM": "text-generation-with-past",
-    "LMHeadModel": "text-generation-with-past",
-    "ForMaskedLM": "fill-mask",
-    "ForPreTraining": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "Model": "feature-extraction",
-}
-_TEXT2TEXT_HEADS = ("ForConditionalGeneration", "MTModel")
 # optimum-onnx measures a graph as one protobuf message, with its weights, to tie them: an error above 2 GiB.
 _MAX_POST_PROCESSED_BYTES = 2**31 - (64 << 20)
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def infer_task(config: PretrainedConfig, *, sentence_transformers: bool) -> str:
-    """Tell the task of a checkpoint by its architecture.
-
-    Args:
-        config: the model's config.
-        sentence_transformers: the folder has a modules.json, so its model makes hidden states for pooling
-            whatever class it was trained in.
+def check_model(config: PretrainedConfig, task: str) -> None:
+    """Refuse a model or a task that optimum-onnx has no export of.
 
     Raises:
-        UnsupportedModelError: no architecture, or one whose task is not known or not built yet.
+        UnsupportedModelError: see above.
     """
-    if sentence_transformers:
-        return "feature-extraction"
-    name = (config.architectures or [""])[0]
-    if config.is_encoder_decoder and name.endswith(_TEXT2TEXT_HEADS):
-        return TEXT2TEXT_TASK
-    if config.is_encoder_decoder or name.endswith("ForConditionalGeneration"):
-        raise UnsupportedModelError(
-            f"{name} is a part of an encoder-decoder, or a multimodal model, which cannot be trimmed yet."
-        )
-    for ending, task in _TASK_OF_HEAD.items():
-        if name.endswith(ending):
-            return task
-    raise UnsupportedModelError(
-        f"the task cannot be told from architectures = {config.architectures}: pass --task, one of "
-        f"{', '.join(TASKS)}."
-    )
-
-
-def task_class(task: str, config: PretrainedConfig) -> ModelClass:
-    """Return the class that loads a checkpoint for a task.
-
-    Raises:
-        UnsupportedModelError: a task that this exporter has not, or not for this model type.
-    """
-    if task not in TASKS:
-        raise UnsupportedModelError(f"task {task!r} is not known: expected one of {', '.join(TASKS)}.")
+    check_task(task)
     try:
         supported = TasksManager.get_supported_tasks_for_model_type(
             config.model_type, "onnx", library_name="transformers"
@@ -104,38 +55,19 @@ def task_class(task: str, config: PretrainedConfig) -> ModelClass:
             'optimum-onnx replaces by full attention: set "attention_type" to "original_full" in its '
             "config.json if that is the model you want."
         )
-    return TasksManager.get_model_class_for_task(task, model_type=config.model_type)
 
 
-def export_checkpoint(
-    folder: Path, output: Path, task: str, dtype: str, *, trust_remote_code: bool = False
-) -> Path:
-    """Export a checkpoint folder to ONNX.
-
-    Args:
-        folder: config.json and safetensors weights.
-        output: the folder to write into.
-        task: one of `TASKS`.
-        dtype: fp32, fp16 or bf16; the weights are converted to it.
-        trust_remote_code: allow code that the model folder brings.
-
-    Returns:
-        The path of the graph; its weights may lie beside it in external data. For an encoder-decoder the
-        folder of its three graphs.
-
-    Raises:
-        MissingExtraError: accelerate is not installed; without it tied weights would double, silently.
-        UnsupportedModelError: the model cannot be loaded for the task, or the exporter fails.
-    """
+def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
+    """Export a checkpoint folder to ONNX; see `Exporter`."""
     require("accelerate", extra="export", purpose="exporting tied weights once")
-    seq2seq = task == TEXT2TEXT_TASK
+    seq2seq = job.task == TEXT2TEXT_TASK
     with quiet():
-        model = load_model(folder, task, dtype, trust_remote_code=trust_remote_code)
-        with _failures_named(model.config.model_type, task), _no_cpu_session(dtype):
+        model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
+        with _failures_named(model.config.model_type, job.task), _no_cpu_session(job.dtype):
             # Merging an encoder-decoder's two decoders would write them once more: the serving passes take
             # one of them. They also tie weights themselves.
             skip = seq2seq or _parameter_bytes(model) > _MAX_POST_PROCESSED_BYTES
-            onnx_export_from_model(model, output, task=task, do_validation=False, no_post_process=skip)
+            onnx_export_from_model(model, output, task=job.task, do_validation=False, no_post_process=skip)
     return output if seq2seq else output / "model.onnx"
 
 
@@ -173,32 +105,6 @@ def _no_cpu_session(dtype: str) -> Iterator[None]:
         yield
     finally:
         OnnxConfig.fix_dynamic_axes = original
-
-
-def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a checkpoint in the class of a task, for inference on the CPU.
-
-    Raises:
-        UnsupportedModelError: weights that the task needs are not in the checkpoint.
-    """
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model, report = task_class(task, config).from_pretrained(
-        folder,
-        config=config,
-        torch_dtype=TORCH_DTYPES[dtype],
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
-    # Encoders saved with a head have no pooler; no task here reads it.
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise UnsupportedModelError(
-            f"the checkpoint has no {missing[0]}, which {task} needs ({len(missing)} tensors missing): "
-            "choose the task it was trained for."
-        )
-    model.config.use_cache = task.endswith("-with-past")
-    return model.eval()  # type: ignore[no-any-return]
 
 
 def versions() -> dict[str, str]:

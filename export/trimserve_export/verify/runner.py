@@ -19,9 +19,10 @@ from trimserve.folder import (
 from trimserve.loading import ENCODER_TASKS
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
+from trimserve_export.card import with_card
 from trimserve_export.checkpoint import StoredVocab, find_stored_vocab, read_specs
-from trimserve_export.exporters.optimum import task_class
-from trimserve_export.pipeline import export_full, has_vocab_head, with_card
+from trimserve_export.reference import export_full
+from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.generation import check_generated_ids
 from trimserve_export.verify.layouts import layout_checks
@@ -99,7 +100,7 @@ def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
     if source.graph is not None:
         return StoredVocab({}, {}, tied=False)
     config = load_config(source.path)
-    classes = (task_class(task, config), architecture_class(config))
+    classes = (TASK_CLASSES[task], architecture_class(config))
     axes = [find_vocab_axes(config, found) for found in classes if found is not None]
     return find_stored_vocab(read_specs(source), axes, source.vocab_size)
 

@@ -1,0 +1,154 @@
+"""From a checkpoint to a trimmed folder: trim it, export it, make the graph servable."""
+
+import dataclasses
+import logging
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from trimserve import __version__
+from trimserve.artefacts import save_vocab, sha256_file
+from trimserve.blocks import BlockScheme
+from trimserve.folder import (
+    COLD_NAME,
+    GENERATION_TASK,
+    GENERATOR_TASKS,
+    TEXT2TEXT_TASK,
+    VOCAB_NAME,
+    FileEntry,
+    Manifest,
+    Source,
+    list_files,
+)
+from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
+from trimserve_export.exporters import Exporter
+from trimserve_export.layouts.genai_config import write_genai_config
+from trimserve_export.layouts.writing import (
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    copy_files,
+    write_cut_files,
+    write_layout_graph,
+)
+from trimserve_export.planning import Plan
+from trimserve_export.quantize import SCHEMES, quantize_graph
+from trimserve_export.serving import make_servable
+from trimserve_export.serving.cold_head import write_cold_head
+from trimserve_export.serving.seq2seq import make_seq2seq_servable
+from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
+
+logger = logging.getLogger(__name__)
+
+
+def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manifest:
+    """Write everything but the model card and the manifest, which is returned.
+
+    Args:
+        plan: what to make.
+        staging: an existing folder.
+        progress: show a bar on a terminal.
+    """
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as scratch:
+        to_onnx = plan.options.to == "onnx"
+        checkpoint = Path(scratch) if to_onnx else staging
+        trimmed = _trim(plan, checkpoint, staging, progress=progress)
+        graphs = _export_graph(plan, plan.exporter, checkpoint, staging) if plan.exporter else {}
+        cut = plan.options.layout == "tokenizer"
+        if to_onnx:
+            copy_files(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
+        if not cut:
+            copy_files(TOKENIZER_FILES, plan.source.path, staging)
+        segmentation = write_cut_files(plan.source, plan.vocab, staging, plan.sample) if cut else None
+    if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
+        columns = len(plan.vocab) if cut else plan.vocab.vocab_size
+        write_genai_config(staging / graphs["model"], vocab_size=columns)
+    save_vocab(plan.vocab, staging / VOCAB_NAME)
+    manifest = _manifest(plan, trimmed, graphs, list_files(staging))
+    return dataclasses.replace(manifest, segmentation=segmentation)
+
+
+def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> TrimmedCheckpoint:
+    logger.info("trimming the checkpoint")
+    return trim_checkpoint(
+        plan.source,
+        plan.vocab,
+        checkpoint,
+        model_class=TASK_CLASSES[plan.task],
+        cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
+        trust_remote_code=plan.options.trust_remote_code,
+        progress=progress,
+    )
+
+
+def _export_graph(plan: Plan, exporter: Exporter, checkpoint: Path, staging: Path) -> dict[str, str]:
+    """Export the trimmed checkpoint into the staging folder; returns role -> file name."""
+    made = exporter.export_checkpoint(checkpoint, checkpoint / "exported", plan.job)
+    scheme = SCHEMES[plan.options.quantize] if plan.options.quantize else None
+    if plan.options.layout != "runtime":
+        path = write_layout_graph(
+            made,
+            staging,
+            plan.vocab,
+            drop_in=plan.options.layout == "graph",
+            has_head=has_vocab_head(plan.task),
+            scheme=scheme,
+            cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
+        )
+        return {"model": path.name}
+    logger.info("making the graph servable")
+    graphs = make_graphs(made, staging, len(plan.vocab), plan.task, scheme)
+    if plan.task in GENERATOR_TASKS and plan.options.cold and plan.vocab.cold_ids.size:
+        write_cold_head(graphs.get("decoder") or graphs["model"], staging / COLD_NAME)
+    return {role: path.name for role, path in graphs.items()}
+
+
+def _manifest(
+    plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str], files: dict[str, FileEntry]
+) -> Manifest:
+    source, options = plan.source, plan.options
+    to_onnx = options.to == "onnx"
+    return Manifest(
+        source=Source(
+            source.name, source.revision, {path.name: sha256_file(path) for path in source.weight_files}
+        ),
+        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        vocab_size=plan.vocab.vocab_size,
+        kept=len(plan.vocab),
+        task=plan.task,
+        layout=options.layout,
+        dtype=options.dtype if to_onnx else trimmed.dtype,
+        graphs=graphs,
+        cut=trimmed.cut,
+        selection=plan.vocab.rule,
+        exporter={"trimserve": __version__} | (plan.exporter.versions() if plan.exporter else {}),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=files,
+        pooling=plan.pooling,
+        bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
+        quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
+    )
+
+
+def make_graphs(
+    exported: Path, output: Path, rows: int, task: str, scheme: BlockScheme | None
+) -> dict[str, Path]:
+    """Run the serving passes on what an exporter made, then quantise.
+
+    Args:
+        exported: the graph, or an encoder-decoder's folder of graphs.
+        output: the folder to write into.
+        rows: of embedding and head.
+        task: one of `tasks.TASKS`.
+        scheme: how to quantise, if at all.
+
+    Returns:
+        Role -> graph.
+    """
+    if task == TEXT2TEXT_TASK:
+        return make_seq2seq_servable(exported, output, rows=rows)
+    has_head = has_vocab_head(task)
+    if scheme is None:
+        return {"model": make_servable(exported, output, rows=rows, has_head=has_head).path}
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".servable.") as scratch:
+        graph = make_servable(exported, Path(scratch), rows=rows, has_head=has_head).path
+        return {"model": quantize_graph(graph, output, scheme, has_head=has_head)}

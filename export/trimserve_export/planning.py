@@ -1,0 +1,84 @@
+"""Settle what an export will do before anything is written: task, exporter, pooling."""
+
+import logging
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from trimserve.errors import UnsupportedModelError
+from trimserve.folder import TEXT2TEXT_TASK, Pooling
+from trimserve.source import ModelSource
+from trimserve.vocab import VocabMap
+from trimserve_export.exporters import Exporter, GraphJob, load_exporter
+from trimserve_export.layouts.segmentation import Sample
+from trimserve_export.options import Options
+from trimserve_export.pooling import is_sentence_transformers, read_pooling
+from trimserve_export.tasks import check_task, infer_task
+from trimserve_export.vocab_axes import load_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is settled before anything is written.
+
+    Attributes:
+        source: the model, a checkpoint.
+        vocab: the kept ids.
+        options: what was asked for.
+        task: one of `tasks.TASKS`.
+        exporter: what makes the graph; None where none is made.
+        pooling: how hidden states become one embedding a text, where the task has that.
+        sample: texts to compare a cut tokenizer with the original one on.
+    """
+
+    source: ModelSource
+    vocab: VocabMap
+    options: Options
+    task: str
+    exporter: Exporter | None
+    pooling: Pooling | None
+    sample: Sample | None = None
+
+    @property
+    def job(self) -> GraphJob:
+        """What the exporter is to make."""
+        return GraphJob(self.task, self.options.dtype, self.options.trust_remote_code)
+
+
+def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: Sample | None = None) -> Plan:
+    """Settle what will be done with a checkpoint.
+
+    Raises:
+        UnsupportedModelError: the model, or a task or layout for it, is not supported.
+    """
+    config = load_config(source.path, trust_remote_code=options.trust_remote_code)
+    task = options.task
+    if task == "auto":
+        task = infer_task(config, sentence_transformers=is_sentence_transformers(source))
+    check_task(task)
+    exporter = load_exporter("optimum") if options.to == "onnx" else None
+    if exporter is not None:
+        exporter.check_model(config, task)
+    _check_pad_is_kept(config, task, vocab)
+    if options.layout != "runtime" and options.to == "onnx" and task == TEXT2TEXT_TASK:
+        raise UnsupportedModelError(
+            f"layout {options.layout} is not built for graphs of encoder-decoders yet: use --layout runtime, "
+            "or --layout tokenizer with --to safetensors."
+        )
+    if options.quantize and task in ("fill-mask", TEXT2TEXT_TASK):
+        raise UnsupportedModelError(f"quantize is not built for {task} yet: leave it out.")
+    pooling = read_pooling(source) if task == "feature-extraction" else None
+    logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
+    return Plan(source, vocab, options, task, exporter, pooling, sample)
+
+
+def _check_pad_is_kept(config: PretrainedConfig, task: str, vocab: VocabMap) -> None:
+    # A decoder that classifies looks for the last token that is not the pad id.
+    pad = config.get_text_config().pad_token_id
+    if task == "text-classification" and pad is not None and pad not in vocab.kept_ids:
+        raise UnsupportedModelError(
+            f"{task} needs the pad id {pad}, which this vocab does not keep: "
+            "select again (trimserve select keeps it, it is structural)."
+        )

@@ -1,0 +1,36 @@
+"""Export an untrimmed model as a trimmed one is exported: what `verify` and tests compare with."""
+
+import tempfile
+from pathlib import Path
+
+from trimserve.blocks import BlockScheme
+from trimserve.source import ModelSource
+from trimserve_export.exporters import GraphJob, load_exporter
+from trimserve_export.from_checkpoint import make_graphs
+from trimserve_export.graph.export import serve_full
+
+
+def export_full(
+    source: ModelSource, output: Path, task: str, dtype: str, scheme: BlockScheme | None = None
+) -> Path:
+    """Export the untrimmed model with the same exporter and passes.
+
+    Args:
+        source: the model.
+        output: an existing folder to write into.
+        task: its task.
+        dtype: fp32, fp16 or bf16.
+        scheme: how to quantise it, if at all.
+
+    Returns:
+        The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
+        encoder-decoder the decoder's, with the encoder beside it.
+    """
+    if source.graph is not None:
+        return serve_full(source, output, task=task)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
+        exported = load_exporter("optimum").export_checkpoint(
+            source.path, Path(scratch), GraphJob(task, dtype)
+        )
+        graphs = make_graphs(exported, output, source.vocab_size, task, scheme)
+        return graphs.get("decoder") or graphs["model"]
