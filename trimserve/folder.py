@@ -18,6 +18,8 @@ MANIFEST_NAME = "trimserve.json"
 VOCAB_NAME = "vocab_map.safetensors"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+# Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
+GRAPH_FOLDER = "onnx"
 # The tasks of a Generator; any other is an Encoder's.
 GENERATION_TASK = "text-generation-with-past"
 TEXT2TEXT_TASK = "text2text-generation-with-past"
@@ -131,7 +133,7 @@ class Manifest:
                 f"{origin} is not a manifest this version understands ({error}): export the folder again."
             ) from error
         for name in (*manifest.files, *manifest.graphs.values()):
-            check_plain_name(name, origin)
+            check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)
         return manifest
 
 
@@ -229,10 +231,10 @@ def _check_file(path: Path, entry: FileEntry, hash_all: bool) -> None:
 
 
 def list_files(path: Path) -> dict[str, FileEntry]:
-    """Size and hash of every file in a folder except the manifest, by name, sorted."""
+    """Size and hash of every file in a folder, and in its `onnx`, except the manifest, by name, sorted."""
     return {
-        file.name: FileEntry(file.stat().st_size, sha256_file(file))
-        for file in sorted(path.iterdir())
+        file.relative_to(path).as_posix(): FileEntry(file.stat().st_size, sha256_file(file))
+        for file in sorted([*path.iterdir(), *path.glob(f"{GRAPH_FOLDER}/*")])
         if file.is_file() and file.name != MANIFEST_NAME
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
-from trimserve.folder import TOKENIZER_NAME, check_plain_name
+from trimserve.folder import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
 from trimserve.tensorfile import TensorSpec, read_header
 
 CONFIG_NAME = "config.json"
@@ -39,12 +39,14 @@ class ModelSource:
         revision: the hub revision asked for, if any.
         path: the folder; files of a hub snapshot in it are links, which copying follows.
         named_graph: the ONNX file of the folder that was named itself.
+        variant: which precision of its graphs to take, e.g. ``"q4"`` of `onnx/model_q4.onnx`.
     """
 
     name: str
     revision: str | None
     path: Path
     named_graph: Path | None = None
+    variant: str | None = None
 
     @cached_property
     def graph(self) -> Path | None:
@@ -55,7 +57,8 @@ class ModelSource:
         """
         if self.named_graph is not None or self.has_weights:
             return self.named_graph
-        return find_graph(self.path, self.genai_model.get("decoder", {}).get("filename"))
+        named = self.genai_model.get("decoder", {}).get("filename")
+        return find_graph(self.path, named, self.variant)
 
     @property
     def genai_model(self) -> dict[str, Any]:
@@ -208,25 +211,32 @@ def _config_widths(config: dict[str, Any]) -> set[int]:
     return sizes
 
 
-def find_graph(folder: Path, named: str | None = None) -> Path | None:
+def find_graph(folder: Path, named: str | None = None, variant: str | None = None) -> Path | None:
     """Find the ONNX graph of a folder, laid out as by optimum, onnxruntime-genai or transformers.js.
 
     Args:
         folder: the folder.
         named: a file that one of its configs names.
+        variant: a precision that file names end with, e.g. ``"q4"``.
 
     Returns:
-        The graph of that name, else `model.onnx`, else `onnx/model.onnx`, else the only one there is;
-        None where there is none.
+        The graph of that name, else `model.onnx`, else `onnx/model.onnx`, else an encoder-decoder's decoder,
+        else the only one there is, or the first variant of the only one; None where there is none.
 
     Raises:
         UsageError: there are several, none of them with a usual name.
     """
-    usual = [folder / name for name in (named, "model.onnx", "onnx/model.onnx") if name]
+    ending = f"_{variant}" if variant not in (None, "", "fp32") else ""
+    places = [
+        folder / place / f"{name}{ending}.onnx"
+        for name in ("model", "decoder_model_merged", "decoder_model")
+        for place in ("", GRAPH_FOLDER)
+    ]
+    usual = [*([folder / named] if named else []), *places]
     if found := next((path for path in usual if path.is_file()), None):
         return found
-    graphs = sorted([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
-    if len(graphs) > 1:
+    graphs = sorted([*folder.glob("*.onnx"), *folder.glob(f"{GRAPH_FOLDER}/*.onnx")])
+    if len(graphs) > 1 and not all(path.name.startswith("model_") for path in graphs):
         names = ", ".join(str(path.relative_to(folder)) for path in graphs)
         raise UsageError(f"{folder} has several graphs ({names}): pass the file of the one to trim.")
     return graphs[0] if graphs else None
