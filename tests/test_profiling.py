@@ -14,7 +14,8 @@ from tests.tiny_tokenizers import KINDS, TEXT, save_model_folder
 from trimserve import corpus
 from trimserve.corpus import CorpusSource
 from trimserve.errors import MismatchError, UsageError
-from trimserve.profiling import Profile, merge, profile
+from trimserve.merging import merge
+from trimserve.profiling import Profile, profile
 from trimserve.source import resolve_model
 from trimserve.tensorfile import read_header
 
@@ -121,22 +122,34 @@ def test_arrays_of_a_profile_cannot_be_changed(model_folder):
 def test_missing_mass_is_the_share_of_hapaxes():
     counted = make_profile([5, 1, 1, 0, 3])
     assert counted.missing_mass == 2 / 10
-    # McAllester and Schapire 2000, theorem for k = 0, by hand for N = 10^8 and delta = 0.05.
+    # By hand for N = 10^8 and delta = 0.05: sqrt(ln 40 / N) twice, once by sqrt 2.
     large = make_profile([10**8 - 1, 1])
-    slack = (2 * 2**0.5 + 3**0.5) * math.sqrt(math.log(60) / 10**8)
+    slack = (1 + 2**0.5) * math.sqrt(math.log(40) / 10**8)
     assert large.missing_mass_bound == pytest.approx(1e-8 + slack)
     assert counted.missing_mass_bound == 1.0  # a handful of tokens says nothing
+    assert counted.document_missing_mass is None
 
 
 def test_missing_mass_predicts_held_out_tokens():
-    # A Zipf vocabulary, where the truth is known: the estimate is near it, the bound above it.
+    # A Zipf vocabulary, where the truth is known: how often do the bounds hold?
     random = np.random.default_rng(0)
-    truth = 1 / np.arange(1, 20_001)
+    truth = 1 / np.arange(1, 5_001)
     truth /= truth.sum()
-    counted = make_profile(random.multinomial(50_000, truth))
-    unseen = truth[counted.counts == 0].sum()
-    assert counted.missing_mass == pytest.approx(unseen, rel=0.1)
-    assert unseen < counted.missing_mass_bound
+    likely = 0
+    for counts in random.multinomial(20_000, truth, size=200):
+        counted, unseen = make_profile(counts), truth[counts == 0].sum()
+        assert counted.missing_mass == pytest.approx(unseen, rel=0.2)
+        assert unseen < counted.missing_mass_bound
+        assert counted.missing_mass < counted.missing_mass_likely < counted.missing_mass_bound
+        likely += unseen < counted.missing_mass_likely
+    assert 0.9 < likely / 200 < 1  # 0.95 in the limit, and no looser than that
+
+
+def test_missing_mass_of_documents_is_what_each_alone_holds():
+    # Three documents: [0 0 1], [0 2 2], [0 3]: 1, 2 2 and 3 would be unseen, 4 of 8 tokens.
+    counted = make_profile([4, 1, 2, 1], texts=3, document_counts=np.array([3, 1, 1, 1]))
+    assert counted.document_missing_mass == 4 / 8
+    assert counted.missing_mass == 2 / 8
 
 
 def test_coverage_is_a_share_of_occurrences():

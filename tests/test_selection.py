@@ -12,7 +12,8 @@ from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.corpus import Corpus, CorpusSource
 from trimserve.counting import count_tokens
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
-from trimserve.profiling import Profile, merge, profile
+from trimserve.merging import merge
+from trimserve.profiling import Profile, profile
 from trimserve.selection import coverage_curve, select
 from trimserve.source import resolve_model
 from trimserve.vocab import Reason

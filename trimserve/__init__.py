@@ -22,7 +22,8 @@ from trimserve.errors import (
     require,
 )
 from trimserve.loading import load
-from trimserve.profiling import Profile, merge, profile
+from trimserve.merging import merge
+from trimserve.profiling import Profile, profile
 from trimserve.selection import select
 from trimserve.vocab import Reason, VocabMap
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.keepfile import KeepList, check_named, read_keep_file
-from trimserve.profiling import Profile, merge
+from trimserve.merging import merge
+from trimserve.profiling import Profile
 from trimserve.source import ModelSource, resolve_model
 from trimserve.vocab import Ids, Reason, VocabMap
 

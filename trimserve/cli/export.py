@@ -84,7 +84,8 @@ def _vocab(
 
 
 def _profile(args: argparse.Namespace, source: "ModelSource") -> "Profile | None":
-    from trimserve.profiling import Profile, merge, profile
+    from trimserve.merging import merge
+    from trimserve.profiling import Profile, profile
 
     if args.profile is not None:
         return merge([Profile.load(path) for path in args.profile])

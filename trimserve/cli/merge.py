@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     """Merge, write, report."""
     from trimserve.artefacts import check_output
     from trimserve.cli.summary import profile_document, profile_summary
-    from trimserve.profiling import Profile, merge
+    from trimserve.merging import merge
+    from trimserve.profiling import Profile
 
     check_output(args.output, "profile")
     merged = merge([Profile.load(path) for path in args.profiles], weights=args.weight)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from trimserve.profiling import CONFIDENCE, Profile
+from trimserve.estimates import CONFIDENCE
+from trimserve.profiling import Profile
 from trimserve.report import human_bytes, percent, table
 from trimserve.selection import coverage_curve
 
