@@ -12,9 +12,9 @@ from safetensors.numpy import save
 
 from bench.harness import memory
 from tests.folders import make_folder
-from trimserve.cold import ColdRows, _to_bfloat16
+from trimserve.cold import ColdRows
 from trimserve.errors import MismatchError, UnknownIdError
-from trimserve.tensorfile import TensorSpec, write_tensors
+from trimserve.tensorfile import TensorSpec, to_bfloat16, write_tensors
 
 V, H = 37, 5
 KEPT = [0, 3, 4, 9, 17, 18, 19, 30, 31, 35, 36]
@@ -102,7 +102,7 @@ def test_float32_is_rounded_to_the_nearest_float16_ties_to_even(tmp_path):
 def test_rounding_to_bfloat16_is_that_of_ml_dtypes(bits):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     values = bits.view(np.float32)
-    ours = (_to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+    ours = (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(ours, values.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 

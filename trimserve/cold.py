@@ -13,7 +13,7 @@ import numpy.typing as npt
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize, round_activations
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.folder import COLD_NAME, TrimmedFolder
-from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_float32
+from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
 
 ColdTensor = Literal["embedding", "head", "head_bias"]
 Rows = npt.NDArray[Any]
@@ -243,16 +243,6 @@ def _convert(stored: Rows, dtype: str, graph_dtype: str) -> Rows:
         return stored
     values = to_float32(stored, dtype)
     if graph_dtype == "bf16":
-        return _to_bfloat16(values)
+        return to_bfloat16(values)
     with np.errstate(over="ignore"):  # beyond fp16's range: infinity, as in the exported rows
         return values.astype(GRAPH_DTYPES[graph_dtype], copy=False)
-
-
-def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round float32 to bfloat16 bits, to nearest with ties to even; NaN stays NaN."""
-    bits = values.view(np.uint32)
-    # Half a unit in the last kept place, minus one where that place is even: ties then round to even.
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    # Adding would carry a NaN's payload into infinity or zero.
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x0040)
-    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)

@@ -130,6 +130,16 @@ def to_float32(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
+def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16 bits, to nearest with ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    # Half a unit in the last kept place, minus one where that place is even: ties then round to even.
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Adding would carry a NaN's payload into infinity or zero.
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x0040)
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+
+
 @dataclass(frozen=True, slots=True)
 class WholeTensor:
     """All bytes of a stored tensor."""

@@ -27,6 +27,7 @@ from trimserve.tensorfile import (
     read_header,
     write_tensors,
 )
+from trimserve.tensornames import stored_names
 from trimserve.vocab import Ids, VocabMap
 from trimserve_export.configs import write_compact_configs
 from trimserve_export.vocab_axes import (
@@ -122,7 +123,7 @@ def trim_checkpoint(
     config = load_config(source.path, trust_remote_code=trust_remote_code)
     axes = _axes(config, model_class, trust_remote_code=trust_remote_code)
     for found in axes:
-        _check_pad(config, found, vocab)
+        check_pad(config, found, vocab)
     specs = read_specs(source)
     stored = find_stored_vocab(specs, axes, vocab.vocab_size)
     write_compact_configs(source.path, target, config, vocab)
@@ -179,7 +180,12 @@ def check_vocab(source: ModelSource, vocab: VocabMap) -> None:
         )
 
 
-def _check_pad(config: PretrainedConfig, axes: VocabAxes, vocab: VocabMap) -> None:
+def check_pad(config: PretrainedConfig, axes: VocabAxes, vocab: VocabMap) -> None:
+    """Refuse a vocab that moves the pad id of a model that counts positions from it.
+
+    Raises:
+        UnsupportedModelError: see above.
+    """
     pad = config.get_text_config().pad_token_id
     if not axes.pad_moves_positions or pad is None:
         return
@@ -213,7 +219,7 @@ def find_stored_vocab(specs: Mapping[str, TensorSpec], axes: list[VocabAxes], vo
     prefixes = [found.prefix for found in axes]
     for found in axes:
         for tensor in found.tensors:
-            names = [name for name in _stored_names(tensor.names, prefixes) if name in specs]
+            names = [name for name in stored_names(tensor.names, prefixes) if name in specs]
             cut |= {name: (specs[name], tensor.axis) for name in names}
             if names:
                 roles.setdefault(tensor.role, names[0])
@@ -231,16 +237,6 @@ def find_stored_vocab(specs: Mapping[str, TensorSpec], axes: list[VocabAxes], vo
             )
     tied = "head" not in roles and any(found.tied for found in axes)
     return StoredVocab(cut, roles, tied)
-
-
-def _stored_names(names: tuple[str, ...], prefixes: list[str]) -> list[str]:
-    # A checkpoint of the bare model has no prefix, one of a model with a head has it; from_pretrained
-    # loads each in the other.
-    candidates = list(names)
-    for prefix in prefixes:
-        candidates += [name.removeprefix(f"{prefix}.") for name in names]
-        candidates += [f"{prefix}.{name}" for name in names]
-    return list(dict.fromkeys(candidates))
 
 
 def stream_tensors(
