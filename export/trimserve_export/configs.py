@@ -51,6 +51,11 @@ def is_id_key(key: str) -> bool:
     return key.endswith(("_token_id", "_token_ids")) or key in _FLAT_KEYS
 
 
+def holds_ids(key: str) -> bool:
+    """Tell whether `compact_config` translates a config entry of this name, whatever its form."""
+    return is_id_key(key) or key in _PHRASE_KEYS or key in _POSITION_KEYS
+
+
 def _compact_ids(value: Json, vocab: VocabMap) -> Json:
     if isinstance(value, list):
         mapped = [_compact_ids(entry, vocab) for entry in value]
