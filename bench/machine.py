@@ -99,32 +99,27 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
 
 
 def gpu() -> dict[str, str] | None:
-    """Name, driver and memory of the first NVIDIA GPU, as nvidia-smi tells; None without one."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
+    """Name, driver and memory of the first NVIDIA GPU; None without one."""
     fields = ("name", "driver_version", "memory.total")
-    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if done.returncode != 0 or not lines:
-        return None
-    return dict(zip(fields, (value.strip() for value in lines[0].split(",")), strict=True))
+    lines = _nvidia_smi(f"--query-gpu={','.join(fields)}")
+    return dict(zip(fields, lines[0], strict=True)) if lines else None
 
 
 def device_memory(pid: int) -> int | None:
-    """Bytes of GPU memory that a process holds, by NVML; None without a GPU or its Python binding."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except pynvml.NVMLError:
-        return None
-    return next((int(process.usedGpuMemory or 0) for process in processes if process.pid == pid), None)
+    """Bytes of GPU memory that a process holds, by NVML (through nvidia-smi); None if it holds none."""
+    lines = _nvidia_smi("--query-compute-apps=pid,used_memory", units=False)
+    return next((int(used) << 20 for number, used in lines if int(number) == pid), None)
+
+
+def _nvidia_smi(query: str, *, units: bool = True) -> list[list[str]]:
+    """Rows of a query; none where there is no NVIDIA driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, query, f"--format=csv,noheader{'' if units else ',nounits'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [[value.strip() for value in line.split(",")] for line in lines]
 
 
 def _git_revision() -> str:

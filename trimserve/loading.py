@@ -45,7 +45,7 @@ def load(
         MissingExtraError: onnxruntime is not installed.
     """
     folder = open_folder(Path(path))
-    _check(folder)
+    check_runnable(folder)
     codec = Codec(folder)
     prepack = prepacks(quantized=folder.manifest.quantization is not None, low_memory=low_memory)
     sessions = {
@@ -67,7 +67,13 @@ def load(
     return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
 
 
-def _check(folder: TrimmedFolder) -> None:
+def check_runnable(folder: TrimmedFolder) -> None:
+    """Refuse a folder that this runtime does not run.
+
+    Raises:
+        UsageError: it holds no graph.
+        UnsupportedModelError: a layout or a task for others, or a graph is missing.
+    """
     manifest = folder.manifest
     if not manifest.graphs:
         raise UsageError(

@@ -157,10 +157,19 @@ class Worker:
         self._process.communicate()
 
 
-def alternately(workers: Mapping[str, Worker], request: str, steps: int) -> dict[str, list[dict[str, Any]]]:
-    """Send a request to idle workers in turn, `steps` times each, in an order that reverses every step."""
+def alternately(
+    workers: Mapping[str, Worker], request: str | Mapping[str, str], steps: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Send requests to idle workers in turn, `steps` times each, in an order that reverses every step.
+
+    Args:
+        workers: name -> worker.
+        request: the line that all are sent, or name -> line.
+        steps: how often.
+    """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for number in range(steps):
         for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
-            answers[name].append(workers[name].ask(request))
+            line = request if isinstance(request, str) else request[name]
+            answers[name].append(workers[name].ask(line))
     return answers

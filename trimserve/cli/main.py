@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "make a trimmed folder",
     "verify": "compare a trimmed folder with the full model",
     "run": "generate or embed with a trimmed folder",
+    "bench": "measure the full model against a trimmed folder",
 }
 
 
