@@ -20,7 +20,8 @@ from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME
 from trimserve.source import resolve_model
 from trimserve.tensorfile import map_tensor
-from trimserve_export.graph.export import infer_task, serve_full, trim_to_folder, write_generation_config
+from trimserve_export.graph.export import serve_full, trim_to_folder, write_generation_config
+from trimserve_export.graph.facts import infer_task
 
 pytestmark = pytest.mark.export
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,28 +11,33 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trimserve.artefacts import sha256_file
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import COLD_NAME, GENERATION_TASK, GENERATOR_TASKS, CutTensor, Source
+from trimserve.folder import GENERATOR_TASKS, TEXT2TEXT_TASK, CutTensor, Source
 from trimserve.source import ModelSource
 from trimserve.vocab import VocabMap
-from trimserve_export.graph.cold import FullGraph, head_scheme, write_cold_blocks, write_cold_rows
+from trimserve_export.graph.facts import (
+    cut_tensors,
+    dtype,
+    file_hashes,
+    infer_task,
+    quantization,
+    weight_bytes,
+)
 from trimserve_export.graph.loading import load_graph
-from trimserve_export.graph.plan import VocabPlan, optional_input
-from trimserve_export.graph.rows import DTYPES
-from trimserve_export.graph.trim import LOGITS, trim_graph
-from trimserve_export.graph.turned import Turned, turn_tables
-from trimserve_export.layouts.remap import make_drop_in
-from trimserve_export.quantize import block_attributes_of
-from trimserve_export.serving import ALIGNMENT, GRAPH_NAME, serve
-from trimserve_export.serving.cold_head import write_cold_head
-from trimserve_export.serving.flow import find_embedding, find_head
+from trimserve_export.graph.other_layouts import PartJob
+from trimserve_export.graph.parts import ENCODER, FIRST, LATER, MERGED, Part, find_parts, one_variant
+from trimserve_export.graph.runtime import load_seq2seq, serve_seq2seq, write_seq2seq, write_servable
+from trimserve_export.graph.saving import LinkingWriter, write_copy
+from trimserve_export.graph.trim import trim_graph
+from trimserve_export.graph.turned import turn_tables
+from trimserve_export.serving import GRAPH_NAME, serve
 
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
-_DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _HEAD_TASKS = ("fill-mask", *GENERATOR_TASKS)
+# Where the task, dtype and quantisation of a model are read.
+_MAIN_PARTS = ("model", LATER, MERGED, FIRST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +54,6 @@ class TrimmedGraph:
     quantization: dict[str, Any] | None
 
 
-def infer_task(graph: ir.Graph, rows: int) -> str:
-    """Tell the task of a graph by its inputs and outputs.
-
-    Args:
-        graph: the untrimmed graph.
-        rows: V; logits with as many entries are the vocab's.
-
-    Raises:
-        UnsupportedModelError: no task of this runtime has such outputs.
-    """
-    outputs = {value.name: value.shape for value in graph.outputs}
-    if any(str(value.name).startswith("past_key_values.") for value in graph.inputs):
-        return GENERATION_TASK
-    if "last_hidden_state" in outputs:
-        return "feature-extraction"
-    shape = outputs.get("logits")
-    if shape is None:
-        raise UnsupportedModelError(
-            f"the graph has the outputs {', '.join(map(str, outputs))}: expected logits or last_hidden_state."
-        )
-    if len(shape) == 2:
-        return "text-classification"
-    return "fill-mask" if shape[-1] == rows else "token-classification"
-
-
 def trim_to_folder(
     source: ModelSource,
     vocab: VocabMap,
@@ -83,52 +62,117 @@ def trim_to_folder(
     task: str,
     layout: str = "runtime",
     cold: bool = True,
+    link: bool = False,
 ) -> TrimmedGraph:
-    """Write a trimmed graph and, where the layout feeds cold ids, their rows.
+    """Write trimmed graphs and, where the layout feeds cold ids, their rows.
 
     Args:
         source: a model with a graph.
         vocab: the kept ids, made for its tokenizer and vocab size.
         folder: an existing folder.
         task: ``"auto"`` or one of the runtime's tasks.
-        layout: where ids are remapped, as in `pipeline.export`.
+        layout: where ids are remapped, as in `pipeline.export`. ``"runtime"`` takes one variant of the
+            graphs, the others all of them.
         cold: write the cold rows.
+        link: hard-link the weights that nothing changes, instead of copying them.
 
     Raises:
-        UnsupportedModelError: the graph, or a part of it, is not understood; the message names it.
+        UnsupportedModelError: a graph, or a part of it, is not understood; the message names it.
         MismatchError: a file of the model is damaged.
+        UsageError: the layout takes one variant and there are several, or the weights cannot be linked.
     """
-    path = _graph(source)
-    untrimmed = load_graph(path)
-    task = infer_task(untrimmed.graph, vocab.vocab_size) if task == "auto" else task
-    job = _Job(vocab, folder, task, layout, cold and bool(vocab.cold_ids.size))
-    trimmed = load_graph(path)
-    plan = trim_graph(trimmed, vocab, has_head=job.has_head)
-    cut = _cut_tensors(plan, len(vocab))
-    for model in (untrimmed, trimmed):
-        turn_tables(model.graph)
-    if layout == "tokenizer":
-        _save(trimmed, folder)
-    elif layout == "graph":
-        _write_drop_in(untrimmed, trimmed, job)
-    else:
+    parts = find_parts(source)
+    if not parts:
+        raise UnsupportedModelError(f"{source.name} has no ONNX graph.")
+    if layout == "runtime":
+        parts = list(one_variant(parts).values())
+    main = _main_part(parts, source)
+    if layout == "runtime" and not _is_seq2seq(parts):
+        parts = [main]
+    model = load_graph(main.path)
+    task = _task(parts, model.graph, vocab.vocab_size) if task == "auto" else task
+    cold = cold and bool(vocab.cold_ids.size)
+    if layout == "runtime":
         with _other_layouts_named():
-            _write_servable(untrimmed, trimmed, job)
+            graphs, cut = _write_for_runtime(parts, vocab, folder, task=task, cold=cold, link=link)
+    else:
+        job = PartJob(vocab, folder, task in _HEAD_TASKS, layout == "graph", cold, link)
+        graphs, cut = _write_parts(parts, job)
+    loaded = {part.path: load_graph(part.path) for part in parts}
+    turn_tables(model.graph)
+    hashes = [file_hashes(path, loaded[path]) for path in loaded]
     return TrimmedGraph(
         task=task,
-        graphs={"model": GRAPH_NAME},
+        graphs=graphs,
         cut=cut,
-        dtype=_dtype(untrimmed.graph),
-        bytes_before=_weight_bytes(untrimmed),
-        source=Source(source.name, source.revision, _hashes(path, untrimmed)),
-        exporter={"name": "graph"} | {name: version(name) for name in ("onnx", "onnx-ir")},
-        quantization=_quantization(untrimmed, has_head=job.has_head),
+        dtype=dtype(model.graph),
+        bytes_before=weight_bytes(loaded.values()),
+        source=Source(
+            source.name, source.revision, {name: sha for files in hashes for name, sha in files.items()}
+        ),
+        exporter=_exporter(source),
+        quantization=quantization(model, has_head=task in _HEAD_TASKS),
     )
+
+
+def _exporter(source: ModelSource) -> dict[str, str]:
+    variant = {} if source.variant is None else {"variant": source.variant}
+    return {"name": "graph"} | variant | {name: version(name) for name in ("onnx", "onnx-ir")}
+
+
+def _main_part(parts: list[Part], source: ModelSource) -> Part:
+    """The part that tells most of the model."""
+    named = {part.name: part for part in parts}
+    found = next((named[name] for name in _MAIN_PARTS if name in named), None)
+    return found or next((part for part in parts if part.path == source.graph), parts[0])
+
+
+def _is_seq2seq(parts: list[Part]) -> bool:
+    return len(parts) > 1 and any(part.name == ENCODER for part in parts)
+
+
+def _task(parts: list[Part], graph: ir.Graph, rows: int) -> str:
+    return TEXT2TEXT_TASK if _is_seq2seq(parts) else infer_task(graph, rows)
+
+
+def _write_for_runtime(
+    parts: list[Part], vocab: VocabMap, folder: Path, *, task: str, cold: bool, link: bool
+) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
+    """Role -> file, and what was cut."""
+    writer = LinkingWriter() if link else write_copy
+    if task == TEXT2TEXT_TASK:
+        named = {part.name: part for part in parts}
+        if ENCODER not in named:
+            raise UnsupportedModelError(f"{parts[0].path} has no {ENCODER}.onnx beside it: pass the folder.")
+        return write_seq2seq(named, vocab, folder, cold=cold, writer=writer)
+    (part,) = parts
+    untrimmed, trimmed = load_graph(part.path), load_graph(part.path)
+    has_head = task in _HEAD_TASKS
+    cut = cut_tensors(trim_graph(trimmed, vocab, has_head=has_head), len(vocab))
+    for model in (untrimmed, trimmed):
+        turn_tables(model.graph)
+    made = write_servable(
+        untrimmed, trimmed, vocab, folder, task=task, cold=cold, has_head=has_head, writer=writer
+    )
+    return made, cut
+
+
+def _write_parts(parts: list[Part], job: PartJob) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
+    """Role -> file, and what was cut, of the layouts for other runtimes."""
+    alone = len(parts) == 1 and not parts[0].folder
+    graphs: dict[str, str] = {}
+    cut: list[CutTensor] = []
+    for part in parts:
+        name = GRAPH_NAME if alone else part.file_name
+        logger.info("trimming %s", part.path.name)
+        cut += job.write(part, name)
+        graphs["model" if alone else part.role] = name
+    return graphs, tuple(cut)
 
 
 @contextlib.contextmanager
 def _other_layouts_named() -> Iterator[None]:
-    """The graph has been trimmed: what the runtime does not take, others may."""
+    """What the runtime does not take, others may."""
     try:
         yield
     except UnsupportedModelError as error:
@@ -137,127 +181,35 @@ def _other_layouts_named() -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What is settled before anything is written."""
-
-    vocab: VocabMap
-    folder: Path
-    task: str
-    layout: str
-    cold: bool
-
-    @property
-    def has_head(self) -> bool:
-        return self.task in _HEAD_TASKS
-
-
-def _full(model: ir.Model, *, has_head: bool) -> FullGraph:
-    return FullGraph(model, find_embedding(model.graph), find_head(model.graph) if has_head else None)
-
-
-def _write_servable(untrimmed: ir.Model, trimmed: ir.Model, job: _Job) -> None:
-    """The runtime's layout: cold slots, and for decoders the cold head."""
-    logger.info("making the graph servable")
-    full = _full(untrimmed, has_head=job.has_head)
-    exact = job.cold and job.task in GENERATOR_TASKS
-    scheme = head_scheme(full.head) if full.head is not None and exact else None
-    served = serve(trimmed, job.folder, rows=len(job.vocab), has_head=job.has_head).path
-    if job.cold:
-        write_cold_rows(full, job.vocab, job.folder / COLD_NAME)
-    if full.head is not None and exact:
-        blocks = None if scheme is None else write_cold_blocks(full.head, scheme, job.vocab, job.folder)
-        write_cold_head(served, job.folder / COLD_NAME, blocks)
-
-
-def _write_drop_in(untrimmed: ir.Model, trimmed: ir.Model, job: _Job) -> None:
-    """The graph's own layout: token ids in, V logits out, cold rows mapped by the graph."""
-    cold_path = job.folder / COLD_NAME if job.cold else None
-    if cold_path is not None:
-        write_cold_rows(_full(untrimmed, has_head=False), job.vocab, cold_path)
-    with tempfile.TemporaryDirectory(dir=job.folder.parent, prefix=".layout.") as scratch:
-        plain = _save(trimmed, Path(scratch))
-        make_drop_in(plain, job.folder, job.vocab, has_head=job.has_head, cold_path=cold_path)
-
-
-def _save(model: ir.Model, folder: Path) -> Path:
-    path = folder / GRAPH_NAME
-    ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
-    return path
-
-
 def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
-    """Write the untrimmed graph with the serving passes alone: the reference that `verify` uses."""
-    model = load_graph(_graph(source))
+    """Write the untrimmed graph with the serving passes alone: the reference that `verify` uses.
+
+    Returns:
+        The path of the graph; of an encoder-decoder the decoder's, with the encoder beside it.
+    """
+    parts = one_variant(find_parts(source))
+    if task == TEXT2TEXT_TASK:
+        models = load_seq2seq(parts)
+        for model in models.values():
+            turn_tables(model.graph)
+        return serve_seq2seq(models, folder, rows=source.vocab_size)
+    model = load_graph(_main_part(list(parts.values()), source).path)
     turn_tables(model.graph)
     return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
 
 
-def save_untrimmed(source: ModelSource, folder: Path) -> Path:
-    """Write the untrimmed graph as it is, with its weights beside it."""
-    return _save(load_graph(_graph(source)), folder)
+def save_untrimmed(source: ModelSource, folder: Path, role: str = "model") -> Path:
+    """Write an untrimmed graph as it is, with its weights beside it.
 
-
-def _graph(source: ModelSource) -> Path:
-    if source.graph is None:
-        raise UnsupportedModelError(f"{source.name} has no ONNX graph.")
-    return source.graph
-
-
-def _cut_tensors(plan: VocabPlan, kept: int) -> tuple[CutTensor, ...]:
-    return tuple(
-        CutTensor(str(value.name), cut.axis, plan.rows, kept, _dtype_name(value))
-        for value, cut in plan.cuts.items()
-    )
-
-
-def _dtype_name(value: ir.Value) -> str:
-    """In safetensors' words where it has one."""
-    if value.const_value is None:
-        return ""
-    return DTYPES.get(value.const_value.dtype, value.const_value.dtype.name)
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    """Bytes of all constants, one that is stored once counted once."""
-    sizes = {}
-    for tensor in _tensors(model):
-        stored = (tensor.path, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else id(tensor)
-        sizes[stored] = tensor.nbytes
-    return sum(sizes.values())
-
-
-def _tensors(model: ir.Model) -> list[ir.TensorProtocol]:
-    values = (value for graph in model.graphs() for value in graph.initializers.values())
-    tensors = (value.const_value for value in values if value.const_value is not None)
-    return [tensor.source if isinstance(tensor, Turned) else tensor for tensor in tensors]
-
-
-def _hashes(path: Path, model: ir.Model) -> dict[str, str]:
-    """sha256 of the graph and of the files with its weights, by their names beside it."""
-    used = {Path(tensor.path) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
-    beside = {file.resolve(): file.name for file in path.parent.rglob("*") if file.is_file()}
-    return {path.name: sha256_file(path)} | {beside[file]: sha256_file(file) for file in sorted(used)}
-
-
-def _quantization(model: ir.Model, *, has_head: bool) -> dict[str, Any] | None:
-    """How the head, or else the body, is quantised: the runtime opens such graphs another way."""
-    nodes = [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
-    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
-    if has_head and logits is not None:
-        nodes.sort(key=lambda node: node is not logits.producer())
-    if not nodes:
-        return None
-    return block_attributes_of(nodes[0]) | {"zero_points": optional_input(nodes[0], 3) is not None}
-
-
-def _dtype(graph: ir.Graph) -> str:
-    """The dtype of embedding rows, which is that of activations."""
-    try:
-        dtype = find_embedding(graph).dtype
-    except UnsupportedModelError:  # several tables, or one that only other layouts take
-        dtype = graph.outputs[0].dtype or ir.DataType.FLOAT
-    return _DTYPES.get(dtype, dtype.name.lower())
+    Args:
+        source: a model with graphs.
+        folder: an existing folder.
+        role: which graph, as the manifest calls it; ``"model"`` is also the only one.
+    """
+    parts = find_parts(source)
+    found = {part.role: part for part in parts}.get(role, _main_part(parts, source))
+    write_copy(load_graph(found.path), folder / GRAPH_NAME)
+    return folder / GRAPH_NAME
 
 
 def write_generation_config(source: ModelSource, folder: Path) -> None:

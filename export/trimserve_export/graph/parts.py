@@ -1,7 +1,7 @@
 """The graphs of a folder: the parts of a model, each perhaps in several variants of precision.
 
-optimum writes `encoder_model.onnx` beside `decoder_model.onnx`; folders for transformers.js hold a file a part
-and a variant: `onnx/decoder_model_merged_q4f16.onnx`.
+optimum writes `encoder_model.onnx` beside `decoder_model.onnx`; folders for transformers.js hold a file a
+part and a variant: `onnx/decoder_model_merged_q4f16.onnx`.
 """
 
 import re
@@ -56,7 +56,7 @@ def find_parts(source: ModelSource) -> list[Part]:
     """Find the graphs that make up a model, in all its variants or the one that the source names.
 
     Args:
-        source: a model with a graph. Of its variants ``"fp32"`` is the plain file, unless another is called so.
+        source: a model with a graph. Its variant ``"fp32"`` is the plain file, unless another is called so.
 
     Returns:
         The graph that the user, or the folder's genai config, names; else every graph of its folder.
@@ -95,8 +95,7 @@ def one_variant(parts: Sequence[Part]) -> dict[str, Part]:
     """
     names = {part.variant for part in parts}
     if "" not in names and len(names) > 1:
-        raise UsageError(
-            f"the model has the variants {', '.join(sorted(names))}, and this layout takes one: pass --variant."
-        )
+        found = ", ".join(sorted(names))
+        raise UsageError(f"the model has the variants {found}, and this layout takes one: pass --variant.")
     wanted = "" if "" in names else next(iter(names))
     return {part.name: part for part in parts if part.variant == wanted}

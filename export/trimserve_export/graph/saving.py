@@ -1,4 +1,4 @@
-"""Ways to write a graph: with a copy of all its weights, in one file, or beside links to what nothing changed."""
+"""Ways to write a graph: with a copy of its weights, in one file, or beside links to what nothing changed."""
 
 import errno
 import os
@@ -8,7 +8,9 @@ from typing import Protocol
 import onnx_ir as ir
 
 from trimserve.errors import UsageError
-from trimserve_export.serving import ALIGNMENT
+from trimserve_export.serving import ALIGNMENT, write_copy
+
+__all__ = ["LinkingWriter", "Writer", "link_file", "write_copy", "write_whole"]
 
 # Smaller tensors stay in the graph, as ONNX Runtime wants shapes and scalars there.
 _MIN_EXTERNAL_BYTES = 256
@@ -17,13 +19,8 @@ _MIN_EXTERNAL_BYTES = 256
 class Writer(Protocol):
     """Writes a graph and what it needs into the folder of `path`."""
 
-    def __call__(self, model: ir.Model, path: Path) -> None: ...
-
-
-def write_copy(model: ir.Model, path: Path) -> None:
-    """Write a graph, and a copy of its weights to ``<name>_data``, which ONNX Runtime maps."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
+    def __call__(self, model: ir.Model, path: Path) -> None:
+        """Write."""
 
 
 def write_whole(model: ir.Model, path: Path) -> None:

@@ -9,7 +9,7 @@ from trimserve_export.graph.lookups import follow_ids
 from trimserve_export.graph.plan import VocabPlan
 
 # Names of a graph's token ids; encoder-decoders of older exporters have the second.
-_IDS = ("input_ids", "decoder_input_ids")
+IDS = ("input_ids", "decoder_input_ids")
 LOGITS = "logits"
 
 
@@ -26,7 +26,7 @@ def plan_trim(model: ir.Model, rows: int, *, has_head: bool) -> VocabPlan:
     """
     plan = VocabPlan(rows)
     for value in model.graph.inputs:
-        if value.name in _IDS:
+        if value.name in IDS:
             follow_ids(plan, value)
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     if has_head:

@@ -9,7 +9,7 @@ rows there is no row to feed, and no other one is read in its place: the lookup'
 Runtime refuses on a CPU; for devices that do not check their index such a row is NaN.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.vocab import VocabMap
-from trimserve_export.serving import ALIGNMENT, GRAPH_NAME
+from trimserve_export.serving import GRAPH_NAME, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import (
     Embedding,
@@ -49,7 +49,9 @@ def save_plain(source: Path, output: Path) -> Path:
     Returns:
         The path of the graph.
     """
-    return _save(ir.load(source.resolve()), output / GRAPH_NAME)
+    path = output / GRAPH_NAME
+    write_copy(ir.load(source.resolve()), path)
+    return path
 
 
 def save_tied(source: Path, output: Path) -> Path:
@@ -64,7 +66,9 @@ def save_tied(source: Path, output: Path) -> Path:
     model = ir.load(source.resolve())
     tie_head(model, find_embedding(model.graph), find_head(model.graph))
     RemoveUnusedNodesPass()(model)
-    return _save(model, output / GRAPH_NAME)
+    path = output / GRAPH_NAME
+    write_copy(model, path)
+    return path
 
 
 def make_drop_in(
@@ -85,27 +89,58 @@ def make_drop_in(
     Raises:
         UnsupportedModelError: the embedding is not found, or the logits have another width than K.
     """
-    model = ir.load(source.resolve())
-    graph = model.graph
+    path = output / GRAPH_NAME
+    write_drop_in(ir.load(source.resolve()), path, vocab, has_head=has_head, cold_path=cold_path)
+    return path
+
+
+def write_drop_in(
+    model: ir.Model,
+    path: Path,
+    vocab: VocabMap,
+    *,
+    has_head: bool,
+    cold_path: Path | None = None,
+    takes_ids: bool = True,
+    write: Callable[[ir.Model, Path], None] = write_copy,
+) -> None:
+    """Make a graph a drop-in, in place, and write it.
+
+    Args:
+        model: the graph with compact ids.
+        path: the file to write.
+        vocab: the kept ids.
+        has_head: see `make_drop_in`.
+        cold_path: see `make_drop_in`; beside `path`.
+        takes_ids: the graph has the input `input_ids`; a decoder behind a graph of embeddings has none.
+        write: writes the graph and its weights.
+
+    Raises:
+        UnsupportedModelError: see `make_drop_in`.
+    """
+    spec = read_header(cold_path)[0]["embedding"] if cold_path and vocab.cold_ids.size else None
+    if takes_ids:
+        _take_ids(model.graph, vocab, slots=spec is not None)
+    if has_head:
+        _expand_logits(model.graph, vocab)
+    RemoveUnusedNodesPass()(model)
+    write(model, path)
+    if spec is not None:
+        _bind_cold_rows(path, spec)
+
+
+def _take_ids(graph: ir.Graph, vocab: VocabMap, *, slots: bool) -> None:
     embedding = find_embedding(graph)
     if embedding.rows != len(vocab):
         raise UnsupportedModelError(
             f"{describe(embedding.gather)} has a table of {embedding.rows:,} rows where {len(vocab):,} were "
             "expected: the exporter did not export the trimmed checkpoint's vocab there."
         )
-    spec = read_header(cold_path)[0]["embedding"] if cold_path and vocab.cold_ids.size else None
-    if spec is None:
-        _mark_missing_rows(graph, embedding)
-    else:
+    if slots:
         add_cold_slots(graph, embedding)
-    _map_input(graph, vocab, slots=spec is not None)
-    if has_head:
-        _expand_logits(graph, vocab)
-    RemoveUnusedNodesPass()(model)
-    path = _save(model, output / GRAPH_NAME)
-    if spec is not None:
-        _bind_cold_rows(path, spec)
-    return path
+    else:
+        _mark_missing_rows(graph, embedding)
+    _map_input(graph, vocab, slots=slots)
 
 
 def id_table(vocab: VocabMap, *, slots: bool) -> npt.NDArray[np.int64]:
@@ -121,12 +156,6 @@ def id_table(vocab: VocabMap, *, slots: bool) -> npt.NDArray[np.int64]:
     if slots:
         table[vocab.cold_ids] += np.arange(vocab.cold_ids.size)
     return table
-
-
-def _save(model: ir.Model, path: Path) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
-    return path
 
 
 def _map_input(graph: ir.Graph, vocab: VocabMap, *, slots: bool) -> None:

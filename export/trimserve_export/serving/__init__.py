@@ -1,10 +1,11 @@
-"""Make an exported graph servable: last logits, hidden states, cold slots, tied weights once.
+"""Make an exported graph servable: last logits, hidden states, cold slots, tied weights, shapes.
 
 The passes are apart so that each can be tested and read alone; `make_servable` runs them in order and
 writes the graph with its weights in external data, which ONNX Runtime maps instead of copying.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import describe, find_embedding, find_head
 from trimserve_export.serving.last_logits import slice_before_head
+from trimserve_export.serving.shapes import fix_shapes
 from trimserve_export.serving.tied_head import tie_head
 
 __all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_servable", "serve"]
@@ -59,7 +61,20 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
     return serve(ir.load(source.resolve()), output, rows=rows, has_head=has_head)
 
 
-def serve(model: ir.Model, output: Path, *, rows: int, has_head: bool) -> ServableGraph:
+def write_copy(model: ir.Model, path: Path) -> None:
+    """Write a graph, and a copy of its weights to ``<name>_data``, which ONNX Runtime maps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
+
+
+def serve(
+    model: ir.Model,
+    output: Path,
+    *,
+    rows: int,
+    has_head: bool,
+    write: Callable[[ir.Model, Path], None] = write_copy,
+) -> ServableGraph:
     """Run the serving passes on a graph in memory, which is changed, and write the result.
 
     Args:
@@ -67,13 +82,16 @@ def serve(model: ir.Model, output: Path, *, rows: int, has_head: bool) -> Servab
         output: see `make_servable`.
         rows: see `make_servable`.
         has_head: see `make_servable`.
+        write: writes the graph and its weights.
 
     Raises:
         UnsupportedModelError: see `make_servable`.
     """
     _check_inputs(model.graph)
     tied = apply_passes(model, rows=rows, has_head=has_head)
-    return _save(model, output / GRAPH_NAME, tied=tied)
+    path = output / GRAPH_NAME
+    write(model, path)
+    return ServableGraph(path, tied, (path.name, f"{path.name}_data"))
 
 
 def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
@@ -103,6 +121,7 @@ def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
     if any(node.op_type == "GroupQueryAttention" for node in model.graph):
         model.metadata_props[SHARED_KV_KEY] = "true"
     add_cold_slots(model.graph, embedding)
+    fix_shapes(model.graph)
     RemoveUnusedNodesPass()(model)
     return tied
 
@@ -131,9 +150,3 @@ def _check_rows(node: ir.Node, found: int, expected: int) -> None:
             f"{describe(node)} has a table of {found:,} rows where {expected:,} were expected: "
             "the exporter did not export the trimmed checkpoint's vocab there."
         )
-
-
-def _save(model: ir.Model, path: Path, *, tied: bool) -> ServableGraph:
-    data = f"{path.name}_data"
-    ir.save(model, path, external_data=data, alignment=ALIGNMENT)
-    return ServableGraph(path, tied, (path.name, data))

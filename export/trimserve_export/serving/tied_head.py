@@ -37,15 +37,20 @@ def same_numbers(table: ir.Value, head: Head) -> bool:
     """Compare the embedding (K, H) with the head's weight, whichever way that lies, block by block."""
     if head.weight is table:
         return head.by_row
-    first, second = table.const_value, head.weight.const_value
+    return same_tables(table, head.weight, turned=not head.by_row)
+
+
+def same_tables(first: ir.Value, second: ir.Value, *, turned: bool = False) -> bool:
+    """Compare two matrices, block by block; the second one may lie `turned`."""
+    one, other = first.const_value, second.const_value
     # Entries that are cut when they are written would be made here: compare what they are cut from, which
     # is mapped.
-    wholes = getattr(first, "whole", None), getattr(second, "whole", None)
+    wholes = getattr(one, "whole", None), getattr(other, "whole", None)
     if None not in wholes:
-        first, second = wholes
-    if first is None or second is None or first.dtype != second.dtype:
+        one, other = wholes
+    if one is None or other is None or one.dtype != other.dtype:
         return False
-    rows, weights = first.numpy(), second.numpy() if head.by_row else second.numpy().T
+    rows, weights = one.numpy(), other.numpy().T if turned else other.numpy()
     if rows.shape != weights.shape:
         return False
     step = max(1, _BLOCK_BYTES // max(rows[:1].nbytes, 1))

@@ -1,0 +1,177 @@
+"""Trimmed graphs for this runtime: serving passes, cold rows, and for generators the cold head."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from trimserve.errors import UnsupportedModelError
+from trimserve.folder import COLD_NAME, GENERATOR_TASKS, CutTensor
+from trimserve.vocab import VocabMap
+from trimserve_export.graph.cold import FullGraph, head_scheme, write_cold_blocks, write_cold_rows
+from trimserve_export.graph.facts import cut_tensors
+from trimserve_export.graph.loading import load_graph
+from trimserve_export.graph.parts import ENCODER, FIRST, LATER, MERGED, Part
+from trimserve_export.graph.saving import LinkingWriter, Writer, write_copy
+from trimserve_export.graph.trim import trim_graph
+from trimserve_export.graph.turned import turn_tables
+from trimserve_export.serving import GRAPH_NAME, apply_passes, serve
+from trimserve_export.serving.cold_head import write_cold_head
+from trimserve_export.serving.flow import find_embedding, find_head
+from trimserve_export.serving.seq2seq import DECODER_NAME, ENCODER_NAME, add_cross_attention, save_sharing
+from trimserve_export.serving.tied_head import same_tables
+
+logger = logging.getLogger(__name__)
+
+
+def full_graph(model: ir.Model, *, has_head: bool) -> FullGraph:
+    """An untrimmed graph with its embedding and head found."""
+    return FullGraph(model, find_embedding(model.graph), find_head(model.graph) if has_head else None)
+
+
+def write_servable(
+    untrimmed: ir.Model,
+    trimmed: ir.Model,
+    vocab: VocabMap,
+    folder: Path,
+    *,
+    task: str,
+    cold: bool,
+    has_head: bool,
+    writer: Writer = write_copy,
+) -> dict[str, str]:
+    """Write `model.onnx` and, where asked for, its cold rows and cold head; returns role -> file name."""
+    logger.info("making the graph servable")
+    full = full_graph(untrimmed, has_head=has_head)
+    path = serve(trimmed, folder, rows=len(vocab), has_head=has_head, write=writer).path
+    if cold:
+        write_cold(full, path, vocab, folder, exact=task in GENERATOR_TASKS)
+    return {"model": GRAPH_NAME}
+
+
+def write_cold(full: FullGraph, served: Path, vocab: VocabMap, folder: Path, *, exact: bool) -> None:
+    """Write cold rows and, for exact mode, the cold head.
+
+    Raises:
+        UnsupportedModelError: the head cannot be multiplied with cold rows as the graph would do it.
+    """
+    scheme = head_scheme(full.head) if full.head is not None and exact else None
+    write_cold_rows(full, vocab, folder / COLD_NAME)
+    if full.head is not None and exact:
+        blocks = None if scheme is None else write_cold_blocks(full.head, scheme, vocab, folder)
+        write_cold_head(served, folder / COLD_NAME, blocks)
+
+
+def load_seq2seq(parts: Mapping[str, Part]) -> dict[str, ir.Model]:
+    """Read an encoder, and its decoder for the first and for later tokens.
+
+    Args:
+        parts: the parts of one variant, by name.
+
+    Returns:
+        The graphs by the names of those parts.
+
+    Raises:
+        UnsupportedModelError: a part is missing.
+    """
+    encoder = load_graph(parts[ENCODER].path)
+    if FIRST in parts and LATER in parts:
+        return {
+            ENCODER: encoder,
+            FIRST: load_graph(parts[FIRST].path),
+            LATER: load_graph(parts[LATER].path),
+        }
+    if MERGED not in parts:
+        raise UnsupportedModelError(
+            f"beside {ENCODER}.onnx there are {', '.join(sorted(parts))}: expected {MERGED}.onnx, or "
+            f"{FIRST}.onnx and {LATER}.onnx."
+        )
+    return {
+        ENCODER: encoder,
+        FIRST: take_branch(load_graph(parts[MERGED].path), "then_branch"),
+        LATER: take_branch(load_graph(parts[MERGED].path), "else_branch"),
+    }
+
+
+def take_branch(model: ir.Model, name: str) -> ir.Model:
+    """Turn a merged decoder into the decoder of one of its branches, in place.
+
+    Raises:
+        UnsupportedModelError: the graph's outputs do not all come from one If.
+    """
+    graph = model.graph
+    choice = graph.outputs[0].producer()
+    if choice is None or choice.op_type != "If" or any(v.producer() is not choice for v in graph.outputs):
+        raise UnsupportedModelError("the merged decoder does not choose between two decoders by one If.")
+    branch = choice.attributes[name].as_graph()
+    made = [branch.outputs[value.index() or 0] for value in graph.outputs]
+    for value, whole in zip(made, graph.outputs, strict=True):
+        whole_name, whole.name = whole.name, f"{whole.name}/merged"
+        value.name, value.type, value.shape = whole_name, whole.type, whole.shape
+    constants = list(branch.initializers.values())
+    branch.initializers.clear()
+    for constant in constants:
+        graph.register_initializer(constant)
+    nodes = list(branch)
+    branch.outputs.clear()
+    branch.remove(nodes)
+    graph.outputs.clear()
+    graph.insert_before(choice, nodes)
+    graph.remove(choice)
+    # For later tokens the branch hands the cross-attention's keys and values on as they are.
+    graph.outputs.extend(v for v in made if name == "then_branch" or ".encoder." not in str(v.name))
+    RemoveUnusedNodesPass()(model)
+    for value in [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
+        graph.inputs.remove(value)
+    return model
+
+
+def write_seq2seq(
+    parts: Mapping[str, Part], vocab: VocabMap, folder: Path, *, cold: bool, writer: Writer = write_copy
+) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
+    """Write an encoder-decoder's two graphs and, where asked for, cold rows and cold head.
+
+    Returns:
+        Role -> file name, and what was cut.
+
+    Raises:
+        UnsupportedModelError: a part is not understood, or encoder and decoder have different tables.
+    """
+    untrimmed, trimmed = load_seq2seq(parts), load_seq2seq(parts)
+    for models in (untrimmed, trimmed):
+        for model in models.values():
+            turn_tables(model.graph)
+    full = full_graph(untrimmed[LATER], has_head=True)
+    encoder = find_embedding(untrimmed[ENCODER].graph)
+    if cold and not same_tables(encoder.table, full.embedding.table):
+        raise UnsupportedModelError(
+            f"encoder and decoder look ids up in different tables ({encoder.table.name} and "
+            f"{full.embedding.table.name}): one cold row cannot be fed to both."
+        )
+    plans = [
+        trim_graph(trimmed[name], vocab, has_head=has_head)
+        for name, has_head in ((ENCODER, False), (LATER, True))
+    ]
+    cut = tuple(tensor for plan in plans for tensor in cut_tensors(plan, len(vocab)))
+    serve_seq2seq(trimmed, folder, rows=len(vocab), writer=writer)
+    if cold:
+        write_cold(full, folder / DECODER_NAME, vocab, folder, exact=True)
+    return {"encoder": ENCODER_NAME, "decoder": DECODER_NAME}, cut
+
+
+def serve_seq2seq(
+    models: Mapping[str, ir.Model], folder: Path, *, rows: int, writer: Writer = write_copy
+) -> Path:
+    """Run the serving passes on an encoder-decoder's graphs and write two; returns the decoder's path."""
+    encoder, decoder = models[ENCODER], models[LATER]
+    add_cross_attention(encoder, models[FIRST])
+    apply_passes(encoder, rows=rows, has_head=False)
+    apply_passes(decoder, rows=rows, has_head=True)
+    if isinstance(writer, LinkingWriter):
+        writer(encoder, folder / ENCODER_NAME)
+        writer(decoder, folder / DECODER_NAME)
+    else:
+        save_sharing({ENCODER_NAME: encoder, DECODER_NAME: decoder}, folder)
+    return folder / DECODER_NAME
