@@ -26,7 +26,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data", "*.onnx.data")
 # Sub-configs that can hold the language model's sizes in a composite model.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
 _EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
-_HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
+HEAD_MATRIX = re.compile(r"(lm_head|embed_out)\.weight$")
 _WIDTH_KEY = re.compile(r"(_size|_dim|_inner|d_model|d_ff|d_kv|n_embd)$")
 
 
@@ -52,10 +52,12 @@ class ModelSource:
     def graph(self) -> Path | None:
         """The ONNX graph to trim: the named one, or the folder's where it has no safetensors weights.
 
+        Naming a variant asks for a graph, whatever else the folder has.
+
         Raises:
             UsageError: the folder has several graphs and none has a usual name.
         """
-        if self.named_graph is not None or self.has_weights:
+        if self.named_graph is not None or (self.has_weights and self.variant is None):
             return self.named_graph
         named = self.genai_model.get("decoder", {}).get("filename")
         return find_graph(self.path, named, self.variant)
@@ -193,12 +195,18 @@ class ModelSource:
             sizes = {size for config in self.text_configs() for size in _config_widths(config)}
         return frozenset(sizes - {self.vocab_size})
 
+    @property
+    def tied(self) -> bool:
+        """Whether the config says that the head is the embedding."""
+        return any(config.get("tie_word_embeddings") is True for config in self.text_configs())
+
     def row_bytes(self) -> int:
         """Bytes that one vocab id costs over all matrices with V rows, as stored; 0 without weights."""
-        tied = any(config.get("tie_word_embeddings") is True for config in self.text_configs())
         rows = [spec for spec in self._matrices() if spec.shape[0] == self.vocab_size]
         # Some checkpoints store the head of a tied model a second time.
-        counted = [spec for spec in rows if not (tied and len(rows) > 1 and _HEAD.search(spec.name))]
+        counted = [
+            spec for spec in rows if not (self.tied and len(rows) > 1 and HEAD_MATRIX.search(spec.name))
+        ]
         return sum(spec.nbytes for spec in counted) // self.vocab_size
 
 

@@ -24,6 +24,8 @@ class Options:
     cold: bool = True
     trust_remote_code: bool = False
     quantize: str | None = None
+    link: bool = False
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("layout", self.layout, {"runtime", "tokenizer", "graph"})

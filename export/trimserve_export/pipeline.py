@@ -14,7 +14,7 @@ from trimserve.vocab import VocabMap
 from trimserve_export.card import weight_bytes, with_card
 from trimserve_export.checkpoint import check_vocab
 from trimserve_export.from_checkpoint import fill_from_checkpoint
-from trimserve_export.graph.road import fill_from_graph
+from trimserve_export.graph.road import check_road, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
@@ -68,6 +68,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
     to: str = "onnx",
     cold: bool = True,
     quantize: str | None = None,
+    link: bool = False,
+    variant: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -94,6 +96,10 @@ def export(  # noqa: PLR0913 - the options are the public interface
         to: ``"onnx"``, or ``"safetensors"`` to stop at the trimmed checkpoint.
         cold: write the rows that were not kept, which the runtime needs to take any text.
         quantize: ``"int4"`` or ``"int8"``: round the weights of body and vocab head, in blocks of 32.
+        link: of an ONNX graph, hard-link the weights that nothing changes instead of copying them; see
+            docs/onnx-in.md.
+        variant: of a folder with ONNX graphs in several precisions, the one to take, e.g. ``"q4"`` of
+            `onnx/model_q4.onnx`; also where the folder has safetensors weights.
         overwrite: replace a folder that trimserve made.
         trust_remote_code: allow code that the model folder brings.
         revision: hub branch, tag or commit.
@@ -107,8 +113,11 @@ def export(  # noqa: PLR0913 - the options are the public interface
         MismatchError: the vocab was made for another tokenizer or vocab size.
     """
     start = time.perf_counter()
-    options = Options(task, exporter, dtype, layout, to, cold, trust_remote_code, quantize)
+    options = Options(task, exporter, dtype, layout, to, cold, trust_remote_code, quantize, link, variant)
     source = resolve_model(model, revision=revision)
+    if variant is not None:
+        source = dataclasses.replace(source, variant=variant)
+    check_road(source, options)
     if layout == "tokenizer":
         check_vocab(source, vocab)
         vocab = close_vocab(vocab, source, profile)

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from trimserve_export.layouts.segmentation import Sample
 
 
-SETTINGS = ("task", "exporter", "dtype", "quantize", "layout", "to", "cold", "trust_remote_code")
+SETTINGS = (
+    "task",
+    "exporter",
+    "dtype",
+    "quantize",
+    "layout",
+    "to",
+    "cold",
+    "link",
+    "variant",
+    "trust_remote_code",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +56,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors"), help="what to write")
     parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the cold rows out")
+    parser.add_argument("--variant", metavar="V", help="of several ONNX graphs of a model, e.g. q4")
+    parser.add_argument("--link", action="store_true", help="hard-link an ONNX graph's untouched weights")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that trimserve made")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the model's folder")
 

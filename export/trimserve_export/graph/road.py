@@ -39,14 +39,19 @@ def fill_from_graph(
             layout cuts the tokenizer.
 
     Raises:
-        UsageError: an option that only a checkpoint has.
+        UsageError: the weights cannot be linked, or the layout takes one variant and there are several.
         UnsupportedModelError: the graph, or a part of it, is not understood.
         MismatchError: the vocab was made for another tokenizer or vocab size.
     """
-    _check_options(source, options)
     check_vocab(source, vocab)
     made = trim_to_folder(
-        source, vocab, folder, task=options.task, layout=options.layout, cold=options.writes_cold
+        source,
+        vocab,
+        folder,
+        task=options.task,
+        layout=options.layout,
+        cold=options.writes_cold,
+        link=options.link,
     )
     logger.info("%s: task %s, %s of %s rows", source.name, made.task, len(vocab), vocab.vocab_size)
     if options.layout == "tokenizer":
@@ -111,7 +116,18 @@ def _compact(config: dict[str, Any], vocab: VocabMap) -> dict[str, Any]:
     return moved | {key: _compact(value, vocab) for key, value in sections if isinstance(value, dict)}
 
 
-def _check_options(source: ModelSource, options: Options) -> None:
+def check_road(source: ModelSource, options: Options) -> None:
+    """Refuse options that only the other kind of source has.
+
+    Raises:
+        UsageError: a checkpoint's option for a graph, or a graph's for a checkpoint.
+    """
+    if source.graph is None:
+        if options.link or options.variant is not None:
+            raise UsageError(
+                f"{source.name} has no ONNX graph to trim, which --link and --variant are for: leave them out."
+            )
+        return
     what = f"{source.name} is an ONNX graph"
     if options.to != "onnx":
         raise UsageError(f"{what}: --to safetensors needs a checkpoint.")
