@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import UsageError, require
 from trimserve.folder import COLD_NAME, is_trimmed, read_manifest
+from trimserve.prize import WeightBytes
 from trimserve.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:
@@ -226,12 +227,10 @@ def prize(
         tied: the head is the embedding, so the embedding is read as a whole for each token.
         encoder: bytes of the weights that are read once a text and not for each token.
     """
-    share = min(kept, vocab_size) / vocab_size
     counted = [tensor for tensor in tensors if tensor.role != "copy"]
-    vocab_bytes = sum(tensor.bytes for tensor in counted)
-    head_roles = {"head", "head_bias", *(["embedding"] if tied else [])}
-    head = sum(tensor.bytes for tensor in counted if tensor.role in head_roles)
-    body = total - vocab_bytes - encoder
+    rows = sum(tensor.bytes for tensor in counted)
     has_head = tied or any(tensor.role == "head" for tensor in counted)
-    ratio = (body + head) / (body + head * share) if has_head and body + head else None
-    return Prize(min(kept, vocab_size), vocab_bytes / total, round(vocab_bytes * (1 - share)), ratio)
+    head_roles = {"head", "head_bias", *(["embedding"] if tied else [])}
+    head = sum(tensor.bytes for tensor in counted if tensor.role in head_roles) if has_head else 0
+    weights = WeightBytes(vocab_size, rows, head, total - rows - encoder, encoder)
+    return Prize(min(kept, vocab_size), rows / total, total - weights.at(kept), weights.decode_ratio(kept))
