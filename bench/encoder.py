@@ -154,17 +154,8 @@ def main() -> int:
     texts = args.demo / "docs.txt"
     row = compare(folders[0], folders[1], texts, rounds=rounds, threads=args.threads)
     harness.save_row("encoder", row, quick=args.quick)
-    harness.report(table(HEADER, comparison_lines(row)), without_samples(row))
+    harness.report(table(HEADER, comparison_lines(row)), harness.without_samples(row))
     return 0
-
-
-def without_samples(row: dict[str, Any]) -> dict[str, Any]:
-    """The row less its raw samples, which only the result file needs."""
-    return {
-        key: without_samples(value) if isinstance(value, dict) else value
-        for key, value in row.items()
-        if not key.endswith("_samples")
-    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimserve.encoder import Encoder
+from trimserve.encoder import EMBEDDING_TASK, Encoder
 from trimserve.loading import load
 from trimserve.measuring import memory
 
@@ -49,7 +49,7 @@ def _answer(document: dict[str, Any]) -> None:
 
 
 def encode(model: Encoder, request: dict[str, Any]) -> dict[str, Any]:
-    """Run the model's head on all texts in one batch, tokenising included.
+    """Embed all texts in one batch, or run the model's head on them; tokenising included.
 
     Returns:
         ms of the batch, and a digest of the numbers (those of the vocab logits cannot be compared: a
@@ -57,7 +57,8 @@ def encode(model: Encoder, request: dict[str, Any]) -> dict[str, Any]:
     """
     texts = request["texts"]
     begin = time.perf_counter_ns()
-    arrays = model.forward(texts, batch_size=len(texts))
+    run = model.encode if model.task == EMBEDDING_TASK else model.forward
+    arrays = run(texts, batch_size=len(texts))
     ms = (time.perf_counter_ns() - begin) / 1e6
     digest = hashlib.sha256()
     for array in arrays:
