@@ -11,6 +11,7 @@ import numpy as np
 from trimserve.counting import Counts
 from trimserve.errors import MismatchError, UsageError
 from trimserve.profiling import Profile
+from trimserve.vocab import VocabMap
 
 log = logging.getLogger(__name__)
 
@@ -99,3 +100,18 @@ def _warn_of_repeats(profiles: Sequence[Profile]) -> None:
     names = {s.name for part in profiles for s in part.sources if hashes[s.sha256] > 1}
     if names:
         log.warning("counted more than once, because several profiles hold it: %s", ", ".join(sorted(names)))
+
+
+def check_vocab(profile: Profile, vocab: VocabMap) -> None:
+    """Refuse a vocab that was not selected for the model of a profile.
+
+    Raises:
+        MismatchError: another tokenizer, or another number of rows.
+    """
+    same = vocab.tokenizer_sha256 in ("", profile.tokenizer_sha256)
+    if not same or vocab.vocab_size != profile.vocab_size:
+        raise MismatchError(
+            f"the vocab keeps ids of another model ({vocab.vocab_size:,} rows, tokenizer "
+            f"{vocab.tokenizer_sha256[:12]}…) than the profile ({profile.vocab_size:,} rows, "
+            f"{profile.tokenizer_sha256[:12]}…): select one from this profile."
+        )

@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "what a model or folder is, its vocab tensors, and the prize of trimming it",
     "profile": "count the tokens of a corpus",
     "merge": "add profiles up",
+    "diff": "what tells two profiles apart",
     "select": "choose the kept ids from profiles",
     "export": "make a trimmed folder",
     "verify": "compare a trimmed folder with the full model",
