@@ -9,6 +9,7 @@ whatever was drafted: drafts decide the cost, never the tokens.
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from trimserve.blocks import COLD_BLOCKS_NAME
 from trimserve.decoder import Floats
 from trimserve.folder import TrimmedFolder
 from trimserve.request import Block, Request
+from trimserve.rules import Verdict
 from trimserve.sampling import Columns, choose, obey
 from trimserve.session import open_session
 from trimserve.stats import Timing
@@ -64,6 +66,23 @@ class ColdHead:
         """Logits of all cold ids: (N, H) -> float32 (N, V - K)."""
         (logits,) = self._logits.run(["logits"], {"hidden_states": np.ascontiguousarray(hidden)})
         return np.asarray(logits, np.float32).T
+
+
+class Certificate(Protocol):
+    """Settles steps without reading every cold row; what it cannot settle it leaves to the cold head."""
+
+    def challengers(self, hidden: Floats, floor: Floats) -> tuple[Floats, Ids]:
+        """As `ColdHead.maxima`, or -inf (and any id) where every cold logit is proven to be below a floor.
+
+        Args:
+            hidden: (N, H), in the graph's dtype.
+            floor: float32 (N,), the largest kept logit of each step.
+        """
+        ...
+
+    def tokens(self, request: Request, block: Block) -> Sequence[int | None]:
+        """The full model's token at each step of a block whose earlier drafts stand; None if not proven."""
+        ...
 
 
 class BlockSize:
@@ -130,9 +149,16 @@ class ExactChecker:
 
     replaces = True
 
-    def __init__(self, head: ColdHead, vocab: VocabMap, block: BlockSize | None = None) -> None:
+    def __init__(
+        self,
+        head: ColdHead,
+        vocab: VocabMap,
+        block: BlockSize | None = None,
+        certificate: Certificate | None = None,
+    ) -> None:
         """Check against a cold head; `block` may have learned from other requests."""
         self._head = head
+        self._certificate = certificate
         self._kept, self._cold, self._full = (
             Columns(ids, vocab.vocab_size)
             for ids in (vocab.kept_ids, head.cold_ids, np.arange(vocab.vocab_size, dtype=np.int32))
@@ -162,17 +188,30 @@ class ExactChecker:
         return checked
 
     def _check_greedy(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
-        start = time.perf_counter()
-        cold_logits, cold_ids = self._head.maxima(np.concatenate([block.hidden for block in blocks]))
-        self.timing.cold_head += time.perf_counter() - start
+        hidden = np.concatenate([block.hidden for block in blocks])
         logits = np.concatenate([block.logits for block in blocks])
         ends = np.cumsum([len(block.tokens) for block in blocks])
-        for request, block, end in zip(requests, blocks, ends.tolist(), strict=True):
-            if request.params.rules:
-                steps = slice(end - len(block.tokens), end)
-                self._obey(request, block, logits[steps], cold_logits[steps], cold_ids[steps])
+        verdicts = [
+            request.verdict(block.tokens[:step]) if request.params.rules else None
+            for request, block in zip(requests, blocks, strict=True)
+            for step in range(len(block.tokens))
+        ]
+        for row, verdict in zip(logits, verdicts, strict=True):
+            if verdict is not None:
+                obey(row, self._kept, verdict)
         columns = logits.argmax(axis=1)
         kept_logits, kept_ids = logits[np.arange(len(columns)), columns], self._kept.ids[columns]
+        start = time.perf_counter()
+        if self._certificate is None:
+            cold_logits, cold_ids = self._head.maxima(hidden)
+        else:
+            cold_logits, cold_ids = self._certificate.challengers(hidden, kept_logits)
+        self.timing.cold_head += time.perf_counter() - start
+        for step, verdict in enumerate(verdicts):
+            if verdict is not None and (
+                verdict.forced.size or (cold_logits[step] > -np.inf and cold_ids[step] in verdict.banned)
+            ):
+                cold_logits[step], cold_ids[step] = self._allowed_maximum(hidden[step : step + 1], verdict)
         # The largest logit; on a tie the lowest id, as argmax over the full vocab gives it.
         cold_wins = (cold_logits > kept_logits) | ((cold_logits == kept_logits) & (cold_ids < kept_ids))
         winners = np.where(cold_wins, cold_ids, kept_ids)
@@ -181,36 +220,37 @@ class ExactChecker:
             for block, full in zip(blocks, np.split(winners, ends[:-1]), strict=True)
         ]
 
-    def _obey(
-        self, request: Request, block: Block, kept_logits: Floats, cold_maxima: Floats, cold_ids: Ids
-    ) -> None:
-        """Apply a request's rules to its block's (n, K) kept logits and (n,) cold maxima, in place."""
-        for step in range(len(block.tokens)):
-            verdict = request.verdict(block.tokens[:step])
-            obey(kept_logits[step], self._kept, verdict)
-            if not verdict.forced.size and cold_ids[step] not in verdict.banned:
-                continue
-            # Rare: the largest cold logit is not allowed, so all of them are needed.
-            if verdict.forced.size:
-                logits = np.empty(self._cold.ids.size, np.float32)
-            else:
-                logits = self._head.logits(block.hidden[step : step + 1])[0].copy()
-            obey(logits, self._cold, verdict)
-            best = logits.argmax()
-            cold_maxima[step], cold_ids[step] = logits[best], self._cold.ids[best]
+    def _allowed_maximum(self, hidden: Floats, verdict: Verdict) -> tuple[float, int]:
+        """The largest cold logit that the rules allow, of one state (1, H). Rare: it needs all of them."""
+        if verdict.forced.size:
+            logits = np.empty(self._cold.ids.size, np.float32)
+        else:
+            logits = self._head.logits(hidden)[0].copy()
+        obey(logits, self._cold, verdict)
+        best = logits.argmax()
+        return float(logits[best]), int(self._cold.ids[best])
 
     def _replay(self, request: Request, block: Block) -> list[int]:
         start = time.perf_counter()
-        cold_logits = self._head.logits(block.hidden)
+        proven: Sequence[int | None] = [None] * len(block.tokens)
+        if self._certificate is not None:
+            proven = self._certificate.tokens(request, block)
+        open_steps = [step for step, token in enumerate(proven) if token is None]
+        cold_logits: dict[int, Floats] = {}
+        if open_steps:
+            cold_logits = dict(zip(open_steps, self._head.logits(block.hidden[open_steps]), strict=True))
         self.timing.cold_head += time.perf_counter() - start
         start = time.perf_counter()
         tokens: list[int] = []
         full = np.empty(self._full.vocab_size, np.float32)
-        for draft, kept_row, cold_row in zip(block.tokens, block.logits, cold_logits, strict=True):
-            full[self._kept.ids] = kept_row
-            full[self._head.cold_ids] = cold_row
-            tokens.append(choose(full, self._full, request.params, request.history(tokens)))
-            if tokens[-1] != draft:
+        for step, draft in enumerate(block.tokens):
+            token = proven[step]
+            if token is None:
+                full[self._kept.ids] = block.logits[step]
+                full[self._head.cold_ids] = cold_logits[step]
+                token = choose(full, self._full, request.params, request.history(tokens))
+            tokens.append(token)
+            if token != draft:
                 break
         self.timing.sampler += time.perf_counter() - start
         return tokens
