@@ -1,0 +1,109 @@
+"""`finetune.json`: what a compact checkpoint was cut from, and what the full one has in its place."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from trimserve.artefacts import SCHEMA_VERSION, atomic_path, sha256_file
+from trimserve.errors import MismatchError, UsageError
+from trimserve.folder import Source
+from trimserve.source import ModelSource
+
+PROVENANCE_NAME = "finetune.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCut:
+    """A tensor that lost rows: the names a checkpoint may store it by, and its vocab axis."""
+
+    names: tuple[str, ...]
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """The content of `finetune.json`.
+
+    Attributes:
+        base: the model whose other rows belong to the checkpoint; None if it was not known.
+        vocab_size: V.
+        kept: K.
+        tensors: the tensors that lost rows.
+        prefix: the class's `base_model_prefix`; names in the base may lack it.
+        config: entries of config.json that differ in the full model.
+        generation_config: the same of generation_config.json.
+    """
+
+    base: Source | None
+    vocab_size: int
+    kept: int
+    tensors: tuple[StoredCut, ...]
+    prefix: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint, atomically."""
+        with atomic_path(folder / PROVENANCE_NAME) as path:
+            path.write_text(json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read it from a checkpoint.
+
+        Raises:
+            UsageError: the folder is not a compact checkpoint.
+            MismatchError: it is damaged, or of another schema.
+        """
+        path = folder / PROVENANCE_NAME
+        if not path.is_file():
+            raise UsageError(
+                f"{folder} has no {PROVENANCE_NAME}, so it is no compact checkpoint: pass one that was saved "
+                "with save_pretrained inside a partial_vocab block."
+            )
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+            if raw["schema_version"] != SCHEMA_VERSION:
+                raise MismatchError(
+                    f"{path} has schema {raw['schema_version']}, this trimserve reads {SCHEMA_VERSION}: "
+                    "update trimserve."
+                )
+            raw["base"] = Source(**raw["base"]) if raw["base"] else None
+            raw["tensors"] = tuple(StoredCut(tuple(cut["names"]), cut["axis"]) for cut in raw["tensors"])
+            return cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, MismatchError):
+                raise
+            raise MismatchError(f"{path} is damaged ({error}): save the checkpoint again.") from error
+
+
+def describe_base(source: ModelSource) -> Source:
+    """Name a base model and hash its weight files."""
+    return Source(
+        source.name, source.revision, {file.name: sha256_file(file) for file in source.weight_files}
+    )
+
+
+def check_base(provenance: Provenance, source: ModelSource) -> None:
+    """Refuse a base other than the one the checkpoint was cut from.
+
+    Raises:
+        MismatchError: another hash, or the checkpoint does not know its base.
+    """
+    if provenance.base is None:
+        raise MismatchError(
+            "the checkpoint does not say which base it was cut from, because the model came from no folder: "
+            "name it with partial_vocab(model, vocab, base=...) and save again."
+        )
+    found = describe_base(source).files
+    expected = provenance.base.files
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            theirs, ours = found.get(name, "no such file"), expected.get(name, "no such file")
+            raise MismatchError(
+                f"{source.name} is not the base of this checkpoint: {name} has sha256 {theirs[:12]}…, the "
+                f"checkpoint was cut from {ours[:12]}… ({provenance.base.name}): pass that model."
+            )
