@@ -7,11 +7,15 @@ controls, `tojson`, `raise_exception`, `strftime_now` and the `generation` block
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from trimserve.errors import UsageError, require
 from trimserve.folder import TrimmedFolder
+from trimserve.source import ModelSource
 from trimserve.text import read_json
 
 if TYPE_CHECKING:
@@ -42,14 +46,54 @@ def render_chat(
         UsageError: there is no chat template, or it refuses these messages.
         MissingExtraError: jinja2 is not installed.
     """
-    jinja = require("jinja2", extra="chat", purpose="a chat template")
-    source = find_template(folder, tools=bool(variables.get("tools")))
-    context = special_tokens(folder) | {"tools": None, "documents": None} | variables
-    try:
-        template = _environment().from_string(source)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
-    except jinja.TemplateError as error:
-        raise UsageError(f"the chat template refuses these messages: {error}") from error
+    template = ChatTemplate(find_template(folder, tools=bool(variables.get("tools"))), special_tokens(folder))
+    return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template by itself.
+
+    Attributes:
+        source: the Jinja program.
+        special_tokens: the texts of bos_token and others, which it can print.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def of_model(cls, model: ModelSource) -> Self:
+        """The template of a model's folder.
+
+        Raises:
+            UsageError: it has none.
+        """
+        config = model.read_json("tokenizer_config.json")
+        if (model.path / TEMPLATE_NAME).is_file():
+            return cls((model.path / TEMPLATE_NAME).read_text("utf-8"), _named_tokens(config))
+        return cls(_declared_template(config, model.path), _named_tokens(config))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,  # noqa: ANN401 - whatever the template reads
+    ) -> str:
+        """Render messages; see `render_chat`."""
+        jinja = require("jinja2", extra="chat", purpose="a chat template")
+        context = {**self.special_tokens, "tools": None, "documents": None} | variables
+        try:
+            template = _compiled(self.source)
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
+        except jinja.TemplateError as error:
+            raise UsageError(f"the chat template refuses these messages: {error}") from error
+
+
+@cache
+def _compiled(source: str) -> "jinja2.Template":
+    return _environment().from_string(source)
 
 
 def find_template(folder: TrimmedFolder, *, tools: bool = False) -> str:
@@ -62,18 +106,25 @@ def find_template(folder: TrimmedFolder, *, tools: bool = False) -> str:
     """
     if TEMPLATE_NAME in folder.manifest.files:
         return folder.file(TEMPLATE_NAME).read_text("utf-8")
-    entry = read_json(folder, "tokenizer_config.json").get("chat_template")
+    return _declared_template(read_json(folder, "tokenizer_config.json"), folder.path, tools=tools)
+
+
+def _declared_template(config: Mapping[str, Any], path: Path, *, tools: bool = False) -> str:
+    entry = config.get("chat_template")
     if isinstance(entry, list):
         named = {item["name"]: item["template"] for item in entry}
         entry = named.get("tool_use" if tools and "tool_use" in named else "default")
     if not isinstance(entry, str):
-        raise UsageError(f"{folder.path} has no chat template: pass the prompt as text instead.")
+        raise UsageError(f"{path} has no chat template: pass the prompt as text instead.")
     return entry
 
 
 def special_tokens(folder: TrimmedFolder) -> dict[str, str]:
     """The special tokens of tokenizer_config.json by name, which templates use as variables."""
-    config = read_json(folder, "tokenizer_config.json")
+    return _named_tokens(read_json(folder, "tokenizer_config.json"))
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     found = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name)}
     return {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
 
