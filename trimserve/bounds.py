@@ -10,17 +10,17 @@ what a processor computes. Everything here is an upper bound, computed in float6
 
 with u = 2^-24 the unit roundoff of float32 and m >= n the largest number of roundings that a term meets
 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed. 2002, sections 3.1 and 4.2: lemma 3.1 and
-equation 3.5 do not depend on the order; the last step is the Cauchy-Schwarz inequality). m = 2 n + 32 also covers
-rows that are converted or dequantised before the product (two more roundings a weight and the scale of a
-block of activations). Results too small for a normal number lose at most 2^-126 each, gradual underflow or
-not (Higham, equation 2.8, with the smallest normal number in place of the smallest subnormal one), and operands
-that are flushed to zero at most 2^-126 times the other operand. Nothing can overflow while
-``||w|| * ||h||`` is far below the largest float32, because every partial sum is bounded by it.
+equation 3.5 do not depend on the order; the last step is the Cauchy-Schwarz inequality). m = 2 n + 32 also
+covers rows that are converted or dequantised before the product (two more roundings a weight and the scale
+of a block of activations). Results too small for a normal number lose at most 2^-126 each, gradual
+underflow or not (Higham, equation 2.8, with the smallest normal number in place of the smallest subnormal
+one), and operands that are flushed to zero at most 2^-126 times the other operand. Nothing can overflow
+while ``||w|| * ||h||`` is far below the largest float32, because every partial sum is bounded by it.
 
 **Quantised heads.** MatMulNBits adds ``s_a s_b <q_a, q_b>`` block by block and may correct its zero point
-in a sum of its own, whose terms are larger than ``|w_k h_k|``: `block_magnitude` bounds both sums. It
-rounds the activations to 8 bits first; `rounded_hidden` does the same and says how much a different
-rounding of the entries in the middle between two integers can change the vector.
+in a sum of its own, whose terms are larger than ``|w_k h_k|``: `block_magnitude` bounds both sums. At
+accuracy level 4 it rounds the activations to 8 bits first, on most processors: `rounding_distance` bounds
+how far what it multiplies can be from h, whether it rounds or not.
 
 **What follows the product** (bias, scale, softcap) is a chain of operations that are monotone and rounded to
 nearest. A rounded monotone operation is monotone, so a bound goes through it; a constant factor must be
@@ -47,7 +47,7 @@ _LARGEST_PRODUCT = 2.0**120
 _TANH_ERROR = 2.0**-18
 # Float64 arithmetic on at most 2^20 terms is this accurate, with room to spare.
 _SLACK = 1e-9
-_X86 = ("x86_64", "AMD64", "i686", "x86")
+_X86 = ("x86_64", "AMD64")
 
 
 def round_up(values: npt.ArrayLike) -> Doubles:
@@ -57,7 +57,8 @@ def round_up(values: npt.ArrayLike) -> Doubles:
 
 def norms(rows: Doubles) -> Doubles:
     """Euclidean norms of the last axis, rounded up."""
-    return round_up(np.sqrt(np.einsum("...k,...k->...", rows, rows)))
+    squares: Doubles = np.einsum("...k,...k->...", rows, rows)
+    return round_up(np.sqrt(squares))
 
 
 def product_error(width: int, magnitude: npt.ArrayLike, hidden_norm: npt.ArrayLike) -> Doubles:
@@ -88,51 +89,55 @@ def block_magnitude(scales: npt.NDArray[np.float32], scheme: BlockScheme) -> Dou
     make of them hold ``|q| + |z|`` a weight at most.
     """
     largest = 2.0 ** (scheme.bits + 1)
-    return norms(scales.astype(np.float64)) * (largest * np.sqrt(scheme.block_size))
+    sizes: Doubles = norms(scales.astype(np.float64)) * (largest * np.sqrt(scheme.block_size))
+    return sizes
 
 
-def rounded_hidden(hidden: npt.NDArray[np.floating], scheme: BlockScheme | None) -> tuple[Doubles, Doubles]:
-    """What the head multiplies its rows with, float64 (N, H), and how far that may be off: norms (N,)."""
-    values = np.asarray(hidden, np.float64)
+def rounding_distance(hidden: Doubles, scheme: BlockScheme | None) -> Doubles:
+    """How far from h the head's kernel may round it, as a Euclidean norm: (N, H) -> (N,)."""
     if scheme is None or scheme.accuracy_level != 4:
-        return values, np.zeros(len(values))
+        return np.zeros(len(hidden))
     rounded = round_activations(hidden, scheme).astype(np.float64)
     # The kernel may multiply by a reciprocal where we divide: an entry within a thousandth of the middle
     # between two integers could go to the other one, a whole step away.
-    steps = _block_steps(values, scheme.block_size)
-    quotient = np.divide(values, steps, out=np.zeros_like(values), where=steps > 0)
+    steps = _block_steps(hidden, scheme.block_size)
+    quotient = np.divide(hidden, steps, out=np.zeros_like(hidden), where=steps > 0)
     unsure = np.abs(np.abs(quotient) % 1 - 0.5) < 1e-3
-    return rounded, norms(np.where(unsure, steps, 0.0)) + 1e-6 * norms(rounded)
+    return norms(rounded - hidden) + norms(np.where(unsure, steps, 0.0)) + 1e-6 * norms(hidden)
 
 
 def _block_steps(values: Doubles, block_size: int) -> Doubles:
     width = values.shape[-1]
     padded = np.pad(np.abs(values), ((0, 0), (0, -width % block_size)))
     largest = padded.reshape(len(values), -1, block_size).max(axis=-1) / 127
-    return np.repeat(largest, block_size, axis=-1)[:, :width]
+    steps: Doubles = np.repeat(largest, block_size, axis=-1)[:, :width]
+    return steps
 
 
 @dataclass(frozen=True, slots=True)
-class LogitArithmetic:
-    """How a graph makes logits of products.
+class HeadArithmetic:
+    """How a graph computes logits.
 
     Attributes:
-        after_head: see `decoder.AfterHead`.
-        half: whether it computes in float16: each result is then rounded to 11 bits.
+        after_head: what follows the product, see `decoder.AfterHead`.
+        half: whether the graph is in float16: each result is then rounded to 11 bits.
+        scheme: how the head is quantised, if it is.
     """
 
-    after_head: AfterHead
+    after_head: AfterHead = ()
     half: bool = False
+    scheme: BlockScheme | None = None
 
     @property
     def can_be_bounded(self) -> bool:
-        """Whether every operation is monotone, and products are known to be summed in float32.
+        """Whether every operation is monotone, and the kernels of this processor are known.
 
-        CPUs with float16 products sum in float16, which no useful bound follows from.
+        Elsewhere than on x86, float16 products may be summed in float16, which no useful bound follows
+        from, and activations may be rounded a row at a time.
         """
         factors = [number for operator, number in self.after_head if operator in ("Mul", "Div")]
         monotone = all(number is not None and 0 < number < np.inf for number in factors)
-        return monotone and (not self.half or platform.machine() in _X86)
+        return monotone and (platform.machine() in _X86 or not (self.half or self.scheme))
 
     def bound(self, products: Doubles, bias: npt.ArrayLike, side: Literal[-1, 1]) -> Doubles:
         """Bound logits, given bounds of their products.

@@ -80,6 +80,8 @@ class Manifest:
         quantization: how products are quantised (`blocks.BlockScheme`), or None; `dtype` is then the dtype
             of what is not: embedding, norms, activations.
         segmentation: how a cut tokenizer segments texts beside the original (layout tokenizer), or None.
+        sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
+            to the rows' norms; or None.
     """
 
     source: Source
@@ -100,6 +102,7 @@ class Manifest:
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
+    sketch: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
