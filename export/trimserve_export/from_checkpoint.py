@@ -20,8 +20,9 @@ from trimserve.folder import (
     Source,
     list_files,
 )
+from trimserve.source import GENAI_NAME
 from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
-from trimserve_export.exporters import Exporter
+from trimserve_export.exporters.choice import Choice
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
@@ -34,6 +35,7 @@ from trimserve_export.planning import Plan
 from trimserve_export.quantize import SCHEMES, quantize_graph
 from trimserve_export.serving import make_servable
 from trimserve_export.serving.cold_head import write_cold_head
+from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
 
@@ -52,7 +54,7 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         to_onnx = plan.options.to == "onnx"
         checkpoint = Path(scratch) if to_onnx else staging
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
-        graphs = _export_graph(plan, plan.exporter, checkpoint, staging) if plan.exporter else {}
+        graphs = _export_graph(plan, plan.choice, checkpoint, staging) if plan.choice else {}
         cut = plan.options.layout == "tokenizer"
         if to_onnx:
             copy_files(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
@@ -80,10 +82,13 @@ def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tri
     )
 
 
-def _export_graph(plan: Plan, exporter: Exporter, checkpoint: Path, staging: Path) -> dict[str, str]:
+def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -> dict[str, str]:
     """Export the trimmed checkpoint into the staging folder; returns role -> file name."""
-    made = exporter.export_checkpoint(checkpoint, checkpoint / "exported", plan.job)
-    scheme = SCHEMES[plan.options.quantize] if plan.options.quantize else None
+    logger.info("exporting with %s: %s", choice.name, choice.reason)
+    made = choice.exporter.export_checkpoint(checkpoint, checkpoint / "exported", plan.job)
+    has_cold = plan.options.writes_cold and bool(plan.vocab.cold_ids.size)
+    if has_cold and plan.options.quantize and choice.exporter.QUANTIZES:
+        round_cold_embedding(made, staging / COLD_NAME)
     if plan.options.layout != "runtime":
         path = write_layout_graph(
             made,
@@ -91,13 +96,14 @@ def _export_graph(plan: Plan, exporter: Exporter, checkpoint: Path, staging: Pat
             plan.vocab,
             drop_in=plan.options.layout == "graph",
             has_head=has_vocab_head(plan.task),
-            scheme=scheme,
+            scheme=plan.scheme,
             cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
         )
+        copy_files((GENAI_NAME,), made.parent, staging)
         return {"model": path.name}
     logger.info("making the graph servable")
-    graphs = make_graphs(made, staging, len(plan.vocab), plan.task, scheme)
-    if plan.task in GENERATOR_TASKS and plan.options.cold and plan.vocab.cold_ids.size:
+    graphs = make_graphs(made, staging, len(plan.vocab), plan.task, plan.scheme)
+    if plan.task in GENERATOR_TASKS and has_cold:
         write_cold_head(graphs.get("decoder") or graphs["model"], staging / COLD_NAME)
     return {role: path.name for role, path in graphs.items()}
 
@@ -120,13 +126,20 @@ def _manifest(
         graphs=graphs,
         cut=trimmed.cut,
         selection=plan.vocab.rule,
-        exporter={"trimserve": __version__} | (plan.exporter.versions() if plan.exporter else {}),
+        exporter={"trimserve": __version__} | _exporter_facts(plan),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
         pooling=plan.pooling,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
     )
+
+
+def _exporter_facts(plan: Plan) -> dict[str, str]:
+    if plan.choice is None:
+        return {}
+    device = {} if plan.options.device == "cpu" else {"device": plan.options.device}
+    return plan.choice.exporter.versions() | device
 
 
 def make_graphs(

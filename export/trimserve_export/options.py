@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 
 from trimserve.errors import UsageError
+from trimserve_export.exporters import DEVICES, EXPORTERS
 from trimserve_export.quantize import SCHEMES
 from trimserve_export.tasks import TORCH_DTYPES
-
-# Choices that are declared, and not built yet: named so that the refusal can say so.
-_LATER = {
-    "exporter": {"transformers", "genai"},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +20,23 @@ class Options:
     cold: bool = True
     trust_remote_code: bool = False
     quantize: str | None = None
+    device: str = "cpu"
     link: bool = False
     variant: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("layout", self.layout, {"runtime", "tokenizer", "graph"})
-        _check_choice("exporter", self.exporter, {"auto", "optimum"})
+        _check_choice("exporter", self.exporter, {"auto", *EXPORTERS})
         _check_choice("dtype", self.dtype, set(TORCH_DTYPES))
+        _check_choice("device", self.device, set(DEVICES))
         _check_choice("to", self.to, {"onnx", "safetensors"})
         if self.layout == "graph" and self.to != "onnx":
             raise UsageError(
                 "layout graph changes a graph, --to safetensors makes none: choose another layout."
+            )
+        if self.device != "cpu" and self.exporter not in ("auto", "genai"):
+            raise UsageError(
+                "device chooses what genai's builder makes: leave it out, or use --exporter genai."
             )
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, set(SCHEMES))
@@ -47,8 +49,6 @@ class Options:
 
 
 def _check_choice(option: str, value: str, allowed: set[str]) -> None:
-    if value in _LATER.get(option, ()):
-        raise UsageError(f"{option} {value!r} is not built yet: use {', '.join(sorted(allowed))}.")
     if value not in allowed:
         raise UsageError(f"{option} {value!r} is not known: use {', '.join(sorted(allowed))}.")
 
@@ -56,5 +56,5 @@ def _check_choice(option: str, value: str, allowed: set[str]) -> None:
 def _check_quantized(options: Options) -> None:
     if options.to != "onnx":
         raise UsageError("quantize changes a graph and --to safetensors makes none: leave one of them out.")
-    if options.dtype == "bf16":
+    if options.dtype == "bf16" and options.device == "cpu":
         raise UsageError("quantize takes dtype fp32 or fp16: bf16 scales run on no CPU.")

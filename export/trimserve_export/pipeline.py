@@ -19,7 +19,7 @@ from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
 from trimserve_export.options import Options
-from trimserve_export.planning import plan_export
+from trimserve_export.planning import Plan, plan_export
 from trimserve_export.reference import export_full
 
 __all__ = ["ExportResult", "Options", "export", "export_full"]
@@ -39,6 +39,7 @@ class ExportResult:
         seconds: wall time.
         peak_rss_bytes: largest resident memory of this process so far; 0 where the system does not tell.
         segmentation: how the cut tokenizer segments the sample's texts (layout tokenizer), if there is one.
+        exporter: name of what made the graph, and reason; None where none was needed.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class ExportResult:
     seconds: float
     peak_rss_bytes: int
     segmentation: dict[str, Any] | None = None
+    exporter: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command line."""
@@ -68,6 +70,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     to: str = "onnx",
     cold: bool = True,
     quantize: str | None = None,
+    device: str = "cpu",
     link: bool = False,
     variant: str | None = None,
     overwrite: bool = False,
@@ -88,7 +91,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         vocab: the kept ids, selected for this model.
         output: the folder to make; it must not exist or be empty.
         task: ``"auto"`` (by the checkpoint's architecture) or one of `tasks.TASKS`.
-        exporter: ``"auto"`` or ``"optimum"``.
+        exporter: ``"auto"`` (by what is installed and exports the model) or one of `exporters.EXPORTERS`;
+            see docs/export.md.
         dtype: of the graph's weights: fp32, fp16 or bf16.
         layout: where ids are remapped: ``"runtime"`` (original tokenizer, cold slots, exact mode),
             ``"tokenizer"`` (a tokenizer cut to the vocab, for any runtime) or ``"graph"`` (a drop-in for the
@@ -96,6 +100,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         to: ``"onnx"``, or ``"safetensors"`` to stop at the trimmed checkpoint.
         cold: write the rows that were not kept, which the runtime needs to take any text.
         quantize: ``"int4"`` or ``"int8"``: round the weights of body and vocab head, in blocks of 32.
+        device: one of `exporters.DEVICES`: what genai's builder makes the graph for.
         link: of an ONNX graph, hard-link the weights that nothing changes instead of copying them; see
             docs/onnx-in.md.
         variant: of a folder with ONNX graphs in several precisions, the one to take, e.g. ``"q4"`` of
@@ -113,7 +118,9 @@ def export(  # noqa: PLR0913 - the options are the public interface
         MismatchError: the vocab was made for another tokenizer or vocab size.
     """
     start = time.perf_counter()
-    options = Options(task, exporter, dtype, layout, to, cold, trust_remote_code, quantize, link, variant)
+    options = Options(
+        task, exporter, dtype, layout, to, cold, trust_remote_code, quantize, device, link, variant
+    )
     source = resolve_model(model, revision=revision)
     if variant is not None:
         source = dataclasses.replace(source, variant=variant)
@@ -142,7 +149,13 @@ def export(  # noqa: PLR0913 - the options are the public interface
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
         segmentation=manifest.segmentation,
+        exporter=_described(plan),
     )
+
+
+def _described(plan: Plan | None) -> dict[str, str] | None:
+    choice = None if plan is None else plan.choice
+    return None if choice is None else {"name": choice.name, "reason": choice.reason}
 
 
 def peak_rss_bytes() -> int:

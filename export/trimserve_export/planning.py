@@ -1,18 +1,21 @@
-"""Settle what an export will do before anything is written: task, exporter, pooling."""
+"""Settle what an export will do before anything is written: task, choice, pooling."""
 
 import logging
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
 from trimserve.folder import TEXT2TEXT_TASK, Pooling
 from trimserve.source import ModelSource
 from trimserve.vocab import VocabMap
-from trimserve_export.exporters import Exporter, GraphJob, load_exporter
+from trimserve_export.exporters import GraphJob
+from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.options import Options
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
+from trimserve_export.quantize import SCHEMES
 from trimserve_export.tasks import check_task, infer_task
 from trimserve_export.vocab_axes import load_config
 
@@ -28,7 +31,7 @@ class Plan:
         vocab: the kept ids.
         options: what was asked for.
         task: one of `tasks.TASKS`.
-        exporter: what makes the graph; None where none is made.
+        choice: what makes the graph; None where none is made.
         pooling: how hidden states become one embedding a text, where the task has that.
         sample: texts to compare a cut tokenizer with the original one on.
     """
@@ -37,14 +40,24 @@ class Plan:
     vocab: VocabMap
     options: Options
     task: str
-    exporter: Exporter | None
+    choice: Choice | None
     pooling: Pooling | None
     sample: Sample | None = None
 
     @property
     def job(self) -> GraphJob:
         """What the exporter is to make."""
-        return GraphJob(self.task, self.options.dtype, self.options.trust_remote_code)
+        return _job(self.task, self.options)
+
+    @property
+    def scheme(self) -> BlockScheme | None:
+        """How the graph is quantised after it was exported, if at all."""
+        by_exporter = self.choice is not None and self.choice.exporter.QUANTIZES
+        return None if by_exporter or self.options.quantize is None else SCHEMES[self.options.quantize]
+
+
+def _job(task: str, options: Options) -> GraphJob:
+    return GraphJob(task, options.dtype, options.quantize, options.device, options.trust_remote_code)
 
 
 def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: Sample | None = None) -> Plan:
@@ -58,9 +71,7 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     if task == "auto":
         task = infer_task(config, sentence_transformers=is_sentence_transformers(source))
     check_task(task)
-    exporter = load_exporter("optimum") if options.to == "onnx" else None
-    if exporter is not None:
-        exporter.check_model(config, task)
+    choice = choose_exporter(options.exporter, config, _job(task, options)) if options.to == "onnx" else None
     _check_pad_is_kept(config, task, vocab)
     if options.layout != "runtime" and options.to == "onnx" and task == TEXT2TEXT_TASK:
         raise UnsupportedModelError(
@@ -71,7 +82,7 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
         raise UnsupportedModelError(f"quantize is not built for {task} yet: leave it out.")
     pooling = read_pooling(source) if task == "feature-extraction" else None
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
-    return Plan(source, vocab, options, task, exporter, pooling, sample)
+    return Plan(source, vocab, options, task, choice, pooling, sample)
 
 
 def _check_pad_is_kept(config: PretrainedConfig, task: str, vocab: VocabMap) -> None:

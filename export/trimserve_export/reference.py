@@ -11,7 +11,14 @@ from trimserve_export.graph.export import serve_full
 
 
 def export_full(
-    source: ModelSource, output: Path, task: str, dtype: str, scheme: BlockScheme | None = None
+    source: ModelSource,
+    output: Path,
+    task: str,
+    dtype: str,
+    scheme: BlockScheme | None = None,
+    *,
+    exporter: str = "optimum",
+    device: str = "cpu",
 ) -> Path:
     """Export the untrimmed model with the same exporter and passes.
 
@@ -21,6 +28,8 @@ def export_full(
         task: its task.
         dtype: fp32, fp16 or bf16.
         scheme: how to quantise it, if at all.
+        exporter: one of `exporters.EXPORTERS`; a source with a graph needs none.
+        device: one of `exporters.DEVICES`.
 
     Returns:
         The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
@@ -28,9 +37,11 @@ def export_full(
     """
     if source.graph is not None:
         return serve_full(source, output, task=task)
+    made_by = load_exporter(exporter)
+    quantize = None if scheme is None else f"int{scheme.bits}"
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
-        exported = load_exporter("optimum").export_checkpoint(
-            source.path, Path(scratch), GraphJob(task, dtype)
-        )
-        graphs = make_graphs(exported, output, source.vocab_size, task, scheme)
+        job = GraphJob(task, dtype, quantize, device)
+        exported = made_by.export_checkpoint(source.path, Path(scratch), job)
+        ours = None if made_by.QUANTIZES else scheme
+        graphs = make_graphs(exported, output, source.vocab_size, task, ours)
         return graphs.get("decoder") or graphs["model"]

@@ -21,6 +21,7 @@ SETTINGS = (
     "exporter",
     "dtype",
     "quantize",
+    "device",
     "layout",
     "to",
     "cold",
@@ -48,6 +49,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", default="auto", help="e.g. feature-extraction (default: by architecture)")
     exporters = ("auto", "optimum", "transformers", "genai")
     parser.add_argument("--exporter", default="auto", choices=exporters, help="what makes the graph")
+    devices = ("cpu", "cuda", "webgpu")
+    parser.add_argument("--device", default="cpu", choices=devices, help="of the graph (--exporter genai)")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="of the weights")
     layouts = ("runtime", "tokenizer", "graph")
     parser.add_argument("--layout", default="runtime", choices=layouts, help="where ids are remapped")
@@ -142,11 +145,17 @@ def _summary(document: dict[str, Any]) -> str:
         [
             table(["", "full", "trimmed", "share"], rows),
             *_segmentation(document),
+            *_exporter(document),
             "",
             f"{document['path']}: {files}",
             f"{document['seconds']:.1f} s, peak memory {human_bytes(document['peak_rss_bytes'])}",
         ]
     )
+
+
+def _exporter(document: dict[str, Any]) -> list[str]:
+    chosen = document["exporter"]
+    return [] if chosen is None else ["", f"Exporter: {chosen['name']} ({chosen['reason']})"]
 
 
 def _segmentation(document: dict[str, Any]) -> list[str]:

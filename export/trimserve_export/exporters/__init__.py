@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-EXPORTERS = ("optimum", "transformers", "genai")
+# In the order in which `auto` tries them.
+EXPORTERS = ("optimum", "genai", "transformers")
+DEVICES = ("cpu", "cuda", "webgpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +23,27 @@ class GraphJob:
     Attributes:
         task: one of `tasks.TASKS`.
         dtype: fp32, fp16 or bf16; the weights are converted to it.
+        quantize: int4 or int8, for the exporters that quantise (`QUANTIZES`); others leave it to
+            `quantize.quantize_graph`.
+        device: one of `DEVICES`; only genai's graphs depend on it.
         trust_remote_code: allow code that the model folder brings.
     """
 
     task: str
     dtype: str = "fp32"
+    quantize: str | None = None
+    device: str = "cpu"
     trust_remote_code: bool = False
 
 
 class Exporter(Protocol):
-    """What each module of this package is."""
+    """What each module of this package is.
+
+    Attributes:
+        QUANTIZES: it quantises the graph itself.
+    """
+
+    QUANTIZES: bool
 
     def check_model(self, config: "PretrainedConfig", task: str) -> None:
         """Refuse a model that this exporter has no export of.
@@ -57,7 +70,7 @@ class Exporter(Protocol):
         """
 
     def versions(self) -> dict[str, str]:
-        """Name of the exporter and the versions of what it used, for the manifest."""
+        """Its name (key ``name``) and the versions of what it used, for the manifest."""
 
 
 def load_exporter(name: str) -> Exporter:

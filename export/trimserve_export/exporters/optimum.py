@@ -1,14 +1,10 @@
 """Export a checkpoint folder with optimum-onnx (TorchScript exporter, opset 18)."""
 
 import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-import transformers
 from optimum.exporters.onnx import OnnxConfig, onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import logging as optimum_logging
@@ -16,11 +12,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.folder import TEXT2TEXT_TASK
-from trimserve_export.exporters import GraphJob
+from trimserve_export.exporters import GraphJob, tracing
 from trimserve_export.tasks import TASKS, check_task, load_model
 
-logger = logging.getLogger(__name__)
-
+QUANTIZES = False
 # optimum-onnx measures a graph as one protobuf message, with its weights, to tie them: an error above 2 GiB.
 _MAX_POST_PROCESSED_BYTES = 2**31 - (64 << 20)
 
@@ -39,14 +34,11 @@ def check_model(config: PretrainedConfig, task: str) -> None:
     except KeyError:
         supported = {}
     if task not in supported:
-        exporter, names = (
-            f"optimum-onnx {version('optimum-onnx')}",
-            [name for name in TASKS if name in supported],
-        )
+        names = [name for name in TASKS if name in supported]
         if not names:
-            raise UnsupportedModelError(f"{exporter} has no export of {config.model_type!r} models.")
+            raise UnsupportedModelError(f"{_name()} has no export of {config.model_type!r} models.")
         raise UnsupportedModelError(
-            f"{exporter} exports {', '.join(names)} of a {config.model_type!r} model, not {task}: "
+            f"{_name()} exports {', '.join(names)} of a {config.model_type!r} model, not {task}: "
             "choose another task."
         )
     if getattr(config, "attention_type", None) == "block_sparse":  # BigBird, BigBirdPegasus
@@ -63,7 +55,7 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     seq2seq = job.task == TEXT2TEXT_TASK
     with quiet():
         model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
-        with _failures_named(model.config.model_type, job.task), _no_cpu_session(job.dtype):
+        with tracing.failures_named(_name(), model.config.model_type, job.task), _no_cpu_session(job.dtype):
             # Merging an encoder-decoder's two decoders would write them once more: the serving passes take
             # one of them. They also tie weights themselves.
             skip = seq2seq or _parameter_bytes(model) > _MAX_POST_PROCESSED_BYTES
@@ -71,25 +63,14 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     return output if seq2seq else output / "model.onnx"
 
 
+def _name() -> str:
+    return f"optimum-onnx {version('optimum-onnx')}"
+
+
 def _parameter_bytes(model: PreTrainedModel) -> int:
     """Bytes of the model's weights as a graph stores them at first: a tied one in each of its places."""
     parameters = (parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-@contextlib.contextmanager
-def _failures_named(model_type: str, task: str) -> Iterator[None]:
-    """Turn whatever tracing a model can raise into one sentence; want of disk or memory passes."""
-    try:
-        yield
-    except (OSError, MemoryError, UnsupportedModelError):
-        raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UnsupportedModelError(
-            f"optimum-onnx {version('optimum-onnx')} cannot export this {model_type!r} model for {task}: "
-            f"{reason}"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -115,21 +96,11 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Send the exporter's prints and warnings to logging (level debug): none of it concerns the user."""
-    text = io.StringIO()
-    levels = optimum_logging.get_verbosity(), transformers.logging.get_verbosity()
+    """See `tracing.quiet`; optimum has a verbosity of its own."""
+    level = optimum_logging.get_verbosity()
     optimum_logging.set_verbosity_error()
-    transformers.logging.set_verbosity(logging.ERROR)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(text),
-            contextlib.redirect_stderr(text),
-        ):
-            warnings.simplefilter("ignore")
+        with tracing.quiet():
             yield
     finally:
-        optimum_logging.set_verbosity(levels[0])
-        transformers.logging.set_verbosity(levels[1])
-        for line in text.getvalue().splitlines():
-            logger.debug("%s", line)
+        optimum_logging.set_verbosity(level)

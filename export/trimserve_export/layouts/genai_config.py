@@ -16,7 +16,7 @@ _DEFAULT_LENGTH = 2048
 
 
 def write_genai_config(graph_path: Path, *, vocab_size: int) -> Path | None:
-    """Write genai_config.json beside a graph with a key-value cache.
+    """Write genai_config.json beside a graph with a key-value cache, or bring the exporter's own up to date.
 
     Args:
         graph_path: the graph; config.json (and generation_config.json) with the ids that it takes lie beside.
@@ -26,6 +26,8 @@ def write_genai_config(graph_path: Path, *, vocab_size: int) -> Path | None:
         The path; None where the graph has no plain cache, or the configs name no end of text.
     """
     folder = graph_path.parent
+    if (folder / GENAI_CONFIG_NAME).is_file():
+        return _adopt(graph_path, vocab_size)
     config = load_config(folder).get_text_config()
     decoder = _decoder(ir.load(graph_path).graph, config)
     ids = _token_ids(folder, config.to_dict())
@@ -42,6 +44,17 @@ def write_genai_config(graph_path: Path, *, vocab_size: int) -> Path | None:
     search = {"do_sample": False, "max_length": length, "past_present_share_buffer": False}
     path = folder / GENAI_CONFIG_NAME
     path.write_text(json.dumps({"model": model, "search": search}, indent=2) + "\n", "utf-8")
+    return path
+
+
+def _adopt(graph_path: Path, vocab_size: int) -> Path:
+    """Keep what onnxruntime-genai's builder wrote of the graph, and write the ids that the graph takes."""
+    path = graph_path.with_name(GENAI_CONFIG_NAME)
+    content = json.loads(path.read_text("utf-8"))
+    config = load_config(path.parent).get_text_config()
+    model = content["model"] | _token_ids(path.parent, config.to_dict()) | {"vocab_size": vocab_size}
+    model["decoder"] |= {"filename": graph_path.name}
+    path.write_text(json.dumps(content | {"model": model}, indent=2) + "\n", "utf-8")
     return path
 
 

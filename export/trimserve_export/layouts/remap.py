@@ -21,6 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.vocab import VocabMap
+from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving import GRAPH_NAME, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import (
@@ -130,6 +131,7 @@ def write_drop_in(
 
 
 def _take_ids(graph: ir.Graph, vocab: VocabMap, *, slots: bool) -> None:
+    turn_tables(graph)
     embedding = find_embedding(graph)
     if embedding.rows != len(vocab):
         raise UnsupportedModelError(

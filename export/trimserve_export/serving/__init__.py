@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from trimserve.decoder import AFTER_HEAD_KEY, SHARED_KV_KEY
 from trimserve.errors import UnsupportedModelError
+from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import describe, find_embedding, find_head
 from trimserve_export.serving.last_logits import slice_before_head
@@ -58,7 +59,9 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
         UnsupportedModelError: the embedding or the head is not found, or has other rows; nothing is
             written then.
     """
-    return serve(ir.load(source.resolve()), output, rows=rows, has_head=has_head)
+    model = ir.load(source.resolve())
+    turn_tables(model.graph)
+    return serve(model, output, rows=rows, has_head=has_head)
 
 
 def write_copy(model: ir.Model, path: Path) -> None:

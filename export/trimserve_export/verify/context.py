@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from trimserve.cold import ColdRows
 from trimserve.errors import UnknownIdError, UsageError
@@ -16,6 +17,7 @@ from trimserve.source import ModelSource
 from trimserve.text import Codec
 from trimserve.vocab import Ids, Reason, VocabMap
 from trimserve_export.checkpoint import StoredVocab
+from trimserve_export.serving.quantized_embedding import quantized_lookup
 from trimserve_export.verify.graph import GraphModel, Model, Seq2SeqModel
 from trimserve_export.verify.rounding import GraphBound, RoundingBound
 from trimserve_export.verify.sweep import Sweep, sweep
@@ -76,6 +78,21 @@ class Context:
             return graphs["model"]
         (start_id,) = GenerationConfig(self.folder).decoder_start().tolist()
         return Seq2SeqModel(graphs["encoder"], graphs["decoder"], start_id)
+
+    @cached_property
+    def quantized_lookup(self) -> ir.Node | None:
+        """The folder's embedding, if that is quantised."""
+        graphs = self.folder.manifest.graphs
+        if self.folder.manifest.quantization is None or "model" not in graphs:
+            return None
+        return quantized_lookup(ir.load(self.folder.file(graphs["model"])).graph)
+
+    @property
+    def quantized_roles(self) -> tuple[str, ...]:
+        """The vocab tensors that are stored in blocks of integers."""
+        if self.folder.manifest.quantization is None:
+            return ()
+        return ("head",) if self.quantized_lookup is None else ("head", "embedding")
 
     def encode(self, text: str) -> Ids | None:
         """Token ids of a text; None where the tokenizer gives an id that the model has no row for."""

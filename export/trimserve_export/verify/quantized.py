@@ -1,17 +1,19 @@
-"""Check of a quantised head: its integers, kept and cold, are those that the source's rows give."""
+"""Checks of quantised vocab rows: the integers, kept and cold, are those that the source's rows give."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs
+from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize
 from trimserve.cold import GRAPH_DTYPES
 from trimserve.errors import MismatchError
-from trimserve.tensorfile import TensorSpec, map_tensor, to_float32
+from trimserve.folder import COLD_NAME
+from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_float32
 from trimserve.vocab import Ids
 from trimserve_export.quantize import Blocks, quantize_rows
 from trimserve_export.serving.flow import find_head
+from trimserve_export.serving.quantized_embedding import RoundedRows, lookup_scheme
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 
@@ -37,6 +39,52 @@ def check_quantized_head(context: Context) -> Check:
                 return Check("quantized-head", False, None, detail)
     counts = " and ".join(f"{len(ids):,} {kind}" for kind, ids, _ in parts)
     return Check("quantized-head", True, 0.0, f"{counts} rows quantised again from the checkpoint")
+
+
+def check_quantized_embedding(context: Context) -> Check:
+    """Round the source's embedding rows again and compare what the graph looks up and what is stored cold."""
+    folder, lookup = context.folder, context.quantized_lookup
+    if lookup is None:
+        raise MismatchError(f"the embedding in {folder.path} is not quantised: export the folder again.")
+    spec, _ = context.stored.cut[context.stored.roles["embedding"]]
+    dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
+    rounded, rows = RoundedRows(spec, lookup_scheme(lookup), dtype), map_tensor(spec)
+    parts = [("kept", folder.vocab.kept_ids, _table(lookup, spec.shape[1]))]
+    if folder.has_cold and len(folder.vocab.cold_ids):
+        parts.append(
+            ("cold", folder.vocab.cold_ids, map_tensor(read_header(folder.file(COLD_NAME))[0]["embedding"]))
+        )
+    step = max(1, _SLICE_BYTES // (4 * spec.shape[1]))
+    for kind, ids, stored in parts:
+        for start in range(0, len(ids), step):
+            expected = rounded.read(np.asarray(rows[ids[start : start + step]]))
+            same = (stored[start : start + step] == expected).all(axis=1)
+            if not same.all():
+                first = int(ids[start + int(same.argmin())])
+                detail = (
+                    f"the quantised {kind} row of token id {first:,} is not that of {context.source.name}"
+                )
+                return Check("quantized-embedding", False, None, detail)
+    counts = " and ".join(f"{len(ids):,} {kind}" for kind, ids, _ in parts)
+    return Check("quantized-embedding", True, 0.0, f"{counts} rows rounded again from the checkpoint")
+
+
+def _table(lookup: ir.Node, width: int) -> np.ndarray:
+    """The floats (K, H) that a quantised embedding holds."""
+    scheme = lookup_scheme(lookup)
+    integers, scales = (_constant(lookup.inputs[index]) for index in (0, 2))
+    packed = integers.reshape(*scales.shape, scheme.block_bytes)
+    return dequantize(packed, scales, width, scheme).astype(scales.dtype)
+
+
+def _constant(value: ir.Value | None) -> np.ndarray:
+    """A constant, perhaps in another shape than it is stored in."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Reshape":
+        value = node.inputs[0]
+    if value is None or value.const_value is None:
+        raise MismatchError("the graph's quantised embedding is no constant: export the folder again.")
+    return value.const_value.numpy()
 
 
 def _scheme(context: Context) -> BlockScheme:

@@ -32,7 +32,7 @@ from trimserve_export.verify.numbers import (
     check_kept_logits,
     check_runtime_outputs,
 )
-from trimserve_export.verify.quantized import check_quantized_head
+from trimserve_export.verify.quantized import check_quantized_embedding, check_quantized_head
 from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.retrimmed import check_retrimmed
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
@@ -93,7 +93,16 @@ def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path
     if not manifest.graphs:
         return None
     scheme = BlockScheme.from_dict(manifest.quantization) if source.graph is None else None
-    return export_full(source, scratch, manifest.task, manifest.dtype, scheme).parent
+    made_by = manifest.exporter if source.graph is None else {}
+    return export_full(
+        source,
+        scratch,
+        manifest.task,
+        manifest.dtype,
+        scheme,
+        exporter=made_by.get("name", "optimum"),
+        device=made_by.get("device", "cpu"),
+    ).parent
 
 
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
@@ -118,6 +127,8 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
     from_checkpoint = context.source.graph is None
     if from_checkpoint and context.folder.manifest.quantization is not None and has_vocab_head(task):
         yield "quantized-head", check_quantized_head
+        if context.quantized_lookup is not None:
+            yield "quantized-embedding", check_quantized_embedding
     yield "hidden-states", check_hidden_states
     if has_vocab_head(task):
         yield "kept-logits", check_kept_logits

@@ -1,0 +1,160 @@
+"""Export a checkpoint folder with transformers' own exporter (transformers >= 5, torch.export, opset 20).
+
+It writes a graph for the prompt and one for each step after it, with the weights twice. The second one,
+traced with several tokens and a cache of any length, takes an empty cache too: it alone is made here, and
+its inputs and outputs get the names and axes that other exporters give them.
+"""
+
+import inspect
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from trimserve.errors import UnsupportedModelError, require
+from trimserve.folder import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve_export.exporters import GraphJob, tracing
+from trimserve_export.tasks import TASK_CLASSES, check_task, load_model
+
+QUANTIZES = False
+# Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
+_BATCH, _CACHED, _FED = 2, 4, 3
+_AXES = {
+    "input_ids": ("batch_size", "sequence_length"),
+    "attention_mask": ("batch_size", "total_sequence_length"),
+    "past": ("batch_size", None, "past_sequence_length"),
+}
+_CACHE_NAME = re.compile(r"^(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s$")
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+_OUTPUTS = ("logits", "last_hidden_state")
+
+
+def check_model(config: PretrainedConfig, task: str) -> None:
+    """Refuse a model or a task that is not exported this way.
+
+    Raises:
+        UnsupportedModelError: see above.
+    """
+    check_task(task)
+    if task == TEXT2TEXT_TASK:
+        raise UnsupportedModelError(
+            "transformers' exporter leaves out the encoder of an encoder-decoder: use --exporter optimum."
+        )
+    if type(config) not in TASK_CLASSES[task]._model_mapping:
+        raise UnsupportedModelError(
+            f"{_name()} has no {task} class for {config.model_type!r} models: choose another task."
+        )
+
+
+def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
+    """Export a checkpoint folder to ONNX; see `Exporter`."""
+    require("onnxscript", extra="export-next", purpose="export --exporter transformers")
+    exporters = require(
+        "transformers.exporters", extra="export-next", purpose="export --exporter transformers"
+    )
+    with tracing.quiet():
+        model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
+        with tracing.failures_named(_name(), model.config.model_type, job.task), torch.no_grad():
+            example = _decoder_example(model) if job.task == GENERATION_TASK else _encoder_example(model)
+            settings = exporters.OnnxConfig(dynamic=True)
+            program, _ = exporters.OnnxExporter().export_program(model, example, config=settings)
+    _rename(program.graph)
+    RemoveUnusedNodesPass()(program)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "model.onnx"
+    ir.save(program, path, external_data=f"{path.name}_data")
+    return path
+
+
+def _ids(model: PreTrainedModel, length: int) -> torch.Tensor:
+    size: int = model.config.get_text_config().vocab_size
+    return torch.arange(_BATCH * length).remainder(size).reshape(_BATCH, length)
+
+
+def _encoder_example(model: PreTrainedModel) -> dict[str, Any]:
+    ids = _ids(model, _FED)
+    known = inspect.signature(model.forward).parameters
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "token_type_ids" in known and getattr(model.config, "type_vocab_size", None):
+        example["token_type_ids"] = torch.zeros_like(ids)
+    return example
+
+
+def _decoder_example(model: PreTrainedModel) -> dict[str, Any]:
+    """A step of several tokens after a cache; the second sequence begins with a padded position."""
+    mask = torch.ones(_BATCH, _CACHED + _FED, dtype=torch.int64)
+    mask[1, 0] = 0
+    # A cache without the model's config keeps all positions, also where attention looks at the last ones
+    # alone: the attention mask sees to that, and the cache has no inputs of its own.
+    filled = model(
+        input_ids=_ids(model, _CACHED),
+        attention_mask=mask[:, :_CACHED],
+        past_key_values=DynamicCache(),
+        use_cache=True,
+    )
+    example = {
+        "input_ids": _ids(model, _FED),
+        "attention_mask": mask,
+        "past_key_values": filled.past_key_values,
+        "use_cache": True,
+    }
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        example["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, _CACHED:]
+    return example
+
+
+def _rename(graph: ir.Graph) -> None:
+    """Give inputs, outputs and their axes the names that the serving passes and other runtimes know."""
+    for value in (*graph.inputs, *graph.outputs):
+        if found := _CACHE_NAME.match(str(value.name)):
+            prefix = "past_key_values" if found[1] == "input" else "present"
+            value.name = f"{prefix}.{found[2]}.{found[3]}"
+    kept = [value for value in graph.outputs if value.name in _OUTPUTS or _is_present(value)]
+    graph.outputs[:] = kept
+    names = _axis_names(graph)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(axis, names) for axis in value.shape])
+
+
+def _is_present(value: ir.Value) -> bool:
+    return str(value.name).startswith("present.")
+
+
+def _axis_names(graph: ir.Graph) -> dict[str, str]:
+    """The tracer's symbol for each axis -> its name."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        kind = "past" if str(value.name).startswith("past_key_values.") else str(value.name)
+        for axis, name in zip(value.shape or (), _AXES.get(kind, ()), strict=False):
+            if isinstance(axis, ir.SymbolicDim) and axis.value is not None and name is not None:
+                names.setdefault(axis.value, name)
+    return names
+
+
+def _renamed(axis: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
+    if isinstance(axis, int) or axis.value is None:
+        return axis if isinstance(axis, int) else None
+    if axis.value.isdecimal():  # a constant that the tracer wrote as a symbol
+        return int(axis.value)
+    return _SYMBOL.sub(lambda found: names.get(found[0], found[0]), axis.value)
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    made = [value for node in graph.all_nodes() for value in node.outputs]
+    return [*graph.inputs, *made]
+
+
+def _name() -> str:
+    return f"transformers {version('transformers')}"
+
+
+def versions() -> dict[str, str]:
+    """Name of this exporter and the versions of what it used, for the manifest."""
+    names = ("transformers", "torch", "onnxscript", "onnx", "onnx-ir")
+    return {"name": "transformers"} | {name: version(name) for name in names}
