@@ -20,6 +20,7 @@ from trimserve.finetune.live import (
     replace_tensor,
     size_attributes,
 )
+from trimserve.finetune.loss import CutLoss, install_where_possible
 from trimserve.finetune.optim import Replaced, check_state, replace_parameters
 from trimserve.finetune.saving import CompactSaver, find_base
 from trimserve.source import ModelSource
@@ -43,7 +44,12 @@ class PartialVocab:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", vocab: VocabMap, *, base: ModelSource | None, folder: Path | None
+        self,
+        model: "PreTrainedModel",
+        vocab: VocabMap,
+        *,
+        base: str | Path | ModelSource | None,
+        folder: Path | None,
     ) -> None:
         """Check the model and write its cold rows to disk; nothing is changed before `cut`."""
         self.model = model
@@ -53,8 +59,9 @@ class PartialVocab:
         self._ids = MovedIds(model, vocab)
         self._sizes = size_attributes(model, self._live.tensors, vocab)
         self._optimizers: list[Optimizer] = []
-        self._saver = CompactSaver(model, vocab, self._live, self._ids, base)
+        self._saver = CompactSaver(model, vocab, self._live, self._ids, find_base(model, base))
         self._hook: Any = None
+        self._loss: CutLoss | None = None
         self._cold = ColdFiles(vocab.cold_ids, folder)
         for live in self._live.tensors:
             self._cold.put(live.names[0], get_tensor(model, live.names[0]), live.axis)
@@ -176,10 +183,13 @@ class PartialVocab:
             self._ids.apply()
             self._hook = self.model.register_forward_pre_hook(self._refresh_ids)
             object.__setattr__(self.model, "save_pretrained", self._saver)
+            self._loss = install_where_possible(self.model) if self.has_head else None
         else:
             self._hook.remove()
             self._hook = None
             del self.model.__dict__["save_pretrained"]
+            if self._loss is not None:
+                self._loss.remove()
             self._ids.revert()
 
     def _refresh_ids(self, *_: object) -> None:
@@ -206,7 +216,8 @@ def cut_vocab(
     Embedding, head (tied or not), biases and `final_logits_bias` keep the rows of the kept ids, on their
     device, in their dtype, with their `requires_grad`. `vocab_size` and every token id in the model's configs
     become compact; assign token ids to them, they are translated. Checkpoints that `save_pretrained` writes
-    meanwhile are compact; see `restore`.
+    meanwhile are compact; see `restore`. Where cut-cross-entropy is installed, decoders on a CUDA device
+    train with it.
 
     Args:
         model: a transformers model, not wrapped: wrap it (DistributedDataParallel, PEFT, torch.compile)
@@ -225,8 +236,12 @@ def cut_vocab(
     """
     if "save_pretrained" in model.__dict__:
         raise UsageError("the model is cut already: restore it first, or grow the vocab before the block.")
-    partial = PartialVocab(model, vocab, base=find_base(model, base), folder=folder)
-    partial.cut(optimizers)
+    partial = PartialVocab(model, vocab, base=base, folder=folder)
+    try:
+        partial.cut(optimizers)
+    except BaseException:
+        partial.restore()
+        raise
     logger.info("%s of %s rows are trained", f"{len(vocab):,}", f"{vocab.vocab_size:,}")
     return partial
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimserve.selection import round_up
+from trimserve.ranking import round_up
 from trimserve.vocab import Ids, Reason, VocabMap
 
 
@@ -51,7 +51,7 @@ def grow(
         ids: token ids to join it.
         multiple_of: K is rounded up to a multiple of this with the lowest ids that are not kept: tokenizers
             number frequent tokens first.
-        widths: of the model's linear layers, which K must not equal (see `selection.round_up`).
+        widths: of the model's linear layers, which K must not equal (see `round_up`).
 
     Raises:
         UnknownIdError: an id is outside 0..V-1.
