@@ -14,7 +14,8 @@ from trimserve.counting import count_tokens
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.merging import merge
 from trimserve.profiling import Profile, profile
-from trimserve.selection import coverage_curve, select
+from trimserve.ranking import coverage_curve
+from trimserve.selection import select
 from trimserve.source import resolve_model
 from trimserve.vocab import Reason
 
@@ -285,3 +286,68 @@ def test_real_tokenizers_select_and_round_trip_every_corpus(data_dir, name):
         assert vocab.rule["coverage"] >= 0.999
         assert set(counted.structural.tolist()) <= set(kept(vocab))
         assert_round_trip(vocab, tokenizer, [*texts, *slices["udhr-25langs"][:5]])
+
+
+def test_floors_hold_for_each_named_profile(counted):
+    small = np.zeros(V, np.int64)
+    small[20:24] = [6, 3, 1, 1]
+    named = {"big": counted, "small": make_profile(small)}
+    assert not {20, 21} & set(kept(select(named, coverage=0.6, multiple_of=1)))
+    vocab = select(named, coverage=0.6, floors={"small": 0.8}, multiple_of=1)
+    assert {20, 21} <= set(kept(vocab))
+    assert not {22, 23} & set(kept(vocab))
+    assert vocab.rule["profiles"]["small"] == pytest.approx(9 / 11)
+    assert vocab.rule["options"]["floors"] == {"small": 0.8}
+    assert vocab.rule["coverage"] >= 0.6
+    # A size holds them too: floors first, the rest by frequency.
+    vocab = select(named, top_k=7, floors={"small": 0.8}, multiple_of=1)
+    assert kept(vocab) == [0, 1, 5, 6, 20, 21, 30]
+    with pytest.raises(UsageError, match="top_k 4 is less than the 5 ids"):
+        select(named, top_k=4, floors={"small": 0.8}, multiple_of=1)
+    with pytest.raises(UsageError, match=r"floor smal=0\.8 names no profile \(named profiles: big, small\)"):
+        select(named, floors={"smal": 0.8})
+    with pytest.raises(UsageError, match="none: pass NAME=PROFILE"):
+        select(counted, floors={"a": 0.8})
+    with pytest.raises(UsageError, match=r"floor small=0\.9 cannot be met: .* cover 0\.5455"):
+        select(named, floors={"small": 0.9}, min_count=5)
+    with pytest.raises(UsageError, match="floor small is a share"):
+        select(named, floors={"small": 1.5})
+
+
+@given(many, many, shares, shares, st.integers(1, 9))
+def test_floors_are_met_whatever_the_counts(a, b, coverage, floor, multiple_of):
+    for counts in (a, b):
+        counts[PADDING] = 0
+    assume(a.sum() > 0 and b.sum() > 0)
+    named = {"a": make_profile(a), "b": make_profile(b)}
+    vocab = select(named, coverage=coverage, floors={"b": floor}, multiple_of=multiple_of)
+    assert named["b"].coverage(vocab.kept_ids) >= floor - 1e-12
+    assert vocab.rule["coverage"] >= coverage - 1e-12
+
+
+def test_completions_have_a_coverage_of_their_own(counted):
+    spoken = np.zeros(V, np.int64)
+    spoken[[13, 14]] = [20, 10]  # rare ids, that only completions hold
+    told = dataclasses.replace(counted, output_counts=spoken)
+    assert select(told, coverage=0.6, multiple_of=1).rule["output_coverage"] == 0
+    vocab = select(told, coverage=0.6, output_coverage=0.66, multiple_of=1)
+    assert 13 in kept(vocab)
+    assert vocab.rule["output_coverage"] == pytest.approx(2 / 3)
+    with pytest.raises(UsageError, match="needs completions counted apart"):
+        select(counted, output_coverage=0.9)
+
+
+def test_ids_of_few_documents_do_not_even_fill_up(counted):
+    documents = np.minimum(counted.counts, 1)
+    documents[5:9] = 3
+    private = dataclasses.replace(counted, document_counts=documents, texts=4)
+    vocab = select(private, coverage=1, min_docs=2, multiple_of=1)
+    assert by_reason(vocab, Reason.PROFILE) == [5, 6, 7, 8]
+    vocab = select(private, coverage=1, min_docs=2, multiple_of=128)
+    assert not set(range(9, 15)) & set(kept(vocab))
+    assert by_reason(vocab, Reason.FILL)  # ids that never occurred tell nothing about a document
+    assert 9 in kept(select(private, coverage=1, min_docs=2, keep_ids=[9]))
+    with pytest.raises(UsageError, match="needs the documents of each id"):
+        select(counted, min_docs=2)
+    with pytest.raises(UsageError, match="min_docs should be at least 1"):
+        select(private, min_docs=0)

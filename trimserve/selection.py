@@ -1,7 +1,7 @@
 """Choose the kept ids from profiles, with a reason for each."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +14,25 @@ from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.keepfile import KeepList, check_named, read_keep_file
 from trimserve.merging import merge
 from trimserve.profiling import Profile
+from trimserve.ranking import Mass, affordable, covering, occurrences, ranked, round_up
+from trimserve.rule import Rule
 from trimserve.source import ModelSource, resolve_model
 from trimserve.vocab import Ids, Reason, VocabMap
 
-DEFAULT_COVERAGE = 0.999
-_CURVE_POINTS = 8
-Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What decides how many ids stay; at most one of coverage, top_k and max_bytes.
-
-    Attributes:
-        coverage: keep the most frequent ids until this share of occurrences is covered, 0..1.
-        top_k: keep at most this many ids, structural and explicit ones included, before rounding.
-        min_count: an id that occurs less often does not stay for its frequency.
-        max_bytes: the kept rows may take this many bytes, as stored in the checkpoint.
-        multiple_of: K is rounded to a multiple of this: up, or down for max_bytes.
-    """
-
-    coverage: float | None = None
-    top_k: int | None = None
-    min_count: int | None = None
-    max_bytes: int | None = None
-    multiple_of: int = 128
-
-    def __post_init__(self) -> None:
-        sizes = [name for name in ("coverage", "top_k", "max_bytes") if getattr(self, name) is not None]
-        if len(sizes) > 1:
-            raise UsageError(f"{' and '.join(sizes)} contradict each other: give one of them.")
-        if self.coverage is not None and not 0 <= self.coverage <= 1:
-            raise UsageError(f"coverage is a share from 0 to 1, not {self.coverage}.")
-        for name in ("top_k", "min_count", "max_bytes", "multiple_of"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} should be at least 1 but is {value:,}.")
+Profiles = Profile | Sequence[Profile] | Mapping[str, Profile]
+Reasons = npt.NDArray[np.int8]
 
 
 def select(  # noqa: PLR0913 - the options are the public interface
-    profiles: Profile | Sequence[Profile],
+    profiles: Profiles,
     *,
     coverage: float | None = None,
     top_k: int | None = None,
     min_count: int | None = None,
     max_bytes: int | None = None,
+    min_docs: int | None = None,
+    output_coverage: float | None = None,
+    floors: Mapping[str, float] | None = None,
     keep_tokens: Sequence[str] = (),
     keep_ids: Sequence[int] = (),
     keep_file: str | Path | None = None,
@@ -67,17 +41,20 @@ def select(  # noqa: PLR0913 - the options are the public interface
 ) -> VocabMap:
     """Choose the kept ids.
 
-    Structural and explicitly named ids always stay. The most frequent ids join them by `coverage`
-    (0.999 by default), `top_k`, `max_bytes` or `min_count`; K is then rounded up to a multiple of
-    `multiple_of` with the next most frequent ids that the tokenizer has, and moved up further while it
-    equals the width of a linear layer. Equally frequent ids: the lower one first.
+    Structural and explicitly named ids always stay, then those that the floors take. The most frequent ids
+    join them by `coverage` (0.999 by default), `top_k`, `max_bytes` or `min_count`; K is then rounded up to
+    a multiple of `multiple_of` with the next most frequent ids that the tokenizer has, and moved up further
+    while it equals the width of a linear layer. Equally frequent ids: the lower one first.
 
     Args:
-        profiles: one profile, or several of one model, which are added up.
-        coverage: see `Rule`, as the next three.
+        profiles: one profile, or several of one model, which are added up; by name where there are floors.
+        coverage: see `Rule`, as the next six.
         top_k: see `Rule`.
         min_count: see `Rule`.
         max_bytes: see `Rule`.
+        min_docs: see `Rule`.
+        output_coverage: see `Rule`.
+        floors: see `Rule`; the names are those of `profiles`.
         keep_tokens: tokens of the vocabulary, or texts, all of whose tokens stay.
         keep_ids: token ids that stay.
         keep_file: a keep list of this or another tool; see `keepfile.read_keep_file`.
@@ -92,8 +69,34 @@ def select(  # noqa: PLR0913 - the options are the public interface
         UnknownIdError: a keep id outside 0..V-1.
         MismatchError: profiles or a model with different tokenizers.
     """
-    rule = Rule(coverage, top_k, min_count, max_bytes, multiple_of)
-    profile = profiles if isinstance(profiles, Profile) else merge(profiles)
+    rule = Rule(coverage, top_k, min_count, max_bytes, multiple_of, min_docs, output_coverage, floors or {})
+    named = profiles if isinstance(profiles, Mapping) else {}
+    profile = _merged(profiles)
+    explicit = _explicit_ids(profile, keep_tokens, keep_ids, keep_file, model)
+    reason = _reasons(profile, rule, explicit, _floors(profile, rule, named))
+    kept_ids = np.flatnonzero(reason >= 0).astype(np.int32)
+    return VocabMap(
+        kept_ids=kept_ids,
+        reason=reason[kept_ids].astype(np.uint8),
+        vocab_size=profile.vocab_size,
+        tokenizer_sha256=profile.tokenizer_sha256,
+        rule=_facts(profile, rule, explicit, kept_ids, reason) | _floor_facts(profile, rule, named, kept_ids),
+    )
+
+
+def _merged(profiles: Profiles) -> Profile:
+    if isinstance(profiles, Profile):
+        return profiles
+    return merge(list(profiles.values()) if isinstance(profiles, Mapping) else profiles)
+
+
+def _explicit_ids(
+    profile: Profile,
+    keep_tokens: Sequence[str],
+    keep_ids: Sequence[int],
+    keep_file: str | Path | None,
+    model: str | Path | ModelSource | None,
+) -> list[int]:
     listed = KeepList() if keep_file is None else read_keep_file(keep_file)
     explicit = [*keep_ids, *listed.ids]
     if words := [*keep_tokens, *listed.words]:
@@ -101,116 +104,85 @@ def select(  # noqa: PLR0913 - the options are the public interface
     if listed.named:
         explicit += check_named(listed.named, _tokenizer_of(profile, model))
     _check_ids(explicit, profile.vocab_size)
-    reason = _reasons(profile, rule, explicit)
-    kept_ids = np.flatnonzero(reason >= 0).astype(np.int32)
-    return VocabMap(
-        kept_ids=kept_ids,
-        reason=reason[kept_ids].astype(np.uint8),
-        vocab_size=profile.vocab_size,
-        tokenizer_sha256=profile.tokenizer_sha256,
-        rule=_facts(profile, rule, explicit, kept_ids, reason),
-    )
+    return explicit
 
 
-def coverage_curve(profile: Profile) -> list[tuple[int, float]]:
-    """Coverage on the profile at doubling K: (K, coverage) up to the K that covers all of it."""
-    forced = profile.structural
-    free = np.ones(profile.vocab_size, np.bool_)
-    free[forced] = False
-    ranked = _ranked(profile, profile.counts > 0, free)
-    seen = int(np.count_nonzero(profile.counts[ranked]))
-    size = 1 << max(7, forced.size.bit_length())
-    points: list[tuple[int, float]] = []
-    while size < forced.size + seen and len(points) < _CURVE_POINTS:
-        points.append((size, profile.coverage(np.concatenate([forced, ranked[: size - forced.size]]))))
-        size *= 2
-    return [*points, (forced.size + seen, profile.coverage(np.concatenate([forced, ranked[:seen]])))]
+def _floors(profile: Profile, rule: Rule, named: Mapping[str, Profile]) -> dict[str, tuple[float, Mass]]:
+    """Name -> the share that is covered at least, and (V,) the occurrences that it is a share of."""
+    floors: dict[str, tuple[float, Mass]] = {}
+    for name, share in rule.floors.items():
+        if name not in named:
+            known = ", ".join(named) or "none: pass NAME=PROFILE"
+            raise UsageError(f"floor {name}={share} names no profile (named profiles: {known}).")
+        floors[f"floor {name}={share}"] = share, occurrences(named[name])
+    if rule.output_coverage is not None:
+        floors["output_coverage"] = rule.output_coverage, _completions(profile)
+    return floors
 
 
-def _reasons(profile: Profile, rule: Rule, explicit: Sequence[int]) -> npt.NDArray[np.int8]:
+def _completions(profile: Profile) -> Mass:
+    if profile.output_counts is None:
+        raise UsageError(
+            "output_coverage needs completions counted apart: profile with --output-column or --chat."
+        )
+    return profile.output_counts
+
+
+def _reasons(
+    profile: Profile, rule: Rule, explicit: Sequence[int], floors: Mapping[str, tuple[float, Mass]]
+) -> Reasons:
     """Give every id its reason, int8 (V,); -1 for those that do not stay."""
     reason = np.full(profile.vocab_size, -1, np.int8)
     reason[list(explicit)] = Reason.EXPLICIT
     reason[profile.structural] = Reason.STRUCTURAL
-    forced = np.flatnonzero(reason >= 0)
-    eligible = profile.counts >= (rule.min_count or 1)
-    ranked = _ranked(profile, eligible, reason < 0)
-    wanted = min(int(eligible[ranked].sum()), _limit(profile, rule, ranked, forced))
-    size = min(
-        forced.size + ranked.size,
-        round_up(forced.size + wanted, rule.multiple_of, profile.linear_widths),
-    )
-    reason[ranked[:wanted]] = Reason.PROFILE
-    reason[ranked[wanted : size - forced.size]] = Reason.FILL
+    eligible, barred = _eligible(profile, rule)
+    for name, (share, mass) in floors.items():
+        _take_floor(reason, name, share, mass, eligible & (reason < 0))
+    taken = np.flatnonzero(reason >= 0)
+    order = ranked(profile, eligible, (reason < 0) & ~barred)
+    wanted = min(int(eligible[order].sum()), _limit(profile, rule, order, taken))
+    size = round_up(taken.size + wanted, rule.multiple_of, profile.linear_widths)
+    reason[order[:wanted]] = Reason.PROFILE
+    reason[order[wanted : size - taken.size]] = Reason.FILL
     return reason
 
 
-def _ranked(profile: Profile, eligible: Mask, free: Mask) -> npt.NDArray[np.int64]:
-    """The free ids that the tokenizer has: eligible first, then by frequency, then the lower id."""
-    free = free.copy()
-    free[profile.padding_ids] = False
-    ids = np.flatnonzero(free)
-    return ids[np.lexsort((ids, -profile.mass[ids], ~eligible[ids]))]
+def _eligible(profile: Profile, rule: Rule) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which ids may stay for their frequency, and which may not even fill K up, bool (V,) each."""
+    eligible = profile.counts >= (rule.min_count or 1)
+    if rule.min_docs is None:
+        return eligible, np.zeros_like(eligible)
+    if profile.document_counts is None:
+        raise UsageError("min_docs needs the documents of each id, which this profile lacks: profile again.")
+    barred = (profile.counts > 0) & (profile.document_counts < rule.min_docs)
+    return eligible & ~barred, barred
 
 
-def _limit(profile: Profile, rule: Rule, ranked: npt.NDArray[np.int64], forced: npt.NDArray[np.int64]) -> int:
+def _take_floor(
+    reason: Reasons, name: str, share: float, mass: Mass, eligible: npt.NDArray[np.bool_]
+) -> None:
+    """Mark the fewest eligible ids that bring what is covered of `mass` to a share."""
+    ids = np.flatnonzero(eligible & (mass > 0))
+    order = ids[np.lexsort((ids, -mass[ids]))]
+    taken = np.flatnonzero(reason >= 0)
+    reachable = (mass[taken].sum() + mass[order].sum()) / mass.sum()
+    if reachable < share - 1e-12:
+        raise UsageError(
+            f"{name} cannot be met: the ids that may stay cover {reachable:.4f} of it. Lower it, or "
+            "min_count or min_docs."
+        )
+    reason[order[: covering(mass, share, order, taken)]] = Reason.PROFILE
+
+
+def _limit(profile: Profile, rule: Rule, order: npt.NDArray[np.int64], taken: npt.NDArray[np.int64]) -> int:
     """How many ids may stay for their frequency at most."""
     if rule.top_k is not None:
-        if rule.top_k < forced.size:
-            raise UsageError(f"top_k {rule.top_k:,} is less than the {forced.size:,} ids that must stay.")
-        return rule.top_k - forced.size
+        if rule.top_k < taken.size:
+            raise UsageError(f"top_k {rule.top_k:,} is less than the {taken.size:,} ids that must stay.")
+        return rule.top_k - taken.size
     if rule.max_bytes is not None:
-        return _affordable(profile, rule.max_bytes, rule.multiple_of, forced.size, ranked.size)
-    if rule.coverage is None and rule.min_count is not None:
-        return ranked.size
-    coverage = DEFAULT_COVERAGE if rule.coverage is None else rule.coverage
-    return _covering(profile, coverage, ranked, forced)
-
-
-def _covering(
-    profile: Profile, coverage: float, ranked: npt.NDArray[np.int64], forced: npt.NDArray[np.int64]
-) -> int:
-    """How many of the ranked ids it takes, besides the forced ones, to reach a coverage."""
-    # Whole counts where there are no weights, so that coverage 1 is not missed by a rounding error.
-    mass = profile.counts if profile.shares is None else profile.shares
-    reached = mass[forced].sum() + np.concatenate([[0], np.cumsum(mass[ranked])])
-    return int(np.searchsorted(reached, coverage * mass.sum()))
-
-
-def _affordable(profile: Profile, max_bytes: int, multiple_of: int, forced: int, free: int) -> int:
-    """How many free ids fit beside the forced ones, at a K that needs no rounding up."""
-    if profile.row_bytes == 0:
-        raise UsageError(
-            "max_bytes needs to know the bytes of a row, but the profiled folder held no weights: profile "
-            "with a folder that has model.safetensors, or use top_k."
-        )
-    rows = max_bytes // profile.row_bytes
-    if rows >= forced + free:
-        return free
-    size = rows - rows % multiple_of
-    while size in profile.linear_widths:
-        size -= multiple_of
-    if size < forced:
-        least = round_up(forced, multiple_of, profile.linear_widths) * profile.row_bytes
-        raise UsageError(
-            f"max_bytes {max_bytes:,} cannot hold the {forced:,} ids that must stay: allow {least:,} bytes."
-        )
-    return size - forced
-
-
-def round_up(size: int, multiple_of: int, widths: Sequence[int]) -> int:
-    """The next multiple that is not the width of a linear layer.
-
-    An exporter that looks for the head by its width would take such a layer for it.
-
-    Example:
-        >>> round_up(700, 128, [768])
-        896
-    """
-    rounded = -(-max(size, 1) // multiple_of) * multiple_of
-    while rounded in widths:
-        rounded += multiple_of
-    return rounded
+        return affordable(profile, rule.max_bytes, rule.multiple_of, taken.size, order.size)
+    return covering(occurrences(profile), rule.share, order, taken)
 
 
 def count_reasons(reason: npt.NDArray[np.integer[Any]]) -> dict[str, int]:
@@ -250,13 +222,11 @@ def _token_ids(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[int]:
 
 
 def _facts(
-    profile: Profile, rule: Rule, explicit: Sequence[int], kept_ids: Ids, reason: npt.NDArray[np.int8]
+    profile: Profile, rule: Rule, explicit: Sequence[int], kept_ids: Ids, reason: Reasons
 ) -> dict[str, Any]:
-    options = {name: value for name, value in asdict(rule).items() if value is not None}
+    options = rule.to_dict()
     if explicit:
         options["keep_ids"] = sorted(set(map(int, explicit)))
-    if not {"coverage", "top_k", "max_bytes", "min_count"} & options.keys():
-        options["coverage"] = DEFAULT_COVERAGE
     return {
         "options": options,
         "coverage": profile.coverage(kept_ids),
@@ -269,3 +239,15 @@ def _facts(
         "row_bytes": profile.row_bytes,
         "sources": [asdict(source) for source in profile.sources],
     }
+
+
+def _floor_facts(profile: Profile, rule: Rule, named: Mapping[str, Profile], kept_ids: Ids) -> dict[str, Any]:
+    """What the kept ids cover of each named profile, and of completions where they were counted apart."""
+    facts: dict[str, Any] = {}
+    if len(named) > 1 or rule.floors:
+        facts["profiles"] = {name: part.coverage(kept_ids) for name, part in named.items()}
+    if profile.output_counts is not None and profile.output_counts.any():
+        facts["output_coverage"] = int(profile.output_counts[kept_ids].sum()) / int(
+            profile.output_counts.sum()
+        )
+    return facts

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.output import emit
+from trimserve.cli.profiles import load_profiles
 from trimserve.cli.select import add_selection_arguments, selection_options
 from trimserve.errors import UsageError, require
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
     ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group(required=True)
     ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
-    ids.add_argument("--profile", nargs="+", type=Path, metavar="P", help="profiles to select from")
+    ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
     ids.add_argument("--corpus", nargs="+", metavar="FILE", help="texts to profile and select from")
     parser.add_argument("--text-column", metavar="C", help="field of a .jsonl record that holds its text")
     add_selection_arguments(parser)
@@ -96,15 +97,18 @@ def _vocab(
     from trimserve.artefacts import load_vocab
     from trimserve.selection import select
 
-    return load_vocab(args.vocab) if profile is None else select(profile, model=source, **options)
+    if profile is None:
+        return load_vocab(args.vocab)
+    named = load_profiles(args.profile) if args.profile else profile
+    return select(named, model=source, **options)
 
 
 def _profile(args: argparse.Namespace, source: "ModelSource") -> "Profile | None":
     from trimserve.merging import merge
-    from trimserve.profiling import Profile, profile
+    from trimserve.profiling import profile
 
     if args.profile is not None:
-        return merge([Profile.load(path) for path in args.profile])
+        return merge(list(load_profiles(args.profile).values()))
     if args.corpus is not None:
         return profile(args.corpus, source, text_column=args.text_column)
     return None

@@ -4,8 +4,8 @@ from typing import Any
 
 from trimserve.estimates import CONFIDENCE
 from trimserve.profiling import Profile
+from trimserve.ranking import coverage_curve
 from trimserve.report import human_bytes, percent, table
-from trimserve.selection import coverage_curve
 
 
 def profile_document(profile: Profile, path: str) -> dict[str, Any]:

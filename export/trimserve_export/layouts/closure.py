@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 
 from trimserve.errors import UnsupportedModelError
 from trimserve.profiling import Profile
-from trimserve.selection import count_reasons, round_up
+from trimserve.ranking import round_up
+from trimserve.selection import count_reasons
 from trimserve.source import ModelSource
 from trimserve.structural import structural_ids
 from trimserve.vocab import Reason, VocabMap
