@@ -41,6 +41,16 @@ def data_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Train tiny models with one torch thread: more cost them more than they bring."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """Give a family's tiny model, its trimmed folder and full graph, each made once: `exported("llama")`."""

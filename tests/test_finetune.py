@@ -28,18 +28,9 @@ from tests.folders import make_vocab
 from trimserve.errors import MismatchError, UnknownIdError, UnsupportedModelError, UsageError
 from trimserve.finetune import cut_vocab, partial_vocab
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 50
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than they bring in models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "distilbert")

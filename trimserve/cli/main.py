@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "compare a trimmed folder with the full model",
     "run": "generate or embed with a trimmed folder",
     "bench": "measure the full model against a trimmed folder",
+    "finetune": "check training texts against a vocab, restore full checkpoints of compact ones",
 }
 
 

@@ -136,7 +136,7 @@ def restore(
     vocab = load_vocab(folder / VOCAB_NAME)
     if (len(vocab), vocab.vocab_size) != (provenance.kept, provenance.vocab_size):
         raise MismatchError(
-            f"{folder}: {VOCAB_NAME} and {PROVENANCE_NAME} differ: save the checkpoint again."
+            f"{folder}: {VOCAB_NAME} does not belong to {PROVENANCE_NAME}: save the checkpoint again."
         )
     source = _base_source(provenance, base)
     with staged_folder(Path(output)) as staging:
