@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from bench.harness import memory
+from trimserve.coldhead import ColdHead
 from trimserve.decoder import Decoder, Floats
-from trimserve.exact import ColdHead
 from trimserve.generator import Generator
 from trimserve.loading import load
 from trimserve.session import open_session

@@ -6,8 +6,8 @@ import pytest
 pytest.importorskip("torch")
 
 from tests.generators import FullSampler, make_pair
+from trimserve.blocksize import BlockSize
 from trimserve.errors import UsageError
-from trimserve.exact import BlockSize
 from trimserve.sampling import SamplingParams
 
 pytestmark = pytest.mark.export

@@ -112,7 +112,8 @@ def test_steps_and_cuts_give_what_one_run_over_all_tokens_gives(full_graph, monk
 
 
 def test_exact_generation_with_shared_buffers_is_the_full_graphs(full_graph, tmp_path):
-    from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME, ColdHead, ExactChecker
+    from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME, ColdHead
+    from trimserve.exact import ExactChecker
     from trimserve_export.serving.cold_head import write_cold_head
 
     vocab = make_vocab(KEPT, V)

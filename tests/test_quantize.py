@@ -21,8 +21,8 @@ from tests.models import save_model
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, dequantize, round_activations
 from trimserve.cli.main import main
 from trimserve.cold import ColdRows
+from trimserve.coldhead import COLD_MAX_NAME, ColdHead
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.exact import COLD_MAX_NAME, ColdHead
 from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
 from trimserve.sampling import SamplingParams
 from trimserve.tensorfile import read_header

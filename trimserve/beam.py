@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.cold import ColdRows
+from trimserve.coldhead import ColdHead
 from trimserve.decoder import Decoder, Floats, Step
 from trimserve.errors import NoTokenError, UsageError
-from trimserve.exact import ColdHead
 from trimserve.feeding import Feeder
 from trimserve.request import DraftSlots, Request
 from trimserve.sampling import Columns, History, edit_logits

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 from trimserve.beam import BeamParams, BeamSearch, EarlyStopping
+from trimserve.blocksize import MAX_BLOCK, BlockSize
 from trimserve.chat import Message, render_chat
 from trimserve.cold import ColdRows
+from trimserve.coldhead import COLD_MAX_NAME, ColdHead
 from trimserve.decoder import Decoder
 from trimserve.errors import UsageError
-from trimserve.exact import COLD_MAX_NAME, MAX_BLOCK, BlockSize, ColdHead, ExactChecker
+from trimserve.exact import ExactChecker
 from trimserve.folder import TrimmedFolder
 from trimserve.genconfig import GenerationConfig
 from trimserve.generation import Checker, GenerationLoop

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.cold import ColdRows
+from trimserve.coldhead import ColdHead
 from trimserve.decoder import Decoder, Floats
-from trimserve.exact import ColdHead
 from trimserve.request import Block, Request
 from trimserve.stats import Timing
 from trimserve.vocab import Ids, VocabMap

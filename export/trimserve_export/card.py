@@ -9,7 +9,7 @@ from typing import Any
 
 from trimserve.artefacts import sha256_file
 from trimserve.blocks import COLD_BLOCKS_NAME
-from trimserve.exact import COLD_HEAD_NAME, COLD_MAX_NAME
+from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import COLD_NAME, GENERATION_TASK, TEXT2TEXT_TASK, VOCAB_NAME, FileEntry, Manifest
 from trimserve.report import human_bytes, percent
 from trimserve.source import ModelSource
