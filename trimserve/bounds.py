@@ -61,25 +61,27 @@ def norms(rows: Doubles) -> Doubles:
     return round_up(np.sqrt(squares))
 
 
-def product_error(width: int, magnitude: npt.ArrayLike, hidden_norm: npt.ArrayLike) -> Doubles:
-    """A bound of ``|fl(<w, h>) - <w, h>|``, infinite where a partial sum might overflow.
+def product_error(width: int, hidden_norms: Doubles, largest_magnitude: float) -> tuple[Doubles, Doubles]:
+    """Bound ``|fl(<w, h>) - <w, h>|`` by ``slope * magnitude + constant``.
+
+    The magnitude is a bound of ``||w||``; for a quantised row it is what `block_magnitude` gives.
 
     Args:
         width: n.
-        magnitude: a bound of ``||w||``; for a quantised row what `block_magnitude` gives.
-        hidden_norm: a bound of ``||h||``.
+        hidden_norms: bounds of ``||h||`` (N,).
+        largest_magnitude: of all rows.
 
     Returns:
-        float64, of the shape that the arguments broadcast to.
+        Slope and constant, float64 (N,) each; the constant is infinite where a partial sum might overflow.
     """
-    steps = (2 * width + 32) * UNIT_ROUNDOFF
-    magnitude, hidden_norm = np.asarray(magnitude, np.float64), np.asarray(hidden_norm, np.float64)
-    size = magnitude * hidden_norm
-    underflow = 4 * _SMALLEST_NORMAL * (width + np.sqrt(width) * (magnitude + hidden_norm))
-    # 1e-12 covers this module's own float64 sums of the same terms.
-    error = (steps / (1 - steps) + 1e-12) * size + underflow if steps < 1 else np.full_like(size, np.inf)
+    roundings = (2 * width + 32) * UNIT_ROUNDOFF
+    underflow = 4 * _SMALLEST_NORMAL
+    # 1e-12 covers the float64 sums of the same terms.
+    slope = (roundings / (1 - roundings) + 1e-12) * hidden_norms + underflow * np.sqrt(width)
+    constant = underflow * (width + np.sqrt(width) * hidden_norms)
     # A comparison with NaN is false: what is not known to be small is infinite.
-    return np.where(size < _LARGEST_PRODUCT, round_up(error), np.inf)
+    bounded = (largest_magnitude * hidden_norms < _LARGEST_PRODUCT) & (roundings < 0.5)
+    return round_up(slope), np.where(bounded, round_up(constant), np.inf)
 
 
 def block_magnitude(scales: npt.NDArray[np.float32], scheme: BlockScheme) -> Doubles:
@@ -156,6 +158,7 @@ class HeadArithmetic:
             error = round_up(2 * unit * np.abs(values) + smallest + extra)
             return values + side * error
 
+        # Without a bias or a scale float32 logits are the products, whose rounding the caller bounded.
         values = outwards(products) if self.half else products
         for operator, number in self.after_head:
             operand = np.asarray(bias if number is None else np.float32(number), np.float64)

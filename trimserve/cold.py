@@ -85,6 +85,13 @@ class ColdRows:
         """Whether the vocab head has a bias."""
         return "head_bias" in self._maps
 
+    @property
+    def head_nbytes(self) -> int:
+        """Bytes of the head's cold rows as they are stored; 0 where there are none."""
+        if self._blocks is not None:
+            return self._blocks.nbytes
+        return self.spec("head").nbytes if self.has_head else 0
+
     def embedding(self, cold_ids: npt.ArrayLike) -> Rows:
         """Read embedding rows for the graph's input `cold_rows`.
 
@@ -208,6 +215,7 @@ class _QuantizedRows:
                 "export the folder again."
             )
         self.scheme = scheme
+        self.nbytes = specs.end
         self._width = width
         self._integers, self._scales = map_tensor(specs.integers), map_tensor(specs.scales)
         self._zero_points = None if specs.zero_points is None else map_tensor(specs.zero_points)

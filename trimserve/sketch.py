@@ -139,14 +139,16 @@ class SketchedProduct:
     Attributes:
         upper: float64 (N, groups), above every logit of a group.
         hidden: float64 (N, H).
-        norms: bounds of its norms (N,).
         distances: see `bounds.rounding_distance` (N,).
+        slope: see `bounds.product_error` (N,).
+        constant: likewise.
     """
 
     upper: Doubles
     hidden: Doubles
-    norms: Doubles
     distances: Doubles
+    slope: Doubles
+    constant: Doubles
 
 
 class Sketch:
@@ -182,6 +184,7 @@ class Sketch:
             self._bias = np.array(map_tensor(specs["bias"])) if "bias" in specs else np.zeros(1)
         except KeyError as error:
             raise MismatchError(f"{path} has no tensor {error}: export the folder again.") from error
+        self._rests = np.stack([self._norms, self._residuals, self._magnitudes])
         self._path = path
         self._cold = cold
         self._width = cold.width
@@ -201,12 +204,13 @@ class Sketch:
         upper[digits.steps[count:]] += maxima[count:] * digits.scales[count:, None]
         upper *= self._scales
         distances = rounding_distance(values, self.arithmetic.scheme)
-        distances = rounding_distance(values, self.arithmetic.scheme)
         sizes = digits.norms + distances
-        upper += np.outer(digits.rest + distances, self._norms)
-        upper += np.outer(sizes, self._residuals)
-        upper += product_error(self._width, self._magnitudes, sizes[:, None])
-        return SketchedProduct(self.arithmetic.bound(upper, self._bias, 1), values, sizes, distances)
+        slope, constant = product_error(self._width, sizes, float(self._magnitudes.max()))
+        upper += np.einsum("tn,tg->ng", [digits.rest + distances, sizes, slope], self._rests, optimize=False)
+        upper += constant[:, None]
+        return SketchedProduct(
+            self.arithmetic.bound(upper, self._bias, 1), values, distances, slope, constant
+        )
 
     def score(
         self, product: SketchedProduct, step: int, places: npt.NDArray[np.intp]
@@ -223,7 +227,7 @@ class Sketch:
         """
         ids, groups = self.ids[places], places // GROUP_ROWS
         scores = self._cold.head(ids).astype(np.float64) @ product.hidden[step]
-        error = product_error(self._width, self._magnitudes[groups], product.norms[step])
+        error = product.slope[step] * self._magnitudes[groups] + product.constant[step]
         error += (self._norms + self._residuals)[groups] * product.distances[step]
         bias = self._cold.head_bias(ids).astype(np.float64) if self._cold.has_head_bias else np.zeros(1)
         bound = self.arithmetic.bound

@@ -22,6 +22,28 @@ class Timing:
 
 
 @dataclass(slots=True)
+class ColdReads:
+    """What exact mode's checks read of the cold files.
+
+    Attributes:
+        steps: steps checked.
+        certified: steps settled by the sketch, with the few rows that it named, if any.
+        rows: cold rows read by themselves.
+        bytes: bytes of all checks: the sketch, rows, and the whole cold head where it was needed. Rows read
+            for slots are not counted.
+        full_bytes: of the whole cold head.
+        row_bytes: of one of its rows.
+    """
+
+    steps: int = 0
+    certified: int = 0
+    rows: int = 0
+    bytes: int = 0
+    full_bytes: int = 0
+    row_bytes: int = 0
+
+
+@dataclass(slots=True)
 class GeneratorStats:
     """What a generator has done since it was loaded: the live coverage, which shows drift.
 
@@ -33,6 +55,7 @@ class GeneratorStats:
         drafted: tokens drafted.
         rejected: drafts that the full model's token replaced.
         seconds: time by part: model (body and compact head), cold_head, sampler, other.
+        cold_reads: what exact mode's checks read of the cold files.
     """
 
     prompt_tokens: int = 0
@@ -43,6 +66,7 @@ class GeneratorStats:
     seconds: dict[str, float] = field(
         default_factory=lambda: {"model": 0.0, "cold_head": 0.0, "sampler": 0.0, "other": 0.0}
     )
+    cold_reads: ColdReads = field(default_factory=ColdReads)
 
     def count(
         self, requests: Sequence[Request], vocab: VocabMap, timings: Sequence[Timing], seconds: float

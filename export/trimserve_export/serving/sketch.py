@@ -11,15 +11,17 @@ rows a tile, with their packed form behind them, as `serving/packed.py` does it.
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from trimserve.artefacts import sha256_file
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs
 from trimserve.bounds import Doubles, block_magnitude, round_up
 from trimserve.cold import ColdRows
-from trimserve.exact import COLD_MAX_NAME
+from trimserve.coldhead import COLD_MAX_NAME
 from trimserve.folder import FileEntry, Manifest, TrimmedFolder, open_folder, write_manifest
 from trimserve.sketch import (
     GROUP_ROWS,
@@ -38,7 +40,7 @@ from trimserve_export.serving.packed import store_packed
 _OPSET = 20
 # Nothing overflows 32 bits below this width.
 _MAX_WIDTH = 1 << 17
-_Arrays = dict[str, np.ndarray]
+_Arrays = dict[str, npt.NDArray[Any]]
 
 
 def can_be_sketched(manifest: Manifest) -> bool:
@@ -74,7 +76,7 @@ def add_sketch(path: Path) -> Manifest:
 
 
 def _sketch_run(
-    cold: ColdRows, ids: Ids, start: int, magnitudes: "Callable[[Ids, Doubles], Doubles]"
+    cold: ColdRows, ids: Ids, start: int, magnitudes: Callable[[Ids, Doubles], Doubles]
 ) -> tuple[SketchedRows, _Arrays]:
     """Sketch rows that follow each other, sorted by their largest entries."""
     rows = cold.head(ids).astype(np.float32)
@@ -82,7 +84,7 @@ def _sketch_run(
     places = np.concatenate([places, np.repeat(places[-1:], -len(places) % GROUP_ROWS)])
     sketched = sketch_rows(rows[places])
     sizes = round_up(sketched.norms + sketched.residuals)
-    arrays = {
+    arrays: _Arrays = {
         "order": (start + places).astype(np.int32),
         "scales": sketched.scales,
         "residuals": sketched.residuals,
@@ -95,7 +97,7 @@ def _sketch_run(
     return sketched, arrays
 
 
-def _magnitudes(folder: TrimmedFolder, cold: ColdRows) -> "Callable[[Ids, Doubles], Doubles]":
+def _magnitudes(folder: TrimmedFolder, cold: ColdRows) -> Callable[[Ids, Doubles], Doubles]:
     """What the head's rounding errors are proportional to, a group: of float rows their norms."""
     scheme = BlockScheme.from_dict(folder.manifest.quantization)
     if scheme is None or COLD_BLOCKS_NAME not in folder.manifest.files:
