@@ -234,9 +234,10 @@ def find_graph(folder: Path, named: str | None = None, variant: str | None = Non
     Raises:
         UsageError: there are several, none of them with a usual name.
     """
-    ending = f"_{variant}" if variant not in (None, "", "fp32") else ""
+    endings = ("",) if variant in (None, "", "fp32") else (f"_{variant}", "")
     places = [
         folder / place / f"{name}{ending}.onnx"
+        for ending in endings
         for name in ("model", "decoder_model_merged", "decoder_model")
         for place in ("", GRAPH_FOLDER)
     ]

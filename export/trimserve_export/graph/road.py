@@ -124,9 +124,7 @@ def check_road(source: ModelSource, options: Options) -> None:
     """
     if source.graph is None:
         if options.link or options.variant is not None:
-            raise UsageError(
-                f"{source.name} has no ONNX graph to trim, which --link and --variant are for: leave them out."
-            )
+            raise UsageError(f"{source.name} has no ONNX graph to trim: leave --link and --variant out.")
         return
     what = f"{source.name} is an ONNX graph"
     if options.to != "onnx":

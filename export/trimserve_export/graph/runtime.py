@@ -25,6 +25,9 @@ from trimserve_export.serving.tied_head import same_tables
 
 logger = logging.getLogger(__name__)
 
+# The branch of a merged decoder that `use_cache_branch` chooses.
+_CACHED = "then_branch"
+
 
 def full_graph(model: ir.Model, *, has_head: bool) -> FullGraph:
     """An untrimmed graph with its embedding and head found."""
@@ -90,8 +93,8 @@ def load_seq2seq(parts: Mapping[str, Part]) -> dict[str, ir.Model]:
         )
     return {
         ENCODER: encoder,
-        FIRST: take_branch(load_graph(parts[MERGED].path), "then_branch"),
-        LATER: take_branch(load_graph(parts[MERGED].path), "else_branch"),
+        FIRST: take_branch(load_graph(parts[MERGED].path), "else_branch"),
+        LATER: take_branch(load_graph(parts[MERGED].path), _CACHED),
     }
 
 
@@ -106,6 +109,10 @@ def take_branch(model: ir.Model, name: str) -> ir.Model:
     if choice is None or choice.op_type != "If" or any(v.producer() is not choice for v in graph.outputs):
         raise UnsupportedModelError("the merged decoder does not choose between two decoders by one If.")
     branch = choice.attributes[name].as_graph()
+    other = choice.attributes["else_branch" if name == "then_branch" else "then_branch"].as_graph()
+    for node in other.all_nodes():  # they would go on counting as users of the weights
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
     made = [branch.outputs[value.index() or 0] for value in graph.outputs]
     for value, whole in zip(made, graph.outputs, strict=True):
         whole_name, whole.name = whole.name, f"{whole.name}/merged"
@@ -119,9 +126,9 @@ def take_branch(model: ir.Model, name: str) -> ir.Model:
     branch.remove(nodes)
     graph.outputs.clear()
     graph.insert_before(choice, nodes)
-    graph.remove(choice)
-    # For later tokens the branch hands the cross-attention's keys and values on as they are.
-    graph.outputs.extend(v for v in made if name == "then_branch" or ".encoder." not in str(v.name))
+    graph.remove(choice, safe=True)
+    # Behind a cache the cross-attention's keys and values are no result: the branch gives empty ones.
+    graph.outputs.extend(v for v in made if name != _CACHED or ".encoder." not in str(v.name))
     RemoveUnusedNodesPass()(model)
     for value in [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
         graph.inputs.remove(value)

@@ -112,9 +112,9 @@ class Context:
     def bound(self) -> RoundingBound:
         """How far two roundings of one vocab logit can lie apart."""
         if self.source.graph is not None and self.full_folder is not None:
-            return GraphBound(
-                self.full_folder / self.folder.manifest.graphs["model"], self.folder.manifest.dtype
-            )
+            graphs = self.folder.manifest.graphs
+            headed = self.full_folder / (graphs.get("decoder") or graphs["model"])
+            return GraphBound(headed, self.folder.manifest.dtype)
         return RoundingBound(self.stored, self.folder.manifest.dtype)
 
     @cached_property

@@ -17,6 +17,7 @@ from trimserve_export.layouts.remap import id_table
 from trimserve_export.layouts.segmentation import unknown_id
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.numbers import check_tally
+from trimserve_export.verify.parts import check_part_outputs, has_parts
 from trimserve_export.verify.result import Check
 from trimserve_export.verify.retrimmed import check_retrimmed
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
@@ -38,7 +39,9 @@ def layout_checks(context: Context) -> Iterator[tuple[str, Callable[[Context], C
     yield "files", check_files
     yield "tokenizer", check_cut_tokenizer if cut else check_tokenizer
     yield "kept-rows", check_kept_rows if context.source.graph is None else check_retrimmed
-    if manifest.graphs:
+    if has_parts(manifest):
+        yield "layout-outputs", check_part_outputs
+    elif manifest.graphs:
         if not cut:
             yield "id-tables", check_id_tables
         yield "layout-outputs", check_layout_outputs

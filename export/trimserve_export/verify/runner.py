@@ -1,5 +1,6 @@
 """Run every check that applies to a folder, against the full model exported the same way for the occasion."""
 
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ from trimserve_export.verify.numbers import (
     check_kept_logits,
     check_runtime_outputs,
 )
+from trimserve_export.verify.parts import has_parts
 from trimserve_export.verify.quantized import check_quantized_embedding, check_quantized_head
 from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.retrimmed import check_retrimmed
@@ -75,6 +77,8 @@ def verify(
     path = Path(folder)
     manifest = read_manifest(path)
     source = resolve_model(model or manifest.source.name, revision=revision or manifest.source.revision)
+    if variant := manifest.exporter.get("variant"):
+        source = dataclasses.replace(source, variant=variant)
     try:
         opened = open_folder(path)
     except MismatchError as error:
@@ -92,6 +96,8 @@ def verify(
 def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
     if not manifest.graphs:
         return None
+    if has_parts(manifest):
+        return scratch  # each graph is compared with the one that it was cut from
     scheme = BlockScheme.from_dict(manifest.quantization) if source.graph is None else None
     made_by = manifest.exporter if source.graph is None else {}
     return export_full(
