@@ -19,7 +19,7 @@ from trimserve.decoder import Floats
 from trimserve.request import Block, Request
 from trimserve.rules import Verdict
 from trimserve.sampling import Columns, choose, obey
-from trimserve.stats import Timing
+from trimserve.stats import ColdReads, Timing
 from trimserve.vocab import Ids, VocabMap
 
 
@@ -51,10 +51,20 @@ class ExactChecker:
         vocab: VocabMap,
         block: BlockSize | None = None,
         certificate: Certificate | None = None,
+        reads: ColdReads | None = None,
     ) -> None:
-        """Check against a cold head; `block` may have learned from other requests."""
+        """Check against a cold head.
+
+        Args:
+            head: the cold head.
+            vocab: the kept ids.
+            block: chooses block sizes; it may have learned from other requests.
+            certificate: settles what it can without the cold head.
+            reads: counts what is read, with the certificate.
+        """
         self._head = head
         self._certificate = certificate
+        self._reads = reads or ColdReads()
         self._kept, self._cold, self._full = (
             Columns(ids, vocab.vocab_size)
             for ids in (vocab.kept_ids, head.cold_ids, np.arange(vocab.vocab_size, dtype=np.int32))
@@ -98,7 +108,9 @@ class ExactChecker:
         columns = logits.argmax(axis=1)
         kept_logits, kept_ids = logits[np.arange(len(columns)), columns], self._kept.ids[columns]
         start = time.perf_counter()
+        self._reads.steps += len(hidden)
         if self._certificate is None:
+            self._reads.bytes += self._reads.full_bytes
             cold_logits, cold_ids = self._head.maxima(hidden)
         else:
             cold_logits, cold_ids = self._certificate.challengers(hidden, kept_logits)
@@ -128,12 +140,14 @@ class ExactChecker:
 
     def _replay(self, request: Request, block: Block) -> list[int]:
         start = time.perf_counter()
+        self._reads.steps += len(block.tokens)
         proven: Sequence[int | None] = [None] * len(block.tokens)
         if self._certificate is not None:
             proven = self._certificate.tokens(request, block)
         open_steps = [step for step, token in enumerate(proven) if token is None]
         cold_logits: dict[int, Floats] = {}
         if open_steps:
+            self._reads.bytes += self._reads.full_bytes
             cold_logits = dict(zip(open_steps, self._head.logits(block.hidden[open_steps]), strict=True))
         self.timing.cold_head += time.perf_counter() - start
         start = time.perf_counter()

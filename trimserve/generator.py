@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from trimserve.beam import BeamParams, BeamSearch, EarlyStopping
 from trimserve.blocksize import MAX_BLOCK, BlockSize
+from trimserve.certified import ColdCertificate
 from trimserve.chat import Message, render_chat
 from trimserve.cold import ColdRows
 from trimserve.coldhead import COLD_MAX_NAME, ColdHead
@@ -19,7 +20,8 @@ from trimserve.reading import Generation, Reader
 from trimserve.request import Request
 from trimserve.sampling import LogitsProcessor, SamplingParams
 from trimserve.scoring import MassMeter, Score, Scorer
-from trimserve.stats import GeneratorStats
+from trimserve.sketch import Sketch, can_be_certified
+from trimserve.stats import ColdReads, GeneratorStats
 from trimserve.text import Codec
 from trimserve.vocab import Ids
 
@@ -32,7 +34,8 @@ class GenerationOptions(TypedDict, total=False):
 
     The sampling options are those of `SamplingParams`. `max_new_tokens` limits the output (default 128);
     `stop` are strings that end it and are not part of it; `mode` is "exact" (default where the folder has
-    cold rows) or "compact"; `max_block` limits how many tokens are drafted before a check; `report_mass`
+    cold rows) or "compact"; `certify=False` leaves the sketch of the cold rows unused, which changes no
+    token (docs/certificate.md); `max_block` limits how many tokens are drafted before a check; `report_mass`
     measures, in compact mode, the probability of what it cannot produce. `forced_bos_token_id` (the language
     of mBART-50, M2M100 and NLLB) and `decoder_start_token_id` override the model's generation config.
     `num_beams` above 1 searches with so many beams instead of sampling; `length_penalty` and
@@ -42,6 +45,7 @@ class GenerationOptions(TypedDict, total=False):
     max_new_tokens: int
     stop: Sequence[str]
     mode: Mode | None
+    certify: bool
     max_block: int
     report_mass: bool
     temperature: float
@@ -90,7 +94,11 @@ class Generator:
         self._overlap = decoder.device != "cpu" if overlap is None else overlap
         self._decoder = decoder
         self._head: ColdHead | None = None
-        self._blocks: dict[int, BlockSize] = {}  # by their maximum
+        self._certificate: ColdCertificate | None = None
+        count = max(len(cold), 1)
+        self._reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=cold.head_nbytes // count)
+        # By their maximum, and whether checks have the certificate, which makes them cheaper.
+        self._blocks: dict[tuple[int, bool], BlockSize] = {}
 
     @property
     def can_be_exact(self) -> bool:
@@ -272,9 +280,20 @@ class Generator:
             return None
         if mode == "compact":
             return MassMeter(head)
-        if max_block not in self._blocks:
-            self._blocks[max_block] = BlockSize(max_block, overlap=self._overlap)
-        return ExactChecker(head, self.folder.vocab, self._blocks[max_block])
+        certificate = self._cold_certificate(head) if options.get("certify", True) else None
+        key = (max_block, certificate is not None)
+        if key not in self._blocks:
+            self._blocks[key] = BlockSize(max_block, overlap=self._overlap)
+        self.stats.cold_reads = self._reads
+        return ExactChecker(head, self.folder.vocab, self._blocks[key], certificate, self._reads)
+
+    def _cold_certificate(self, head: ColdHead) -> ColdCertificate | None:
+        """The certificate, opened once; None where the folder has no sketch, or it proves nothing here."""
+        after_head = self._decoder.after_head
+        if self._certificate is None and can_be_certified(self.folder, after_head):
+            sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
+            self._certificate = ColdCertificate(sketch, head, self.folder.vocab, self._reads)
+        return self._certificate
 
     def _cold_head(self, purpose: str) -> ColdHead | None:
         """The cold head, opened once; None where no id is cold."""

@@ -41,6 +41,7 @@ from trimserve.vocab import Ids
 SKETCH_NAME = "cold_sketch.safetensors"
 SKETCH_DATA_NAME = "cold_sketch.onnx_data"
 SKETCH_GRAPH_NAME = "cold_sketch.onnx"
+SKETCH_FILES = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME)
 GROUP_ROWS = 64
 SORTED_ROWS = 16_384
 LEVELS = 127

@@ -12,6 +12,7 @@ from trimserve.blocks import COLD_BLOCKS_NAME
 from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.folder import COLD_NAME, GENERATION_TASK, TEXT2TEXT_TASK, VOCAB_NAME, FileEntry, Manifest
 from trimserve.report import human_bytes, percent
+from trimserve.sketch import SKETCH_FILES
 from trimserve.source import ModelSource
 from trimserve_export.layouts.segmentation import describe_segmentation
 
@@ -79,7 +80,7 @@ def with_card(manifest: Manifest, source: ModelSource, folder: Path) -> Manifest
 
 def weight_bytes(files: Mapping[str, FileEntry]) -> int:
     """Bytes of the graph and its data, or of the trimmed checkpoint; never of vocab map or cold rows."""
-    ours = (VOCAB_NAME, COLD_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME)
+    ours = (VOCAB_NAME, COLD_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME, *SKETCH_FILES)
     names = (name for name in files if name not in ours)
     return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
 

@@ -23,6 +23,7 @@ class Options:
     device: str = "cpu"
     link: bool = False
     variant: str | None = None
+    sketch: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("layout", self.layout, {"runtime", "tokenizer", "graph"})
@@ -38,6 +39,8 @@ class Options:
             raise UsageError(
                 "device chooses what genai's builder makes: leave it out, or use --exporter genai."
             )
+        if self.sketch is not None:
+            _check_choice("sketch", self.sketch, {"int8", "none"})
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, set(SCHEMES))
             _check_quantized(self)

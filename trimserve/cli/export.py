@@ -28,6 +28,7 @@ SETTINGS = (
     "cold",
     "link",
     "variant",
+    "sketch",
     "trust_remote_code",
 )
 
@@ -59,6 +60,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", nargs="+", metavar="FILE", help=held_out)
     parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors"), help="what to write")
     parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
+    parser.add_argument(
+        "--sketch",
+        choices=("int8", "none"),
+        help="bounds of the cold rows, which exact mode proves with (default: int8, for heads in floats)",
+    )
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the cold rows out")
     parser.add_argument("--variant", metavar="V", help="of several ONNX graphs of a model, e.g. q4")
     parser.add_argument("--link", action="store_true", help="hard-link an ONNX graph's untouched weights")

@@ -22,10 +22,12 @@ from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs
 from trimserve.bounds import Doubles, block_magnitude, round_up
 from trimserve.cold import ColdRows
 from trimserve.coldhead import COLD_MAX_NAME
+from trimserve.errors import UsageError
 from trimserve.folder import FileEntry, Manifest, TrimmedFolder, open_folder, write_manifest
 from trimserve.sketch import (
     GROUP_ROWS,
     SKETCH_DATA_NAME,
+    SKETCH_FILES,
     SKETCH_GRAPH_NAME,
     SKETCH_NAME,
     SORTED_ROWS,
@@ -43,16 +45,31 @@ _MAX_WIDTH = 1 << 17
 _Arrays = dict[str, npt.NDArray[Any]]
 
 
-def can_be_sketched(manifest: Manifest) -> bool:
-    """Whether a folder has a cold head whose rows a sketch can bound."""
-    return COLD_MAX_NAME in manifest.files and manifest.dtype in ("fp32", "fp16")
+def wants_sketch(manifest: Manifest, choice: str | None) -> bool:
+    """Whether an export adds a sketch.
+
+    Args:
+        manifest: of the folder made so far.
+        choice: ``"int8"``, ``"none"``, or None for int8 where it pays: where the cold head is in floats.
+
+    Raises:
+        UsageError: a sketch was asked for, and the folder has no cold head that one could bound.
+    """
+    has_head = manifest.layout == "runtime" and COLD_MAX_NAME in manifest.files
+    possible = has_head and manifest.dtype in ("fp32", "fp16")
+    if choice == "int8" and not possible:
+        raise UsageError(
+            "a sketch bounds the cold rows of a vocab head, in fp32 or fp16 and layout runtime, and this "
+            "export has none: leave --sketch out."
+        )
+    return possible and (choice == "int8" or (choice is None and manifest.quantization is None))
 
 
 def add_sketch(path: Path) -> Manifest:
     """Add a sketch of its cold rows to a trimmed folder, and to its manifest.
 
     Args:
-        path: a folder for which `can_be_sketched`.
+        path: a folder for which `wants_sketch` found what it takes.
 
     Returns:
         The manifest as written.
@@ -164,8 +181,7 @@ def _stored(name: str, offset: int, shape: tuple[int, int]) -> onnx.TensorProto:
 
 
 def _add_to_manifest(folder: TrimmedFolder, arrays: _Arrays) -> Manifest:
-    names = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME)
-    paths = [folder.path / name for name in names]
+    paths = [folder.path / name for name in SKETCH_FILES]
     files = {path.name: FileEntry(path.stat().st_size, sha256_file(path)) for path in paths}
     sketch = {
         "bits": 8,
