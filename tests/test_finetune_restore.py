@@ -12,9 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.finetuning import COLD, KEPT, VOCAB, K, V, assert_same_state, rows_of, train_step
+from tests.finetuning import COLD, KEPT, VOCAB, K, V, assert_same_state, make_model, rows_of, train_step
 from tests.folders import make_vocab
 from tests.models import save_model
+from tests.tiny_tokenizers import save_model_folder
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
@@ -131,6 +132,31 @@ def test_classifier_of_a_bare_encoder_is_restored(tmp_path):
     assert made.base == str(base)
     found = transformers.BertForSequenceClassification.from_pretrained(made.path)
     assert_same_state(found.state_dict(), model.state_dict())
+
+
+def test_generation_settings_that_saving_moves_stay_token_ids(tmp_path):
+    # transformers takes them out of the config and puts them into the generation config.
+    model = make_model("bart")
+    model.generation_config.forced_eos_token_id = None
+    save_base(model, tmp_path / "base")
+    assert model.generation_config.forced_eos_token_id == 30
+    model = make_model("bart")
+    model.generation_config.forced_eos_token_id = None
+    with partial_vocab(model, VOCAB, base=tmp_path / "base"):
+        model.save_pretrained(tmp_path / "compact")
+        assert model.generation_config.forced_eos_token_id == 9
+        model.save_pretrained(tmp_path / "compact")
+    assert model.generation_config.forced_eos_token_id == 30
+    restore(tmp_path / "compact", output=tmp_path / "full", progress=False)
+    for name in ("config.json", "generation_config.json"):
+        full, base = (json.loads((tmp_path / at / name).read_text()) for at in ("full", "base"))
+        assert full == base
+
+
+def save_base(model, folder):
+    model.save_pretrained(folder)
+    save_model_folder("wordpiece", folder.parent / "tokenizer")
+    shutil.copy(folder.parent / "tokenizer" / "tokenizer.json", folder)
 
 
 def test_another_base_is_refused_with_both_hashes(tmp_path):

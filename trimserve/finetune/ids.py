@@ -63,6 +63,18 @@ class MovedIds:
                     )
                 setattr(entry.config, entry.key, entry.compact)
 
+    def settle(self) -> None:
+        """Follow transformers' saving, which moves generation settings from the config to the other one.
+
+        What it moved are compact ids, not token ids that somebody assigned.
+        """
+        before = {entry.key: (entry.full, entry.compact) for entry in self._ids if entry.compact is not None}
+        for entry in self._ids:
+            found = getattr(entry.config, entry.key, None)
+            full, compact = before.get(entry.key, (None, None))
+            if found != entry.compact and found in (compact, None):
+                entry.full, entry.compact = (None if found is None else full), found
+
     def revert(self) -> None:
         """Write the original values back, with what was assigned since."""
         for entry in self._ids:

@@ -41,6 +41,7 @@ class CompactSaver:
         """Save as the model's class does, then what makes the checkpoint restorable."""
         self._ids.refresh()
         type(self._model).save_pretrained(self._model, save_directory, *args, **options)
+        self._ids.settle()
         if options.get("is_main_process", args[0] if args else True):
             save_vocab(self._vocab, Path(save_directory) / VOCAB_NAME)
             self._provenance().write(Path(save_directory))
