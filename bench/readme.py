@@ -1,20 +1,23 @@
-"""Write the measured tables of README.md and docs/ from the newest rows of bench/results.
+"""Write the measured tables and figures of README.md and docs/ from the newest rows of bench/results.
 
-A table stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``. No number in it is typed by hand; a
-test compares the pages with what this makes.
+A table stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``, a figure of `bench.plot` between
+``<!-- plot: NAME -->`` and that. No number in them is typed by hand; a test compares the pages with what this
+makes.
 """
 
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
-from bench import encoder, harness
+from bench import encoder, harness, plot, tables, trim
 from trimserve.report import human_bytes
 
 PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
-_BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKERS = re.compile(r"<!-- (measured|plot): (\w+) -->")
+_BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def encoder_table() -> str:
@@ -23,11 +26,11 @@ def encoder_table() -> str:
     ratio = row["time_ratio"]
     caption = (
         f"Medians of {len(row['full']['resident_samples'])} fresh processes each that embed {row['texts']:,} "
-        f"docstrings of the Python standard library; {_where(row)}. Time of trimmed to full "
+        f"docstrings of the Python standard library; {tables.where(row)}. Time of trimmed to full "
         f"{ratio['value']:.2f} (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})."
     )
     lines = [line for line in encoder.comparison_lines(row) if not line[0].startswith("-")]
-    return _markdown(encoder.HEADER, lines) + f"\n{caption}\n"
+    return tables.markdown(encoder.HEADER, lines) + f"\n{caption}\n"
 
 
 def startup_table() -> str:
@@ -37,7 +40,7 @@ def startup_table() -> str:
         (f"`{name}`", f"{value['median']:.0f}", f"{value['p5']:.0f}", f"{value['p95']:.0f}")
         for name, value in row["ms"].items()
     ]
-    return _markdown(("fresh process", "median ms", "p5", "p95"), lines) + f"\n{_where(row)}.\n"
+    return tables.markdown(("fresh process", "median ms", "p5", "p95"), lines) + f"\n{tables.where(row)}.\n"
 
 
 def stream_table() -> str:
@@ -53,8 +56,8 @@ def stream_table() -> str:
         ),
     ]
     return (
-        _markdown(("step 2, Qwen3-0.6B's shape", ""), lines)
-        + f"\n{_where(row)}; `python -m bench.stream` measures it again.\n"
+        tables.markdown(("step 2, Qwen3-0.6B's shape", ""), lines)
+        + f"\n{tables.where(row)}; `python -m bench.stream` measures it again.\n"
     )
 
 
@@ -73,9 +76,9 @@ def session_table() -> str:
         for folder, row in newest.items()
         for name, value in row["variants"].items()
     ]
-    where = _where(next(reversed(newest.values())))
+    where = tables.where(next(reversed(newest.values())))
     caption = f"A step of so many tokens, and memory above that of the imports. {where}."
-    return _markdown(header, rows) + f"\n{caption}\n"
+    return tables.markdown(header, rows) + f"\n{caption}\n"
 
 
 def decode_table() -> str:
@@ -99,9 +102,22 @@ def decode_table() -> str:
     caption = (
         "Milliseconds a token, one request at a time, variants in processes that take turns; ids of exact "
         "mode equal the full model's in every answer. The ceiling is what compact mode could gain if a token "
-        f"cost its bytes alone. {_where(last).capitalize()}."
+        f"cost its bytes alone. {tables.where(last).capitalize()}."
     )
-    return _markdown(header, rows) + f"\n{caption}\n"
+    return tables.markdown(header, rows) + f"\n{caption}\n"
+
+
+def trim_table() -> str:
+    """Trimming checkpoints and graphs, from bench/trim.py: the newest row of each model."""
+    rows = harness.newest_rows("trim", "model")
+    caption = (
+        "Medians of fresh processes. Private memory is the largest anonymous memory less that after the "
+        "imports; peak memory counts pages of mapped files, too, which the system can drop. A complete copy is "
+        "the trimmed graph, its cold rows, the cold head's graphs, and hashes of all files; onnxsim writes a "
+        f"graph alone, and cannot hold the two larger models. {tables.where(rows[-1])}."
+    )
+    lines = [line for row in rows for line in trim.lines(row)]
+    return tables.markdown(trim.HEADER, lines) + f"\n{caption}\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -110,32 +126,42 @@ TABLES: dict[str, Callable[[], str]] = {
     "encoder": encoder_table,
     "startup": startup_table,
     "stream": stream_table,
+    "trim": trim_table,
+    **tables.TABLES,
 }
 
 
-def _where(row: dict[str, Any]) -> str:
-    versions = row["versions"]
-    return f"{row['hardware']} ({row['cpu']}), {row['date']}, onnxruntime {versions['onnxruntime']}"
+def picture(name: str, page: Path) -> str:
+    """The HTML of a figure in its light and its dark form, for a page."""
+    folder = os.path.relpath(plot.FOLDER, page.parent)
+    return (
+        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.svg">\n'
+        f'  <img alt="{plot.FIGURES[name].alt}" src="{folder}/{name}-light.svg">\n</picture>\n'
+    )
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+def render(text: str, page: Path = PAGES[0]) -> str:
+    """Return a document with every measured table and figure made again.
 
-
-def render(text: str) -> str:
-    """Return a document with every measured table made again.
+    Args:
+        text: the document.
+        page: where it lies, which figures are named from.
 
     Raises:
-        KeyError: a marker names a table that does not exist.
+        KeyError: a marker names a table or figure that does not exist.
     """
-    return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+    def made(match: re.Match[str]) -> str:
+        kind, name = match[2], match[3]
+        return match[1] + (TABLES[name]() if kind == "measured" else picture(name, page)) + match[4]
+
+    return _BLOCK.sub(made, text)
 
 
 def main() -> int:
     """Rewrite the pages in place."""
     for page in PAGES:
-        page.write_text(render(page.read_text("utf-8")), "utf-8")
+        page.write_text(render(page.read_text("utf-8"), page), "utf-8")
     return 0
 
 
