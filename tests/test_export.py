@@ -245,7 +245,9 @@ def test_task_that_is_not_known_is_asked_for(architecture, message):
     ("options", "message"),
     [
         ({"layout": "gguf"}, "use graph, runtime, tokenizer"),
-        ({"exporter": "genai"}, "not built yet: use auto, optimum"),
+        ({"exporter": "tf2onnx"}, "use auto, genai, optimum, transformers"),
+        ({"device": "tpu"}, "use cpu, cuda, webgpu"),
+        ({"device": "cuda", "exporter": "optimum"}, "use --exporter genai"),
         ({"dtype": "fp8"}, "use bf16, fp16, fp32"),
         ({"to": "gguf"}, "use onnx, safetensors"),
     ],

@@ -18,15 +18,18 @@ from tests.exports import open_graph, run
 from tests.folders import make_vocab
 from tests.generators import FullSampler, make_pair, open_generator
 from tests.models import save_model
+from tests.translators import save_translator
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, dequantize, round_activations
 from trimserve.cli.main import main
 from trimserve.cold import ColdRows
 from trimserve.coldhead import COLD_MAX_NAME, ColdHead
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
+from trimserve.heads import cold_logits
 from trimserve.sampling import SamplingParams
+from trimserve.source import resolve_model
 from trimserve.tensorfile import read_header
-from trimserve_export.pipeline import Options, export
+from trimserve_export.pipeline import Options, export, export_full
 from trimserve_export.quantize import SCHEMES, quantize_graph, quantize_rows
 from trimserve_export.verify import verify
 
@@ -251,11 +254,41 @@ def test_options_that_make_no_sense_together_are_refused(options, message):
         Options(**options)
 
 
-def test_a_task_that_is_not_built_is_refused(tmp_path):
-    model = save_model("bert", tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="fill-mask"):
-        export(model, make_vocab(list(range(37)), 37), tmp_path / "out", quantize="int4")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_masks_and_encoder_decoders_are_quantised_too(tmp_path, family):
+    if family == "t5":
+        model = save_translator(family, tmp_path / "model", d_model=48)
+    else:
+        model = save_model(family, tmp_path / "model", hidden_size=48)
+    export(model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", quantize="int4")
+    folder = open_folder(tmp_path / "out")
+    assert COLD_BLOCKS_NAME in folder.manifest.files
+    result = verify(tmp_path / "out", model, store=False)
+    assert result.ok, [check for check in result.checks if not check.ok]
+    assert "quantized-head" in [check.name for check in result.checks]
+
+
+def test_predicted_masks_use_the_quantised_cold_rows(tmp_path):
+    """Logits of cold ids are those that the untrimmed quantised graph gives them."""
+    model = save_model("bert", tmp_path / "model", hidden_size=48)
+    export(model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", quantize="int8")
+    (tmp_path / "full").mkdir()
+    full = open_graph(
+        export_full(resolve_model(model), tmp_path / "full", "fill-mask", "fp32", SCHEMES["int8"])
+    )
+    folder = open_folder(tmp_path / "out")
+    ids = np.array([[4, 7, 20, 36, 5]], np.int64)
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+        "cold_rows": np.zeros((1, 48), np.float32),
+        "logits_to_keep": np.array(0),
+    }
+    names = [value.name for value in full.get_outputs()]
+    made = dict(zip(names, full.run(names, feeds), strict=True))
+    found = cold_logits(made["hidden_states"][0], ColdRows(folder))
+    np.testing.assert_allclose(found, made["logits"][0][:, folder.vocab.cold_ids], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("values", [{"bits": 3}, {"bits": 4, "block_size": 48}, {"bits": 4, "block_size": 8}])

@@ -62,6 +62,7 @@ def cold_logits(hidden: Floats, cold: ColdRows) -> Floats:
         float32 (n, V - K), columns in the order of ``cold.cold_ids``.
     """
     logits = np.empty((len(hidden), len(cold)), np.float32)
+    hidden = cold.head_input(hidden)
     for start in range(0, len(cold), _TILE_ROWS):
         ids = cold.cold_ids[start : start + _TILE_ROWS]
         columns = slice(start, start + len(ids))

@@ -34,7 +34,7 @@ from trimserve_export.layouts.writing import (
 from trimserve_export.planning import Plan
 from trimserve_export.quantize import SCHEMES, quantize_graph
 from trimserve_export.serving import make_servable
-from trimserve_export.serving.cold_head import write_cold_head
+from trimserve_export.serving.cold_head import quantize_cold_head, write_cold_head
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
@@ -103,8 +103,11 @@ def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -
         return {"model": path.name}
     logger.info("making the graph servable")
     graphs = make_graphs(made, staging, len(plan.vocab), plan.task, plan.scheme)
+    with_head = graphs.get("decoder") or graphs["model"]
     if plan.task in GENERATOR_TASKS and has_cold:
-        write_cold_head(graphs.get("decoder") or graphs["model"], staging / COLD_NAME)
+        write_cold_head(with_head, staging / COLD_NAME)
+    elif has_vocab_head(plan.task) and plan.options.quantize and has_cold:
+        quantize_cold_head(with_head, staging / COLD_NAME)
     return {role: path.name for role, path in graphs.items()}
 
 
@@ -158,7 +161,7 @@ def make_graphs(
         Role -> graph.
     """
     if task == TEXT2TEXT_TASK:
-        return make_seq2seq_servable(exported, output, rows=rows)
+        return make_seq2seq_servable(exported, output, rows=rows, scheme=scheme)
     has_head = has_vocab_head(task)
     if scheme is None:
         return {"model": make_servable(exported, output, rows=rows, has_head=has_head).path}

@@ -78,8 +78,6 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
             f"layout {options.layout} is not built for graphs of encoder-decoders yet: use --layout runtime, "
             "or --layout tokenizer with --to safetensors."
         )
-    if options.quantize and task in ("fill-mask", TEXT2TEXT_TASK):
-        raise UnsupportedModelError(f"quantize is not built for {task} yet: leave it out.")
     pooling = read_pooling(source) if task == "feature-extraction" else None
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
     return Plan(source, vocab, options, task, choice, pooling, sample)

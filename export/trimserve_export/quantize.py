@@ -99,9 +99,26 @@ def quantize_graph(source: Path, output: Path, scheme: BlockScheme, *, has_head:
         The path of the quantised graph.
 
     Raises:
-        UnsupportedModelError: the head, or all of the body, has no product that can be quantised.
+        UnsupportedModelError: see `quantize_products`.
     """
     model = ir.load(source.resolve())
+    quantize_products(model, scheme, has_head=has_head)
+    path = output / source.name
+    ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
+    return path
+
+
+def quantize_products(model: ir.Model, scheme: BlockScheme, *, has_head: bool) -> None:
+    """Quantise every product of a servable graph with a constant matrix, in place.
+
+    Args:
+        model: the servable graph.
+        scheme: see `BlockScheme`.
+        has_head: see `quantize_graph`.
+
+    Raises:
+        UnsupportedModelError: the head, or all of the body, has no product that can be quantised.
+    """
     head = find_head(model.graph).product if has_head else None
     products = {node: found for node in model.graph if (found := _product(node)) is not None}
     if head is not None and head not in products:
@@ -116,9 +133,6 @@ def quantize_graph(source: Path, output: Path, scheme: BlockScheme, *, has_head:
     model.opset_imports.setdefault(_CONTRIB, 1)
     RemoveUnusedNodesPass()(model)
     logger.info("quantised %d products to %d bits", len(products), scheme.bits)
-    path = output / source.name
-    ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
-    return path
 
 
 @dataclass(frozen=True, slots=True)

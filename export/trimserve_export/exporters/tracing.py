@@ -19,6 +19,9 @@ def quiet() -> Iterator[None]:
     text = io.StringIO()
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
+    torch_logger = logging.getLogger("torch")  # torch.export writes to the real stderr
+    torch_level = torch_logger.level
+    torch_logger.setLevel(logging.ERROR)
     try:
         with (
             warnings.catch_warnings(),
@@ -29,6 +32,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(level)
+        torch_logger.setLevel(torch_level)
         for line in text.getvalue().splitlines():
             logger.debug("%s", line)
 

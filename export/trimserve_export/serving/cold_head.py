@@ -45,6 +45,16 @@ def write_cold_head(graph_path: Path, cold_path: Path, blocks: BlockSpecs | None
     return COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME
 
 
+def quantize_cold_head(graph_path: Path, cold_path: Path) -> None:
+    """Quantise the cold head rows of a quantised graph that has no need of cold graphs (fill-mask).
+
+    Args:
+        graph_path: a servable graph with a quantised vocab head.
+        cold_path: see `write_cold_head`.
+    """
+    _cold_tensors(find_head(ir.load(graph_path.resolve()).graph), cold_path, None)
+
+
 def _cold_tensors(head: Head, cold_path: Path, blocks: BlockSpecs | None) -> ColdTensors:
     specs, metadata = read_header(cold_path)
     rows = specs.get("head", specs["embedding"])

@@ -16,7 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
+from trimserve_export.quantize import quantize_products
 from trimserve_export.serving import ALIGNMENT, apply_passes
 from trimserve_export.serving.flow import describe, find_output
 
@@ -33,13 +35,16 @@ _MIN_EXTERNAL_BYTES = 256
 _Content: TypeAlias = tuple[str, int, bytes]
 
 
-def make_seq2seq_servable(source: Path, output: Path, *, rows: int) -> dict[str, Path]:
+def make_seq2seq_servable(
+    source: Path, output: Path, *, rows: int, scheme: BlockScheme | None = None
+) -> dict[str, Path]:
     """Write the two graphs of an encoder-decoder.
 
     Args:
         source: the folder that the exporter wrote.
         output: the folder for `encoder_model.onnx`, `decoder_model.onnx` and `model.onnx_data`.
         rows: K, the rows that each vocab matrix must have.
+        scheme: how to quantise the products of both, if at all.
 
     Returns:
         Role -> graph: "encoder" and "decoder".
@@ -52,6 +57,9 @@ def make_seq2seq_servable(source: Path, output: Path, *, rows: int) -> dict[str,
     add_cross_attention(encoder, ir.load((source / _FIRST_NAME).resolve()))
     apply_passes(encoder, rows=rows, has_head=False)
     apply_passes(decoder, rows=rows, has_head=True)
+    if scheme is not None:
+        quantize_products(encoder, scheme, has_head=False)
+        quantize_products(decoder, scheme, has_head=True)
     save_sharing({ENCODER_NAME: encoder, DECODER_NAME: decoder}, output)
     return {"encoder": output / ENCODER_NAME, "decoder": output / DECODER_NAME}
 

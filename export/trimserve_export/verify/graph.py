@@ -68,8 +68,9 @@ class GraphModel:
         feeds["position_ids"] = np.arange(before, before + len(ids), dtype=np.int64)[None]
         feeds["encoder_attention_mask"] = np.ones((1, _cached_positions(feeds, of_source=True)), np.int64)
         feeds["logits_to_keep"] = np.array(keep, np.int64)
-        feeds["cold_rows"] = self._cold_rows(slotted.cold_ids)
         wanted = {value.name for value in self.session.get_inputs()}
+        if "cold_rows" in wanted:
+            feeds["cold_rows"] = self._cold_rows(slotted.cold_ids)
         values = self.session.run(None, {name: feeds[name] for name in wanted})
         return dict(zip(self.outputs, values, strict=True))
 

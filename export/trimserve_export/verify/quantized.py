@@ -95,7 +95,8 @@ def _scheme(context: Context) -> BlockScheme:
 
 
 def _kept_blocks(context: Context) -> Blocks:
-    graph = ir.load(context.folder.file(context.folder.manifest.graphs["model"])).graph
+    graphs = context.folder.manifest.graphs
+    graph = ir.load(context.folder.file(graphs.get("decoder") or graphs["model"])).graph
     head = find_head(graph)
     values = head.product.inputs[1:3]
     tensors = [value.const_value for value in values if value is not None]
