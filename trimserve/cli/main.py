@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": "add profiles up",
     "diff": "what tells two profiles apart",
     "select": "choose the kept ids from profiles",
+    "report": "show what a profile says and what each K costs",
     "export": "make a trimmed folder",
     "verify": "compare a trimmed folder with the full model",
     "run": "generate or embed with a trimmed folder",

@@ -1,0 +1,290 @@
+"""The numbers of a report, gathered once for every format: counts, never text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.corpus import CorpusSource
+from trimserve.difference import js_distance
+from trimserve.estimates import Shares, knee
+from trimserve.forecast import CorpusCurve, cold_share, corpus_curve, seen_again
+from trimserve.prize import WeightBytes
+from trimserve.profiling import Profile
+from trimserve.ranking import covering, keeping_order
+from trimserve.reporting.pieces import DroppedToken, KindShare, heaviest_dropped, kinds_of
+from trimserve.tokennames import TokenNames
+from trimserve.vocab import Ids, Reason, VocabMap
+
+_CURVE_POINTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a report is made from; only the profiles and the vocab must be there.
+
+    Attributes:
+        profiles: by name, of one model.
+        merged: their sum.
+        vocab: the choice that the report is about.
+        names: names of the tokens.
+        weights: bytes of the model's weights.
+        held_out: counts of text that was not profiled.
+        dead_ids: int32, ids that no text leads to.
+        verification: what `trimserve verify` stored in a trimmed folder's manifest.
+        min_docs: a token is named only if this many documents hold it.
+    """
+
+    profiles: Mapping[str, Profile]
+    merged: Profile
+    vocab: VocabMap
+    names: TokenNames | None = None
+    weights: WeightBytes | None = None
+    held_out: Profile | None = None
+    dead_ids: Ids | None = None
+    verification: dict[str, Any] | None = None
+    min_docs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What was profiled."""
+
+    texts: int
+    characters: int
+    tokens: int
+    distinct: int
+    beyond_rows: int
+    sources: tuple[CorpusSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Share of future tokens whose id the profile never saw, 0..1; see the properties of `Profile`."""
+
+    estimate: float
+    likely_bound: float
+    guaranteed_bound: float
+    documents: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What keeping K ids gives.
+
+    Attributes:
+        kept: K.
+        coverage: share of the profiled tokens that is kept, 0..1.
+        expected: the share expected in a further document; see `forecast.seen_again`.
+        held_out: the share in the held-out text, if there is one.
+        weight_bytes: bytes of all weights, if they are at hand.
+        decode_ratio: weight bytes read a token by the full model over those at K, if it has a head.
+    """
+
+    kept: int
+    coverage: float
+    expected: float
+    held_out: float | None = None
+    weight_bytes: int | None = None
+    decode_ratio: float | None = None
+
+    @property
+    def cold_per_thousand(self) -> float:
+        """Cold tokens expected in 1,000 of a further document."""
+        return 1000 * (1 - self.expected)
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """Completions beside prompts: how large sets of their own would be at the choice's coverage.
+
+    Attributes:
+        tokens: occurrences in completions.
+        coverage: share of them that is kept, 0..1.
+        input_ids: ids that it takes to cover prompts and completions as well as the vocab does.
+        output_ids: ids that it takes to cover the completions alone as well.
+    """
+
+    tokens: int
+    coverage: float
+    input_ids: int
+    output_ids: int
+
+
+@dataclass(frozen=True, slots=True)
+class Domains:
+    """Profiles against each other.
+
+    Attributes:
+        names: of the profiles.
+        tokens: occurrences in each.
+        coverage: one row a profile: what its own K most frequent ids cover of each profile, 0..1.
+        chosen: what the vocab covers of each.
+        js_distance: Jensen-Shannon distance of each pair, 0..1.
+    """
+
+    names: tuple[str, ...]
+    tokens: tuple[int, ...]
+    coverage: tuple[tuple[float, ...], ...]
+    chosen: tuple[float, ...]
+    js_distance: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All numbers of a report; None where what they need was not at hand."""
+
+    model: str
+    vocab_size: int
+    corpus: Corpus
+    missing: Missing
+    choice: Point
+    options: dict[str, Any]
+    reasons: dict[str, int]
+    knee: Point
+    curve: tuple[Point, ...]
+    corpus_curve: CorpusCurve
+    full_weight_bytes: int | None
+    held_out_tokens: int | None
+    dead_ids: int | None
+    dropped_by_documents: bool
+    kinds: tuple[KindShare, ...] | None
+    dropped: tuple[DroppedToken, ...]
+    completions: Completions | None
+    domains: Domains | None
+    verification: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the command line."""
+        return asdict(self)
+
+
+def gather(inputs: Inputs, *, top: int = 30) -> Report:
+    """Compute the numbers of a report.
+
+    Args:
+        inputs: what it is made from.
+        top: how many dropped tokens to name.
+    """
+    merged, vocab = inputs.merged, inputs.vocab
+    must_stay = vocab.kept_ids[(vocab.reason != Reason.PROFILE) & (vocab.reason != Reason.FILL)]
+    order = keeping_order(merged, must_stay)
+    points = _points(inputs, order, must_stay)
+    return Report(
+        model=merged.tokenizer_name,
+        vocab_size=merged.vocab_size,
+        corpus=Corpus(
+            merged.texts,
+            merged.characters,
+            merged.tokens,
+            merged.distinct,
+            merged.beyond_rows,
+            merged.sources,
+        ),
+        missing=Missing(
+            merged.missing_mass,
+            merged.missing_mass_likely,
+            merged.missing_mass_bound,
+            merged.document_missing_mass,
+        ),
+        choice=_choice(inputs, must_stay),
+        options=vocab.rule.get("options", {}),
+        reasons=vocab.rule.get("reasons", {}),
+        knee=_knee(points),
+        curve=points,
+        corpus_curve=corpus_curve(merged),
+        full_weight_bytes=inputs.weights.total if inputs.weights else None,
+        held_out_tokens=inputs.held_out.tokens if inputs.held_out else None,
+        dead_ids=None if inputs.dead_ids is None else int(inputs.dead_ids.size),
+        dropped_by_documents=inputs.min_docs > 1,
+        kinds=kinds_of(inputs.names, merged, vocab) if inputs.names else None,
+        dropped=heaviest_dropped(inputs.names, merged, vocab, top, inputs.min_docs),
+        completions=_completions(merged, vocab, order, must_stay),
+        domains=_domains(inputs.profiles, vocab) if len(inputs.profiles) > 1 else None,
+        verification=inputs.verification,
+    )
+
+
+def _points(inputs: Inputs, order: npt.NDArray[np.int64], must_stay: Ids) -> tuple[Point, ...]:
+    """The curve: K in equal steps of its logarithm, from what must stay to every id of the tokenizer.
+
+    The least K that covers all of the profile is among them.
+    """
+    merged = inputs.merged
+    first = max(int(must_stay.size), 1)
+    steps = np.geomspace(first, order.size, _CURVE_POINTS).round().astype(np.int64)
+    seen = first + int(np.count_nonzero(merged.counts[order[first:]]))
+    sizes = np.unique(np.append(steps, seen))
+    covered, expected = _cumulative(merged.mass, order), _cumulative(seen_again(merged, must_stay), order)
+    held_out = None if inputs.held_out is None else _cumulative(inputs.held_out.mass, order)
+    return tuple(
+        _point(
+            inputs,
+            size,
+            covered[size - 1],
+            expected[size - 1],
+            None if held_out is None else held_out[size - 1],
+        )
+        for size in sizes.tolist()
+    )
+
+
+def _cumulative(mass: Shares, order: npt.NDArray[np.int64]) -> Shares:
+    return np.minimum(np.cumsum(mass[order]), 1.0)
+
+
+def _point(inputs: Inputs, kept: int, covered: float, expected: float, held_out: float | None) -> Point:
+    weights = inputs.weights
+    return Point(
+        kept=kept,
+        coverage=float(covered),
+        expected=float(expected),
+        held_out=None if held_out is None else float(held_out),
+        weight_bytes=weights.at(kept) if weights else None,
+        decode_ratio=weights.decode_ratio(kept) if weights else None,
+    )
+
+
+def _choice(inputs: Inputs, must_stay: Ids) -> Point:
+    kept_ids = inputs.vocab.kept_ids
+    held_out = inputs.held_out.coverage(kept_ids) if inputs.held_out else None
+    expected = 1 - cold_share(inputs.merged, kept_ids, must_stay)
+    return _point(inputs, len(kept_ids), inputs.merged.coverage(kept_ids), expected, held_out)
+
+
+def _knee(points: Sequence[Point]) -> Point:
+    """Where coverage against K bends most, up to the K beyond which nothing is gained."""
+    gaining = [point for point in points if point.coverage < points[-1].coverage] or list(points[:1])
+    sizes = np.array([point.kept for point in gaining], np.int64)
+    return gaining[knee(sizes, np.array([point.coverage for point in gaining]))]
+
+
+def _completions(
+    merged: Profile, vocab: VocabMap, order: npt.NDArray[np.int64], must_stay: Ids
+) -> Completions | None:
+    spoken = merged.output_counts
+    if spoken is None or not spoken.any():
+        return None
+    share = merged.coverage(vocab.kept_ids)
+    forced, free = must_stay.astype(np.int64), order[must_stay.size :]
+    by_output = free[np.argsort(-spoken[free], kind="stable")]
+    return Completions(
+        tokens=int(spoken.sum()),
+        coverage=int(spoken[vocab.kept_ids].sum()) / int(spoken.sum()),
+        input_ids=forced.size + covering(merged.counts, share, free, forced),
+        output_ids=forced.size + covering(spoken, share, by_output, forced),
+    )
+
+
+def _domains(profiles: Mapping[str, Profile], vocab: VocabMap) -> Domains:
+    parts = list(profiles.values())
+    own = [keeping_order(part)[: len(vocab)] for part in parts]
+    return Domains(
+        names=tuple(profiles),
+        tokens=tuple(part.tokens for part in parts),
+        coverage=tuple(tuple(part.coverage(ids) for part in parts) for ids in own),
+        chosen=tuple(part.coverage(vocab.kept_ids) for part in parts),
+        js_distance=tuple(tuple(js_distance(one.mass, other.mass) for other in parts) for one in parts),
+    )
