@@ -81,7 +81,9 @@ def _trimserve(way: str, folder: Path, out: Path, vocab: VocabMap) -> dict[str, 
 
     from trimserve_export import pipeline
 
-    options: dict[str, Any] = {"to": "safetensors"} if way == "checkpoint" else {"link": way == "link"}
+    # The sketch is a choice of exact mode, not a part of trimming: bench/decode.py measures what it gives.
+    graph = {"link": way == "link", "sketch": "none"}
+    options: dict[str, Any] = {"to": "safetensors"} if way == "checkpoint" else graph
     source = folder / ("checkpoint" if way == "checkpoint" else "onnx")
     with AnonymousPeak() as peak:
         begin = time.perf_counter()
