@@ -79,6 +79,7 @@ class Decoder:
         metadata = session.get_modelmeta().custom_metadata_map
         self._shares_buffers = metadata.get(SHARED_KV_KEY) == "true"
         self.after_head = _after_head(metadata)
+        self._outputs = ["logits", "hidden_states", *self._present]
         self._binding = session.io_binding()
 
     @property
@@ -121,23 +122,37 @@ class Decoder:
         mask = np.ones_like(ids) if mask is None else mask
         past = cache.lengths
         cache.mask = np.concatenate([cache.mask, mask], axis=1)
-        binding = self._binding
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        fed = {"input_ids": ids, "cold_rows": cold_rows, "logits_to_keep": np.array(keep, np.int64)}
         if self._takes_mask:
-            binding.bind_cpu_input("attention_mask", cache.mask)
-        binding.bind_cpu_input("cold_rows", cold_rows)
-        binding.bind_cpu_input("logits_to_keep", np.array(keep, np.int64))
+            fed["attention_mask"] = cache.mask
         if self.takes_positions:
             # A padded position gets position 0; the mask keeps it out of every sum.
-            positions = past[:, None] + np.maximum(mask.cumsum(axis=1) - 1, 0)
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        binding.bind_output("logits")
-        binding.bind_output("hidden_states")
-        cache.bind(binding, ids.shape[1])
-        self._session.run_with_iobinding(binding)
-        logits, hidden, *present = binding.get_outputs()
+            fed["position_ids"] = past[:, None] + np.maximum(mask.cumsum(axis=1) - 1, 0)
+        inputs = {name: self._layout.on_cpu(array) for name, array in fed.items()}
+        inputs |= cache.inputs(ids.shape[1])
+        logits, hidden, *present = self._run(inputs, cache.buffers())
         cache.take(present)
         return Step(logits.numpy().astype(np.float32, copy=False), hidden.numpy())
+
+    def _run(
+        self, inputs: "Mapping[str, ort.OrtValue]", buffers: "Mapping[str, ort.OrtValue]"
+    ) -> "Sequence[ort.OrtValue]":
+        """Run the graph: logits and hidden states on the CPU, the present in its buffers or on the device."""
+        if self.device == "cpu" and not buffers:
+            # One call costs a tenth of a millisecond less than binding each value does.
+            made: Sequence[ort.OrtValue] = self._session.run_with_ort_values(self._outputs, inputs)
+            return made
+        binding = self._binding
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            if name in buffers:
+                binding.bind_ortvalue_output(name, buffers[name])
+            else:
+                binding.bind_output(name, self.device if name in self._layout.present else "cpu")
+        self._session.run_with_iobinding(binding)
+        made = binding.get_outputs()
+        return made
 
 
 def _after_head(metadata: Mapping[str, str]) -> AfterHead:

@@ -35,12 +35,16 @@ class KVCache(Protocol):
         """Tokens of each sequence, int64 (B,)."""
         ...
 
-    def bind(self, binding: "ort.IOBinding", new: int) -> None:
-        """Bind past and present for a step that feeds `new` positions."""
+    def inputs(self, new: int) -> "dict[str, ort.OrtValue]":
+        """What a step that feeds `new` positions reads; `mask` counts them already."""
+        ...
+
+    def buffers(self) -> "dict[str, ort.OrtValue]":
+        """Where the step writes the present; nothing if the graph makes it."""
         ...
 
     def take(self, present: "Sequence[ort.OrtValue]") -> None:
-        """Keep what the step returned."""
+        """Keep what the step returned, in the order of `KVLayout.present`."""
         ...
 
     def cut(self, drop: Mask) -> None:
@@ -84,6 +88,13 @@ class KVLayout:
             self.to_device(np.zeros((batch, heads, length, size), self.dtype)) for heads, size in self.shapes
         ]
 
+    def on_cpu(self, array: Array) -> "ort.OrtValue":
+        """Share an array with ONNX Runtime; one that is not contiguous is copied."""
+        # np.ascontiguousarray would give a number an axis.
+        whole = array if array.flags.c_contiguous else array.copy()
+        value: ort.OrtValue = self._runtime.OrtValue.ortvalue_from_numpy(whole)
+        return value
+
     def to_device(self, array: Array) -> "ort.OrtValue":
         """Hand an array to ONNX Runtime; on the CPU it is shared, not copied."""
         value: ort.OrtValue = self._runtime.OrtValue.ortvalue_from_numpy(array, self.device)
@@ -104,12 +115,13 @@ class GrowingCache:
         lengths: Mask = self.mask.sum(axis=1)
         return lengths
 
-    def bind(self, binding: "ort.IOBinding", new: int) -> None:  # noqa: ARG002 - the graph makes the room
-        """Bind the past; the graph makes the present."""
-        for name, value in zip(self._layout.past, self._values, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        for name in self._layout.present:
-            binding.bind_output(name, self._layout.device)
+    def inputs(self, new: int) -> "dict[str, ort.OrtValue]":  # noqa: ARG002 - the graph makes the room
+        """The past."""
+        return dict(zip(self._layout.past, self._values, strict=True))
+
+    def buffers(self) -> "dict[str, ort.OrtValue]":
+        """None: the graph makes the present."""
+        return {}
 
     def take(self, present: "Sequence[ort.OrtValue]") -> None:
         """The present is the next step's past."""
@@ -158,13 +170,14 @@ class SharedCache:
         """Tokens of the sequence."""
         return np.array([self.mask.shape[1]], np.int64)
 
-    def bind(self, binding: "ort.IOBinding", new: int) -> None:
-        """Bind each buffer as past and as present; `mask` already counts the new positions."""
+    def inputs(self, new: int) -> "dict[str, ort.OrtValue]":
+        """The buffers, with room for the new positions."""
         self._reserve(self.mask.shape[1], kept=self.mask.shape[1] - new)
-        names = zip(self._layout.past, self._layout.present, self._values, strict=True)
-        for past, present, value in names:
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
+        return dict(zip(self._layout.past, self._values, strict=True))
+
+    def buffers(self) -> "dict[str, ort.OrtValue]":
+        """The same buffers."""
+        return dict(zip(self._layout.present, self._values, strict=True))
 
     def take(self, present: "Sequence[ort.OrtValue]") -> None:
         """Nothing to do: the buffers are the present."""

@@ -46,12 +46,11 @@ class CrossCache(GrowingCache):
         self._cross = list(values)
         self._source_mask = source_mask
 
-    def bind(self, binding: "ort.IOBinding", new: int) -> None:
-        """Bind the sources and the past; the graph makes the present."""
-        super().bind(binding, new)
-        binding.bind_cpu_input(Seq2seqDecoder.SOURCE_MASK, self._source_mask)
-        for name, value in zip(self._cross_names, self._cross, strict=True):
-            binding.bind_ortvalue_input(name, value)
+    def inputs(self, new: int) -> "dict[str, ort.OrtValue]":
+        """The sources and the past."""
+        source = dict(zip(self._cross_names, self._cross, strict=True))
+        source[Seq2seqDecoder.SOURCE_MASK] = self._layout.on_cpu(self._source_mask)
+        return super().inputs(new) | source
 
     def select(self, rows: Sequence[int]) -> None:
         """Copy the chosen sequences with their sources; a row may come more than once."""
