@@ -266,3 +266,22 @@ def test_growing_keeps_reasons_and_rounds_with_the_lowest_ids():
     assert grown.tokenizer_sha256 == "hash"
     assert [found.index for found in find_outside([[2], [9, 30], []], vocab)] == [1]
     assert find_outside([[2], [9, 30], []], grown) == []
+
+
+@pytest.mark.slow
+def test_compact_checkpoint_exports_like_the_restored_one(tmp_path, capsys):
+    pytest.importorskip("optimum.exporters.onnx")
+    base, checkpoint, _ = saved(tmp_path, "llama")
+    restore(checkpoint, base, tmp_path / "full", progress=False)
+    assert main(["export", "-m", str(base), "-o", str(tmp_path / "none")]) == 2
+    assert "--vocab --profile --corpus is required" in capsys.readouterr().err
+    trimmed = tmp_path / "trimmed"
+    moved = base.rename(tmp_path / "moved")
+    assert main(["export", "-m", str(checkpoint), "-o", str(trimmed)]) == 2  # the base is not where it was
+    assert main(["export", "-m", str(checkpoint), "--base", str(moved), "-o", str(trimmed)]) == 0
+    assert main(["verify", str(trimmed), "-m", str(tmp_path / "full")]) == 0
+    moved.rename(base)
+    assert main(["verify", str(trimmed)]) == 0  # the checkpoint that the manifest names, restored again
+    assert main(["verify", str(trimmed), "-m", str(base)]) == 3
+    assert json.loads((trimmed / "trimserve.json").read_text())["kept"] == K
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "compact", "full", "trimmed"]

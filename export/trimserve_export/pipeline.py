@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimserve.finetune.restore import full_source
 from trimserve.folder import MANIFEST_NAME, staged_folder, write_manifest
 from trimserve.profiling import Profile
 from trimserve.source import ModelSource, resolve_model
@@ -89,7 +90,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
 
     Args:
         model: a folder or hub id with a tokenizer.json and safetensors weights, or an ONNX graph, which is
-            trimmed as it is, its quantisation kept; or the .onnx file itself.
+            trimmed as it is, its quantisation kept; or the .onnx file itself. A compact checkpoint of
+            fine-tuning counts as the full model that `trimserve.finetune.restore` makes of it.
         vocab: the kept ids, selected for this model.
         output: the folder to make; it must not exist or be empty.
         task: ``"auto"`` (by the checkpoint's architecture) or one of `tasks.TASKS`.
@@ -125,24 +127,24 @@ def export(  # noqa: PLR0913 - the options are the public interface
     options = Options(
         task, exporter, dtype, layout, to, cold, trust_remote_code, quantize, device, link, variant, sketch
     )
-    source = resolve_model(model, revision=revision)
-    if variant is not None:
-        source = dataclasses.replace(source, variant=variant)
-    check_road(source, options)
-    if layout == "tokenizer":
-        check_vocab(source, vocab)
-        vocab = close_vocab(vocab, source, profile)
-    plan = plan_export(source, vocab, options, sample) if source.graph is None else None
     target = Path(output)
-    with staged_folder(target, overwrite=overwrite) as staging:
-        if plan is not None:
-            filled = fill_from_checkpoint(plan, staging, progress=progress)
-        else:
-            filled = fill_from_graph(source, vocab, options, staging, (*TOKENIZER_FILES, *CONFIG_FILES))
-        manifest = with_card(filled, source, staging)
-        write_manifest(staging, manifest)
-        if wants_sketch(manifest, options.sketch):
-            manifest = add_sketch(staging)
+    with full_source(resolve_model(model, revision=revision), near=target.parent) as source:
+        if variant is not None:
+            source = dataclasses.replace(source, variant=variant)
+        check_road(source, options)
+        if layout == "tokenizer":
+            check_vocab(source, vocab)
+            vocab = close_vocab(vocab, source, profile)
+        plan = plan_export(source, vocab, options, sample) if source.graph is None else None
+        with staged_folder(target, overwrite=overwrite) as staging:
+            if plan is not None:
+                filled = fill_from_checkpoint(plan, staging, progress=progress)
+            else:
+                filled = fill_from_graph(source, vocab, options, staging, (*TOKENIZER_FILES, *CONFIG_FILES))
+            manifest = with_card(filled, source, staging)
+            write_manifest(staging, manifest)
+            if wants_sketch(manifest, options.sketch):
+                manifest = add_sketch(staging)
     files = {name: entry.bytes for name, entry in manifest.files.items()}
     seconds = round(time.perf_counter() - start, 3)
     return ExportResult(

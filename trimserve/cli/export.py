@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", required=True, help="folder or hub id of the model to trim")
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
-    ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group(required=True)
+    base = "the model that a compact checkpoint of fine-tuning was cut from (default: the one it names)"
+    parser.add_argument("--base", help=base)
+    ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group()
     ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
     ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
     ids.add_argument("--corpus", nargs="+", metavar="FILE", help="texts to profile and select from")
@@ -74,6 +76,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
+    from trimserve.finetune.restore import full_source
     from trimserve.folder import check_target
     from trimserve.source import resolve_model
 
@@ -86,15 +89,30 @@ def run(args: argparse.Namespace) -> int:
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
     settings = {name: getattr(args, name) for name in SETTINGS}
     exporter.Options(**settings)  # refuses what is not built before a corpus is read
-    source = resolve_model(args.model, revision=args.revision)
-    profile = _profile(args, source)
-    vocab = _vocab(args, source, profile, options)
-    if args.layout == "tokenizer":
-        settings |= {"profile": profile, "sample": _sample(args, profile)}
-    result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
+    checkpoint = resolve_model(args.model, revision=args.revision)
+    if args.vocab is None and args.profile is None and args.corpus is None:
+        args.vocab = _own_vocab(checkpoint, options)
+    with full_source(checkpoint, args.base, near=args.output.parent) as source:
+        profile = _profile(args, source)
+        vocab = _vocab(args, source, profile, options)
+        if args.layout == "tokenizer":
+            settings |= {"profile": profile, "sample": _sample(args, profile)}
+        result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
     emit(args, document, _summary(document))
     return 0
+
+
+def _own_vocab(source: "ModelSource", options: dict[str, Any]) -> Path:
+    """A compact checkpoint brings its vocab along; for any other model it has to be said which ids stay."""
+    from trimserve.finetune.restore import is_compact
+    from trimserve.folder import VOCAB_NAME
+
+    if not is_compact(source.path) or any(options.values()):
+        raise UsageError(
+            "one of the arguments --vocab --profile --corpus is required: it says which ids stay."
+        )
+    return source.path / VOCAB_NAME
 
 
 def _vocab(

@@ -161,18 +161,10 @@ def full_source(
     if not is_compact(source.path):
         yield source
         return
-    with tempfile.TemporaryDirectory(prefix=".trimserve-full.", dir=near) as scratch:
+    beside = near if near is not None and near.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix=".trimserve-full.", dir=beside) as scratch:
         full = restore(source.path, base, Path(scratch) / "full")
         yield ModelSource(source.name, source.revision, full.path)
-
-
-def compact_vocab(path: Path) -> VocabMap:
-    """The kept ids of a compact checkpoint.
-
-    Raises:
-        MismatchError: its vocab file is damaged.
-    """
-    return load_vocab(path / VOCAB_NAME)
 
 
 def _base_source(provenance: Provenance, base: str | Path | ModelSource | None) -> ModelSource:

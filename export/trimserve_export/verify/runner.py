@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trimserve.blocks import BlockScheme
 from trimserve.errors import MismatchError, TrimserveError
+from trimserve.finetune.restore import full_source
 from trimserve.folder import (
     GENERATOR_TASKS,
     Manifest,
@@ -83,13 +84,13 @@ def verify(
         opened = open_folder(path)
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
-    with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch, full_source(source) as source:
         full = _export_full(source, manifest, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
         result = VerifyResult(tuple(_run(context, progress=progress)))
-    if store and "files" not in result.failed:
-        _store(context, result)
+        if store and "files" not in result.failed:
+            _store(context, result)
     return result
 
 
