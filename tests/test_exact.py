@@ -282,7 +282,17 @@ def test_stats_count_drafts_and_cold_tokens(tiny):
     assert stats.drafted == result.drafted >= len(result.ids) - result.rejected
     prompt_cold = int((~generator.folder.vocab.is_kept(generator.codec.encode(["dog"])[0])).sum())
     assert stats.cold_tokens == is_cold.sum() + prompt_cold
-    assert set(stats.seconds) == {"model", "cold_head", "sampler", "other"}
+    assert stats.accepted == stats.tokens - stats.rejected
+    assert set(stats.seconds) == {"body", "compact_head", "cold_head", "sampler", "other"}
+    assert all(spent >= 0 for spent in stats.seconds.values())
+
+
+def test_a_step_without_the_head_makes_no_logits(tiny):
+    decoder = tiny.generator._decoder
+    rows = np.zeros((1, decoder.hidden_size), np.float32)
+    step = decoder.step(decoder.empty_cache(1), np.zeros((1, 1), np.int64), rows, keep=-1)
+    assert step.logits.shape[:2] == step.hidden.shape[:2] == (1, 0)
+    assert 0 <= decoder.head_share() <= 1
 
 
 def test_a_wrong_cold_row_is_noticed_by_these_tests(tiny, tmp_path):

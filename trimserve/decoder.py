@@ -4,6 +4,7 @@ Nothing here knows tokens' meaning, sampling or exactness; see `generation.py` f
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ AfterHead = tuple[tuple[str, float | None], ...]
 AFTER_HEAD_KEY = "trimserve.after_head"
 # "true" in a graph whose attention writes its keys and values in place (GroupQueryAttention).
 SHARED_KV_KEY = "trimserve.shared_kv"
+# How long the head's share of a step is measured, and how often at least.
+_MEASURING_SECONDS = 0.05
+_MEASURED_STEPS = 3
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -81,6 +85,7 @@ class Decoder:
         self.after_head = _after_head(metadata)
         self._outputs = ["logits", "hidden_states", *self._present]
         self._binding = session.io_binding()
+        self._head_share: float | None = None
 
     @property
     def takes_batches(self) -> bool:
@@ -100,6 +105,30 @@ class Decoder:
     def start(self, sources: Sequence[Ids | None]) -> KVCache:
         """A cache for as many sequences as sources, of which a model without an encoder reads none."""
         return self.empty_cache(len(sources))
+
+    def head_share(self) -> float:
+        """The share of a step of one token that is the vocab head, measured the first time.
+
+        A step without the head asks for the last -1 positions of one, which are none: the same graph, with
+        the same weights, multiplies nothing.
+        """
+        if self._head_share is None:
+            self._head_share = self._measure_head_share()
+        return self._head_share
+
+    def _measure_head_share(self) -> float:
+        rows = np.zeros((1, self.hidden_size), self.dtype)
+        token = np.zeros((1, 1), np.int64)
+        seconds: dict[int, list[float]] = {1: [], -1: []}
+        end = time.perf_counter() + _MEASURING_SECONDS
+        while len(seconds[-1]) < _MEASURED_STEPS or time.perf_counter() < end:
+            for keep, found in seconds.items():
+                cache = self.start([np.zeros(1, np.int32)])
+                start = time.perf_counter()
+                self.step(cache, token, rows, keep=keep)
+                found.append(time.perf_counter() - start)
+        with_head, without = (float(np.median(found)) for found in seconds.values())
+        return min(max(1 - without / with_head, 0.0), 1.0)
 
     def step(
         self,

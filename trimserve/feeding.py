@@ -39,7 +39,9 @@ class Feeder:
         start = time.perf_counter()
         cache = self._decoder.start([request.source for request in requests])
         self.timing.model += time.perf_counter() - start
-        return cache, self._step(cache, ids, mask)
+        step = self._step(cache, ids, mask)
+        self.timing.prompts += time.perf_counter() - start
+        return cache, step
 
     def feed(self, cache: KVCache, tokens: Sequence[int]) -> Step:
         """Feed one token id to each sequence."""

@@ -85,7 +85,7 @@ class Generator:
     ) -> None:
         self.folder = folder
         self.codec = codec
-        self.stats = GeneratorStats()
+        self.stats = GeneratorStats(head_share=decoder.head_share)
         self.config = GenerationConfig(folder)
         self.stop_ids = self.config.stop_ids
         self._cold = cold

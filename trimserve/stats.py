@@ -1,8 +1,7 @@
 """What a generator counts while it works."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 
@@ -12,13 +11,26 @@ from trimserve.vocab import VocabMap
 
 @dataclass(slots=True)
 class Timing:
-    """Seconds spent in the parts of generation."""
+    """Seconds spent in the parts of generation.
 
-    PARTS: ClassVar[tuple[str, ...]] = ("model", "cold_head", "sampler")
+    Attributes:
+        model: in the decoder's graph, body and compact head.
+        prompts: of these in prompts, which the head reads one position of.
+        cold_head: in checks.
+        sampler: in choosing tokens.
+    """
 
     model: float = 0.0
+    prompts: float = 0.0
     cold_head: float = 0.0
     sampler: float = 0.0
+
+    def add(self, other: "Timing") -> None:
+        """Add another's seconds."""
+        self.model += other.model
+        self.prompts += other.prompts
+        self.cold_head += other.cold_head
+        self.sampler += other.sampler
 
 
 @dataclass(slots=True)
@@ -54,8 +66,10 @@ class GeneratorStats:
             they were split into kept pieces).
         drafted: tokens drafted.
         rejected: drafts that the full model's token replaced.
-        seconds: time by part: model (body and compact head), cold_head, sampler, other.
         cold_reads: what exact mode's checks read of the cold files.
+        timing: seconds by what was timed.
+        other: seconds in none of these parts.
+        head_share: measures which share of a step is the compact head.
     """
 
     prompt_tokens: int = 0
@@ -63,10 +77,32 @@ class GeneratorStats:
     cold_tokens: int = 0
     drafted: int = 0
     rejected: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"model": 0.0, "cold_head": 0.0, "sampler": 0.0, "other": 0.0}
-    )
     cold_reads: ColdReads = field(default_factory=ColdReads)
+    timing: Timing = field(default_factory=Timing)
+    other: float = 0.0
+    head_share: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+
+    @property
+    def accepted(self) -> int:
+        """Tokens generated that were drafted, and not put in the place of a draft."""
+        return self.tokens - self.rejected
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time by part: body, compact_head, cold_head, sampler, other.
+
+        Body and compact head are one graph, whose time is split as that of a step with and without the
+        head: measured when this is read for the first time, for about a tenth of a second.
+        """
+        steps = self.timing.model - self.timing.prompts
+        head = steps * self.head_share() if steps > 0 else 0.0
+        return {
+            "body": self.timing.model - head,
+            "compact_head": head,
+            "cold_head": self.timing.cold_head,
+            "sampler": self.timing.sampler,
+            "other": self.other,
+        }
 
     def count(
         self, requests: Sequence[Request], vocab: VocabMap, timings: Sequence[Timing], seconds: float
@@ -79,8 +115,9 @@ class GeneratorStats:
             self.cold_tokens += int((~vocab.is_kept(output)).sum())
             self.drafted += request.drafted
             self.rejected += request.rejected
-        parts = {name: sum(getattr(timing, name) for timing in timings) for name in Timing.PARTS}
+        spent = 0.0
+        for timing in timings:
+            self.timing.add(timing)
+            spent += timing.model + timing.cold_head + timing.sampler
         # Parts that overlapped count twice: nothing is left for the rest then.
-        parts["other"] = max(0.0, seconds - sum(parts.values()))
-        for name, spent in parts.items():
-            self.seconds[name] += spent
+        self.other += max(0.0, seconds - spent)
