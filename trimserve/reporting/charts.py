@@ -96,8 +96,8 @@ def coverage_chart(report: Report) -> Chart:
         y=_nines(report),
         lines=tuple(lines),
         marks=(
-            Mark(knee.kept, knee.coverage, ("knee", f"{knee.kept:,}"), "knee"),
             Mark(choice.kept, choice.coverage, ("chosen", f"{choice.kept:,}"), "chosen"),
+            Mark(knee.kept, knee.coverage, ("knee", f"{knee.kept:,}"), "knee"),
         ),
     )
 

@@ -13,7 +13,7 @@ from trimserve.estimates import Shares, knee
 from trimserve.forecast import CorpusCurve, cold_share, corpus_curve, seen_again
 from trimserve.prize import WeightBytes
 from trimserve.profiling import Profile
-from trimserve.ranking import covering, keeping_order
+from trimserve.ranking import covering, keeping_order, occurrences
 from trimserve.reporting.pieces import DroppedToken, KindShare, heaviest_dropped, kinds_of
 from trimserve.tokennames import TokenNames
 from trimserve.vocab import Ids, Reason, VocabMap
@@ -217,8 +217,9 @@ def _points(inputs: Inputs, order: npt.NDArray[np.int64], must_stay: Ids) -> tup
     steps = np.geomspace(first, order.size, _CURVE_POINTS).round().astype(np.int64)
     seen = first + int(np.count_nonzero(merged.counts[order[first:]]))
     sizes = np.unique(np.append(steps, seen))
-    covered, expected = _cumulative(merged.mass, order), _cumulative(seen_again(merged, must_stay), order)
-    held_out = None if inputs.held_out is None else _cumulative(inputs.held_out.mass, order)
+    covered = _cumulative(merged, order)
+    expected = np.minimum(np.cumsum(seen_again(merged, must_stay)[order]), 1.0)
+    held_out = None if inputs.held_out is None else _cumulative(inputs.held_out, order)
     return tuple(
         _point(
             inputs,
@@ -231,8 +232,10 @@ def _points(inputs: Inputs, order: npt.NDArray[np.int64], must_stay: Ids) -> tup
     )
 
 
-def _cumulative(mass: Shares, order: npt.NDArray[np.int64]) -> Shares:
-    return np.minimum(np.cumsum(mass[order]), 1.0)
+def _cumulative(profile: Profile, order: npt.NDArray[np.int64]) -> Shares:
+    """The share of a profile's occurrences that each beginning of an order covers, float64 (n,)."""
+    counted = occurrences(profile)  # whole counts, so that covering all of them is 1
+    return np.minimum(np.cumsum(counted[order]) / max(counted.sum(), 1e-300), 1.0)
 
 
 def _point(inputs: Inputs, kept: int, covered: float, expected: float, held_out: float | None) -> Point:

@@ -226,8 +226,8 @@ def method(report: Report) -> str:
         "Never seen": (
             "N1 / N, the share of occurrences whose id occurs once (I. J. Good, Biometrika 40, 1953). Its "
             "bounds: by the normal limit of W. W. Esty (Ann. Statist. 11, 1983), and for any distribution "
-            "from D. Berend and A. Kontorovich (Electron. Commun. Probab. 18, 2013) with C. McDiarmid (1989). "
-            "All three take tokens for independent, which they are not: words come in bursts."
+            "from D. Berend and A. Kontorovich (Electron. Commun. Probab. 18, 2013) with C. McDiarmid "
+            "(1989). All three take tokens for independent, which they are not: words come in bursts."
         ),
         "Corpus size": (
             f"the mean over all ways to draw that many {report.corpus_curve.unit} and to hold one more back, "
@@ -237,9 +237,7 @@ def method(report: Report) -> str:
         "Knee": "where the curve is farthest above the line between its ends (V. Satopää and others, 2011).",
     }
     if report.domains:
-        entries["Distance"] = (
-            "the square root of J. Lin’s divergence to base 2 (IEEE Trans. Inf. Theory 37, 1991)."  # noqa: RUF001
-        )
+        entries["Distance"] = "the square root of J. Lin's divergence (IEEE Trans. Inf. Theory 37, 1991)."
     parts = "".join(
         f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in entries.items()
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _LABEL_STEP = 16  # least distance of two labels, px
-_LETTER = 6.6  # mean width of a letter at 12 px, px
+_LETTER = 7.2  # mean width of a bold letter of a label, px
+_LINE = 15  # from one line of a label to the next, px
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def draw(chart: Chart, size: Size, style: str) -> str:
         *_grid(chart, size),
         *(_curve(line, chart, size) for line in chart.lines),
         *_end_labels(chart, size),
-        *(part for mark in chart.marks for part in _mark(mark, chart, size)),
+        *_marks(chart, size),
     ]
     summary = html.escape(chart.summary, quote=True)
     return (
@@ -165,23 +166,52 @@ def _end_labels(chart: Chart, size: Size) -> Iterable[str]:
     """Labels beside the right ends of the lines, pushed apart; none where there is no margin for them."""
     if size.right < 60:
         return
-    ends = sorted((_y(line.points[-1][1], chart, size), line) for line in chart.lines if line.label)
+    lines = sorted((line for line in chart.lines if line.label), key=lambda line: -line.points[-1][1])
     lowest = -math.inf
-    for y, line in ends:
-        lowest = max(y, lowest + _LABEL_STEP * (1 + line.label.count("\n")))
+    for line in lines:
+        lowest = max(_y(line.points[-1][1], chart, size), lowest + _LABEL_STEP * (1 + line.label.count("\n")))
         x = _x(line.points[-1][0], chart, size) + 8
         for number, part in enumerate(line.label.split("\n")):
-            yield text(x, lowest + 4 + 14 * number, part, f"label {line.style}")
+            yield text(x, lowest + 4 + _LINE * number, part, f"label {line.style}")
 
 
-def _mark(mark: Mark, chart: Chart, size: Size) -> Iterable[str]:
-    x, y, base = _x(mark.x, chart, size), _y(mark.y, chart, size), size.height - size.bottom
-    yield f'<line class="drop {mark.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{base}"/>'
-    yield f'<circle class="dot {mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
-    wide = max(map(len, mark.label)) * _LETTER
-    to_left = x + 10 + wide > size.width - size.right
-    # Beside the line, just above the axis: curves that rise leave room below them.
-    for number, part in enumerate(reversed(mark.label)):
-        side = x - 8 if to_left else x + 8
-        place = max(y + 24, base - 12) if len(mark.label) == 1 else base - 12
-        yield text(side, place - 15 * number, part, f"label {mark.style}", "end" if to_left else "start")
+def _marks(chart: Chart, size: Size) -> Iterable[str]:
+    taken: list[_Box] = []
+    for mark in chart.marks:
+        x, y, base = _x(mark.x, chart, size), _y(mark.y, chart, size), size.height - size.bottom
+        yield f'<line class="drop {mark.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{base}"/>'
+        yield f'<circle class="dot {mark.style}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
+        box = _free_box(mark, x, size, taken)
+        taken.append(box)
+        anchor, place = ("end", box.right) if box.right < x else ("start", box.left)
+        for number, part in enumerate(mark.label):
+            yield text(place, box.top + 11 + _LINE * number, part, f"label {mark.style}", anchor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """Where a label stands, px."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def touches(self, other: "_Box") -> bool:
+        beside = self.right < other.left or other.right < self.left
+        return not (beside or self.bottom < other.top or other.bottom < self.top)
+
+
+def _free_box(mark: Mark, x: float, size: Size, taken: Sequence[_Box]) -> _Box:
+    """The lowest place beside a mark that no other label has: right of it, else left of it.
+
+    Curves that rise leave room below them, so that labels stand just above the axis.
+    """
+    wide, tall = max(map(len, mark.label)) * _LETTER, _LINE * len(mark.label)
+    boxes = [
+        _Box(left, bottom - tall, left + wide, bottom)
+        for bottom in range(size.height - size.bottom - 6, size.top, -_LINE)
+        for left in (x + 8, x - 8 - wide)
+        if left >= size.left and left + wide <= size.width - min(size.right, 4)
+    ]
+    return next((box for box in boxes if not any(map(box.touches, taken))), boxes[0])
