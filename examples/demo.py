@@ -136,17 +136,21 @@ def main() -> int:
     OUT.mkdir(exist_ok=True)
     model, corpus, docs = minilm(), OUT / "docstrings.jsonl", OUT / "docs.txt"
     profile, vocab = OUT / "profile.safetensors", OUT / "vocab_map.safetensors"
-    full, trimmed = OUT / "minilm-full", OUT / "minilm-stdlib"
+    full, trimmed, report = OUT / "minilm-full", OUT / "minilm-stdlib", OUT / "report.html"
     write_corpus(corpus, docs)
     command("profile", corpus, "--text-column", "text", "-m", model, "-o", profile)
     command("select", profile, "--coverage", "0.999", "-o", vocab)
     command("export", "-m", model, "--vocab", vocab, "-o", trimmed, "--overwrite")
     command("verify", trimmed, "-m", model)
+    page = ("--folder", trimmed, "--title", "Docstrings of the Python standard library")
+    command("report", profile, "-m", model, *page, "-o", report)
     command("run", trimmed, *QUERIES, "--corpus", docs, "--top", "3")
     full_model(vocab, model, full)
     row = encoder.compare(full, trimmed, docs, rounds=3, threads=available_cpus())
     print("\n" + table(encoder.HEADER, encoder.comparison_lines(row)))
-    return judge(row, *embed(full, QUERIES[-1:]), *embed(trimmed, QUERIES[-1:]))
+    code = judge(row, *embed(full, QUERIES[-1:]), *embed(trimmed, QUERIES[-1:]))
+    print(f"\nwhat each choice of K costs, as a page: {report}")
+    return code
 
 
 def judge(
