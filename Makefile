@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-js test-next demo bench-quick wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-js test-next demo bench bench-full plots wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,7 +46,7 @@ test-slow: $(READY)  ## the slow tests
 # The transformers 5 environment: what needs no optimum-onnx.
 NEXT := .venv-next
 NEXT_TESTS := tests/test_cut_checkpoint.py tests/test_tokenizer_cut.py tests/test_checkpoint.py \
-	tests/test_configs.py tests/test_vocab_axes.py
+	tests/test_configs.py tests/test_vocab_axes.py tests/test_exporters.py tests/test_matrix.py
 
 $(NEXT)/.ready: pyproject.toml constraints-next.txt
 	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
@@ -55,7 +55,7 @@ $(NEXT)/.ready: pyproject.toml constraints-next.txt
 	@$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-next.txt -e '.[export-next]' --group dev
 	@touch $(NEXT)/.ready
 
-test-next: $(NEXT)/.ready  ## the tests that run with transformers 5
+test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones too
 	$(NEXT)/bin/python -m pytest -n $(JOBS) $(NEXT_TESTS)
 
 test-js: $(READY)  ## transformers.js under Node on folders of ours
@@ -65,9 +65,17 @@ test-js: $(READY)  ## transformers.js under Node on folders of ours
 demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into demo-out/
 	$(BIN)/python examples/demo.py
 
-bench-quick: demo  ## the benchmarks with few repetitions, results in build/bench
-	$(BIN)/python -m bench.startup --quick
-	$(BIN)/python -m bench.encoder --quick
+bench: $(READY)  ## every benchmark with few repetitions, results in build/bench
+	$(BIN)/python -m bench.suite --quick
+
+bench-full: demo  ## every benchmark, within an hour on 2 cores; results, tables and figures in the tree
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench.suite
+
+plots: $(READY)  ## draw the figures and write the measured tables again
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.readme
 
 wheel-check: $(READY)  ## install the built wheel in a clean environment and call it
 	.ci/check-wheel $(BIN)/python

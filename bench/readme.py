@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import encoder, harness, plot, tables, trim
+from bench.matrix_table import matrix_table
 from trimserve.report import human_bytes
 
 PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
@@ -112,7 +113,7 @@ def trim_table() -> str:
     rows = harness.newest_rows("trim", "model")
     caption = (
         "Medians of fresh processes. Private memory is the largest anonymous memory less that after the "
-        "imports; peak memory counts pages of mapped files, too, which the system can drop. A complete copy is "
+        "imports; peak memory counts pages of mapped files too, which the system can drop. A complete copy is "
         "the trimmed graph, its cold rows, the cold head's graphs, and hashes of all files; onnxsim writes a "
         f"graph alone, and cannot hold the two larger models. {tables.where(rows[-1])}."
     )
@@ -122,6 +123,7 @@ def trim_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
+    "matrix": matrix_table,
     "session": session_table,
     "encoder": encoder_table,
     "startup": startup_table,

@@ -14,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.models import FAMILIES, save_model
 from tests.translators import save_translator
@@ -28,6 +30,7 @@ from trimserve.structural import structural_ids
 from trimserve.vocab import Ids, Reason, VocabMap
 from trimserve_export import reference
 from trimserve_export.exporters import EXPORTERS, Exporter, GraphJob, choice, load_exporter
+from trimserve_export.graph.export import serve_full
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.writing import write_layout_graph
 from trimserve_export.pipeline import export
@@ -74,6 +77,24 @@ class Cell:
 
 
 CELLS = tuple(Cell(*names) for names in product(MODELS, EXPORTERS, QUANTISATIONS, LAYOUTS))
+# Folders of other tools' graphs among the real data: name -> (graph, V).
+FOLDERS = {
+    "llama-32k-fp16-extdata": ("model.onnx", 32000),
+    "tiny-random-gpt2-fp32": ("past.onnx", 1000),
+    "tiny-random-lfm2-fp32": ("decoder.onnx", 1000),
+}
+# transformers' exporter takes ten seconds a model.
+_TRACED_IN_CI = ("llama_tied", "gemma3", "bert")
+
+
+def is_quick(cell: Cell) -> bool:
+    """Whether a cell belongs to the tests that run by default."""
+    return cell.family == "llama_tied" and (cell.exporter != "transformers" or cell.quantisation == "fp32")
+
+
+def is_in_ci(cell: Cell) -> bool:
+    """Whether a cell is tested at all; the others are run by `python -m bench.matrix` alone."""
+    return cell.exporter != "transformers" or cell.family in _TRACED_IN_CI
 
 
 @dataclass(frozen=True)
@@ -110,11 +131,15 @@ class Workbench:
             folder = self._trimmed(cell, made)
         except UnsupportedModelError as error:
             return f"refused: {error}"
-        full = _open(self._full_folder(cell, made), {}, _all_ids(V))
+        full = self.full_model(cell)
         compare(folder, full)
         if made.task == GENERATION_TASK and cell.layout == "runtime":
             compare_generation(folder, full)
         return "ok"
+
+    def full_model(self, cell: Cell) -> Model:
+        """The untrimmed model that a cell is compared with."""
+        return _open(self._full_folder(cell, self.model(cell.family)), {}, _all_ids(V))
 
     def model(self, family: str) -> Made:
         """A family's model."""
@@ -282,3 +307,78 @@ def compare_generation(folder: TrimmedFolder, full: GraphModel) -> None:
         expected.append(int(past["logits"][0, -1].argmax()))
         ids = np.array(expected[-1:], np.int32)
     assert list(generated.ids) == expected
+
+
+def folder_outcome(name: str, data: Path, layout: str, root: Path) -> str:
+    """Trim a folder of another tool's graph and compare.
+
+    Args:
+        name: one of `FOLDERS`.
+        data: the folder of `FOLDERS`.
+        layout: one of `LAYOUTS`.
+        root: an empty folder to work in.
+
+    Returns:
+        See `Workbench.outcome`.
+    """
+    graph, rows = FOLDERS[name]
+    source = resolve_model(_with_tokenizer(data / name, root / "model", rows) / graph)
+    structural = structural_ids(source)
+    others = np.setdiff1d(np.arange(rows), structural)[:: rows // 100]
+    kept = np.union1d(structural, others)
+    kept = np.union1d(kept, np.setdiff1d(np.arange(rows), kept)[: -len(kept) % _MULTIPLE]).astype(np.int32)
+    reason = np.full(len(kept), Reason.EXPLICIT, np.uint8)
+    vocab = VocabMap(kept, reason, rows, sha256_file(source.tokenizer_path), {"options": {"multiple_of": 32}})
+    try:
+        folder = open_folder(export(source, vocab, root / "out", layout=layout, progress=False).path)
+    except UnsupportedModelError as error:
+        return f"refused: {error}"
+    kept = folder.vocab.kept_ids
+    places = np.random.default_rng(0).integers(0, len(kept), (1, _TOKENS))
+    full = data / name / graph
+    if folder.manifest.dtype == "fp16" and layout != "tokenizer":
+        # On a CPU fp16 is rounded where ONNX Runtime casts, which new nodes move.
+        full = serve_full(source, root / "full", task=folder.manifest.task)
+    expected = _run(full, kept[places])
+    found = _run(folder.path / "model.onnx", kept[places] if layout == "graph" else places)
+    columns = kept if layout == "graph" else np.arange(len(kept))
+    assert np.array_equal(found["logits"][..., columns], expected["logits"][..., kept])
+    return "ok"
+
+
+def _with_tokenizer(source: Path, target: Path, rows: int) -> Path:
+    """Links to a folder's files; where it has no tokenizer, one with a word an id."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).symlink_to(path)
+    if not (target / "tokenizer.json").exists():
+        words = {f"w{id_}": id_ for id_ in range(rows)}
+        Tokenizer(WordLevel(words, unk_token="w0")).save(str(target / "tokenizer.json"))
+    return target
+
+
+_NUMBERS = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
+
+
+def _run(path: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Run a decoder of any tool on an empty cache."""
+    session = open_session(path.resolve())
+    known = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.shape[1])[None],
+        "logits_to_keep": np.array(0),
+    }
+    feeds = {}
+    for value in session.get_inputs():
+        sizes = [
+            size if isinstance(size, int) else int("batch" in size or "slots" in size) for size in value.shape
+        ]
+        feeds[value.name] = known.get(value.name, np.zeros(sizes)).astype(_NUMBERS[value.type])
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))

@@ -46,7 +46,7 @@ def choose_exporter(asked: str, config: "PretrainedConfig", job: GraphJob) -> Ch
         exporter = load_exporter(asked)
         exporter.check_model(config, job.task)
         return Choice(asked, "asked for", exporter)
-    installed = [name for name in EXPORTERS if _INSTALLED[name]()]
+    installed = [name for name in EXPORTERS if is_installed(name)]
     if not installed:
         _require("optimum")
     # Graphs for one device, which the builder alone makes.
@@ -62,6 +62,11 @@ def choose_exporter(asked: str, config: "PretrainedConfig", job: GraphJob) -> Ch
             return Choice(name, _reason(name, refusals), exporter)
     missing = f"no installed exporter makes graphs for {job.device}: install trimserve[export-next]."
     raise UnsupportedModelError(" ".join(refusals) or missing)
+
+
+def is_installed(name: str) -> bool:
+    """Whether the packages of an exporter are in this environment."""
+    return _INSTALLED[name]()
 
 
 def _reason(name: str, refusals: list[str]) -> str:
@@ -105,7 +110,7 @@ _NEEDS = {
 
 
 def _require(name: str) -> None:
-    if not _INSTALLED[name]():
+    if not is_installed(name):
         packages, extra = _NEEDS[name]
         raise MissingExtraError(
             f"--exporter {name} needs {packages}, which this environment has not. Install it in one of its "
