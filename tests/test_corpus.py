@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimserve import corpus
+from trimserve.corpus import documents, reader
 from trimserve.corpus import Corpus, Document, iter_documents
 from trimserve.errors import UsageError
 
@@ -32,9 +32,9 @@ def test_byte_order_mark_is_not_text(tmp_path):
 
 def test_records_are_documents_and_blank_lines_are_not(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_text('{"t": "a\\nb", "n": 1}\n\n{"t": ""}\n{"t": "日本"}', "utf-8")
+    file.write_text('{"t": "a\\nb", "n": 1}\n\n{"t": " "}\n{"t": "日本"}', "utf-8")
     found = read(file, text_column="t")
-    assert [document.text for document in found] == ["a\nb", "", "日本"]
+    assert [document.text for document in found] == ["a\nb", " ", "日本"]
     assert found[2].origin == f"{file}, line 4"
 
 
@@ -75,8 +75,8 @@ def test_texts_from_memory_have_a_hash_that_knows_their_borders():
 
 @pytest.fixture
 def short_parts(monkeypatch):
-    monkeypatch.setattr(corpus, "MAX_CHARACTERS", 20)
-    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 20)
+    monkeypatch.setattr(reader, "_BLOCK_BYTES", 7)
 
 
 @pytest.mark.usefixtures("short_parts")
@@ -104,13 +104,13 @@ def test_document_without_a_place_to_cut_stays_whole(tmp_path):
 @given(st.text(alphabet="ab \n-é日😀", max_size=200))
 def test_parts_join_to_the_text_and_border_on_lone_newlines(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "MAX_CHARACTERS", 10)
-        parts = [part.text for part in corpus._cut_documents(re.findall(r"(?s).{1,7}", text), "x")]
+        patch.setattr(documents, "MAX_CHARACTERS", 10)
+        parts = [part.text for part in documents.cut_documents(re.findall(r"(?s).{1,7}", text), "x")]
     assert "".join(parts) == text
     for left, right in itertools.pairwise(parts):
         assert re.search(r"\S\n$", left)
         assert re.match(r"\w", right)
-    whole = [document.text for document in corpus._cut_documents([text], "x")]
+    whole = [document.text for document in documents.cut_documents([text], "x")]
     assert whole == [text]
 
 
@@ -119,7 +119,7 @@ def test_the_place_to_cut_does_not_depend_on_the_blocks(tmp_path, monkeypatch):
     text = "alpha beta\ngamma\n\ndelta\nepsilon zeta eta theta iota\nkappa\n" * 3
     (tmp_path / "a.txt").write_text(text)
     found = [document.text for document in read(tmp_path / "a.txt")]
-    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(reader, "_BLOCK_BYTES", 1)
     assert [document.text for document in read(tmp_path / "a.txt")] == found
     assert len(found) > 3
 
@@ -133,12 +133,13 @@ def test_the_place_to_cut_does_not_depend_on_the_blocks(tmp_path, monkeypatch):
         ("a.jsonl", b'{"t": "a"}\n{"t": \n', "a.jsonl, line 2: broken JSON"),
         ("a.jsonl", b'{"x": "a"}\n', "a.jsonl, line 1: no field 't' .found 'x'."),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: no field 't' .found list."),
-        ("a.jsonl", b'{"t": null}\n', "a.jsonl, line 1, field 't': should be text but is NoneType"),
+        ("a.jsonl", b'{"t": null}\n', "a.jsonl, line 1, field 't': is empty .NoneType"),
+        ("a.jsonl", b'{"t": 7}\n', "a.jsonl, line 1, field 't': should be text but is int"),
         ("a.jsonl", b'{"t": "\\ud83d"}\n', "a.jsonl, line 1, field 't': holds half a surrogate pair"),
         ("a.txt", b"", "holds no text"),
-        ("a.jsonl", b'\n{"t": ""}\n', "holds no text"),
-        ("a.csv", b"t\na\n", "neither text .* nor records"),
-        ("a.parquet", b"PAR1", "come later"),
+        ("a.jsonl", b'\n{"t": ""}\n', "a.jsonl, line 2, field 't': is empty"),
+        ("a.jsonl", b"\n\n", "holds no text"),
+        ("a.docx", b"PK", "none of the formats"),
     ],
 )
 def test_bad_input_names_file_and_line(tmp_path, name, content, message):
@@ -160,8 +161,9 @@ def test_what_cannot_be_a_corpus_is_refused_at_once(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"t": "a"}))
     with pytest.raises(UsageError, match="--text-column"):
         Corpus([str(tmp_path / "a.jsonl")])
-    with pytest.raises(UsageError, match="is a folder"):
-        Corpus([str(tmp_path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no file"):
+        Corpus([str(tmp_path / "empty")])
     with pytest.raises(UsageError, match="does not exist"):
         Corpus([str(tmp_path / "none.txt")])
     with pytest.raises(UsageError, match="only once"):

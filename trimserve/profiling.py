@@ -1,19 +1,20 @@
 """Count the tokens of a corpus: Profile, its coverage, and how much is still unseen."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from trimserve.artefacts import load_artefact, save_artefact, sha256_file
-from trimserve.corpus import Corpus, CorpusSource
-from trimserve.counting import Counts, count_tokens, limit_threads
-from trimserve.errors import MismatchError
+from trimserve.chat import ChatTemplate
+from trimserve.corpus import Corpus, CorpusSource, Reading, Unit
+from trimserve.counting import Counts, Engine, How, Interrupted, Shard, Tally, count_corpus, limit_threads
+from trimserve.errors import MismatchError, UsageError
 from trimserve.estimates import guaranteed_bound, likely_bound
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
@@ -44,6 +45,8 @@ class Profile:
         output_counts: int64 (V,), those of `counts` that stand in completions; None where prompts and
             completions were not told apart.
         document_counts: int64 (V,), number of documents that hold each id; None in older files.
+        skipped: bad rows and bytes of the corpus that were left out, by kind.
+        unfinished: what it takes to go on counting (JSON), if counting was interrupted; else None.
     """
 
     counts: Counts
@@ -61,6 +64,8 @@ class Profile:
     effective_tokens: float = 0.0
     output_counts: Counts | None = None
     document_counts: Counts | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    unfinished: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_arrays(self)
@@ -202,17 +207,39 @@ _FACTS = (
     "linear_widths",
     "row_bytes",
     "effective_tokens",
+    "skipped",
+    "unfinished",
 )
+
+
+class ProfileOptions(TypedDict, total=False):
+    """Options of `profile`."""
+
+    texts: Iterable[str]
+    text_column: str
+    output_column: str
+    chat: bool
+    unit: Unit
+    skip_bad: bool
+    workers: int
+    engine: Engine
+    shard: str
+    resume: Profile
+    progress: bool
+
+
+class ProfileInterrupted(KeyboardInterrupt):
+    """Ctrl-C while counting; `partial` is a valid profile of what was counted before."""
+
+    def __init__(self, partial: Profile) -> None:
+        super().__init__()
+        self.partial = partial
 
 
 def profile(
     corpus: Sequence[str | Path] | str | Path,
     model: str | Path | ModelSource,
-    *,
-    texts: Iterable[str] | None = None,
-    text_column: str | None = None,
-    workers: int | None = None,
-    progress: bool = True,
+    **options: Unpack[ProfileOptions],
 ) -> Profile:
     """Count the tokens that a model's own tokenizer makes of a corpus.
 
@@ -220,41 +247,82 @@ def profile(
     text (such as [CLS] and [SEP]), never truncated.
 
     Args:
-        corpus: .txt and .jsonl files, "-" for stdin; see `trimserve.corpus.Corpus`.
+        corpus: files, folders, globs, ``hf://`` datasets, "-" for stdin; see `trimserve.corpus.Corpus`.
         model: a folder or hub id with a tokenizer.json.
-        texts: documents to count besides the files, or instead (with an empty `corpus`).
-        text_column: field of a JSON record that holds its text.
-        workers: threads of the tokenizer; all cores by default. Must be set before anything else in
-            the process tokenises.
-        progress: show a bar on stderr if it is a terminal.
+        **options: all of them optional:
+
+            - texts: documents to count besides the files, or instead (with an empty `corpus`).
+            - text_column: field of a row that holds its text, dots between the names of nested fields.
+            - output_column: field of the completion, which is counted in `output_counts` too.
+            - chat: rows hold messages (in `text_column`, by default "messages"), which go through the
+              model's chat template; what the assistant says is counted in `output_counts` too.
+            - unit: "document" (default), "line" or "paragraph".
+            - skip_bad: count and leave out bad rows and bytes instead of refusing them.
+            - workers: cores to use; all by default. The tokenizer's threads can only be limited before
+              anything else in the process tokenises.
+            - engine: "local" (default) or "ray".
+            - shard: "i/n", from "1/n": count this part of the corpus; `merge` puts the parts together.
+            - resume: an unfinished profile of the same corpus and options, to go on with.
+            - progress: show a bar on stderr if it is a terminal (default True).
 
     Raises:
-        UsageError: an empty corpus, unreadable text, or no tokenizer.json.
+        UsageError: an empty corpus, unreadable text, no tokenizer.json, or options that do not go together.
+        MissingExtraError: a format or an engine needs a package that is not installed.
+        ProfileInterrupted: Ctrl-C, when something was counted already.
     """
     files = [corpus] if isinstance(corpus, str | Path) else corpus
+    shard, resume, workers = options.get("shard"), options.get("resume"), options.get("workers")
+    how = How(options.get("engine", "local"), workers, Shard.parse(shard) if shard else None)
     source = resolve_model(model, weights=False)
-    read = Corpus([str(file) for file in files], text_column, texts=texts)
+    read = Corpus(
+        [str(file) for file in files], texts=options.get("texts"), reading=_reading(source, options)
+    )
+    before = None if resume is None else _tally_of(resume, source)
     if workers is not None:
         limit_threads(workers)
     tokenizer = source.tokenizer()
-    with progress_bar(read.total_bytes, "profiling", "B", show=progress) as bar:
-        tally = count_tokens(
-            tokenizer, read.documents(), source.vocab_size, lambda: bar.update(read.bytes_read - bar.n)
-        )
+    with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:
+        try:
+            tally = count_corpus(read, tokenizer, source.vocab_size, how, before=before, on_bytes=bar.update)
+        except Interrupted as stop:
+            raise ProfileInterrupted(_profile_of(stop.tally, source, tokenizer)) from None
     _warn_without_newlines(tally.counts, tokenizer)
+    return _profile_of(tally, source, tokenizer)
+
+
+def _reading(source: ModelSource, options: ProfileOptions) -> Reading:
+    return Reading(
+        text_column=options.get("text_column"),
+        output_column=options.get("output_column"),
+        template=ChatTemplate.of_model(source) if options.get("chat") else None,
+        unit=options.get("unit", "document"),
+        skip_bad=options.get("skip_bad", False),
+    )
+
+
+def _profile_of(tally: Tally, source: ModelSource, tokenizer: Tokenizer) -> Profile:
+    facts = {entry.name: getattr(tally, entry.name) for entry in fields(tally) if entry.name != "state"}
     return Profile(
-        counts=tally.counts,
+        **facts,
+        unfinished=tally.state,
         tokenizer_sha256=sha256_file(source.tokenizer_path),
         tokenizer_name=source.name,
-        texts=tally.texts,
-        characters=tally.characters,
-        beyond_rows=tally.beyond_rows,
-        sources=tuple(read.sources),
         structural=structural_ids(source, tokenizer),
-        padding_ids=tally.padding_ids,
         linear_widths=tuple(sorted(source.linear_widths())),
         row_bytes=source.row_bytes(),
     )
+
+
+def _tally_of(partial: Profile, source: ModelSource) -> Tally:
+    if partial.unfinished is None or partial.document_counts is None:
+        raise UsageError("the profile to resume is complete: there is nothing left to count.")
+    if partial.tokenizer_sha256 != sha256_file(source.tokenizer_path):
+        raise MismatchError(
+            f"the profile to resume counts the ids of {partial.tokenizer_name}, another tokenizer than that "
+            f"of {source.name}: resume it with its own model."
+        )
+    facts = {entry.name: getattr(partial, entry.name) for entry in fields(Tally) if entry.name != "state"}
+    return Tally(**facts, state=partial.unfinished)
 
 
 def _warn_without_newlines(counts: Counts, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,208 @@
+"""A corpus as documents: units of text, long documents in parts, and what is wrong with a row."""
+
+import codecs
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from trimserve.chat import ChatTemplate
+from trimserve.errors import UsageError
+
+Unit = Literal["document", "line", "paragraph"]
+UNITS: tuple[Unit, ...] = ("document", "line", "paragraph")
+# A long document is cut into parts of this length, so that all cores share it.
+MAX_CHARACTERS = 1 << 18
+# Where a long document may be cut: after a lone newline with a letter or digit behind it. The
+# pre-tokenizers of the byte-level BPE families all end a piece there, so no token spans the cut.
+CUT = re.compile(r"(?<=\S)\n(?=\w)")
+CUT_CONTEXT = "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text of the corpus, or a part of a long one.
+
+    Attributes:
+        text: the characters, newlines as they stand in the file.
+        origin: where it begins, for messages: file, or file and line.
+        part: 0 for the beginning of a document, counted up for its further parts.
+        context: end of what stands before a further part; it decides how the part's first token reads,
+            and its own tokens are not counted.
+        output: whether the part is a completion.
+        cut: whether the text ends in a newline at which a long document was cut.
+    """
+
+    text: str
+    origin: str
+    part: int = 0
+    context: str = ""
+    output: bool = False
+    cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How rows become documents.
+
+    Attributes:
+        text_column: the field with the text (or the messages), dots between the names of nested fields.
+        output_column: the field with the completion, counted apart.
+        template: the chat template for rows of messages.
+        unit: what counts as one document: a text of the corpus, a line or a paragraph of it.
+        skip_bad: leave bad rows and bytes out and count them, instead of refusing them.
+    """
+
+    text_column: str | None = None
+    output_column: str | None = None
+    template: ChatTemplate | None = None
+    unit: Unit = "document"
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UsageError(f"the unit of text should be one of {', '.join(UNITS)} but is {self.unit!r}.")
+        if self.unit != "document" and self.apart:
+            raise UsageError(
+                f"a unit of {self.unit}s would tear prompts from their completions: leave --unit out."
+            )
+        if self.template is not None and self.output_column is not None:
+            raise UsageError("the messages of --chat hold the completions: leave --output-column out.")
+        if self.output_column is not None and self.text_column is None:
+            raise UsageError("--output-column needs --text-column, the field of the prompt.")
+
+    @property
+    def apart(self) -> bool:
+        """Whether completions are counted apart from prompts."""
+        return self.template is not None or self.output_column is not None
+
+    @property
+    def column(self) -> str | None:
+        """The field to read, "messages" by default for chats."""
+        return self.text_column or ("messages" if self.template is not None else None)
+
+
+class Faults:
+    """What is wrong with a corpus: refused at once, or counted by kind.
+
+    Attributes:
+        skip: whether to count and go on.
+        found: kind -> how many were skipped.
+    """
+
+    UNDECODABLE, BROKEN, EMPTY, NO_TEXT = "undecodable", "broken", "empty", "no text"
+
+    def __init__(self, *, skip: bool) -> None:
+        self.skip = skip
+        self.found: Counter[str] = Counter()
+
+    def meet(self, kind: str, message: Callable[[], str], count: int = 1) -> None:
+        """Count a fault of a kind.
+
+        Raises:
+            UsageError: faults are not to be skipped; `message` names file and line.
+        """
+        if not self.skip:
+            raise UsageError(f"{message()} Or leave such places out with --skip-bad.")
+        self.found[kind] += count
+
+
+def decode(blocks: Iterable[bytes], place: Callable[[int], str], faults: Faults) -> Iterator[str]:
+    """Decode UTF-8 without its byte order mark, which is an encoding's mark and not text.
+
+    Args:
+        blocks: the bytes, cut anywhere.
+        place: names a line by its number from 1.
+        faults: undecodable bytes are met one by one, and left out of the text if skipped.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    line = 1
+    for block in itertools.chain(blocks, [b""]):
+        text = decoder.decode(block, final=not block)
+        if not text.isascii() and (bad := _ESCAPED.search(text)):
+            at, byte = line + text.count("\n", 0, bad.start()), ord(bad[0]) & 0xFF
+            text, count = _ESCAPED.subn("", text)
+            faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(at), byte), count)  # noqa: B023
+        line += text.count("\n")
+        yield text
+
+
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+
+def undecodable(origin: str, byte: int) -> str:
+    """The message about a byte that is not UTF-8."""
+    return f"{origin}: byte 0x{byte:02x} is not UTF-8: convert the file, for example with iconv."
+
+
+def split_units(pieces: Iterable[str], unit: Unit) -> Iterator[str]:
+    """Lines or paragraphs of one text, without the line ends that part them; none of them blank.
+
+    Args:
+        pieces: the text, cut anywhere.
+        unit: "line" or "paragraph".
+    """
+    paragraph: list[str] = []
+    for line in _lines(pieces):
+        if unit == "line" or line.isspace():
+            yield from _joined([line] if unit == "line" else paragraph)
+            paragraph = []
+        else:
+            paragraph.append(line)
+    yield from _joined(paragraph)
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split("\n")
+        yield from (line + "\n" for line in whole)
+    if rest:
+        yield rest
+
+
+def _joined(lines: list[str]) -> Iterator[str]:
+    text = "".join(lines).rstrip("\r\n")
+    if text and not text.isspace():
+        yield text
+
+
+def cut_documents(
+    pieces: Iterable[str], origin: str, *, first_part: int = 0, cut: bool = False
+) -> Iterator[Document]:
+    """Join the pieces of one document and cut it where it grows too long.
+
+    Args:
+        pieces: the text, cut anywhere.
+        origin: for messages.
+        first_part: the number of its first part; not 0 where the text continues a document.
+        cut: whether a further text continues it, behind the newline that it ends in.
+    """
+    text, part, searched = "", first_part, 0
+    for piece in pieces:
+        text += piece
+        while len(text) > MAX_CHARACTERS:
+            end = _cut_position(text, searched)
+            if end == 0:
+                searched = len(text) - 1  # a cut needs one character behind it
+                break
+            yield _part(text[:end], origin, part, cut=True)
+            text, part, searched = text[end:], part + 1, 0
+    if text or part == 0:
+        yield _part(text, origin, part, cut=cut)
+
+
+def _part(text: str, origin: str, part: int, *, cut: bool) -> Document:
+    return Document(text, origin, part, CUT_CONTEXT if part else "", cut=cut)
+
+
+def _cut_position(text: str, searched: int) -> int:
+    """The last place to cut up to `MAX_CHARACTERS`, else the first one after it, else 0."""
+    last = 0
+    for match in CUT.finditer(text, searched, MAX_CHARACTERS + 1):
+        last = match.end()
+    if last == 0 and (later := CUT.search(text, max(searched, MAX_CHARACTERS))):
+        last = later.end()
+    return last

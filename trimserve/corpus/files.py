@@ -1,0 +1,147 @@
+"""Which files a corpus names: paths, folders, globs and hub datasets, each with its format."""
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trimserve.errors import UsageError, require
+
+STDIN = "-"
+HUB = "hf://"
+Format = Literal["text", "jsonl", "csv", "tsv", "parquet"]
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+COMPRESSIONS = (".gz", ".zst")
+_FORMATS: dict[str, Format] = {
+    **dict.fromkeys(TEXT_SUFFIXES, "text"),
+    **dict.fromkeys(JSONL_SUFFIXES, "jsonl"),
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+KNOWN = ", ".join(_FORMATS)
+_HUB_NAME = re.compile(
+    r"(?:datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<files>.+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusFile:
+    """A file of the corpus.
+
+    Attributes:
+        name: as the user knows it, for messages and the profile.
+        path: where it lies.
+        format: what its rows are.
+        compression: ".gz", ".zst" or "".
+        bytes: its length.
+    """
+
+    name: str
+    path: str
+    format: Format
+    compression: str
+    bytes: int
+
+
+def find_files(names: Sequence[str]) -> list[CorpusFile]:
+    """Find the files that names of a corpus stand for, in order; of folders and globs sorted by path.
+
+    Args:
+        names: files, folders, globs, ``hf://[datasets/]OWNER/NAME[@REVISION][/GLOB]``. Not "-".
+
+    Raises:
+        UsageError: a name stands for no file, or for one of an unknown format.
+        MissingExtraError: a hub dataset, and huggingface_hub is not installed.
+    """
+    return [file for name in names for file in _find(name)]
+
+
+def _find(name: str) -> Iterator[CorpusFile]:
+    if name.startswith(HUB):
+        yield from _hub_files(name)
+    elif Path(name).is_dir():
+        yield from _folder_files(Path(name), name)
+    elif Path(name).is_file():
+        yield corpus_file(name, name)
+    elif glob.has_magic(name):
+        # Path.glob takes no absolute patterns.
+        paths = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
+        found = [path for path in paths if Path(path).is_file()]
+        if not found:
+            raise UsageError(f"no file matches {name}: check the pattern.")
+        yield from (corpus_file(path, path) for path in found)
+    else:
+        raise UsageError(f"{name} does not exist: name a file ({KNOWN}), a folder, a glob, or - for stdin.")
+
+
+def corpus_file(path: str, name: str) -> CorpusFile:
+    """Describe a file by its suffixes.
+
+    Raises:
+        UsageError: the format is not known.
+    """
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    format_ = _FORMATS.get(suffixes[-1] if suffixes else "")
+    if format_ is None or (format_ == "parquet" and compression):
+        raise UsageError(
+            f"{name} has none of the formats {KNOWN} (all but parquet also {' or '.join(COMPRESSIONS)}): "
+            "convert it or pipe it in as -."
+        )
+    return CorpusFile(name, path, format_, compression, Path(path).stat().st_size)
+
+
+def _folder_files(folder: Path, name: str) -> Iterator[CorpusFile]:
+    """The files below a folder whose format is known; hidden ones are not looked at."""
+    empty = True
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and _is_known(path):
+            empty = False
+            yield corpus_file(str(path), f"{name.rstrip('/')}/{path.relative_to(folder).as_posix()}")
+    if empty:
+        raise UsageError(f"{name} holds no file of the formats {KNOWN}: name another folder.")
+
+
+def _is_known(path: Path) -> bool:
+    stem = path.name.lower()
+    for compression in COMPRESSIONS:
+        stem = stem.removesuffix(compression)
+    return Path(stem).suffix in _FORMATS and not (stem != path.name.lower() and stem.endswith(".parquet"))
+
+
+def _hub_files(name: str) -> Iterator[CorpusFile]:
+    """Fetch a hub dataset into the hub's cache and list its files."""
+    hub = require("huggingface_hub", extra="hub", purpose=f"reading {name}")
+    match = _HUB_NAME.fullmatch(name.removeprefix(HUB))
+    if match is None:
+        raise UsageError(f"{name} should read {HUB}OWNER/NAME[@REVISION][/FILES]: check the name.")
+    repo, files = match["repo"], match["files"]
+    wanted = (
+        [files, f"{files}/**"]
+        if files
+        else [f"*{suffix}{end}" for suffix in _FORMATS for end in ("", ".gz", ".zst")]
+    )
+    try:
+        path = hub.snapshot_download(
+            repo, repo_type="dataset", revision=match["revision"], allow_patterns=wanted
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{name} could not be fetched from the hub ({reason}): check the name, the revision and the "
+            "connection."
+        ) from error
+    root = Path(path)
+    matched = sorted(root.glob(files)) if files else [root]
+    if not matched:
+        raise UsageError(f"{name}: the dataset has no such file. Look at its list of files on the hub.")
+    prefix = f"{HUB}{repo}" + (f"@{match['revision']}" if match["revision"] else "")
+    for found in matched:
+        below = found.relative_to(root).as_posix()
+        label = prefix if below == "." else f"{prefix}/{below}"
+        yield from _folder_files(found, label) if found.is_dir() else [corpus_file(str(found), label)]

@@ -1,0 +1,191 @@
+"""Rows of a file, and the documents that a row holds."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any
+
+from trimserve.corpus.conversations import conversation
+from trimserve.corpus.documents import Document, Faults, Reading, cut_documents, split_units, undecodable
+from trimserve.corpus.files import Format
+from trimserve.errors import UsageError, require
+
+Row = Mapping[str, Any]
+# Names the place of a row by its number from 1.
+Place = Callable[[int], str]
+_CSV_FIELD = 1 << 30
+
+
+def read_jsonl(stream: Iterable[bytes], place: Place, reading: Reading, faults: Faults) -> Iterator[Document]:
+    """The documents of JSON records, one a line; blank lines are no rows."""
+    for number, line in enumerate(stream, 1):
+        if line.isspace():
+            continue
+        record = _record(line, number, place, faults)
+        if record is not None:
+            yield from row_documents(record, reading, lambda: place(number), faults)  # noqa: B023
+
+
+def _record(line: bytes, number: int, place: Place, faults: Faults) -> object | None:
+    try:
+        return json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(number), byte))
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        faults.meet(Faults.BROKEN, lambda: f"{place(number)}: broken JSON ({reason}): mend the line.")
+    return None
+
+
+def read_csv(
+    stream: IO[bytes], delimiter: str, place: Place, reading: Reading, faults: Faults
+) -> Iterator[Document]:
+    """The documents of a csv file with a header; blank lines are no rows."""
+    csv.field_size_limit(_CSV_FIELD)  # the default of 131,072 is less than a long document
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    rows = csv.DictReader(text, delimiter=delimiter)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            reason, line = str(error), rows.line_num
+            faults.meet(Faults.BROKEN, lambda: f"{place(line)}: broken csv ({reason}): mend the file.")  # noqa: B023
+            continue
+        line = rows.line_num
+        yield from row_documents(row, reading, lambda: place(line), faults)  # noqa: B023
+
+
+def read_parquet(
+    path: str, groups: range, place: Place, reading: Reading, faults: Faults
+) -> Iterator[Document]:
+    """The documents of some row groups of a parquet file."""
+    parquet = require("pyarrow.parquet", extra="corpus", purpose=f"reading {path}")
+    with parquet.ParquetFile(path) as file:
+        columns = [column for column in (reading.column, reading.output_column) if column]
+        roots = list(dict.fromkeys(_root(column, file.schema_arrow.names) for column in columns))
+        if missing := [root for root in roots if root not in file.schema_arrow.names]:
+            raise _no_field(path, missing[0], map(repr, file.schema_arrow.names))
+        before = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+        batches = file.iter_batches(batch_size=256, row_groups=list(groups), columns=roots)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, before + 1):
+            yield from row_documents(row, reading, lambda: place(number), faults)  # noqa: B023
+
+
+def _root(column: str, names: list[str]) -> str:
+    return column if column in names else column.split(".")[0]
+
+
+def row_documents(
+    row: object, reading: Reading, origin: Callable[[], str], faults: Faults
+) -> Iterator[Document]:
+    """The documents of one row: its text, the units of it, or the turns of its conversation.
+
+    Raises:
+        UsageError: the row lacks the field, or holds no text there; unless faults are skipped.
+    """
+    column = reading.column or ""
+    found = _field(row, column, origin, faults)
+    if found is None:
+        return
+    if reading.template is not None:
+        yield from _turns(reading, found, column, origin, faults)
+        return
+    text = _text(found, column, origin, faults)
+    if text is None:
+        return
+    if reading.unit != "document":
+        yield from (Document(unit, origin()) for unit in split_units([text], reading.unit))
+        return
+    output = None
+    if reading.output_column is not None:
+        given = _field(row, reading.output_column, origin, faults)
+        output = None if given is None else _text(given, reading.output_column, origin, faults)
+        if output is None:
+            return
+    yield from cut_documents([text], origin())
+    if output is not None:
+        yield Document(output, origin(), 1, "", output=True)
+
+
+def _turns(
+    reading: Reading, messages: object, column: str, origin: Callable[[], str], faults: Faults
+) -> Iterator[Document]:
+    listed = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    if not listed or not isinstance(messages, list) or reading.template is None:
+        kind = type(messages).__name__
+        faults.meet(
+            Faults.NO_TEXT,
+            lambda: f"{origin()}, field {column!r}: should be a list of messages but is {kind}.",
+        )
+        return
+    try:
+        turns = list(conversation(reading.template, messages, origin()))
+        for turn in turns:
+            turn.text.encode()
+    except UsageError as error:
+        reason = str(error)
+        faults.meet(Faults.BROKEN, lambda: f"{origin()}: {reason}")
+    except (UnicodeEncodeError, TypeError) as error:  # a template meets a message without its keys
+        reason = str(error)
+        faults.meet(Faults.BROKEN, lambda: f"{origin()}: messages that cannot be rendered ({reason}).")
+    else:
+        yield from turns
+
+
+def _field(row: object, column: str, origin: Callable[[], str], faults: Faults) -> object | None:
+    value: object = row
+    names = [column] if isinstance(row, dict) and column in row else column.split(".")
+    for name in names:
+        if not isinstance(value, dict) or name not in value:
+            keys = list(map(repr, value)) if isinstance(value, dict) else [type(value).__name__]
+            faults.meet(Faults.NO_TEXT, lambda: str(_no_field(origin(), column, keys)))  # noqa: B023
+            return None
+        value = value[name]
+    if value is None or value == "" or value == []:
+        kind = type(value).__name__
+        faults.meet(Faults.EMPTY, lambda: f"{origin()}, field {column!r}: is empty ({kind}).")
+        return None
+    return value
+
+
+def _no_field(origin: str, column: str, keys: Iterable[str]) -> UsageError:
+    found = ", ".join(keys) or "none"
+    return UsageError(f"{origin}: no field {column!r} (found {found}): check --text-column.")
+
+
+def _text(value: object, column: str, origin: Callable[[], str], faults: Faults) -> str | None:
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        faults.meet(Faults.NO_TEXT, lambda: f"{origin()}, field {column!r}: should be text but is {kind}.")
+        return None
+    return encodable(value, lambda: f"{origin()}, field {column!r}", faults)
+
+
+def encodable(text: str, origin: Callable[[], str], faults: Faults) -> str | None:
+    """The text if UTF-8 can spell it; JSON can hold half a surrogate pair, which it cannot."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, reason = ord(text[error.start]), str(error)
+        if 0xDC80 <= code <= 0xDCFF:  # what "surrogateescape" makes of a byte
+            faults.meet(Faults.UNDECODABLE, lambda: undecodable(origin(), code & 0xFF))
+        else:
+            faults.meet(
+                Faults.UNDECODABLE,
+                lambda: f"{origin()}: holds half a surrogate pair ({reason}): mend the text.",
+            )
+        return None
+    return text
+
+
+def is_table(format_: Format) -> bool:
+    """Whether rows of a format have named fields."""
+    return format_ != "text"

@@ -1,0 +1,190 @@
+"""Count the tokens of documents, and the documents that hold each token."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.corpus import Document
+from trimserve.corpus.documents import CUT_CONTEXT
+from trimserve.counting.blocks import Block, Counts
+from trimserve.counting.encoders import Encoder, Flat
+
+# More documents a batch would only hold memory.
+_BATCH_TEXTS = 1 << 14
+
+
+class DocumentCounter:
+    """Adds documents up, batch by batch; what it holds is whole after every batch, also after Ctrl-C."""
+
+    def __init__(self, encoder: Encoder, rows: int) -> None:
+        """Count with an encoder that gives ids below `rows`."""
+        self._encoder = encoder
+        self._block = Block.empty(rows)
+        self._presence = _Presence(rows)
+        self._drop_cuts = newline_is_space(encoder)
+
+    def add(self, batch: Sequence[Document]) -> None:
+        """Count documents, whole or in parts; the parts of one in order, from batch to batch too."""
+        flat = encode_parts(self._encoder, batch, drop_cuts=self._drop_cuts)
+        begins = np.array([document.part == 0 for document in batch])
+        outputs = np.repeat([document.output for document in batch], flat.lengths)
+        with uninterrupted():
+            block, rows = self._block, self._block.counts.size
+            block.counts += np.bincount(flat.ids, minlength=rows)
+            if outputs.any():
+                block.output_counts += np.bincount(flat.ids[outputs], minlength=rows)
+            self._presence.add(flat, begins)
+            block.texts += int(np.count_nonzero(begins))
+            block.characters += sum(len(document.text) for document in batch)
+
+    def finish(self, *, shared: bool = False) -> Block:
+        """The sums; `shared` where all of it was one document, of which there are further parts elsewhere."""
+        if shared:
+            self._block.open_ids = self._presence.open_ids
+        else:
+            self._block.document_counts = self._presence.finish()
+        return self._block
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed and callable(handler):
+            handler(*pressed[0])
+
+
+def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Documents in lists of about so many characters."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= characters or len(batch) == _BATCH_TEXTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def newline_is_space(encoder: Encoder) -> bool:
+    """Whether the tokenizer takes a newline for the space before the next word, as XLM-R's does."""
+    broken, spaced = _split(encoder.encode(["a\nb", "a b"]))
+    return np.array_equal(broken, spaced)
+
+
+def encode_parts(encoder: Encoder, documents: Sequence[Document], *, drop_cuts: bool = False) -> Flat:
+    """Encode documents; a part behind its context, whose own tokens are then taken off.
+
+    Some tokenizers put a space before the first word of a text, which the middle of a document does not
+    have. Where a token spans context and part, as no model's answer can, the part is encoded by itself.
+
+    Args:
+        encoder: encodes texts.
+        documents: whole or in parts.
+        drop_cuts: the tokenizer's newline is a space, which belongs to the word behind it: the newline at
+            which a document was cut is left out.
+    """
+    if drop_cuts:
+        documents = [_without_cuts(document) for document in documents]
+    flat = encoder.encode([document.context + document.text for document in documents])
+    behind = [number for number, document in enumerate(documents) if document.context]
+    if not behind:
+        return flat
+    contexts = list(dict.fromkeys(documents[number].context for number in behind))
+    encoded = dict(zip(contexts, _split(encoder.encode(contexts)), strict=True))
+    starts = np.cumsum(flat.lengths) - flat.lengths
+    keep = np.ones(len(flat.ids), np.bool_)
+    lengths = flat.lengths.copy()
+    torn = []
+    for number in behind:
+        context, start = encoded[documents[number].context], int(starts[number])
+        if np.array_equal(flat.ids[start : start + len(context)], context):
+            keep[start : start + len(context)] = False
+            lengths[number] -= len(context)
+        else:
+            torn.append(number)
+    flat = Flat(flat.ids[keep], lengths)
+    if not torn:
+        return flat
+    parts = list(_split(flat))
+    alone = _split(encoder.encode([documents[number].text for number in torn]))
+    for number, ids in zip(torn, alone, strict=True):
+        parts[number] = ids
+    return Flat(np.concatenate(parts), np.array([len(part) for part in parts], np.int64))
+
+
+def _without_cuts(document: Document) -> Document:
+    if not document.cut and document.context != CUT_CONTEXT:
+        return document
+    text = document.text.removesuffix("\n") if document.cut else document.text
+    context = "" if document.context == CUT_CONTEXT else document.context
+    return replace(document, text=text, context=context)
+
+
+def _split(flat: Flat) -> list[npt.NDArray[np.integer]]:
+    return np.split(flat.ids, np.cumsum(flat.lengths)[:-1])
+
+
+class _Presence:
+    """How many documents hold each id, without a set a document.
+
+    Attributes:
+        open_ids: bool (rows,), ids of the last document so far, which the next batch may continue.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._bits = max(rows - 1, 1).bit_length()
+        self._counts = np.zeros(rows, np.int64)
+        self.open_ids = np.zeros(rows, np.bool_)
+
+    def add(self, flat: Flat, begins: npt.NDArray[np.bool_]) -> None:
+        """Add texts.
+
+        Args:
+            flat: their ids.
+            begins: bool (n,), whether each begins a document or continues the one before it.
+        """
+        document = np.cumsum(begins)  # 0: the document that is open
+        last = int(document[-1])
+        if last == 0:
+            self.open_ids[flat.ids] = True
+            return
+        # 32 bits sort twice as fast as 64.
+        dtype = np.uint32 if (last + 1) << self._bits <= 1 << 32 else np.uint64
+        firsts = (np.arange(last + 1, dtype=np.uint64) << np.uint64(self._bits)).astype(dtype)
+        keys = np.repeat(firsts[document], flat.lengths)
+        keys |= flat.ids.astype(dtype)
+        keys.sort()
+        distinct = keys[np.append(True, keys[1:] != keys[:-1])] if keys.size else keys
+        ids = (distinct & dtype((1 << self._bits) - 1)).astype(np.int64)
+        begin, end = np.searchsorted(distinct, firsts[[1, last]])
+        self.open_ids[ids[:begin]] = True
+        self._close()
+        self._counts += np.bincount(ids[begin:end], minlength=self._rows)
+        self.open_ids[ids[end:]] = True
+
+    def _close(self) -> None:
+        self._counts += self.open_ids
+        self.open_ids[:] = False
+
+    def finish(self) -> Counts:
+        """The counts, int64 (rows,), when the last document has ended."""
+        self._close()
+        return self._counts

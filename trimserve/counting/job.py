@@ -1,0 +1,62 @@
+"""What every worker needs to count a slice of the corpus, on this machine or another."""
+
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from trimserve.corpus import Faults, Reading, Slice
+from trimserve.corpus.reader import SliceReader
+from trimserve.counting.blocks import Block, OnBytes, ignore
+from trimserve.counting.counter import DocumentCounter, batches
+from trimserve.counting.encoders import Encoder, Engine, make_encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """How to count; small enough to send.
+
+    Attributes:
+        tokenizer_json: the content of the tokenizer's file.
+        engine: which encoder to use.
+        rows: length of the counts.
+        reading: how rows of files become documents.
+    """
+
+    tokenizer_json: str
+    engine: Engine
+    rows: int
+    reading: Reading
+
+    def make_encoder(self) -> Encoder:
+        """Make the encoder, which takes a second for a large vocab."""
+        return make_encoder(self.engine, parse_tokenizer(self.tokenizer_json), self.tokenizer_json)
+
+    def count(self, piece: Slice, encoder: Encoder, on_bytes: OnBytes = ignore) -> Block:
+        """Count a slice.
+
+        Args:
+            piece: the slice; its file has to lie where the slice says.
+            encoder: what `make_encoder` gave.
+            on_bytes: called with the bytes read so far, after each batch.
+
+        Raises:
+            UsageError: bad rows or bytes, unless they are to be skipped.
+        """
+        faults = Faults(skip=self.reading.skip_bad)
+        reader = SliceReader(piece, self.reading, faults)
+        counter = DocumentCounter(encoder, self.rows)
+        for batch in batches(reader.documents(), encoder.batch_characters):
+            counter.add(batch)
+            on_bytes(reader.count)
+        block = counter.finish(shared=piece.shared)
+        block.skipped = faults.found
+        block.sha256 = reader.sha256
+        return block
+
+
+def parse_tokenizer(content: str) -> Tokenizer:
+    """A tokenizer with padding and truncation off, as `trimserve.source.load_tokenizer` gives it."""
+    tokenizer = Tokenizer.from_str(content)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
