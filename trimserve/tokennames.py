@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from trimserve.streaming import is_byte_token, special_ids
 
-SPECIAL, BYTES, UNNAMED = "special", "bytes", "no token"
+SPECIAL, BYTES, UNUSED, UNNAMED = "special", "bytes", "unused", "no token"
 CODE = "code"
 _SPACE_MARK = "\u2581"
 _FULL_NAMES = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana", "KATAKANA-HIRAGANA": "Kana"}
@@ -51,9 +51,12 @@ class TokenNames:
         text = self.text(id_)
         if is_byte_token(token) or _PART.fullmatch(text):
             return BYTES
+        if _RESERVED.fullmatch(token):
+            return UNUSED
         return kind_of(text.removeprefix("##"))
 
 
+_RESERVED = re.compile(r"[\[<]unused_?\d+[\]>]")
 _PART = re.compile(r"<[0-9A-F]{2}( [0-9A-F]{2})*>")
 
 

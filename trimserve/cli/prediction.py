@@ -37,7 +37,7 @@ def predict(profile: "Profile", vocab: "VocabMap", model: str | None) -> dict[st
 def prediction_summary(prediction: dict[str, Any]) -> str:
     """Describe a prediction for people."""
     cold, expected = prediction["cold_per_thousand"], prediction["cold_per_thousand_expected"]
-    facts = [("cold tokens", f"{cold:.3g} per 1,000 profiled, {expected:.3g} expected in a further document")]
+    facts = [("cold tokens", f"{cold:.3g} per 1,000 profiled, {expected:.3g} expected in text to come")]
     if (before := prediction["weight_bytes_before"]) is not None:
         after = prediction["weight_bytes_after"]
         facts.append(

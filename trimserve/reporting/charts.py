@@ -78,11 +78,13 @@ def _held_out(point: Point) -> float:
 
 
 def coverage_chart(report: Report) -> Chart:
-    """Coverage against K: of the profiled text, expected in a further document, and in the held-out text."""
+    """Coverage against K: of the profiled text, expected in text to come, and in the held-out text."""
     choice, knee = report.choice, report.knee
     lines = [
         _line("profiled text", report, lambda point: point.coverage, "profiled"),
-        _line("a further\ndocument", report, lambda point: point.expected, "expected"),
+        _line(
+            report.further.replace("further ", "further\n"), report, lambda point: point.expected, "expected"
+        ),
     ]
     if choice.held_out is not None:
         lines.append(_line("held-out text", report, _held_out, "held-out"))
@@ -90,7 +92,7 @@ def coverage_chart(report: Report) -> Chart:
         title="Coverage",
         summary=(
             f"Coverage against kept ids. {choice.kept:,} ids keep {share_text(choice.coverage)} of the "
-            f"profiled tokens; {share_text(choice.expected)} are expected in a further document."
+            f"profiled tokens; {share_text(choice.expected)} are expected in {report.further}."
         ),
         x=log_axis("kept ids", report.curve[0].kept, report.vocab_size),
         y=_nines(report),
@@ -147,19 +149,18 @@ def speed_chart(report: Report) -> Chart | None:
 
 
 def corpus_chart(report: Report) -> Chart | None:
-    """Unseen tokens of a further document against the size of the corpus; None for a corpus of two units."""
+    """Unseen tokens of text to come against the size of the corpus; None for a corpus of two units."""
     curve = report.corpus_curve
     seen = [(size, 1000 * share) for size, share in zip(curve.sizes, curve.unseen, strict=True)]
     if len(seen) < 3:
         return None
     last = seen[-1][1]
-    singular = curve.unit.removesuffix("s")
     shown = [(size, max(value, last / 2, 1e-3)) for size, value in seen]
     return Chart(
         title="Corpus size",
         summary=f"After {seen[-1][0]:,} {curve.unit}, {last:.2g} of 1,000 further tokens are unseen.",
         x=log_axis(f"{curve.unit} profiled", seen[0][0], seen[-1][0]),
-        y=log_axis(f"unseen of 1,000 tokens of a further {singular}", max(last * 0.5, 1e-3), shown[0][1]),
+        y=log_axis(f"unseen of 1,000 tokens of {report.further}", max(last * 0.5, 1e-3), shown[0][1]),
         lines=(Line("", tuple(shown), "unseen"),),
         marks=(Mark(seen[-1][0], max(last, 1e-3), (f"{last:.2g} of 1,000",), "unseen"),),
     )

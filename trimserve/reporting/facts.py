@@ -19,6 +19,7 @@ from trimserve.tokennames import TokenNames
 from trimserve.vocab import Ids, Reason, VocabMap
 
 _CURVE_POINTS = 64
+_LEAST_K = 128  # K is a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Point:
     Attributes:
         kept: K.
         coverage: share of the profiled tokens that is kept, 0..1.
-        expected: the share expected in a further document; see `forecast.seen_again`.
+        expected: the share expected in text to come; see `forecast.seen_again`.
         held_out: the share in the held-out text, if there is one.
         weight_bytes: bytes of all weights, if they are at hand.
         decode_ratio: weight bytes read a token by the full model over those at K, if it has a head.
@@ -92,7 +93,7 @@ class Point:
 
     @property
     def cold_per_thousand(self) -> float:
-        """Cold tokens expected in 1,000 of a further document."""
+        """Cold tokens expected in 1,000 of text to come."""
         return 1000 * (1 - self.expected)
 
 
@@ -156,6 +157,11 @@ class Report:
     domains: Domains | None
     verification: dict[str, Any] | None
 
+    @property
+    def further(self) -> str:
+        """What is foretold: a further document, or further text where documents were not counted."""
+        return "a further document" if self.corpus_curve.unit == "documents" else "further text"
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command line."""
         return asdict(self)
@@ -208,12 +214,12 @@ def gather(inputs: Inputs, *, top: int = 30) -> Report:
 
 
 def _points(inputs: Inputs, order: npt.NDArray[np.int64], must_stay: Ids) -> tuple[Point, ...]:
-    """The curve: K in equal steps of its logarithm, from what must stay to every id of the tokenizer.
+    """The curve: K in equal steps of its logarithm, from the least that `select` keeps to every id.
 
     The least K that covers all of the profile is among them.
     """
     merged = inputs.merged
-    first = max(int(must_stay.size), 1)
+    first = max(int(must_stay.size), min(_LEAST_K, order.size))
     steps = np.geomspace(first, order.size, _CURVE_POINTS).round().astype(np.int64)
     seen = first + int(np.count_nonzero(merged.counts[order[first:]]))
     sizes = np.unique(np.append(steps, seen))
@@ -235,7 +241,8 @@ def _points(inputs: Inputs, order: npt.NDArray[np.int64], must_stay: Ids) -> tup
 def _cumulative(profile: Profile, order: npt.NDArray[np.int64]) -> Shares:
     """The share of a profile's occurrences that each beginning of an order covers, float64 (n,)."""
     counted = occurrences(profile)  # whole counts, so that covering all of them is 1
-    return np.minimum(np.cumsum(counted[order]) / max(counted.sum(), 1e-300), 1.0)
+    covered = np.asarray(np.cumsum(counted[order]), np.float64) / max(float(counted.sum()), 1e-300)
+    return np.minimum(covered, 1.0)
 
 
 def _point(inputs: Inputs, kept: int, covered: float, expected: float, held_out: float | None) -> Point:

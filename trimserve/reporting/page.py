@@ -58,13 +58,12 @@ def render(report: Report, title: str) -> str:
 
 def _header(report: Report, title: str) -> str:
     choice = report.choice
-    name = PurePath(report.model)
-    model = name.name if name.is_absolute() else report.model  # a path says more than readers need
+    model = "/".join(PurePath(report.model).parts[-2:])  # a whole path says more than readers need
     return (
         f'<header><p class="eyebrow"><span>Vocabulary report</span> · {safe(model)}</p><h1>{safe(title)}</h1>'
         f'<p class="lead">{choice.kept:,} of {report.vocab_size:,} vocabulary rows '
         f"({share_text(choice.kept / report.vocab_size)}) hold {share_text(choice.coverage)} of the "
-        f"{report.corpus.tokens:,} tokens profiled. In a further document, "
+        f"{report.corpus.tokens:,} tokens profiled. In {report.further}, "
         f"{per_thousand(choice.cold_per_thousand)} of 1,000 tokens are expected to be cold: they are served "
         f'too, from rows that stay in a file.</p><dl class="tiles">{"".join(_tiles(report))}</dl></header>'
     )
@@ -79,8 +78,8 @@ def _tiles(report: Report) -> Iterable[str]:
         yield tile(
             "Held out", share_text(choice.held_out), f"of {report.held_out_tokens or 0:,} other tokens"
         )
-    yield tile("Cold", per_thousand(choice.cold_per_thousand), "of 1,000 tokens of a further document")
-    yield tile("Never seen", share_text(unseen), "of the tokens of a further document")
+    yield tile("Cold", per_thousand(choice.cold_per_thousand), f"of 1,000 tokens of {report.further}")
+    yield tile("Never seen", share_text(unseen), f"of the tokens of {report.further}")
     if choice.weight_bytes is not None and report.full_weight_bytes:
         yield tile("Weights", human_bytes(choice.weight_bytes), f"of {human_bytes(report.full_weight_bytes)}")
     if choice.decode_ratio is not None:

@@ -29,11 +29,13 @@ def coverage(report: Report) -> str:
     chart = charts.coverage_chart(report)
     labels = [(line.style, line.label.replace("\n", " ")) for line in chart.lines]
     legend = "".join(f'<li class="{style}">{safe(label)}</li>' for style, label in labels)
+    counted = report.corpus_curve.unit == "documents"
+    rare = "that a single document holds" if counted else "that occur once"
     return section(
         "What each K covers",
         "Each further nine takes the same height. The knee is where a further id begins to give less than "
-        "the average one. The expectation for a further document takes an id that a single document holds "
-        "for cold: had that document come later, the id would not have been kept.",
+        f"the average one. The expectation for {report.further} takes ids {rare} for cold: had those tokens "
+        "come later, the ids would not have been kept.",
         f'<figure><ul class="legend">{legend}</ul>{charts.both(chart)}</figure>{_k_table(report)}',
     )
 
@@ -103,8 +105,8 @@ def _verdict(report: Report) -> str:
     curve = report.corpus_curve
     unseen, gained = 1000 * curve.unseen[-1], 1000 * curve.last_doubling
     said = (
-        f"After all {curve.sizes[-1] + 1:,} {curve.unit}, {per_thousand(unseen)} of 1,000 tokens of a "
-        "further document are expected to have an id that was never seen."
+        f"After all {curve.sizes[-1] + 1:,} {curve.unit}, {per_thousand(unseen)} of 1,000 tokens of "
+        f"{report.further} are expected to have an id that was never seen."
     )
     if len(curve.sizes) < 2:
         return said

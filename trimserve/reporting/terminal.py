@@ -20,7 +20,7 @@ def summarise(report: Report, title: str) -> str:
             f"{choice.kept:,} of {report.vocab_size:,} ids: {share_text(choice.coverage)} of the tokens",
         ),
         ("knee", f"{report.knee.kept:,} ids: {share_text(report.knee.coverage)}"),
-        ("cold tokens", f"{choice.cold_per_thousand:.3g} of 1,000 expected in a further document"),
+        ("cold tokens", f"{choice.cold_per_thousand:.3g} of 1,000 expected in {report.further}"),
         (
             "missing mass",
             f"{share_text(missing.estimate)} (95 %: at most {share_text(missing.likely_bound)}, or "
