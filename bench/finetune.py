@@ -134,16 +134,14 @@ def worker(name: str, variant: str, ids: Path, args: argparse.Namespace) -> dict
         seconds = _train(model, batch, args.steps)
         peak = peak_bytes()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        rows = {
-            id(part): part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part
-        }
-        tables = {id(part.weight): part.weight.numel() for part in rows.values()}
+        parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+        matrices = {id(part.weight): part.weight.numel() for part in parts if part is not None}
     return {
         "seconds": seconds,
         "peak": peak,
         "resident_before": before,
         "parameters": parameters,
-        "vocab_parameters": sum(tables.values()),
+        "vocab_parameters": sum(matrices.values()),
     }
 
 
