@@ -1,32 +1,106 @@
 """`trimserve profile`: count the tokens of a corpus."""
 
 import argparse
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.output import emit
+
+if TYPE_CHECKING:
+    from trimserve.profiling import Profile
+
+_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("corpus", nargs="+", metavar="CORPUS", help=".txt or .jsonl files, - for stdin")
+    parser.add_argument(
+        "corpus",
+        nargs="+",
+        metavar="CORPUS",
+        help="txt, jsonl, csv, tsv, parquet (also .gz, .zst), folders, globs, hf://OWNER/NAME, - for stdin",
+    )
     parser.add_argument("-m", "--model", required=True, help="folder or hub id whose tokenizer counts")
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
-    parser.add_argument("--text-column", metavar="C", help="field of a .jsonl record that holds its text")
-    parser.add_argument("--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)")
+    parser.add_argument(
+        "--text-column", metavar="C", help="field of a row that holds its text, as a.b.c if nested"
+    )
+    parser.add_argument("--output-column", metavar="C", help="field of the completion, counted apart")
+    parser.add_argument(
+        "--chat", action="store_true", help="rows of messages, through the model's chat template"
+    )
+    parser.add_argument(
+        "--unit", choices=("document", "line", "paragraph"), help="what one text is (default: document)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave bad rows and bytes out, and count them"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="cores to use (default: all)")
+    parser.add_argument("--engine", choices=("local", "ray"), help="where to count (default: local)")
+    parser.add_argument("--shard", metavar="I/N", help="count part I of N, from 1/N; merge adds them up")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished profile at --output, if there is one"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Profile, write, report."""
     from trimserve.artefacts import check_output
-    from trimserve.cli.summary import profile_document, profile_summary
-    from trimserve.profiling import profile
+    from trimserve.profiling import Profile, ProfileInterrupted, profile
 
     check_output(args.output, "profile")  # before minutes of counting
+    options: Any = {name: value for name in _OPTIONS if (value := getattr(args, name))}
+    if args.workers is not None:
+        options["workers"] = args.workers
+    if args.resume and args.output.exists():
+        options["resume"] = Profile.load(args.output)
     start = time.perf_counter()
-    counted = profile(args.corpus, args.model, text_column=args.text_column, workers=args.workers)
+    try:
+        counted = profile(args.corpus, args.model, **options)
+    except ProfileInterrupted as stop:
+        stop.partial.save(args.output)
+        return _interrupted(stop.partial, args)
     seconds = time.perf_counter() - start
     counted.save(args.output)
-    document = profile_document(counted, str(args.output)) | {"seconds": round(seconds, 3)}
-    emit(args, document, f"{profile_summary(counted, str(args.output))}\n\ncounted in {seconds:.1f} s")
+    _report(counted, args, seconds)
     return 0
+
+
+_OPTIONS = ("text_column", "output_column", "chat", "unit", "skip_bad", "engine", "shard")
+
+
+def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:
+    resumable = "-" not in args.corpus
+    advice = "go on with --resume" if resumable else "stdin cannot be resumed"
+    print(
+        f"trimserve: interrupted; {args.output} holds what was counted, {partial.tokens:,} tokens of "
+        f"{partial.texts:,} texts, and is a valid profile: {advice}.",
+        file=sys.stderr,
+    )
+    return _INTERRUPTED
+
+
+def _report(counted: "Profile", args: argparse.Namespace, seconds: float) -> None:
+    from trimserve.cli.summary import profile_document, profile_summary
+    from trimserve.report import human_bytes
+
+    size = sum(source.bytes for source in counted.sources)
+    document = profile_document(counted, str(args.output)) | {
+        "seconds": round(seconds, 3),
+        "bytes": size,
+        "skipped": dict(counted.skipped),
+    }
+    if counted.output_counts is not None:
+        document["output_tokens"] = int(counted.output_counts.sum())
+    lines = [profile_summary(counted, str(args.output)), ""]
+    if counted.output_counts is not None:
+        lines.append(f"tokens of completions: {document['output_tokens']:,}")
+    if counted.skipped:
+        found = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counted.skipped.items()))
+        lines.append(f"left out: {found}")
+    lines.append(
+        f"counted {human_bytes(size)} in {seconds:.1f} s, {human_bytes(size / max(seconds, 1e-9))} a second"
+    )
+    emit(args, document, "\n".join(lines))

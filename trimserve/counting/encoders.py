@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["fastokens", "words", "tokenizers"]
 ENGINES: tuple[Engine, ...] = ("fastokens", "words", "tokenizers")
+_WORTH_LOADING = 1 << 22
 # What tokenizers differ in: white space, contractions, numbers, scripts, marks, emoji, control characters.
 _AWKWARD = (
     "",
@@ -129,18 +130,20 @@ def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: str) -> E
     return WordEncoder(tokenizer, tokenizer_json) if engine == "words" else PlainEncoder(tokenizer)
 
 
-def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[str]) -> Encoder:
+def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[str], size: int) -> Encoder:
     """The fastest encoder that gives id for id what `tokenizers` gives on the sample and on awkward texts.
 
     Args:
         tokenizer: with padding and truncation off.
         tokenizer_json: the content of its file.
         sample: texts of the corpus.
+        size: bytes of the corpus; a small one is counted sooner than fastokens has loaded a vocab.
     """
     plain = PlainEncoder(tokenizer)
     texts = [*_AWKWARD, *sample]
+    engine: Engine
     expected = plain.encode(texts)
-    for engine in ENGINES[:-1]:
+    for engine in ("fastokens", "words") if size >= _WORTH_LOADING else ("words",):
         try:
             encoder = make_encoder(engine, tokenizer, tokenizer_json)
             found = encoder.encode(texts)

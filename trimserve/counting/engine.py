@@ -147,7 +147,7 @@ class CorpusCounter:
         first = list(head(stream, SAMPLE_CHARACTERS)) if corpus.streams else []
         sample = sample_texts(self.slices, corpus.options) + [text.text[:SAMPLE_CHARACTERS] for text in first]
         content = self._tokenizer.to_str()
-        encoder = choose_encoder(self._tokenizer, content, sample)
+        encoder = choose_encoder(self._tokenizer, content, sample, self._size)
         log.info("engine %s", encoder.name)
         job = Job(content, encoder.name, sums.total.counts.size, corpus.options)
         with contextlib.closing(SourceHashes(self._hashed_apart())) as hashes:
@@ -162,6 +162,11 @@ class CorpusCounter:
     def slices_are_all(self) -> bool:
         """Whether the corpus is not shared out: a shard may hold nothing."""
         return self._how.shard is None
+
+    @property
+    def _size(self) -> int:
+        """Bytes to count; a stream may be of any length."""
+        return 1 << 62 if self._corpus.streams else sum(piece.bytes for piece in self.slices)
 
     def _hashed_apart(self) -> list[CorpusFile]:
         """Files that no slice reads from the beginning to the end; a shard names its slices instead."""

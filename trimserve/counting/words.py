@@ -54,7 +54,6 @@ _NORMALIZERS = frozenset(
         "Prepend",
     }
 )
-_REPLACEMENTS = ({"String": " "}, {"Regex": " {2,}"})
 _PROBES = ("a", "1", "Z.")
 _CJK = (
     "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
@@ -84,11 +83,10 @@ def find_joint(tokenizer: dict[str, Any]) -> Joint:
     )
     joint = _pre_tokenizer_joint(tokenizer)
     for normalizer in _members(tokenizer.get("normalizer"), "normalizers"):
-        kind, pattern = normalizer["type"], normalizer.get("pattern")
-        local = kind in _NORMALIZERS or (kind == "Strip" and joint != "lead")
-        _demand(
-            local or (kind == "Replace" and pattern in _REPLACEMENTS), f"normalizer {kind} {pattern or ''}"
-        )
+        kind, pattern = normalizer["type"], normalizer.get("pattern") or {}
+        known = kind in _NORMALIZERS or (kind == "Strip" and joint != "lead")
+        single = len(pattern.get("String", "")) == 1 or pattern.get("Regex") == " {2,}"
+        _demand(known or (kind == "Replace" and single), f"normalizer {kind} {pattern or ''}")
     return joint
 
 

@@ -1,0 +1,233 @@
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.realdata import TOKENIZERS, corpus_slices
+from tests.tiny_tokenizers import KINDS
+from trimserve.corpus import Document
+from trimserve.counting import encoders
+from trimserve.counting.counter import DocumentCounter, _Presence, batches, encode_parts
+from trimserve.counting.encoders import Flat, PlainEncoder, choose_encoder, make_encoder
+from trimserve.counting.words import WordEncoder, find_joint
+from trimserve.errors import UsageError
+from trimserve.source import load_tokenizer
+
+TINY = {kind: make() for kind, make in KINDS.items()}
+for tokenizer in TINY.values():
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+
+def word_encoder(tokenizer):
+    return WordEncoder(tokenizer, tokenizer.to_str())
+
+
+def assert_equal(found, expected):
+    assert np.array_equal(found.ids, expected.ids)
+    assert np.array_equal(found.lengths, expected.lengths)
+
+
+ALPHABET = "ab c  \n\r\t.,'-é日本1_ß\u00a0\u200b\u0301\u037a\u0600▁<|"
+TEXTS = st.lists(st.text(ALPHABET, max_size=40) | st.sampled_from(["a <|end|> b", "x<think> y", "[MASK] 日"]))
+
+
+@settings(max_examples=60)
+@given(texts=TEXTS, kind=st.sampled_from(sorted(KINDS)))
+def test_distinct_words_encode_like_texts(texts, kind):
+    encoder = word_encoder(TINY[kind])
+    assert_equal(encoder.encode(texts), PlainEncoder(TINY[kind]).encode(texts))
+    assert_equal(encoder.encode(texts[::-1]), PlainEncoder(TINY[kind]).encode(texts[::-1]))  # by its memory
+
+
+def test_words_are_forgotten_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("trimserve.counting.words._MAX_WORDS", 5)
+    encoder, plain = word_encoder(TINY["unigram"]), PlainEncoder(TINY["unigram"])
+    for number in range(20):
+        texts = [f"the cat {number} sat on {'xyz'[number % 3]}", ""]
+        assert_equal(encoder.encode(texts), plain.encode(texts))
+        assert len(encoder._words.index) < 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "what"),
+    [
+        (
+            "wordpiece",
+            {"normalizer": {"type": "Replace", "pattern": {"String": "a b"}, "content": "c"}},
+            "Replace",
+        ),
+        (
+            "wordpiece",
+            {"pre_tokenizer": {"type": "CharDelimiterSplit", "delimiter": "x"}},
+            "CharDelimiterSplit",
+        ),
+        ("unigram", {"pre_tokenizer": None}, "pre-tokenizer"),
+        (
+            "unigram",
+            {"pre_tokenizer": {"type": "Metaspace", "split": False, "replacement": "▁"}},
+            "Metaspace",
+        ),
+        ("byte_level_bpe", {"added_tokens": [{"content": "two words"}]}, "added tokens"),
+        (
+            "byte_level_bpe",
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {
+                            "type": "Split",
+                            "pattern": {"Regex": "[^x]+"},
+                            "behavior": "Isolated",
+                            "invert": False,
+                        },
+                        {"type": "ByteLevel", "use_regex": False},
+                    ],
+                }
+            },
+            "Split",
+        ),
+        ("sentencepiece_bpe", {"model": {"type": "BPE", "vocab": {"▁a▁b": 0}}}, "vocab"),
+        ("byte_level_bpe", {"model": {"type": "BPE", "dropout": 0.1}}, "dropout"),
+    ],
+)
+def test_tokenizers_that_are_not_proven_local_are_refused(kind, change, what):
+    content = json.loads(TINY[kind].to_str())
+    assert find_joint(content) in ("lead", "drop", "any")
+    with pytest.raises(UsageError, match=what):
+        find_joint(content | change)
+
+
+class Wrong:
+    """An engine that is nearly right."""
+
+    name = "fastokens"
+    batch_characters = 100
+
+    def __init__(self, tokenizer):
+        self._plain = PlainEncoder(tokenizer)
+
+    def encode(self, texts):
+        flat = self._plain.encode([text.replace("zebra", "horse") for text in texts])
+        return Flat(flat.ids.astype(np.uint32), flat.lengths)
+
+
+def test_an_engine_that_differs_on_the_sample_is_not_used(monkeypatch):
+    tokenizer = TINY["byte_level_bpe"]
+    plain = make_encoder
+    monkeypatch.setattr(
+        encoders,
+        "make_encoder",
+        lambda *given: Wrong(tokenizer) if given[0] == "fastokens" else plain(*given),
+    )
+    content = tokenizer.to_str()
+    assert choose_encoder(tokenizer, content, ["a horse"], 1 << 30).name == "fastokens"
+    assert choose_encoder(tokenizer, content, ["a zebra"], 1 << 30).name == "words"
+    assert choose_encoder(tokenizer, content, ["a horse"], 1 << 10).name == "words"  # not worth loading
+
+
+def test_tokenizers_itself_is_used_where_nothing_else_is_proven(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    tokenizer = KINDS["wordpiece"]()
+    tokenizer.normalizer = None
+    from tokenizers import pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("x")
+    assert choose_encoder(tokenizer, tokenizer.to_str(), ["a"], 1 << 30).name == "tokenizers"
+
+
+@pytest.mark.parametrize("kind", ["byte_level_bpe", "sentencepiece_bpe"])
+def test_fastokens_gives_the_same_ids(kind):
+    pytest.importorskip("fastokens")
+    texts = ["The cat sat.\nOn the mat", "", "日本 a  b", "<|turn|>user\n"]
+    fast = make_encoder("fastokens", TINY[kind], TINY[kind].to_str())
+    assert_equal(fast.encode(texts), PlainEncoder(TINY[kind]).encode(texts))
+
+
+@settings(max_examples=50)
+@given(
+    documents=st.lists(
+        st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=3), max_size=12
+    ),
+    size=st.integers(1, 5),
+)
+def test_documents_with_an_id_are_counted_across_batches(documents, size):
+    parts = [(number > 0, ids) for document in documents for number, ids in enumerate(document)]
+    presence = _Presence(10)
+    for start in range(0, len(parts), size):
+        batch = parts[start : start + size]
+        ids = np.array([id_ for _, part in batch for id_ in part], np.int32)
+        lengths = np.array([len(part) for _, part in batch])
+        presence.add(Flat(ids, lengths), np.array([not continues for continues, _ in batch]))
+    expected = Counter(id_ for document in documents for id_ in set().union(*document))
+    assert presence.finish().tolist() == [expected[id_] for id_ in range(10)]
+
+
+def test_a_part_is_encoded_behind_its_context():
+    encoder = PlainEncoder(TINY["sentencepiece_bpe"])
+    text = "The cat<|end|>\nsat on the mat"
+    (whole,) = [encoder.encode([text]).ids]
+    parts = [Document("The cat<|end|>\n", "x"), Document("sat on the mat", "x", 1, "The cat<|end|>\n")]
+    assert encode_parts(encoder, parts).ids.tolist() == whole.tolist()
+    assert encoder.encode([part.text for part in parts]).ids.tolist() != whole.tolist()
+
+
+def test_a_token_across_context_and_part_is_not_counted():
+    # Behind "th" the model's answer "e" is its own token, though "the" would be one.
+    encoder = PlainEncoder(TINY["byte_level_bpe"])
+    torn = encode_parts(encoder, [Document("th", "x"), Document("e cat", "x", 1, "th"), Document("a", "x")])
+    expected = [*encoder.encode(["th"]).ids, *encoder.encode(["e cat"]).ids, *encoder.encode(["a"]).ids]
+    assert torn.ids.tolist() == expected
+    assert torn.lengths.sum() == len(expected)
+
+
+def test_counts_do_not_depend_on_batches():
+    tokenizer = TINY["wordpiece"]
+    documents = [Document(f"the cat {number % 3} sat", "x") for number in range(9)]
+    documents[4] = replace(documents[4], part=1, output=True)
+    blocks = []
+    for characters in (1, 30, 10_000):
+        counter = DocumentCounter(word_encoder(tokenizer), 37)
+        for batch in batches(documents, characters):
+            counter.add(batch)
+        blocks.append(counter.finish())
+    for block in blocks[1:]:
+        for name in ("counts", "document_counts", "output_counts", "texts", "characters"):
+            assert np.array_equal(getattr(block, name), getattr(blocks[0], name)), name
+    assert blocks[0].texts == 8
+    assert blocks[0].output_counts.sum() == len(
+        tokenizer.encode(documents[4].text, add_special_tokens=False).ids
+    )
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_engines_give_the_ids_of_tokenizers_on_real_corpora(data_dir, name):
+    tokenizer = load_tokenizer(data_dir / "tokenizers" / name / "tokenizer.json")
+    plain, words = PlainEncoder(tokenizer), word_encoder(tokenizer)
+    for texts in corpus_slices(data_dir, 60_000).values():
+        lines = [line for text in texts for line in text.splitlines()[:200]]
+        for batch in (texts, lines):
+            assert_equal(words.encode(batch), plain.encode(batch))
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2", "xlm-roberta", "t5-small", "phi3"])
+def test_every_character_beside_a_space_is_judged_rightly(data_dir, name):
+    """What a character does beside a space is tried with few probes: try all of Unicode with others."""
+    tokenizer = load_tokenizer(data_dir / "tokenizers" / name / "tokenizer.json")
+    characters = [
+        chr(code) for code in range(0x20, 0x30000) if unicodedata.category(chr(code))[0] in "LNPSMZ"
+    ]
+    texts = [f"w{left} {right}é" for left, right in zip(characters, reversed(characters), strict=True)]
+    texts = [text for text in texts[::7] if not re.search("[<>|]", text)]
+    assert_equal(word_encoder(tokenizer).encode(texts), PlainEncoder(tokenizer).encode(texts))
