@@ -3,11 +3,11 @@
 The sampler takes the largest of score + noise over the ids that its filters leave (`sampling.choose`). Known
 are the kept ids' logits, exactly, and upper bounds of all others:
 
-- *Filters.* If top-k, top-p or min-p provably excludes every cold id, and the kept ids that stay are those
-  that stay in the full vocab, the token is the one that kept ids alone give. Top-k and min-p look at the
-  largest cold score alone; top-p needs the cold ids' mass, too: between 0 and the sum over their bounds.
-- *No filter.* The noise of a cold id is known (it belongs to seed, step and id): only an id whose bound plus
-  noise reaches the largest kept sum can win. There are few, and their rows are read.
+- *Filters.* Which kept ids top-k, top-p and min-p leave depends on the cold ids; `allowed_kept` finds those
+  that may be left, those that are left for sure, and a score below which no cold id is left. The likeliest
+  drawn of the first (largest score + noise) must be one of the second.
+- *Noise.* The noise of a cold id is known (it belongs to seed, step and id), so only an id whose bound plus
+  noise reaches that largest sum can win. There are few, and their rows are read.
 
 Penalties, biases and bans change single ids: on kept ids they are applied, on cold ids they are applied to
 both bounds, which they keep in order because each is a rounded monotone operation.
@@ -16,10 +16,11 @@ both bounds, which they keep in order because each is a rounded monotone operati
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from trimserve.bounds import Doubles
 from trimserve.decoder import Floats
-from trimserve.sampling import SamplingParams, filter_scores
+from trimserve.sampling import SamplingParams
 from trimserve.vocab import Ids
 
 # float64 sums of at most 2^20 weights, in any order, differ by far less.
@@ -82,44 +83,110 @@ def has_filters(params: SamplingParams, vocab_size: int) -> bool:
     return 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0
 
 
-def filters_exclude_cold(scores: Floats, params: SamplingParams, cold_scores: Doubles, rows: Doubles) -> bool:
-    """Whether the filters leave kept ids alone, and the same ones as in the full vocab.
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What the filters leave.
+
+    Attributes:
+        may: bool (K,), kept ids that may be left: all others are excluded for sure.
+        sure: bool (K,), kept ids that are left for sure.
+        cut: a cold id whose score is below it is excluded for sure.
+    """
+
+    may: npt.NDArray[np.bool_]
+    sure: npt.NDArray[np.bool_]
+    cut: float
+
+
+def allowed_kept(scores: Floats, params: SamplingParams, cold_scores: Doubles, rows: Doubles) -> Allowed:
+    """Apply the filters to kept ids, whatever the cold ids' scores are below their bounds.
+
+    Cold ids only push kept ids out of top-k and raise the floor of min-p, which is relative to the largest
+    score. For top-p they add to the mass that the nucleus has to reach a share of: up to the sum over
+    their bounds, so more kept ids may be left, and fewer by the mass of the cold ids that stand before them.
 
     Args:
         scores: float32 (K,), the kept ids', after the temperature.
-        params: with filters.
+        params: the filters.
         cold_scores: upper bounds (n,) of the scores of all cold ids.
         rows: how many ids a bound is of (n,).
     """
-    ceiling = float(cold_scores.max(initial=-np.inf))
-    peak = float(scores.max(initial=-np.inf))
-    if not ceiling < peak:
-        return False
-    excluded = False
-    if params.top_k > 0:
-        if params.top_k > scores.size:
-            return False
-        kth = np.partition(scores, scores.size - params.top_k)[scores.size - params.top_k]
-        if not ceiling < kth:
-            return False
-        excluded = True
-        scores = filter_scores(scores, SamplingParams(top_k=params.top_k))
-    if params.top_p < 1:
-        mass = 0.0 if excluded else float((rows * np.exp(cold_scores - peak)).sum()) * (1 + _MARGIN)
-        if not _nucleus_is_settled(scores, params.top_p, mass, -np.inf if excluded else ceiling):
-            return False
-        excluded = True
-    return excluded or ceiling < float(scores.max() + np.log(np.float32(params.min_p)))
-
-
-def _nucleus_is_settled(scores: Floats, top_p: float, mass: float, ceiling: float) -> bool:
-    """Whether top-p ends at the same kept id for every cold mass up to `mass`, with no cold id before it."""
+    may = scores > -np.inf
+    sure, cut = may, -np.inf
     peak = float(scores.max())
-    weights = np.sort(np.exp(scores.astype(np.float64) - peak))[::-1]
-    reached = np.cumsum(weights)
-    total = float(reached[-1])
-    least, most = top_p * total * (1 - _MARGIN), top_p * (total + mass) * (1 + _MARGIN)
-    last = int(np.searchsorted(reached, least))
-    if last == weights.size or not reached[last] > most:
-        return False
-    return bool(weights[last] > np.exp(ceiling - peak) * (1 + _MARGIN))
+    cold = _ColdAbove(cold_scores, rows, peak)
+    if params.top_k > 0:
+        if params.top_k < scores.size:
+            cut = float(np.partition(scores, scores.size - params.top_k)[scores.size - params.top_k])
+            may = may & (scores >= cut)
+        larger = scores.size - np.searchsorted(np.sort(scores), scores, side="right")
+        sure = may & (larger + cold.rows(scores) < params.top_k)
+    if params.top_p < 1:
+        may, sure, nucleus = _nucleus(scores, params.top_p, may, sure, cold)
+        cut = max(cut, nucleus)
+    if params.min_p > 0:
+        least = float(scores.max() + np.log(np.float32(params.min_p)))
+        most = max(least, cold.largest + float(np.log(np.float32(params.min_p))))
+        may = may & (scores >= least)
+        sure = sure & may & (scores > most + _MARGIN * abs(most) + 2.0**-20 * (abs(cold.largest) + 1))
+        cut = max(cut, least)
+    return Allowed(may, sure, cut)
+
+
+class _ColdAbove:
+    """How many cold ids, and how much of their mass, may lie at or above a score."""
+
+    def __init__(self, scores: Doubles, rows: Doubles, peak: float) -> None:
+        order = np.argsort(-scores)
+        self.largest = float(scores.max(initial=-np.inf))
+        self._falling = -scores[order]
+        self._rows = np.concatenate([[0.0], np.cumsum(rows[order])])
+        with np.errstate(over="ignore"):
+            mass = rows[order] * np.exp(scores[order] - peak)
+        self._mass = np.concatenate([[0.0], np.cumsum(mass)]) * (1 + _MARGIN)
+
+    @property
+    def total_mass(self) -> float:
+        """Of all cold ids, relative to the largest kept weight."""
+        return float(self._mass[-1])
+
+    def rows(self, scores: Floats) -> Doubles:
+        """Cold ids that may be at or above scores (K,)."""
+        found: Doubles = self._rows[np.searchsorted(self._falling, -scores, side="right")]
+        return found
+
+    def mass(self, scores: Floats) -> Doubles:
+        """The mass of these."""
+        found: Doubles = self._mass[np.searchsorted(self._falling, -scores, side="right")]
+        return found
+
+
+def _nucleus(
+    scores: Floats,
+    top_p: float,
+    may: npt.NDArray[np.bool_],
+    sure: npt.NDArray[np.bool_],
+    cold: _ColdAbove,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], float]:
+    """Top-p among ids that may be there or are there for sure; also the score below which no cold id is."""
+    weights = np.exp(scores.astype(np.float64) - float(scores.max()))
+    # Weights that are equal here may differ by a rounding beside another largest score: for what is sure,
+    # they stand before each other, and a cold id must be well below.
+    before_may, total_may = _before(weights, may, ties=True)
+    before_sure, total_sure = _before(weights, sure, ties=False)
+    most = top_p * (total_may + cold.total_mass) * (1 + _MARGIN)
+    least = top_p * total_sure * (1 - _MARGIN)
+    # An id is left if the weights above its own do not reach the target.
+    left = may & (before_sure < most)
+    certain = sure & (before_may + cold.mass(scores) < least)
+    full = sure & (before_sure + weights >= most)
+    last = float(scores[full].max(initial=-np.inf))
+    return left, certain, last - _MARGIN * (1 + abs(last) + abs(float(scores.max())))
+
+
+def _before(weights: Doubles, present: npt.NDArray[np.bool_], *, ties: bool) -> tuple[Doubles, float]:
+    """The sum of all present weights larger than each weight (or equal, less itself); the sum of all."""
+    falling = np.sort(weights[present])[::-1]
+    sums = np.concatenate([[0.0], np.cumsum(falling)])
+    before: Doubles = sums[np.searchsorted(-falling, -weights, side="right" if ties else "left")]
+    return (before - weights if ties else before), float(sums[-1])

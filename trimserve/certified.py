@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.bounds import Doubles
-from trimserve.bracket import Rivals, filters_exclude_cold, has_filters, scores_between
+from trimserve.bracket import Rivals, allowed_kept, has_filters, scores_between
 from trimserve.coldhead import ColdHead
 from trimserve.decoder import Floats
 from trimserve.request import Block, Request
@@ -27,7 +27,6 @@ from trimserve.sampling import (
     Columns,
     History,
     SamplingParams,
-    choose,
     edit_logits,
     gumbel_noise,
     noise_may_reach,
@@ -43,12 +42,12 @@ _MOST_ROWS = _MOST_GROUPS * GROUP_ROWS
 
 
 class Worth:
-    """Whether it pays to ask the sketch: it does not where most blocks need the cold head anyway.
+    """Whether it pays to ask the sketch: it does not where most of what is asked stays open.
 
     Every eighth block is tried, so that it is noticed when that changes.
     """
 
-    _PAYS_ABOVE = 0.4
+    _PAYS_ABOVE = 0.3
 
     def __init__(self) -> None:
         self._share = 1.0
@@ -59,9 +58,9 @@ class Worth:
         self._skipped = 0 if self._share > self._PAYS_ABOVE or self._skipped >= 7 else self._skipped + 1
         return self._skipped == 0
 
-    def note(self, settled: bool) -> None:
-        """Learn whether all steps of a block were settled."""
-        self._share += 0.1 * (settled - self._share)
+    def note(self, share: float) -> None:
+        """Learn which share of a block was worth asking for."""
+        self._share += 0.1 * (share - self._share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,8 @@ class ColdCertificate:
                 ids[row] = max(winner[0], 0)
                 values[row] = -np.inf if winner[0] < 0 else np.nextafter(floor[row], np.float32(np.inf))
         open_steps = np.flatnonzero(~settled)
-        self._greedy.note(not open_steps.size)
+        # One open step costs as much as all of them: the cold rows are read once.
+        self._greedy.note(float(not open_steps.size))
         self._reads.certified += int(settled.sum())
         if open_steps.size:
             values[open_steps], ids[open_steps] = self._maxima(hidden[open_steps])
@@ -121,8 +121,10 @@ class ColdCertificate:
             self._token(product, step, request, block.logits[step], block.tokens[:step])
             for step in range(len(block.tokens))
         ]
-        self._sampled.note(None not in found)
-        self._reads.certified += sum(token is not None for token in found)
+        settled = sum(token is not None for token in found)
+        # Each open step costs a pass over all logits in the sampler.
+        self._sampled.note(settled / len(found))
+        self._reads.certified += settled
         return found
 
     def _token(
@@ -138,16 +140,31 @@ class ColdCertificate:
         if params.temperature == 0:
             found = self._rivals(step, float(kept.max()))
             return self._decide(found, kept.astype(np.float64))
-        scores = kept / np.float32(params.temperature)
-        cold_scores = self._cold_scores(step, params.temperature)
-        if has_filters(params, self._kept.vocab_size):
-            rows = np.full(cold_scores.size, GROUP_ROWS)
-            if filters_exclude_cold(scores, params, cold_scores, rows):
-                return choose(logits, self._kept, params, history)
+        return self._drawn(step, kept / np.float32(params.temperature), params, history.output.size)
+
+    def _drawn(self, step: _Step, scores: Floats, params: SamplingParams, number: int) -> int | None:
+        """The token of a sampled step, from the kept ids' scores; `number` is that of the step."""
+        groups = self._scores(step.product.upper[step.row], params)
+        edited = self._scores(step.edited.upper, params)
+        if not np.isfinite(float(groups.max()) + float(scores.max())) or np.isnan(edited).any():
             return None
-        sums = scores + gumbel_noise(params.seed, history.output.size, self._kept.ids)
-        found = self._noisy_rivals(step, cold_scores, params, history.output.size, float(sums.max()))
-        return self._decide(found, sums)
+        sums = scores + gumbel_noise(params.seed, number, self._kept.ids)
+        filtered = has_filters(params, self._kept.vocab_size)
+        cut = -np.inf
+        if filtered:
+            counts = np.concatenate([np.full(groups.size, float(GROUP_ROWS)), np.ones(edited.size)])
+            allowed = allowed_kept(scores, params, np.concatenate([groups, edited]), counts)
+            sums[~allowed.may] = -np.inf
+            if not allowed.sure[sums.argmax()]:
+                return None
+            cut = allowed.cut
+        found = self._noisy_rivals(step, groups, params, number, float(sums.max()), cut)
+        token = self._decide(found, sums)
+        # Whether a cold id would be left by the filters is not known.
+        return None if filtered and token is not None and not self._vocab.is_kept(token) else token
+
+    def _scores(self, upper: Doubles, params: SamplingParams) -> Doubles:
+        return scores_between(upper, params.temperature, 1)
 
     def _decide(self, rivals: Rivals | None, kept: Doubles) -> int | None:
         floor = float(kept.max())
@@ -172,33 +189,27 @@ class ColdCertificate:
         return found.plus(self._read(step, _places(rest)))
 
     def _noisy_rivals(
-        self, step: _Step, cold_scores: Doubles, params: SamplingParams, number: int, floor: float
+        self, step: _Step, groups: Doubles, params: SamplingParams, number: int, floor: float, cut: float
     ) -> Rivals | None:
-        """The cold ids whose bounds plus noise may reach a floor; None if they are too many to read."""
-        groups = cold_scores[: step.product.upper.shape[1]]
-        if not np.isfinite(groups.max() + floor):
-            return None
-        open_groups = np.flatnonzero(~(groups + LARGEST_NOISE < floor))
-        places = _places(open_groups)
+        """The cold ids whose bounds reach a cut, and with noise a floor; None if they are too many to read.
+
+        `groups` are upper bounds of the groups' scores.
+        """
+        may = ~(groups < cut) & ~(groups + LARGEST_NOISE < floor)
+        places = _places(np.flatnonzero(may))
         if places.size:
             least = floor - float(groups.max())
-            ids = self._sketch.ids[places]
-            places = places[noise_may_reach(params.seed, number, ids, least - 1e-6)]
+            places = places[noise_may_reach(params.seed, number, self._sketch.ids[places], least - 1e-6)]
         noise = gumbel_noise(params.seed, number, self._sketch.ids[places])
         places = places[~(groups[places // GROUP_ROWS] + noise < floor)]
         if places.size > _MOST_ROWS:
             return None
-        found = self._read(step, places)
-        both = step.edited.plus(found)
+        both = step.edited.plus(self._read(step, places))
+        upper = self._scores(both.upper, params)
         noise = gumbel_noise(params.seed, number, both.ids)
-        lower = scores_between(both.lower, params.temperature, -1) + noise
-        upper = scores_between(both.upper, params.temperature, 1) + noise
-        return Rivals(both.ids, lower, upper)
-
-    def _cold_scores(self, step: _Step, temperature: float) -> Doubles:
-        """Upper bounds of the scores of each group, then of each edited id."""
-        upper = np.concatenate([step.product.upper[step.row], step.edited.upper])
-        return scores_between(upper, temperature, 1)
+        lower = scores_between(both.lower, params.temperature, -1)
+        stays = ~(upper < cut)
+        return Rivals(both.ids[stays], (lower + noise)[stays], (upper + noise)[stays])
 
     def _edited(self, product: SketchedProduct, row: int, params: SamplingParams, history: History) -> Rivals:
         """The cold ids whose logits are changed one by one, and their bounds after that."""
