@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 import onnx
+from onnxruntime.quantization import quant_utils
 
 import trimserve
 from tests.exports import open_graph
@@ -40,16 +41,20 @@ def save_graph(root, family: str, kind: str, **options):
             shutil.copy(source / name, root / "onnx" / name)
     if kind in ("int4", "uint4"):
         _quantize_blocks(graph, symmetric=kind == "int4")
+    elif kind == "qdq":
+        _quantize_blocks(graph, symmetric=True, quant_format=quant_utils.QuantFormat.QDQ)
     elif kind == "int8":
         _quantize_dynamic(graph)
     return resolve_model(root / "onnx")
 
 
-def _quantize_blocks(graph, *, symmetric: bool):
+def _quantize_blocks(graph, *, symmetric: bool, **options):
     from onnxruntime.quantization import matmul_nbits_quantizer
 
     logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.WARNING)
-    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(str(graph), block_size=32, is_symmetric=symmetric)
+    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
+        str(graph), block_size=32, is_symmetric=symmetric, **options
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(str(graph), True)
 
@@ -75,7 +80,16 @@ def vocab_of(source, others: int = 20) -> VocabMap:
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "fp32"), ("llama", "int4"), ("llama", "uint4"), ("llama_tied", "int4"), ("gemma2", "fp32")],
+    [
+        ("llama", "fp32"),
+        ("llama", "int4"),
+        ("llama", "uint4"),
+        ("llama", "int8"),
+        ("llama", "qdq"),
+        ("llama_tied", "int4"),
+        ("llama_tied", "int8"),
+        ("gemma2", "fp32"),
+    ],
 )
 def test_exact_mode_gives_the_untrimmed_graphs_tokens(tmp_path, family, kind):
     sizes = {"hidden_size": 64, "intermediate_size": 96}
@@ -84,8 +98,10 @@ def test_exact_mode_gives_the_untrimmed_graphs_tokens(tmp_path, family, kind):
     (tmp_path / "full").mkdir()
     full = FullSampler(serve_full(source, tmp_path / "full", task=FAMILIES[family].task), source.vocab_size)
     generator = open_generator(tmp_path / "trimmed")
-    quantized = family == "llama" and kind in ("int4", "uint4")  # a tied head is a Transpose, which stays
-    assert ("cold_head.onnx_data" in generator.folder.manifest.files) == quantized
+    blocks = family == "llama" and kind in ("int4", "uint4")  # a tied head is a Transpose, which stays
+    by_graph = kind in ("int8", "qdq")
+    assert ("cold_head.onnx_data" in generator.folder.manifest.files) == blocks
+    assert ("cold_head.onnx_weights" in generator.folder.manifest.files) == by_graph
     cold = 0
     for text in TEXTS:
         ids = generator.codec.encode([text])[0]

@@ -133,6 +133,9 @@ class ColdRows:
         """
         if self._blocks is not None:
             return round_activations(hidden, self._blocks.scheme)
+        if self._maps and hidden.shape[-1] == self.width + 2:
+            # Integers, with each position's scale and zero point behind them: see `head_input` of the graph.
+            return (hidden[..., :-2] - hidden[..., -1:]) * hidden[..., -2:-1]
         return hidden.astype(np.float32, copy=False)
 
     def head_bias(self, cold_ids: npt.ArrayLike) -> Rows:

@@ -19,6 +19,8 @@ from trimserve.vocab import Ids
 
 COLD_MAX_NAME = "cold_max.onnx"
 COLD_HEAD_NAME = "cold_head.onnx"
+# The weights of a cold head that is the full graph's own nodes (trimserve_export.graph.graph_head).
+COLD_WEIGHTS_NAME = "cold_head.onnx_weights"
 # Of a cold graph's metadata: a JSON list, how many cold rows each of its parts holds.
 PARTS_KEY = "trimserve.parts"
 Arrays = list[npt.NDArray[Any]]
@@ -79,7 +81,7 @@ class ColdHead:
 
     def __init__(self, folder: TrimmedFolder, *, threads: int | None = None) -> None:
         self.cold_ids: Ids = folder.vocab.cold_ids
-        packed = COLD_BLOCKS_NAME in folder.manifest.files
+        packed = not folder.manifest.files.keys().isdisjoint((COLD_BLOCKS_NAME, COLD_WEIGHTS_NAME))
         self._maxima = PartedGraph(folder.file(COLD_MAX_NAME), threads=threads, packed=packed)
         self._logits = PartedGraph(folder.file(COLD_HEAD_NAME), threads=threads, packed=packed)
 

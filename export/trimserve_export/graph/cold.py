@@ -11,10 +11,11 @@ from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, BlockSpecs, block_sp
 from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSource, exhaust, write_tensors
 from trimserve.vocab import VocabMap
+from trimserve_export.graph.dequantized import DequantizedRows, scale_of
 from trimserve_export.graph.plan import constant, optional_input
 from trimserve_export.graph.rows import ComputedRows, StoredColumns, StoredRows, dtype_name
 from trimserve_export.graph.turned import Turned
-from trimserve_export.quantize import block_attributes_of, scheme_of
+from trimserve_export.quantize import block_attributes_of
 from trimserve_export.serving.flow import Embedding, Head, describe, find_output
 from trimserve_export.serving.tied_head import same_numbers
 
@@ -44,12 +45,27 @@ class FullGraph:
         return found[0] if found else None
 
 
+# Which input of a product is its bias.
+_OWN_BIAS = {"Gemm": 2, "MatMulNBits": 5}
+
+
 def _biases(graph: ir.Graph, head: Head) -> Iterator[ir.TensorProtocol]:
     value: ir.Value | None = find_output(graph, "logits")
     while value is not None and (node := value.producer()) is not None and node is not head.product:
-        tensors = [tensor for operand in node.inputs if (tensor := constant(operand)) is not None]
-        yield from (tensor for tensor in tensors if tensor.size > 1)
-        value = next(operand for operand in node.inputs if operand is not None and constant(operand) is None)
+        computed = [operand for operand in node.inputs if operand is not None and constant(operand) is None]
+        if node.op_type == "Reshape":
+            computed = computed[:1]
+        elif len(computed) > 1:  # the scales of integers
+            return
+        else:
+            tensors = [tensor for operand in node.inputs if (tensor := constant(operand)) is not None]
+            yield from (tensor for tensor in tensors if tensor.size > 1)
+        value = computed[0]
+    own = constant(
+        optional_input(head.product, _OWN_BIAS.get(head.product.op_type, len(head.product.inputs)))
+    )
+    if own is not None:
+        yield own
 
 
 def write_cold_rows(full: FullGraph, vocab: VocabMap, path: Path) -> None:
@@ -60,8 +76,8 @@ def write_cold_rows(full: FullGraph, vocab: VocabMap, path: Path) -> None:
     """
     tied = _is_tied(full.embedding, full.head)
     tensors: dict[str, TensorSource] = {"embedding": embedding_rows(full, vocab.cold_ids, vocab.vocab_size)}
-    if full.head is not None and not full.head.is_quantized and not tied:
-        tensors["head"] = _head_rows(full.head, vocab)
+    if full.head is not None and not tied and not has_plain_blocks(full.head):
+        tensors["head"] = head_rows(full, vocab)
     if full.bias is not None:
         tensors["head_bias"] = StoredRows(full.bias, vocab.vocab_size, vocab.cold_ids, 1)
     exhaust(write_tensors(path, tensors, {"tied": str(tied).lower()}))
@@ -70,10 +86,28 @@ def write_cold_rows(full: FullGraph, vocab: VocabMap, path: Path) -> None:
 def _is_tied(embedding: Embedding, head: Head | None) -> bool:
     if head is None or head.is_quantized:
         return False
+    if head.scales is not None:
+        return _same_dequantized(embedding, head)
     table = constant(embedding.table)
     if isinstance(table, Turned) and table.source is constant(head.weight):
         return not head.by_row
     return same_numbers(embedding.table, head)
+
+
+def _same_dequantized(embedding: Embedding, head: Head) -> bool:
+    """Whether embedding and head make floats of the same integers by the same scale (dynamic int8)."""
+    maker = embedding.output.producer()
+    if maker is embedding.gather and embedding.gather.inputs[0] is not None:
+        maker = embedding.gather.inputs[0].producer()
+    weight = head.product.inputs[1]
+    other = None if weight is None else weight.producer()
+    while other is not None and other.op_type == "Transpose" and other.inputs[0] is not None:
+        other = other.inputs[0].producer()
+    made = maker is not None and other is not None and maker.op_type == other.op_type == "DequantizeLinear"
+    if not made or maker is None or other is None or head.weight is not embedding.table:
+        return False
+    scale = constant(maker.inputs[1])
+    return scale is not None and scale.size == 1 and tuple(maker.inputs[1:]) == tuple(other.inputs[1:])
 
 
 def embedding_rows(full: FullGraph, ids: np.ndarray, rows: int) -> TensorSource:
@@ -88,38 +122,35 @@ def embedding_rows(full: FullGraph, ids: np.ndarray, rows: int) -> TensorSource:
     return ComputedRows(embedding, dict(full.model.graph.opset_imports), rows, ids)
 
 
-def _head_rows(head: Head, vocab: VocabMap) -> StoredRows | StoredColumns:
-    weight = constant(head.weight)
-    if weight is None:
-        raise UnsupportedModelError(f"{describe(head.product)} has no constant weight.")
+def head_rows(full: FullGraph, vocab: VocabMap) -> TensorSource:
+    """The floats that a head's rows stand for.
+
+    Raises:
+        UnsupportedModelError: it has no constant weight, or one in a layout that is not understood.
+    """
+    head = full.head
+    weight = None if head is None else constant(head.weight)
+    if head is None or weight is None:
+        raise UnsupportedModelError("the head has no constant weight.")
+    if head.scales is not None or head.is_quantized or scale_of(head.product) != 1:
+        return DequantizedRows(head, dict(full.model.graph.opset_imports), vocab.vocab_size, vocab.cold_ids)
     if head.by_row:
         return StoredRows(weight, vocab.vocab_size, vocab.cold_ids, head.width)
     return StoredColumns(weight, vocab.cold_ids)
 
 
-def head_scheme(head: Head) -> BlockScheme | None:
-    """How a quantised head is quantised; None for one of floats.
-
-    Raises:
-        UnsupportedModelError: in a way that cold rows cannot be multiplied in yet.
-    """
-    if not head.is_quantized:
-        return None
+def has_plain_blocks(head: Head) -> bool:
+    """Whether a head's cold rows are stored as the blocks that they are; other layouts' are also floats."""
+    if not head.is_quantized or block_attributes_of(head.product)["bits"] not in BITS:
+        return False
     zeros = constant(optional_input(head.product, 3))
     packed = zeros is None or zeros.dtype == ir.DataType.UINT8
-    refused = {3: "zero points of floats"} if not packed else {}
-    for index, what in (refused | {4: "reordered columns (g_idx)", 5: "a bias"}).items():
-        if optional_input(head.product, index) is not None:
-            raise UnsupportedModelError(
-                f"{describe(head.product)}, the quantised vocab head, has {what}: cold rows of such heads "
-                "are not built yet. Export it with --no-cold."
-            )
-    if block_attributes_of(head.product)["bits"] not in BITS:
-        raise UnsupportedModelError(
-            f"{describe(head.product)}, the vocab head, has weights of other than {BITS} bits: cold rows of "
-            "such heads are not built yet. Export it with --no-cold."
-        )
-    return scheme_of(head.product)
+    return packed and all(optional_input(head.product, index) is None for index in (4, 5))
+
+
+def multiplied_by_graph(head: Head) -> bool:
+    """Whether the head's own nodes, cut to the cold ids, make the cold logits."""
+    return not head.is_plain or (head.is_quantized and not has_plain_blocks(head))
 
 
 def write_cold_blocks(head: Head, scheme: BlockScheme, vocab: VocabMap, folder: Path) -> BlockSpecs:

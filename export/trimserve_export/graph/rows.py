@@ -1,7 +1,7 @@
 """Rows of an untrimmed graph's embedding and head, as floats, streamed: what the graph itself would read."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any
@@ -146,20 +146,20 @@ class ComputedRows:
 
     def read(self, ids: Ids) -> np.ndarray:
         """Compute rows (n, H)."""
-        model = _LookupCopier(self.embedding, self.opsets).model()
+        model = _copied_lookup(self.embedding, self.opsets)
         reason = np.full(len(ids), Reason.EXPLICIT, np.uint8)
         trim_graph(model, VocabMap(ids, reason, self.rows), has_head=False)
         runtime = require("onnxruntime", extra="cpu", purpose="trimming a quantised graph")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         session = runtime.InferenceSession(
-            ir.to_proto(_inline(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            ir.to_proto(inline(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         (rows,) = session.run(None, {"input_ids": np.arange(len(ids))})
         return np.asarray(rows)
 
 
-def _inline(model: ir.Model) -> ir.Model:
+def inline(model: ir.Model) -> ir.Model:
     """The model with the small constants that lie in files in memory; cut ones are made when written."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -167,50 +167,62 @@ def _inline(model: ir.Model) -> ir.Model:
     return model
 
 
-class _LookupCopier:
-    """Copies the nodes from the token ids to the rows into a graph of their own."""
+def _copied_lookup(embedding: Embedding, opsets: dict[str, int]) -> ir.Model:
+    """The nodes from the token ids to the rows in a graph of their own: `input_ids` (n,) -> rows (n, H)."""
+    ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
+    output, nodes, constants = copy_nodes(embedding.output, {embedding.ids: ids})
+    output.type = ir.TensorType(embedding.dtype)
+    graph = ir.Graph(
+        [ids], [output], nodes=nodes, initializers=constants, opset_imports=opsets, name="lookup"
+    )
+    return ir.Model(graph, ir_version=10)
 
-    def __init__(self, embedding: Embedding, opsets: dict[str, int]) -> None:
-        self._embedding = embedding
-        self._opsets = opsets
-        ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
-        self._copies: dict[ir.Value, ir.Value] = {embedding.ids: ids}
-        self._nodes: list[ir.Node] = []
-        self._constants: list[ir.Value] = []
 
-    def model(self) -> ir.Model:
-        """The graph: `input_ids` (n,) -> rows (n, H)."""
-        output = self._copy(self._embedding.output)
-        output.type = ir.TensorType(self._embedding.dtype)
-        graph = ir.Graph(
-            [self._copies[self._embedding.ids]],
-            [output],
-            nodes=self._nodes,
-            initializers=self._constants,
-            opset_imports=self._opsets,
-            name="lookup",
-        )
-        return ir.Model(graph, ir_version=10)
+def copy_nodes(
+    output: ir.Value, given: Mapping[ir.Value, ir.Value], prefix: str = ""
+) -> tuple[ir.Value, list[ir.Node], list[ir.Value]]:
+    """Copy the nodes that a value is made by, for a graph of their own.
 
-    def _copy(self, value: ir.Value) -> ir.Value:
-        if value not in self._copies:
-            self._copies[value] = self._copied(value)
-        return self._copies[value]
+    Args:
+        output: the value.
+        given: values that the new graph gets from elsewhere, and what stands for them in it.
+        prefix: goes before all names.
 
-    def _copied(self, value: ir.Value) -> ir.Value:
-        copy = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=constant(value))
+    Returns:
+        The copied value, the nodes in order of execution, and the constants that they read.
+
+    Raises:
+        UnsupportedModelError: the value depends on an input of the graph that is not given.
+    """
+    copies = dict(given)
+    nodes: list[ir.Node] = []
+    constants: list[ir.Value] = []
+
+    def copy(value: ir.Value) -> ir.Value:
+        if value in copies:
+            return copies[value]
         node = value.producer()
-        if copy.const_value is not None:
-            self._constants.append(copy)
-        elif node is None:
-            raise UnsupportedModelError(f"the embedding's rows depend on the input {value.name}.")
-        else:
-            inputs = [None if operand is None else self._copy(operand) for operand in node.inputs]
-            attributes = list(node.attributes.values())
-            self._nodes.append(
-                ir.Node(node.domain, node.op_type, inputs, attributes, outputs=[copy], name=node.name)
-            )
-        return copy
+        if node is None:
+            if constant(value) is None:
+                raise UnsupportedModelError(f"the vocab's rows depend on the input {value.name}.")
+            copies[value] = _named_copy(value, prefix)
+            constants.append(copies[value])
+            return copies[value]
+        inputs = [None if operand is None else copy(operand) for operand in node.inputs]
+        outputs = [_named_copy(made, prefix) for made in node.outputs]
+        copies.update(zip(node.outputs, outputs, strict=True))
+        attributes = list(node.attributes.values())
+        name = f"{prefix}{node.name or f'{node.op_type}_{len(nodes)}'}"
+        nodes.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=name))
+        return copies[value]
+
+    return copy(output), nodes, constants
+
+
+def _named_copy(value: ir.Value, prefix: str) -> ir.Value:
+    return ir.Value(
+        name=f"{prefix}{value.name}", type=value.type, shape=value.shape, const_value=constant(value)
+    )
 
 
 def _write(file: IO[bytes], data: bytes) -> int:

@@ -10,13 +10,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from trimserve.errors import UnsupportedModelError
 from trimserve.folder import COLD_NAME, GENERATOR_TASKS, CutTensor
 from trimserve.vocab import VocabMap
-from trimserve_export.graph.cold import FullGraph, head_scheme, write_cold_blocks, write_cold_rows
+from trimserve_export.graph.cold import FullGraph, multiplied_by_graph, write_cold_blocks, write_cold_rows
 from trimserve_export.graph.facts import cut_tensors
+from trimserve_export.graph.graph_head import write_graph_head
 from trimserve_export.graph.loading import load_graph
 from trimserve_export.graph.parts import ENCODER, FIRST, LATER, MERGED, Part
 from trimserve_export.graph.saving import LinkingWriter, Writer, write_copy
 from trimserve_export.graph.trim import trim_graph
 from trimserve_export.graph.turned import turn_tables
+from trimserve_export.quantize import scheme_of
 from trimserve_export.serving import GRAPH_NAME, apply_passes, serve
 from trimserve_export.serving.cold_head import write_cold_head
 from trimserve_export.serving.flow import find_embedding, find_head
@@ -60,11 +62,16 @@ def write_cold(full: FullGraph, served: Path, vocab: VocabMap, folder: Path, *, 
     Raises:
         UnsupportedModelError: the head cannot be multiplied with cold rows as the graph would do it.
     """
-    scheme = head_scheme(full.head) if full.head is not None and exact else None
     write_cold_rows(full, vocab, folder / COLD_NAME)
-    if full.head is not None and exact:
-        blocks = None if scheme is None else write_cold_blocks(full.head, scheme, vocab, folder)
-        write_cold_head(served, folder / COLD_NAME, blocks)
+    if full.head is None or not exact:
+        return
+    if multiplied_by_graph(full.head):
+        write_graph_head(full, vocab, folder)
+        return
+    blocks = None
+    if full.head.is_quantized:
+        blocks = write_cold_blocks(full.head, scheme_of(full.head.product), vocab, folder)
+    write_cold_head(served, folder / COLD_NAME, blocks)
 
 
 def load_seq2seq(parts: Mapping[str, Part]) -> dict[str, ir.Model]:

@@ -59,6 +59,20 @@ class NodeWriter:
         )
         return result
 
+    def ops(
+        self, op_type: str, inputs: Sequence[ir.Value | None], count: int, **attributes: int
+    ) -> list[ir.Value]:
+        """Add a node with several outputs and return them."""
+        name = f"{self._scope}/{op_type}_{len(self._nodes)}"
+        results = [ir.Value(name=f"{name}_output_{index}") for index in range(count)]
+        made = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        self._nodes.append(ir.Node("", op_type, inputs, made, outputs=results, name=name))
+        return results
+
+    def append(self) -> None:
+        """Put the collected nodes at the end of the graph."""
+        self._graph.extend(self._nodes)
+
     def insert_before(self, node: ir.Node) -> None:
         """Put the collected nodes in front of a node of the graph."""
         self._graph.insert_before(node, self._nodes)

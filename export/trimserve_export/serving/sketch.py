@@ -21,7 +21,7 @@ from trimserve.artefacts import sha256_file
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs
 from trimserve.bounds import Doubles, block_magnitude, round_up
 from trimserve.cold import ColdRows
-from trimserve.coldhead import COLD_MAX_NAME
+from trimserve.coldhead import COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.errors import UsageError
 from trimserve.folder import FileEntry, Manifest, TrimmedFolder, open_folder, write_manifest
 from trimserve.sketch import (
@@ -56,7 +56,9 @@ def wants_sketch(manifest: Manifest, choice: str | None) -> bool:
         UsageError: a sketch was asked for, and the folder has no cold head that one could bound.
     """
     has_head = manifest.layout == "runtime" and COLD_MAX_NAME in manifest.files
-    possible = has_head and manifest.dtype in ("fp32", "fp16")
+    # The bounds are those of a product of floats, or of MatMulNBits' blocks.
+    bounded = manifest.dtype in ("fp32", "fp16") and COLD_WEIGHTS_NAME not in manifest.files
+    possible = has_head and bounded
     if choice == "int8" and not possible:
         raise UsageError(
             "a sketch bounds the cold rows of a vocab head, in fp32 or fp16 and layout runtime, and this "

@@ -19,7 +19,8 @@ def tie_head(model: ir.Model, embedding: Embedding, head: Head) -> bool:
     Returns:
         Whether the head is tied now.
     """
-    if head.product.op_type not in ("MatMul", "FusedMatMul") or not same_numbers(embedding.table, head):
+    floats = head.product.op_type in ("MatMul", "FusedMatMul") and head.is_plain
+    if not floats or not same_numbers(embedding.table, head):
         return False
     if head.product.op_type == "FusedMatMul" and head.weight is embedding.table:
         return True
