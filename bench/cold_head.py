@@ -2,8 +2,9 @@
 
 Each variant is a graph over the same random cold rows in one file, and gives the largest logit of each tile:
 
-- ``left``: the mapped rows are the left operand, as `serving/cold_head.py` writes it;
+- ``left``: the mapped rows are the left operand, in parts for the threads, as `serving/cold_graph.py` has it;
 - ``left bf16``: the same over rows stored in BF16, cast a tile at a time;
+- ``left bf16, one part``: the threads share each operator instead;
 - ``right packed``: the rows are the right operand (FusedMatMul), which ONNX Runtime copies to pack it;
 - ``right mapped``: the same without packing;
 - ``int4``: quantised rows, packed in the file, as `serving/cold_head.py` writes it;
@@ -15,16 +16,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
 
 from bench import harness
 from bench.decode_models import NormalTensor
+from trimserve.coldhead import PartedGraph
 from trimserve.report import human_bytes, table
 from trimserve.session import open_session
 from trimserve.tensorfile import exhaust, read_header, write_tensors
@@ -36,6 +39,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
 VARIANTS = {
     "left": ("left", False),
     "left bf16": ("left-bf16", False),
+    "left bf16, one part": ("left-bf16-whole", False),
     "right packed": ("right", True),
     "right mapped": ("right", False),
     "int4": ("int4", True),
@@ -50,12 +54,13 @@ _TILE_BYTES = 4 << 20
 def make(folder: Path, shape: tuple[int, int]) -> None:
     """Write the folders of all variants."""
     from trimserve_export.quantize import SCHEMES, quantize_graph
+    from trimserve_export.serving import cold_graph
     from trimserve_export.serving.cold_head import write_cold_head
 
-    for name in ("left", "left-bf16", "right", "int4"):
+    for name in ("left", "left-bf16", "left-bf16-whole", "right", "int4"):
         target = folder / name
         target.mkdir()
-        rows = NormalTensor(shape, 1.0, 0, dtype="BF16" if name == "left-bf16" else "F32")
+        rows = NormalTensor(shape, 1.0, 0, dtype="BF16" if "bf16" in name else "F32")
         exhaust(write_tensors(target / _FILE, {"embedding": rows}, {"tied": "true"}))
         graph = _head_graph(target / "head.onnx", shape[1])
         if name == "right":
@@ -64,7 +69,9 @@ def make(folder: Path, shape: tuple[int, int]) -> None:
         if name == "int4":
             (target / "quantized").mkdir()
             graph = quantize_graph(graph, target / "quantized", SCHEMES["int4"], has_head=True)
-        write_cold_head(graph, target / _FILE)
+        parts = 1 if "whole" in name else cold_graph.MOST_PARTS
+        with patch.object(cold_graph, "MOST_PARTS", parts):
+            write_cold_head(graph, target / _FILE)
     _forget_packed(folder / "int4", folder / "int4-private")
 
 
@@ -157,19 +164,27 @@ def _forget_packed(source: Path, target: Path) -> None:
 def worker(folder: Path, width: int, threads: int, *, prepack: bool) -> dict[str, Any]:
     """Open the graph of one variant in this process; memory it takes, and milliseconds by hidden states."""
     before = harness.memory()
-    session = open_session(folder / GRAPH, threads=threads, prepack=prepack)
+    multiply = _product(folder, threads, prepack=prepack)
     random = np.random.default_rng(1)
     times = {}
     for size in SIZES:
-        feeds = {"hidden_states": random.standard_normal((size, width), np.float32)}
+        hidden = random.standard_normal((size, width), np.float32)
         samples = []
         for _ in range(_REPEATS + 2):
             begin = time.perf_counter_ns()
-            session.run(None, feeds)
+            multiply(hidden)
             samples.append((time.perf_counter_ns() - begin) / 1e6)
         times[str(size)] = float(np.median(samples[2:]))
     after = harness.memory()
     return {"ms": times, "anonymous": (after.anonymous or 0) - (before.anonymous or 0), "peak": after.peak}
+
+
+def _product(folder: Path, threads: int, *, prepack: bool) -> Callable[[np.ndarray], object]:
+    if folder.name == "right" or "whole" in folder.name:
+        session = open_session(folder / GRAPH, threads=threads, prepack=prepack)
+        return lambda hidden: session.run(None, {"hidden_states": hidden})
+    graph = PartedGraph(folder / GRAPH, threads=threads, packed=prepack)
+    return lambda hidden: graph.each(["maximum", "row"], hidden, lambda _, outputs: outputs)
 
 
 def measure(name: str, shape: tuple[int, int], args: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -2,8 +2,9 @@
 
 The full model is the untrimmed graph in the same runtime: exported like the trimmed one, with a vocab that
 keeps every id. Each variant answers the same prompts greedily, one request at a time, in processes that
-take turns; a token's time is that of all tokens but the first, so it holds no prompt. Beside the measured
-times stand
+take turns; a token's time is that of all tokens but the first, so it holds no prompt. `exact` checks with the
+cold product alone, `certified` with the sketch of the cold rows first (docs/certificate.md). Beside the
+measured times stand
 
 - the ceiling: bytes of weights a token moves, full to compact (decoding one token at a time is bound by
   them), and the speed at which this machine copies memory;
@@ -11,7 +12,8 @@ times stand
   product for each block checked, and what the rest of the time is.
 
 Random weights make the models (`decode_models` says how drafts come to stand); multidomain-qwen2 is
-trained, and answers gsm8k's questions.
+trained, and answers gsm8k's questions. `--prepare` makes the models in ``--work`` and stops: measuring can
+follow when the machine is quiet.
 """
 
 import json
@@ -19,8 +21,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,23 +31,33 @@ import numpy as np
 from bench import harness
 from bench.decode_models import SHAPES
 from trimserve.report import human_bytes, table
+from trimserve.sketch import SKETCH_NAME
 
-VARIANTS = ("full", "compact", "exact")
 SIZES = (1, 2, 4, 8, 16, 32)
 REAL_MODEL = "multidomain-qwen2"
-_COPY_BYTES = 512 << 20
+_WARM_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """A way to generate: a process with a folder, and the mode it is asked for."""
+class Way:
+    """A way to generate: the folder, the mode asked for, and whether checks may use the sketch."""
 
-    worker: harness.Worker
-    mode: str | None
+    folder: str
+    mode: str | None = None
+    certify: bool = False
 
-    def ask(self, request: str) -> dict[str, Any]:
-        """Send a request in this mode."""
-        return self.worker.ask(json.dumps(json.loads(request) | {"mode": self.mode}))
+    def ask(self, workers: Mapping[str, harness.Worker], request: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request in this mode to the worker of this folder."""
+        asked = {**request, "mode": self.mode, "certify": self.certify}
+        return workers[self.folder].ask(json.dumps(asked))
+
+
+WAYS = {
+    "full": Way("full"),
+    "compact": Way("trimmed", "compact"),
+    "exact": Way("trimmed", "exact"),
+    "certified": Way("trimmed", "exact", certify=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +69,31 @@ class Case:
     folders: Mapping[str, Path]
     prompts: Sequence[str]
     tokens: int
+    stand: float
     threads: int
+    device: str
 
     def start(self, folder: str) -> harness.Worker:
         """A worker with the full or the trimmed folder."""
         path = str(self.folders[folder].resolve())
-        return harness.Worker(["-m", "bench.decode_worker", path, "--threads", str(self.threads)])
+        words = [path, "--threads", str(self.threads), "--device", self.device]
+        return harness.Worker(["-m", "bench.decode_worker", *words])
 
-    def request(self, number: int) -> str:
+    def request(self, number: int) -> dict[str, Any]:
         """The request for the prompt of a step."""
-        return json.dumps({"prompt": self.prompts[number % len(self.prompts)], "tokens": self.tokens})
+        return {"prompt": self.prompts[number % len(self.prompts)], "tokens": self.tokens}
 
 
 def make_case(args: Any, name: str, quantize: str | None, work: Path) -> Case:  # noqa: ANN401
     """Export a model in a process of its own."""
-    data = os.environ.get("TRIMSERVE_DATA", str(harness.ROOT.parent / "shared" / "data"))
     stand = args.coverage if name == REAL_MODEL else args.stand
-    words = ["-m", "bench.decode_models", name, "--work", str(work), "--data", data, "--stand", str(stand)]
+    words = ["-m", "bench.decode_models", name, "--work", str(work), "--stand", str(stand)]
     words += ["--prompt-tokens", str(args.prompt_tokens)]
     words += ["--quantize", quantize] if quantize else []
     words += ["--layers", str(args.layers)] if args.layers else []
     made = harness.fresh_process(words)
     folders = {folder: Path(made[folder]) for folder in ("full", "trimmed")}
-    return Case(name, quantize, folders, made["prompts"], args.tokens, args.threads)
+    return Case(name, quantize, folders, made["prompts"], args.tokens, stand, args.threads, args.device)
 
 
 def measure(case: Case, steps: int, scratch: Path) -> dict[str, Any]:
@@ -90,17 +102,14 @@ def measure(case: Case, steps: int, scratch: Path) -> dict[str, Any]:
     resident = _resident(case)
     neighbours = harness.Neighbours()
     with case.start("full") as full, case.start("trimmed") as trimmed:
-        variants = {
-            "full": Variant(full, None),
-            "compact": Variant(trimmed, "compact"),
-            "exact": Variant(trimmed, "exact"),
-        }
-        for variant in variants.values():  # opens every session and touches every page
-            variant.ask(case.request(0))
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+        workers = {"full": full, "trimmed": trimmed}
+        ways = _ways(case)
+        for way in ways.values():  # opens every session, touches every page, and sizes the blocks
+            way.ask(workers, case.request(0) | {"tokens": min(case.tokens, _WARM_TOKENS)})
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
         for number in range(steps):
-            for name in VARIANTS[:: 1 if number % 2 == 0 else -1]:
-                answers[name].append(variants[name].ask(case.request(number)))
+            for name in list(ways)[:: 1 if number % 2 == 0 else -1]:
+                answers[name].append(ways[name].ask(workers, case.request(number)))
         context = len(case.prompts[0].split()) + case.tokens // 2
         terms = {
             "full": full.ask(json.dumps(_terms_request(parts["full"], context))),
@@ -108,6 +117,12 @@ def measure(case: Case, steps: int, scratch: Path) -> dict[str, Any]:
         }
     others = {"others_cpu_share": neighbours.share(), "load_average": os.getloadavg()[0]}
     return _row(case, answers, terms, parts, resident) | others
+
+
+def _ways(case: Case) -> dict[str, Way]:
+    """The ways that the case's folders allow."""
+    has_sketch = (case.folders["trimmed"] / SKETCH_NAME).exists()
+    return {name: way for name, way in WAYS.items() if has_sketch or not way.certify}
 
 
 def _parts(folder: Path, scratch: Path) -> dict[str, Any]:
@@ -121,12 +136,11 @@ def _terms_request(parts: Mapping[str, Any], context: int) -> dict[str, Any]:
 
 def _resident(case: Case) -> dict[str, dict[str, int]]:
     """Memory of each variant in a process of its own, after a short answer."""
-    modes = {"full": ("full", None), "compact": ("trimmed", "compact"), "exact": ("trimmed", "exact")}
     found = {}
-    for name, (folder, mode) in modes.items():
-        with case.start(folder) as worker:
-            request = {"prompt": case.prompts[0], "tokens": min(case.tokens, 32), "mode": mode}
-            found[name] = worker.ask(json.dumps(request))["memory"]
+    for name, way in _ways(case).items():
+        with case.start(way.folder) as worker:
+            request = case.request(0) | {"tokens": min(case.tokens, _WARM_TOKENS)}
+            found[name] = way.ask({way.folder: worker}, request)["memory"]
     return found
 
 
@@ -138,36 +152,53 @@ def _row(
     resident: Mapping[str, dict[str, int]],
 ) -> dict[str, Any]:
     token_ms = {
-        name: [answer["ms"] / max(answer["tokens"] - 1, 1) for answer in answers[name]] for name in VARIANTS
+        name: [answer["ms"] / max(answer["tokens"] - 1, 1) for answer in found]
+        for name, found in answers.items()
     }
+    pairs = [
+        ("compact", "full"),
+        *((way, other) for way in _exact_ways(answers) for other in ("full", "compact")),
+    ]
     speed = {
-        f"{one}_to_{other}": asdict(harness.ratio(token_ms[other], token_ms[one]))
-        for one, other in (("compact", "full"), ("exact", "full"), ("exact", "compact"))
+        f"{one}_to_{other}": asdict(harness.ratio(token_ms[other], token_ms[one])) for one, other in pairs
     }
-    same = [a["ids"] == b["ids"] for a, b in zip(answers["full"], answers["exact"], strict=True)]
     moved = {name: parts[name]["body_bytes"] + parts[name]["head_bytes"] for name in parts}
-    gigabytes = bandwidth(case.threads)
+    per_second = harness.bandwidth(case.threads)
     return {
         "model": case.name,
         "quantize": case.quantize,
+        "stand": case.stand,
         **_sizes(case.folders["trimmed"]),
         "threads": case.threads,
         "tokens": case.tokens,
-        "token_ms": {name: asdict(harness.spread(token_ms[name])) for name in VARIANTS},
+        "token_ms": {name: asdict(harness.spread(found)) for name, found in token_ms.items()},
         "token_ms_samples": token_ms,
         "speed": speed,
         "ceiling": moved["full"] / moved["trimmed"],
         "moved_bytes": moved,
-        "copy_bytes_per_s": gigabytes,
-        "ceiling_ms": {name: 1e3 * moved[name] / gigabytes for name in moved},
-        "same_ids": sum(same) / len(same),
-        "drafts": _drafts(answers["exact"]),
+        "copy_bytes_per_s": per_second,
+        "ceiling_ms": {name: 1e3 * moved[name] / per_second for name in moved},
+        **_outcome(answers, "exact"),
+        **({"certified": _outcome(answers, "certified")} if "certified" in answers else {}),
         "terms_ms": terms,
         "cost_model": _cost_model(answers["exact"], terms["trimmed"]),
-        "compact_parts_ms": _part_ms(answers["compact"]),
-        "exact_parts_ms": _part_ms(answers["exact"]),
+        "parts_ms": {name: _part_ms(found) for name, found in answers.items()},
         "memory": resident,
     }
+
+
+def _exact_ways(answers: Mapping[str, Any]) -> list[str]:
+    return [name for name in answers if WAYS[name].mode == "exact"]
+
+
+def _outcome(answers: Mapping[str, Sequence[dict[str, Any]]], way: str) -> dict[str, Any]:
+    return {"same_ids": _same(answers["full"], answers[way]), "drafts": _drafts(answers[way])}
+
+
+def _same(full: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
+    """Share of answers with the full model's ids."""
+    equal = sum(bool(a["ids"] == b["ids"]) for a, b in zip(full, other, strict=True))
+    return equal / len(full)
 
 
 def _sizes(folder: Path) -> dict[str, Any]:
@@ -179,6 +210,9 @@ def _sizes(folder: Path) -> dict[str, Any]:
         "hidden_size": config["hidden_size"],
         "layers": config["num_hidden_layers"],
         "folder_bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "cold_bytes": sum(
+            entry["bytes"] for name, entry in manifest["files"].items() if name.startswith("cold_")
+        ),
     }
 
 
@@ -217,31 +251,13 @@ def _cost_model(answers: Sequence[dict[str, Any]], terms: Mapping[str, Any]) -> 
 
 
 def _part_ms(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds a token by part, prompts included, and the share that is our own code."""
+    """Milliseconds a token by part, prompts included, and the share that is not spent in ONNX Runtime."""
     tokens = sum(answer["tokens"] for answer in answers)
     names = answers[0]["part_ms"]
     parts = {name: sum(answer["part_ms"][name] for answer in answers) / tokens for name in names}
-    own = parts["sampler"] + parts["other"]
+    run = sum(answer["run_ms"] for answer in answers) / tokens
+    own = sum(parts.values()) - run - parts["cold_head"]
     return parts | {"own_share": own / sum(parts.values())}
-
-
-def bandwidth(threads: int) -> float:
-    """Bytes a second that threads read and write together copying large arrays, the best of five."""
-    size = _COPY_BYTES // threads // 8
-    arrays = [(np.ones(size), np.empty(size)) for _ in range(threads)]
-    best = 0.0
-    for _ in range(5):
-        workers = [threading.Thread(target=np.copyto, args=(target, source)) for source, target in arrays]
-        begin = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = max(best, 2 * 8 * size * threads / (time.perf_counter() - begin))
-    return best
-
-
-HEADER = ("", *VARIANTS)
 
 
 def summary(row: Mapping[str, Any]) -> str:
@@ -250,30 +266,36 @@ def summary(row: Mapping[str, Any]) -> str:
     title += f"V = {row['vocab_size']:,} x {row['hidden_size']}, {row['threads']} threads"
     times, memory = row["token_ms"], row["memory"]
     lines = [
-        ("ms a token", *(f"{times[name]['median']:.2f}" for name in VARIANTS)),
-        ("tokens/s", *(f"{1e3 / times[name]['median']:.1f}" for name in VARIANTS)),
-        ("anonymous memory", *(human_bytes(memory[name]["anonymous"] or 0) for name in VARIANTS)),
-        ("file pages", *(human_bytes(memory[name]["file"] or 0) for name in VARIANTS)),
+        ("ms a token", *(f"{value['median']:.2f}" for value in times.values())),
+        ("tokens/s", *(f"{1e3 / value['median']:.1f}" for value in times.values())),
+        ("anonymous memory", *(human_bytes(memory[name]["anonymous"] or 0) for name in times)),
+        ("file pages", *(human_bytes(memory[name]["file"] or 0) for name in times)),
     ]
-    drafts, cost = row["drafts"], row["cost_model"]
+    cost = row["cost_model"]
     speeds = [
         f"{name.replace('_', ' ')} {value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
         for name, value in row["speed"].items()
     ]
+    outcomes = {"exact": row} | ({"certified": row["certified"]} if "certified" in row else {})
+    own = [f"{name} {found['own_share']:.1%}" for name, found in row["parts_ms"].items()]
     return "\n".join(
         [
             title,
-            table(HEADER, lines),
+            table(("", *times), lines),
             f"speed: {', '.join(speeds)}; ceiling of compact to full {row['ceiling']:.2f} by bytes moved",
-            f"drafts: {drafts['stood']:.1%} stood, {drafts['per_token']:.2f} a token, "
-            f"{drafts['tokens_per_check']:.1f} tokens a check; ids of exact equal those of full in "
-            f"{row['same_ids']:.0%} of answers",
-            f"cost model, ms a token: body {cost['body']:.2f} + compact head {cost['compact_head']:.2f} + "
-            f"cold product {cost['cold']:.2f} + wasted steps {cost['wasted']:.2f} = "
-            f"{cost['predicted']:.2f}; measured {cost['measured']:.2f} ({cost['excess']:+.0%})",
-            f"our own code: {row['compact_parts_ms']['own_share']:.1%} of compact, "
-            f"{row['exact_parts_ms']['own_share']:.1%} of exact; other processes had "
-            f"{row['others_cpu_share'] or 0:.0%} of the CPUs",
+            *(
+                f"{name}: {found['drafts']['stood']:.1%} of drafts stood, "
+                f"{found['drafts']['per_token']:.2f} a token, "
+                f"{found['drafts']['tokens_per_check']:.1f} tokens a cold product; ids equal those of full "
+                f"in {found['same_ids']:.0%} of answers"
+                for name, found in outcomes.items()
+            ),
+            f"cost model of exact, ms a token: body {cost['body']:.2f} + compact head "
+            f"{cost['compact_head']:.2f} + cold product {cost['cold']:.2f} + wasted steps "
+            f"{cost['wasted']:.2f} = {cost['predicted']:.2f}; measured {cost['measured']:.2f} "
+            f"({cost['excess']:+.0%})",
+            f"our own code: {', '.join(own)}; other processes had {row['others_cpu_share'] or 0:.0%} of the "
+            "CPUs",
         ]
     )
 
@@ -292,25 +314,37 @@ def main() -> int:
     )
     parser.add_argument("--coverage", type=float, default=0.99, help="of gsm8k, for multidomain-qwen2")
     parser.add_argument("--layers", type=int, help="fewer layers than the real shape has")
-    parser.add_argument("--work", type=Path, help="folder for checkpoints and exports (default: temporary)")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints and exports, which stay there")
+    parser.add_argument("--prepare", action="store_true", help="make the models in --work and stop")
     args = parser.parse_args()
-    models = ["tiny"] if args.quick else args.model
+    if args.prepare and not args.work:
+        parser.error("--prepare needs --work")
     rows = []
-    for name in models:
-        work = Path(tempfile.mkdtemp(prefix=f"trimserve-decode-{name}-", dir=args.work))
-        try:
-            for chosen in args.format:
-                case = make_case(args, name, None if chosen == "fp32" else chosen, work)
-                row = measure(case, 2 if args.quick else args.rounds, work / f"parts-{chosen}")
-                harness.save_row("decode", row, quick=args.quick)
-                print(summary(row), file=sys.stderr)
-                rows.append({key: value for key, value in row.items() if not key.endswith("_samples")})
-                for folder in (*case.folders.values(), work / f"parts-{chosen}"):
-                    shutil.rmtree(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    for name in ["tiny"] if args.quick else args.model:
+        for chosen in args.format:
+            row = _measure_in(args, name, None if chosen == "fp32" else chosen)
+            rows += [harness.without_samples(row)] if row else []
     harness.report("", {"rows": rows})
     return 0
+
+
+def _measure_in(args: Any, name: str, quantize: str | None) -> dict[str, Any] | None:  # noqa: ANN401
+    """Make one case in the folder for it, measure it and save its row; None with --prepare."""
+    stand = args.coverage if name == REAL_MODEL else args.stand
+    kept = args.work and args.work / f"{name}-{stand}"
+    work = kept or Path(tempfile.mkdtemp(prefix=f"trimserve-decode-{name}-"))
+    work.mkdir(parents=True, exist_ok=True)
+    scratch = work / f"parts-{quantize or 'fp32'}"
+    try:
+        case = make_case(args, name, quantize, work)
+        if args.prepare:
+            return None
+        row = measure(case, 2 if args.quick else args.rounds, scratch)
+        harness.save_row("decode", row, quick=args.quick, device=args.device)
+        print(summary(row), file=sys.stderr)
+        return row
+    finally:
+        shutil.rmtree(scratch if kept else work, ignore_errors=True)
 
 
 if __name__ == "__main__":

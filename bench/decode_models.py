@@ -24,6 +24,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from bench import harness
 from trimserve.tensorfile import TensorSource, exhaust, write_tensors
 from trimserve.vocab import Ids, Reason, VocabMap
 
@@ -263,7 +264,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, required=True, help="an existing folder; what lies there is used again"
     )
-    parser.add_argument("--data", type=Path, required=True, help="corpora and models, for multidomain-qwen2")
     parser.add_argument("--stand", type=float, required=True)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--prompt-tokens", type=int, required=True)
@@ -281,8 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         vocab = VocabMap(kept, np.full(len(kept), Reason.EXPLICIT, np.uint8), shape.vocab_size)
         prompts = random_prompts(shape, args.prompt_tokens)
     else:
-        model = args.data / "models" / args.shape
-        corpus = args.data / "corpora" / "gsm8k-en" / "text.txt"
+        data = harness.data_folder()
+        model = data / "models" / args.shape
+        corpus = data / "corpora" / "gsm8k-en" / "text.txt"
         vocab, prompts = select_for(model, corpus, args.stand), questions(corpus)
     folders = export_both(model, vocab, args.work, args.quantize)
     print(json.dumps({name: str(path) for name, path in folders.items()} | {"prompts": prompts}))

@@ -23,10 +23,28 @@ from trimserve.coldhead import ColdHead
 from trimserve.decoder import Decoder, Floats
 from trimserve.generator import Generator
 from trimserve.loading import load
-from trimserve.session import open_session
+from trimserve.session import DEVICES, open_session
 from trimserve.vocab import Ids
 
 REPEATS = 15
+
+
+class TimedSession:
+    """A session whose runs are timed."""
+
+    def __init__(self, session: Any) -> None:  # noqa: ANN401 - onnxruntime has no types
+        self._session = session
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        found = getattr(self._session, name)
+        return partial(self._timed, found) if name.startswith("run") else found
+
+    def _timed(self, run: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        begin = time.perf_counter()
+        result = run(*args)
+        self.seconds += time.perf_counter() - begin
+        return result
 
 
 class CountingHead(ColdHead):
@@ -47,16 +65,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     args = parser.parse_args()
     begin = time.perf_counter()
-    model = load(args.folder, threads=args.threads)
+    model = load(args.folder, threads=args.threads, device=args.device)
     if not isinstance(model, Generator):
         parser.error(f"{args.folder} is no generator")
     answer({"load_ms": 1e3 * (time.perf_counter() - begin)})
+    model._decoder._session = TimedSession(model._decoder._session)
     head: CountingHead | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        if request.get("mode") == "exact" and head is None:
+        if request.get("mode") == "exact" and head is None and len(model._cold):
             head = model._head = CountingHead(model, args.threads)
         if "prompt" in request:
             answer(generate(model, request, head))
@@ -73,19 +93,20 @@ def answer(document: dict[str, Any]) -> None:
 def generate(model: Generator, request: dict[str, Any], head: CountingHead | None) -> dict[str, Any]:
     """Generate one token, then all of them: the difference is the time of decoding alone."""
     options: dict[str, Any] = {"mode": request["mode"]} if request["mode"] else {}
-    if request.get("max_block"):
-        options["max_block"] = request["max_block"]
+    options |= {name: request[name] for name in ("max_block", "certify") if name in request}
     first_ms, _ = timed_ms(lambda: model.generate(request["prompt"], max_new_tokens=1, **options))
-    before, sizes = asdict(model.stats), Counter(head.sizes) if head else Counter()
+    before, sizes = _counts(model), Counter(head.sizes) if head else Counter()
+    run_before = model._decoder._session.seconds
     total_ms, (result,) = timed_ms(
         lambda: model.generate(request["prompt"], max_new_tokens=request["tokens"], **options)
     )
-    after = asdict(model.stats)
+    after = _counts(model)
     return {
         "ms": total_ms - first_ms,
         "first_ms": first_ms,
         "tokens": len(result.ids),
         "ids": list(result.ids),
+        "run_ms": 1e3 * (model._decoder._session.seconds - run_before),
         "drafted": after["drafted"] - before["drafted"],
         "rejected": after["rejected"] - before["rejected"],
         "cold_tokens": after["cold_tokens"] - before["cold_tokens"],
@@ -95,6 +116,11 @@ def generate(model: Generator, request: dict[str, Any], head: CountingHead | Non
         },
         "memory": asdict(memory()),
     }
+
+
+def _counts(model: Generator) -> dict[str, Any]:
+    counted = ("drafted", "rejected", "cold_tokens", "seconds")
+    return {name: getattr(model.stats, name) for name in counted}
 
 
 def terms(

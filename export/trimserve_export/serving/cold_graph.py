@@ -26,7 +26,7 @@ from trimserve_export.serving.flow import Head, describe, find_output
 _TILE_BYTES = 2 << 20
 # A part costs a call of ONNX Runtime; few of them leave threads idle while the last ones are at work.
 _TILES_A_PART = 8
-_MOST_PARTS = 32
+MOST_PARTS = 32
 # Rows of a quantised tile, which is packed: only its logits have to stay in the cache.
 _BLOCK_TILE_ROWS = 8192
 _OPSET = 20
@@ -118,7 +118,7 @@ class ColdGraph:
         step = _BLOCK_TILE_ROWS if packed else max(1, _TILE_BYTES // (4 * width))
         tiles = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         # Packed matrices are stored for the main graph alone; their kernel divides its work by itself.
-        count = 1 if packed else min(max(len(tiles) // _TILES_A_PART, 1), _MOST_PARTS)
+        count = 1 if packed else min(max(len(tiles) // _TILES_A_PART, 1), MOST_PARTS)
         ends = [len(tiles) * number // count for number in range(count + 1)]
         return [tiles[start:end] for start, end in pairwise(ends)]
 
