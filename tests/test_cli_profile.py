@@ -6,15 +6,21 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from tests.tiny_tokenizers import TEXT, save_model_folder
-from trimserve import counting, tensorfile
+from trimserve import tensorfile
 from trimserve.artefacts import load_vocab
 from trimserve.cli.main import main
+from trimserve.corpus import documents, slices
+from trimserve.counting import encoders, local
+from trimserve.counting.counter import DocumentCounter
+from trimserve.counting.sums import Sums
+from trimserve.errors import UsageError
 from trimserve.profiling import Profile, profile
 from trimserve.source import resolve_model
 
@@ -194,18 +200,157 @@ def test_bad_input_is_one_sentence_and_changes_nothing(here, call, arguments, co
 
 
 @pytest.mark.parametrize("where", ["counting", "writing"])
-def test_ctrl_c_leaves_nothing(here, call, monkeypatch, where):
+def test_ctrl_c_before_anything_is_counted_leaves_nothing(here, call, monkeypatch, where):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     if where == "counting":
-        monkeypatch.setattr(counting, "_count", interrupted)
+        monkeypatch.setattr(DocumentCounter, "add", interrupted)
     else:
         monkeypatch.setattr(tensorfile.os, "write", interrupted)
     before = listing(here)
     code, out, err = call("profile", "a.txt", "-m", "model", "-o", "p")
     assert (code, out, err) == (130, "", "trimserve: interrupted; nothing was written.\n")
     assert listing(here) == before
+
+
+@pytest.fixture
+def small_slices(monkeypatch):
+    """Slices of 2 kB, so that a small corpus has many."""
+    monkeypatch.setattr(slices, "SLICE_BYTES", 2_000)
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 1_000)
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """Let Ctrl-C come when so many slices are done."""
+
+    def arrange(count):
+        add = Sums.add
+        left = [count]
+
+        def adding(self, *block):
+            add(self, *block)
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Sums, "add", adding)
+
+    return arrange
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("done", [1, 4, 7])
+def test_ctrl_c_keeps_what_was_counted_and_resume_goes_on(here, call, interrupt_after, done):
+    (here / "long.txt").write_text(f"{TEXT}the cat é sat <think>\n" * 30, "utf-8")
+    (here / "rows.jsonl").write_text("".join(json.dumps({"t": f"a cat {i} sat"}) + "\n" for i in range(300)))
+    arguments = ("profile", "long.txt", "rows.jsonl", "--text-column", "t", "-m", "model", "-o")
+    assert call(*arguments, "whole")[0] == 0
+    interrupt_after(done)
+    code, out, err = call(*arguments, "p")
+    assert (code, out) == (130, "")
+    assert re.fullmatch(r"trimserve: interrupted; p holds what was counted, .* go on with --resume\.\n", err)
+    partial, whole = Profile.load("p"), Profile.load("whole")
+    assert 0 < partial.tokens < whole.tokens
+    assert call("select", "p", "-o", "v")[0] == 0  # a valid profile
+    code, _, err = call("profile", "rows.jsonl", "--text-column", "t", "-m", "model", "-o", "p", "--resume")
+    assert (code, "part of a count of other files" in err) == (2, True)
+    code, _, err = call(*arguments, "p", "--resume", "-m", "bert")
+    assert (code, "another tokenizer" in err) == (1, True)
+    assert call(*arguments, "p", "--resume")[0] == 0
+    resumed = Profile.load("p")
+    for name in ("counts", "document_counts", "texts", "characters", "beyond_rows", "unfinished"):
+        assert np.array_equal(getattr(resumed, name), getattr(whole, name)), name
+    assert sorted(map(str, resumed.sources)) == sorted(map(str, whole.sources))
+    code, _, err = call(*arguments, "p", "--resume")
+    assert (code, "nothing left to count" in err) == (2, True)
+
+
+@pytest.mark.usefixtures("small_slices", "here")
+def test_shards_add_up_to_the_whole(here, call, caplog):
+    (here / "long.txt").write_text(f"{TEXT}the cat sat\n" * 20, "utf-8")
+    (here / "rows.jsonl").write_text("".join(json.dumps({"t": f"a cat {i}"}) + "\n" for i in range(500)))
+    arguments = ("profile", "long.txt", "rows.jsonl", "a.txt", "--text-column", "t", "-m", "model", "-o")
+    assert call(*arguments, "whole")[0] == 0
+    for number in (1, 2, 3):
+        assert call(*arguments, f"p{number}", "--shard", f"{number}/3")[0] == 0
+    assert call("merge", "p1", "p2", "p3", "-o", "m")[0] == 0
+    assert "counted more than once" not in caplog.text
+    merged, whole = Profile.load("m"), Profile.load("whole")
+    for name in ("counts", "document_counts", "texts", "characters", "effective_tokens"):
+        assert np.array_equal(getattr(merged, name), getattr(whole, name)), name
+    assert sum(source.bytes for source in merged.sources) == sum(source.bytes for source in whole.sources)
+    for shard in ("0/3", "4/3", "x", "1"):
+        code, _, err = call(*arguments, "p", "--shard", shard)
+        assert (code, "from 1/N to N/N" in err) == (2, True)
+    code, _, err = call("profile", "-", "-m", "model", "-o", "p", "--shard", "1/2")
+    assert (code, "cannot be shared out" in err) == (2, True)
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("engine", ["words", "tokenizers"])
+def test_processes_count_like_one(here, call, monkeypatch, engine):
+    (here / "rows.jsonl").write_text("".join(json.dumps({"t": f"a cat {i} é"}) + "\n" for i in range(400)))
+    arguments = ("profile", "rows.jsonl", "--text-column", "t", "-m", "bert", "--workers", "2", "-o")
+    assert call(*arguments, "one")[0] == 0
+    monkeypatch.setattr(local, "BYTES_A_PROCESS", dict.fromkeys(local.BYTES_A_PROCESS, 1_000))
+    started = []
+    start = local._Process.__init__
+    monkeypatch.setattr(
+        local._Process, "__init__", lambda self, job: (started.append(job), start(self, job))[1]
+    )
+    if engine == "tokenizers":
+        monkeypatch.setattr(encoders, "WordEncoder", None, raising=False)
+        monkeypatch.setattr("trimserve.counting.words.find_joint", refuse)
+    assert call(*arguments, "two")[0] == 0
+    assert [job.engine for job in started] == [engine] * 2
+    one, two = Profile.load("one"), Profile.load("two")
+    for name in ("counts", "document_counts", "texts", "characters", "sources"):
+        assert np.array_equal(getattr(one, name), getattr(two, name)), name
+    with (here / "rows.jsonl").open("a") as file:
+        file.write("{\n")
+    code, _, err = call(*arguments, "two")
+    assert (code, "rows.jsonl, line 401: broken JSON" in err) == (2, True)
+    (here / "rows.jsonl").write_text("".join(json.dumps({"t": "a cat"}) + "\n" for _ in range(400)))
+    monkeypatch.setattr(local, "_WORKER", "no_such_module")
+    code, _, err = call(*arguments, "two")
+    assert (code, "a worker process ended" in err) == (1, True)
+
+
+def refuse(_):
+    raise UsageError("not proven")
+
+
+def test_chat_and_output_columns_are_counted_apart(here, call):
+    messages = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content": "the dog"}]
+    (here / "chat.jsonl").write_text(json.dumps({"messages": messages, "p": "a cat?", "c": "dog"}) + "\n")
+    code, out, _ = call("profile", "chat.jsonl", "--chat", "-m", "model", "-o", "p", "--format", "json")
+    tokenizer, counted = resolve_model("model").tokenizer(), Profile.load("p")
+    prompt, answer = "<|turn|>user\na cat?<|end|>\n<|turn|>assistant\n", "the dog<|end|>\n"
+    expected = np.bincount(tokenizer.encode(prompt + answer).ids, minlength=counted.vocab_size)
+    completion = tokenizer.encode(answer).ids
+    assert code == 0
+    assert np.array_equal(counted.counts, expected)
+    assert np.array_equal(counted.output_counts, np.bincount(completion, minlength=counted.vocab_size))
+    assert json.loads(out)["output_tokens"] == len(completion)
+    columns = ("--text-column", "p", "--output-column", "c")
+    code, out, _ = call("profile", "chat.jsonl", *columns, "-m", "model", "-o", "p")
+    counted = Profile.load("p")
+    assert (code, counted.texts) == (0, 1)
+    assert f"tokens of completions: {len(tokenizer.encode('dog').ids)}\n" in out
+    assert counted.tokens == len(tokenizer.encode("a cat?").ids) + len(tokenizer.encode("dog").ids)
+
+
+def test_bad_rows_are_reported(here, call):
+    (here / "bad.jsonl").write_text('{"t": "a cat"}\n{\n{"t": ""}\n')
+    arguments = ("profile", "bad.jsonl", "--text-column", "t", "-m", "model", "-o", "p")
+    code, _, err = call(*arguments)
+    assert (code, "bad.jsonl, line 2: broken JSON" in err, "--skip-bad" in err) == (2, True, True)
+    code, out, _ = call(*arguments, "--skip-bad", "--format", "json")
+    assert (code, json.loads(out)["skipped"]) == (0, {"broken": 1, "empty": 1})
+    assert "left out: 1 broken, 1 empty\n" in call(*arguments, "--skip-bad")[1]
+    assert Profile.load("p").skipped == {"broken": 1, "empty": 1}
 
 
 def test_full_disk_is_one_sentence_and_leaves_nothing(here, call, monkeypatch):
@@ -226,13 +371,21 @@ def test_a_real_ctrl_c_in_a_fresh_process(here):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a background job ignores it
     running = subprocess.Popen(command, preexec_fn=heed, **pipes)
-    running.stdin.write(b"a cat and a dog\n" * 200_000)  # returns once it is being read
+    running.stdin.write(b"a cat and a dog\n" * 400_000)  # returns once most of it was read
     running.stdin.flush()
+    time.sleep(0.5)  # it counts, or waits for more
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, b"")
-    assert err == b"trimserve: interrupted; nothing was written.\n"
-    assert sorted(listing(here)) == ["a.txt", "b.jsonl"]
+    assert re.fullmatch(
+        rb"trimserve: interrupted; (nothing was written|p holds .* stdin cannot be resumed)\.\n", err
+    )
+    if b"holds" in err:
+        counted = Profile.load("p")
+        unit = profile((), "model", texts=["a cat and a dog\n" * 1000], progress=False)
+        assert counted.tokens == pytest.approx(unit.tokens * counted.characters / unit.characters, rel=1e-3)
+    else:
+        assert sorted(listing(here)) == ["a.txt", "b.jsonl"]
 
 
 @pytest.mark.usefixtures("here")

@@ -44,9 +44,9 @@ class Slice:
         return self.file.bytes * (self.end - self.start) // max(_row_groups(self.file.path), 1)
 
 
-def plan_slices(files: Sequence[CorpusFile], reading: Reading, slice_bytes: int = SLICE_BYTES) -> list[Slice]:
+def plan_slices(files: Sequence[CorpusFile], reading: Reading, slice_bytes: int | None = None) -> list[Slice]:
     """Cut the files of a corpus into slices. The plan depends on the files alone, not on the machine."""
-    return [piece for file in files for piece in _slices(file, reading, slice_bytes)]
+    return [piece for file in files for piece in _slices(file, reading, slice_bytes or SLICE_BYTES)]
 
 
 def _slices(file: CorpusFile, reading: Reading, slice_bytes: int) -> Iterator[Slice]:

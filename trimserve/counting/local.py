@@ -88,6 +88,9 @@ def _count_in_processes(
                 on_bytes(slices[number].bytes)
 
 
+_WORKER = "trimserve.counting.worker"
+
+
 class _Process:
     """A process that counts the slices it is sent, one at a time.
 
@@ -96,7 +99,7 @@ class _Process:
     """
 
     def __init__(self, job: Job) -> None:
-        command = [sys.executable, "-m", "trimserve.counting.worker"]
+        command = [sys.executable, "-m", _WORKER]
         # One thread each: the processes share the cores. Ctrl-C is the parent's to handle.
         environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process: subprocess.Popen[bytes] = subprocess.Popen(
