@@ -79,7 +79,7 @@ def test_vocab_file_and_human_output(source, tmp_path, capsys):
         (["--vocab", "v", "--keep-token", "cat"], "leave out the options that select"),
         (["--vocab", "no-such-file"], "no-such-file"),
         (["--corpus", "{corpus}", "--layout", "graph", "--to", "safetensors"], "makes none"),
-        (["--corpus", "{corpus}", "--exporter", "genai"], "not built yet"),
+        (["--corpus", "{corpus}", "--exporter", "optimum", "--device", "cuda"], "use --exporter genai"),
         (["--corpus", "{corpus}", "--task", "summarising"], "summarising"),
     ],
 )

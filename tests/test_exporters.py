@@ -26,6 +26,7 @@ from trimserve.structural import structural_ids
 from trimserve_export import export
 from trimserve_export.exporters import EXPORTERS, GraphJob, choice, load_exporter
 from trimserve_export.exporters.choice import choose_exporter, is_installed
+from trimserve_export.verify import verify
 from trimserve_export.vocab_axes import load_config
 
 pytestmark = pytest.mark.export
@@ -191,7 +192,7 @@ def test_scaled_rope_of_some_layers_is_refused(tmp_path):
         ("cuda", "fp16", None, ir.DataType.FLOAT16),
         ("cuda", "bf16", None, ir.DataType.BFLOAT16),
         ("cuda", "fp16", "int4", ir.DataType.FLOAT16),
-        ("cuda", "bf16", "int8", ir.DataType.BFLOAT16),
+        ("cuda", "bf16", "int4", ir.DataType.BFLOAT16),
         ("webgpu", "fp16", "int4", ir.DataType.FLOAT16),
         ("webgpu", "fp32", "int8", ir.DataType.FLOAT),
     ],
@@ -212,9 +213,13 @@ def test_genai_graphs_for_other_devices(tmp_path, device, dtype, quantize, activ
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp16"}, "makes fp32 graphs for cpu, not fp16"),
-        ({"device": "webgpu", "dtype": "bf16"}, "for webgpu, not bf16"),
-        ({"device": "cuda", "quantize": "int4"}, "fp16 or bf16 only"),
+        ({"dtype": "fp16"}, "unquantised graphs for cpu with --dtype fp32, not fp16"),
+        ({"device": "webgpu", "dtype": "bf16"}, "for webgpu with --dtype fp16 or fp32, not bf16"),
+        ({"device": "cuda", "quantize": "int4"}, "with --dtype fp16 or bf16, not fp32"),
+        (
+            {"device": "cuda", "quantize": "int8", "dtype": "bf16", "cold": False},
+            "with --dtype fp16, not bf16",
+        ),
     ],
 )
 def test_what_the_builder_does_not_make_is_refused(tmp_path, options, message):
@@ -229,10 +234,33 @@ def test_what_the_builder_does_not_make_is_refused(tmp_path, options, message):
 def test_a_vocab_as_large_as_a_linear_is_refused(tmp_path):
     """The builder would take the feed-forward layer for the head, without a word."""
     model = save_model("llama", tmp_path / "model", **SIZES, intermediate_size=300)
-    size = resolve_model(model).vocab_size
-    with pytest.raises(UnsupportedModelError, match=r"gate_proj has 300 rows like the vocab"):
-        export(model, make_vocab(range(300), size), tmp_path / "out", exporter="genai")
-    export(model, make_vocab(range(301), size), tmp_path / "out", exporter="genai")
+    source = resolve_model(model)
+    structural = structural_ids(source)
+    others = np.setdiff1d(np.arange(source.vocab_size), structural)
+    for count in (300, 301):
+        kept = np.union1d(structural, others[: count - len(structural)])
+        vocab = make_vocab(kept, source.vocab_size)
+        if count == 300:
+            with pytest.raises(UnsupportedModelError, match=r"gate_proj has 300 rows like the vocab"):
+                export(model, vocab, tmp_path / "out", exporter="genai")
+        else:
+            export(model, vocab, tmp_path / "out", exporter="genai")
+
+
+@needs_genai
+def test_a_half_precision_folder_is_verified_on_the_cpu(tmp_path):
+    model = save_model("llama_tied", tmp_path / "model", **SIZES)
+    source = resolve_model(model)
+    kept = np.union1d(structural_ids(source), np.arange(0, 288))
+    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    options = {"exporter": "genai", "device": "cuda", "quantize": "int4"}
+    export(source, vocab, tmp_path / "out", dtype="fp16", **options)
+    assert open_folder(tmp_path / "out").manifest.exporter["device"] == "cuda"
+    result = verify(tmp_path / "out", model, store=False)
+    assert result.ok, [check for check in result.checks if not check.ok]
+    with pytest.raises(UnsupportedModelError, match="bf16 scales are not built"):
+        export(source, vocab, tmp_path / "bf16", dtype="bf16", **options)
+    export(source, vocab, tmp_path / "bf16", dtype="bf16", cold=False, **options)
 
 
 @needs_genai

@@ -386,7 +386,6 @@ def test_models_that_cannot_be_exported_are_refused(config, message):
     [
         ("t5", {"dtype": "bf16"}, "no number of heads or no size of them: export the model as fp32 or fp16"),
         ("bart", {"dtype": "bf16"}, "cannot export this 'bart' model for text2text-generation-with-past"),
-        ("t5", {"quantize": "int4"}, "quantize is not built for text2text-generation-with-past"),
     ],
 )
 def test_ways_that_are_not_built_are_refused(translators, tmp_path, family, options, message):

@@ -78,6 +78,10 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
             f"layout {options.layout} is not built for graphs of encoder-decoders yet: use --layout runtime, "
             "or --layout tokenizer with --to safetensors."
         )
+    if options.quantize and options.dtype == "bf16" and options.writes_cold:
+        raise UnsupportedModelError(
+            "cold rows in blocks with bf16 scales are not built: choose --dtype fp16, or --no-cold."
+        )
     pooling = read_pooling(source) if task == "feature-extraction" else None
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
     return Plan(source, vocab, options, task, choice, pooling, sample)

@@ -49,8 +49,18 @@ ARCHITECTURES = frozenset(
 )
 # GroupQueryAttention takes no other head sizes.
 _HEAD_SIZES = 16
-# device -> dtypes of activations that the builder makes graphs of.
-_DTYPES = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16"), "webgpu": ("fp16", "fp32")}
+# (device, quantisation) -> dtypes of activations that the builder makes graphs of.
+_DTYPES: dict[tuple[str, str | None], tuple[str, ...]] = {
+    ("cpu", None): ("fp32",),
+    ("cpu", "int4"): ("fp32",),
+    ("cpu", "int8"): ("fp32",),
+    ("cuda", None): ("fp32", "fp16", "bf16"),
+    ("cuda", "int4"): ("fp16", "bf16"),
+    ("cuda", "int8"): ("fp16",),
+    ("webgpu", None): ("fp16", "fp32"),
+    ("webgpu", "int4"): ("fp16", "fp32"),
+    ("webgpu", "int8"): ("fp16", "fp32"),
+}
 _PURPOSE = "export --exporter genai"
 
 
@@ -110,22 +120,17 @@ def _settings(job: GraphJob) -> tuple[str, dict[str, str]]:
     Raises:
         UsageError: the builder makes no such graph.
     """
-    if job.dtype not in _DTYPES[job.device]:
-        raise UsageError(
-            f"{_name()} makes {' and '.join(_DTYPES[job.device])} graphs for {job.device}, not {job.dtype}: "
-            "choose --dtype or --device accordingly."
-        )
+    possible = _DTYPES[job.device, job.quantize]
+    if job.dtype not in possible:
+        what = f"{job.quantize or 'unquantised'} graphs for {job.device}"
+        raise UsageError(f"{_name()} makes {what} with --dtype {' or '.join(possible)}, not {job.dtype}.")
     # A cache of the last positions alone has a size that runtimes other than onnxruntime-genai do not know.
     options = {"hf_remote": str(job.trust_remote_code).lower(), "windowed_kv_cache": "false"}
-    if job.quantize is None:
-        return job.dtype, options
-    if (job.device, job.dtype) == ("cuda", "fp32"):
-        raise UsageError(f"{_name()} quantises for cuda with --dtype fp16 or bf16 only: choose one of them.")
-    if job.dtype == "bf16":
-        options["use_cuda_bf16"] = "true"
     if (job.device, job.dtype) == ("webgpu", "fp32"):
         options["use_webgpu_fp32"] = "true"
-    return job.quantize, options
+    if job.quantize and job.dtype == "bf16":
+        options["use_cuda_bf16"] = "true"
+    return job.quantize or job.dtype, options
 
 
 def _builder() -> Any:  # noqa: ANN401 - onnxruntime-genai has no types

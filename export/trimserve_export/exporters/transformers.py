@@ -97,15 +97,10 @@ def _decoder_example(model: PreTrainedModel) -> dict[str, Any]:
         past_key_values=DynamicCache(),
         use_cache=True,
     )
-    example = {
-        "input_ids": _ids(model, _FED),
-        "attention_mask": mask,
-        "past_key_values": filled.past_key_values,
-        "use_cache": True,
-    }
+    example = {"input_ids": _ids(model, _FED), "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
         example["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, _CACHED:]
-    return example
+    return example | {"past_key_values": filled.past_key_values, "use_cache": True}
 
 
 def _rename(graph: ir.Graph) -> None:
