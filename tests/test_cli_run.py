@@ -167,6 +167,8 @@ def test_generation_streams_what_it_generates(run, run_json, generator):
     assert found["ids"] == [list(result.ids) for result in expected]
     assert (found["mode"], found["tokens"]) == ("exact", model.stats.tokens)
     assert {"drafted", "rejected", "cold_tokens", "seconds"} <= found.keys()
+    assert found["cold_reads"]["steps"] >= found["tokens"]
+    assert found["cold_reads"].keys() == {"steps", "certified_share", "rows", "bytes_per_token"}
 
 
 def test_sampling_options_reach_the_model(run_json, generator):

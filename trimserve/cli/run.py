@@ -192,8 +192,21 @@ def _document(
         "rejected": stats.rejected,
         "cold_tokens": stats.cold_tokens,
     }
+    if document["mode"] == "exact":
+        document["cold_reads"] = _cold_reads(model)
     masses = [result.cold_mass for result in results]
     return document | ({"cold_mass": masses} if options.get("report_mass") else {})
+
+
+def _cold_reads(model: "Generator") -> dict[str, Any]:
+    """What the checks of exact mode read (docs/certificate.md)."""
+    reads, tokens = model.stats.cold_reads, max(model.stats.tokens, 1)
+    return {
+        "steps": reads.steps,
+        "certified_share": round(reads.certified / max(reads.steps, 1), 6),
+        "rows": reads.rows,
+        "bytes_per_token": round(reads.bytes / tokens),
+    }
 
 
 def _with_mass(result: "Generation") -> str:

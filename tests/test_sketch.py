@@ -1,0 +1,148 @@
+"""The sketch in exported folders: made by streaming, used by default, refused when it does not fit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.generators import FullSampler, make_pair, open_generator
+from trimserve.cold import ColdRows
+from trimserve.coldhead import ColdHead
+from trimserve.errors import MismatchError, UsageError
+from trimserve.folder import open_folder
+from trimserve.sampling import SamplingParams
+from trimserve.sketch import GROUP_ROWS, SKETCH_DATA_NAME, SKETCH_FILES, SKETCH_NAME, Sketch
+from trimserve_export.serving import sketch as exported
+from trimserve_export.serving.sketch import add_sketch, wants_sketch
+
+pytestmark = pytest.mark.export
+
+TEXTS = ["the cat sat on the mat", "Grüße, Welt! 🎉", "数学 ábc"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"), "llama", tokenizer="byte_level_bpe", kept=275, seed=1)
+
+
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def quantized(request, tmp_path_factory):
+    """A folder with a quantised head, and a sketch that it does not get by default."""
+    root = tmp_path_factory.mktemp(request.param)
+    pair = make_pair(
+        root, "llama", tokenizer="byte_level_bpe", kept=275, seed=1, quantize=request.param, hidden_size=64
+    )
+    assert pair.generator.folder.manifest.sketch is None
+    add_sketch(root / "trimmed")
+    return dataclasses.replace(pair, generator=open_generator(root / "trimmed"))
+
+
+def test_the_manifest_tells_bytes_and_bound(pair):
+    folder = pair.generator.folder
+    sketch = folder.manifest.sketch
+    assert sketch["bytes"] == sum((folder.path / name).stat().st_size for name in SKETCH_FILES)
+    assert 0 < sketch["bound"]["median"] <= sketch["bound"]["largest"] < 0.02
+
+
+def test_the_bounds_hold_for_the_folders_own_cold_head(pair, monkeypatch):
+    """Also where the rows are sorted in several runs."""
+    monkeypatch.setattr(exported, "SORTED_ROWS", 2 * GROUP_ROWS)
+    monkeypatch.setattr("trimserve.sketch.SORTED_ROWS", 2 * GROUP_ROWS)
+    add_sketch(pair.generator.folder.path)
+    folder = open_folder(pair.generator.folder.path)
+    cold = ColdRows(folder)
+    sketch = Sketch(folder, cold, ())
+    hidden = np.random.default_rng(0).standard_normal((5, cold.width)).astype(np.float32)
+    hidden[0, 0] = 100  # an outlier, which takes a second digit
+    logits = ColdHead(folder).logits(hidden)
+    rows = np.searchsorted(folder.vocab.cold_ids, sketch.ids)
+    assert set(rows.tolist()) == set(range(len(cold)))
+    product = sketch.product(hidden)
+    largest = logits[:, rows].reshape(5, -1, GROUP_ROWS).max(axis=2)
+    assert (largest <= product.upper).all()
+    width = np.linalg.norm(hidden, axis=1) * np.linalg.norm(cold.head(folder.vocab.cold_ids), axis=1).max()
+    assert (product.upper - largest < 0.05 * width[:, None]).all()
+    lower, upper = sketch.score(product, 1, np.arange(rows.size))
+    assert ((lower <= logits[1, rows]) & (logits[1, rows] <= upper)).all()
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}])
+def test_certified_ids_are_the_full_models(pair, params):
+    generator = open_generator(pair.generator.folder.path)
+    sampler = FullSampler(pair.full_graph, pair.vocab_size)
+    for text in TEXTS:
+        ids = generator.codec.encode([text])[0]
+        (found,) = generator.generate(text, max_new_tokens=24, **params)
+        assert list(found.ids) == sampler.run(ids, SamplingParams(**params), 24, generator.stop_ids)
+        (plain,) = generator.generate(text, max_new_tokens=24, certify=False, **params)
+        assert plain.ids == found.ids
+    assert generator.stats.cold_reads.certified > (0 if "top_p" in params else 20)
+
+
+def test_drafting_ahead_while_a_thread_checks(pair):
+    """The road of a decoder on a device."""
+    generator = open_generator(pair.generator.folder.path, overlap=True)
+    expected = [result.ids for result in pair.generator.generate(TEXTS, max_new_tokens=30, certify=False)]
+    assert [result.ids for result in generator.generate(TEXTS, max_new_tokens=30)] == expected
+    assert generator.stats.cold_reads.certified > 0
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7}])
+def test_a_sketch_of_quantised_rows(quantized, params):
+    generator = quantized.generator
+    sampler = FullSampler(quantized.full_graph, quantized.vocab_size)
+    for text in TEXTS:
+        ids = generator.codec.encode([text])[0]
+        (found,) = generator.generate(text, max_new_tokens=24, **params)
+        assert list(found.ids) == sampler.run(ids, SamplingParams(**params), 24, generator.stop_ids)
+    assert generator.stats.cold_reads.certified > 10
+
+
+def test_a_quantised_kernel_stays_within_its_bounds(quantized):
+    """Rounded activations, sums by blocks, the kernel's own zero points."""
+    folder = quantized.generator.folder
+    cold = ColdRows(folder)
+    sketch = Sketch(folder, cold, ())
+    hidden = np.random.default_rng(0).standard_normal((40, cold.width)).astype(np.float32)
+    hidden[:20, ::7] *= 20
+    logits = ColdHead(folder).logits(hidden)[:, np.searchsorted(folder.vocab.cold_ids, sketch.ids)]
+    product = sketch.product(hidden)
+    assert (logits.reshape(40, -1, GROUP_ROWS).max(axis=2) <= product.upper).all()
+    for step in range(40):
+        lower, upper = sketch.score(product, step, np.arange(sketch.ids.size))
+        assert ((lower <= logits[step]) & (logits[step] <= upper)).all()
+
+
+def test_what_an_export_gets(pair):
+    manifest = pair.generator.folder.manifest
+    assert wants_sketch(manifest, None)
+    assert not wants_sketch(manifest, "none")
+    assert not wants_sketch(dataclasses.replace(manifest, quantization={"bits": 4}), None)
+    assert not wants_sketch(dataclasses.replace(manifest, files={}), None)
+    with pytest.raises(UsageError, match="leave --sketch out"):
+        wants_sketch(dataclasses.replace(manifest, layout="tokenizer"), "int8")
+
+
+def test_a_sketch_that_does_not_fit_is_refused(pair, tmp_path):
+    import shutil
+
+    from trimserve.folder import list_files, write_manifest
+
+    path = tmp_path / "changed"
+    shutil.copytree(pair.generator.folder.path, path)
+    data = bytearray((path / SKETCH_DATA_NAME).read_bytes())
+    data[: GROUP_ROWS * 4] = bytes(GROUP_ROWS * 4)
+    (path / SKETCH_NAME).write_bytes((path / SKETCH_NAME).read_bytes())
+    (path / SKETCH_DATA_NAME).write_bytes(bytes(data))
+    manifest = open_folder(pair.generator.folder.path).manifest
+    write_manifest(path, dataclasses.replace(manifest, files=list_files(path)))
+    folder = open_folder(path)
+    scales = path / SKETCH_NAME
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(scales)
+    save_file(arrays | {"scales": arrays["scales"][:-1]}, scales)
+    with pytest.raises(MismatchError, match="does not fit"):
+        Sketch(folder, ColdRows(folder), ())
