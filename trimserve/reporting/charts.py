@@ -53,7 +53,7 @@ def _nines(report: Report) -> Axis:
     ticks = [(1 - 10.0**-n, share_text(1 - 10.0**-n)) for n in range(1, top + 1)]
     if bottom < math.log10(2):
         ticks.insert(0, (0.5, "50 %"))
-    if largest > 1 - 10.0**-top:
+    if report.curve[-1].coverage > 1 - 10.0**-top:
         ticks[-1] = ticks[-1][0], f"≥ {ticks[-1][1]}"
     return Axis(
         "share of the tokens whose id is kept",

@@ -19,6 +19,7 @@ from trimserve.tokennames import TokenNames
 from trimserve.vocab import Ids, Reason, VocabMap
 
 _CURVE_POINTS = 64
+_NO_MORE = 1e-5  # a hundredth of a token of 1,000
 _LEAST_K = 128  # K is a multiple of it
 
 
@@ -158,6 +159,12 @@ class Report:
     verification: dict[str, Any] | None
 
     @property
+    def enough(self) -> int:
+        """The K of the curve beyond which no more is expected to be covered of text to come."""
+        most = self.curve[-1].expected
+        return next(point.kept for point in self.curve if point.expected >= most - _NO_MORE)
+
+    @property
     def further(self) -> str:
         """What is foretold: a further document, or further text where documents were not counted."""
         return "a further document" if self.corpus_curve.unit == "documents" else "further text"
@@ -214,18 +221,13 @@ def gather(inputs: Inputs, *, top: int = 30) -> Report:
 
 
 def _points(inputs: Inputs, order: npt.NDArray[np.int64], must_stay: Ids) -> tuple[Point, ...]:
-    """The curve: K in equal steps of its logarithm, from the least that `select` keeps to every id.
-
-    The least K that covers all of the profile is among them.
-    """
+    """The curve, from the least K that `select` keeps to every id."""
     merged = inputs.merged
-    first = max(int(must_stay.size), min(_LEAST_K, order.size))
-    steps = np.geomspace(first, order.size, _CURVE_POINTS).round().astype(np.int64)
-    seen = first + int(np.count_nonzero(merged.counts[order[first:]]))
-    sizes = np.unique(np.append(steps, seen))
     covered = _cumulative(merged, order)
     expected = np.minimum(np.cumsum(seen_again(merged, must_stay)[order]), 1.0)
     held_out = None if inputs.held_out is None else _cumulative(inputs.held_out, order)
+    first = max(int(must_stay.size), min(_LEAST_K, order.size))
+    sizes = _sizes(covered, first)
     return tuple(
         _point(
             inputs,
@@ -236,6 +238,14 @@ def _points(inputs: Inputs, order: npt.NDArray[np.int64], must_stay: Ids) -> tup
         )
         for size in sizes.tolist()
     )
+
+
+def _sizes(covered: Shares, first: int) -> npt.NDArray[np.int64]:
+    """The K of the curve, in equal steps of ln K and of the nines of coverage, up to where it is whole."""
+    steps = np.geomspace(first, covered.size, _CURVE_POINTS).round()
+    nines = 1 - 10.0 ** -np.arange(1, 5, 0.125)
+    reached = np.searchsorted(covered, [*nines, covered[-1]]) + 1
+    return np.unique(np.clip(np.concatenate([steps, reached]), first, covered.size).astype(np.int64))
 
 
 def _cumulative(profile: Profile, order: npt.NDArray[np.int64]) -> Shares:

@@ -35,7 +35,7 @@ def coverage(report: Report) -> str:
         "What each K covers",
         "Each further nine takes the same height. The knee is where a further id begins to give less than "
         f"the average one. The expectation for {report.further} takes ids {rare} for cold: had those tokens "
-        "come later, the ids would not have been kept.",
+        f"come later, the ids would not have been kept. Beyond {report.enough:,} ids it rises no more.",
         f'<figure><ul class="legend">{legend}</ul>{charts.both(chart)}</figure>{_k_table(report)}',
     )
 

@@ -7,7 +7,7 @@ from trimserve.reporting.charts import rows_of_k, share_text
 from trimserve.reporting.facts import Point, Report
 
 _BARS = "▁▂▃▄▅▆▇█"
-_KINDS, _DROPPED = 10, 10
+_KINDS, _DROPPED, _SPARKS = 10, 10, 56
 
 
 def summarise(report: Report, title: str) -> str:
@@ -21,6 +21,7 @@ def summarise(report: Report, title: str) -> str:
         ),
         ("knee", f"{report.knee.kept:,} ids: {share_text(report.knee.coverage)}"),
         ("cold tokens", f"{choice.cold_per_thousand:.3g} of 1,000 expected in {report.further}"),
+        ("enough", f"{report.enough:,} ids: no more is expected to be covered beyond"),
         (
             "missing mass",
             f"{share_text(missing.estimate)} (95 %: at most {share_text(missing.likely_bound)}, or "
@@ -47,15 +48,21 @@ def summarise(report: Report, title: str) -> str:
 
 
 def _sparkline(report: Report) -> str:
-    """Coverage over the curve's K, a step a character; each nine takes the same height."""
-    nines = [min(-math.log10(max(1 - point.coverage, 1e-5)), 5.0) for point in report.curve]
-    low, high = min(nines), max(nines)
-    steps = [round((value - low) / ((high - low) or 1) * (len(_BARS) - 1)) for value in nines]
-    place = min(range(len(nines)), key=lambda at: abs(report.curve[at].kept - report.choice.kept))
+    """Coverage in equal steps of ln K, a step a character; each nine takes the same height."""
     first, last = report.curve[0], report.curve[-1]
+    step = (last.kept / first.kept) ** (1 / (_SPARKS - 1))
+    shown = [_reached(report, first.kept * step**number) for number in range(_SPARKS)]
+    nines = [min(-math.log10(max(1 - point.coverage, 1e-5)), 5.0) for point in shown]
+    low, high = min(nines), max(nines)
+    bars = "".join(_BARS[round((n - low) / ((high - low) or 1) * (len(_BARS) - 1))] for n in nines)
+    place = sum(point.kept < report.choice.kept for point in shown)
     ends = f"{share_text(first.coverage)} at {first.kept:,} to {share_text(last.coverage)} at {last.kept:,}"
-    bars = "".join(_BARS[step] for step in steps)
-    return f"coverage  {bars}  {ends}\n{' ' * (10 + place)}^ {report.choice.kept:,}"
+    return f"coverage  {bars}  {ends}\n{' ' * (10 + min(place, _SPARKS - 1))}^ {report.choice.kept:,}"
+
+
+def _reached(report: Report, kept: float) -> Point:
+    """The last point of the curve up to a K."""
+    return [point for point in report.curve if point.kept <= kept * 1.000001][-1]
 
 
 def _k_table(report: Report) -> str:
