@@ -61,10 +61,11 @@ def assert_serves(made: Sketch, root: Path, task: str = "fill-mask") -> dict[str
     return cold
 
 
-SERVED = ["plain", "transposed", "dequantized_after", "dequantized_before", "blocks_int4"]
+BLOCKED = ["blocks_int4", "blocks_uint4", "blocks_uint8", "blocks_reshaped"]
+SERVED = ["plain", "transposed", "second_axis", "layer_norm", "dequantized_after", "dequantized_before"]
 
 
-@pytest.mark.parametrize("embedding", [*SERVED, "blocks_uint4", "blocks_uint8", "blocks_reshaped"])
+@pytest.mark.parametrize("embedding", [*SERVED, *BLOCKED])
 @pytest.mark.parametrize("head", ["matmul", "nbits_4"])
 def test_cold_rows_are_what_the_graph_reads(tmp_path, embedding, head):
     assert_serves(sketch(embedding, head), tmp_path)
@@ -144,7 +145,7 @@ def stored_head(path: Path, count: int, width: int, scheme: BlockScheme) -> np.n
     return dequantize(map_tensor(specs.integers), map_tensor(specs.scales), width, scheme, zeros)
 
 
-@pytest.mark.parametrize(("embedding", "head"), [("plain", "integer_fused"), ("layer_norm", "matmul")])
+@pytest.mark.parametrize(("embedding", "head"), [("plain", "integer_fused"), ("scaled_rows", "matmul")])
 def test_refusal_names_the_layouts_that_are_left(tmp_path, embedding, head):
     source = resolve_model(save(sketch(embedding, head), tmp_path / "model"))
     (tmp_path / "out").mkdir()

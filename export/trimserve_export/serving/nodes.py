@@ -42,7 +42,7 @@ class NodeWriter:
         *,
         output: str | None = None,
         domain: str = "",
-        **attributes: int,
+        **attributes: int | Sequence[int],
     ) -> ir.Value:
         """Add a node and return its output, called `output` if that is given."""
         name = f"{self._scope}/{op_type}_{len(self._nodes)}"
@@ -52,7 +52,7 @@ class NodeWriter:
                 domain,
                 op_type,
                 inputs,
-                [ir.AttrInt64(key, value) for key, value in attributes.items()],
+                ir.convenience.convert_attributes(attributes),
                 outputs=[result],
                 name=name,
             )
