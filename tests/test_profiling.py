@@ -164,12 +164,17 @@ counts = hnp.arrays(np.int64, 6, elements=st.integers(0, 50)).filter(lambda arra
 @given(counts, counts, counts, st.booleans())
 def test_merge_is_associative_and_commutative(a, b, c, weighted):
     sources = [(CorpusSource(name, name, 1),) for name in "zyx"]
-    x, y, z = (make_profile(array, sources=s) for array, s in zip((a, b, c), sources, strict=True))
+    parts = zip((a, b, c), sources, strict=True)
+    x, y, z = (
+        make_profile(n, sources=s, output_counts=n // 2, document_counts=np.minimum(n, 3)) for n, s in parts
+    )
     if weighted:
         x = merge([x], weights=[2.0])
     variants = [merge([merge([x, y]), z]), merge([x, merge([y, z])]), merge([z, y, x])]
     for merged in variants:
         assert np.array_equal(merged.counts, a + b + c)
+        assert np.array_equal(merged.output_counts, a // 2 + b // 2 + c // 2)
+        assert np.array_equal(merged.document_counts, sum(np.minimum(part, 3) for part in (a, b, c)))
         assert merged.sources == variants[0].sources
         assert merged.missing_mass == pytest.approx(np.mean((a + b + c) == 1) * 6 / (a + b + c).sum())
         assert merged.effective_tokens == pytest.approx((a + b + c).sum())

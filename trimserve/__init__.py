@@ -12,6 +12,7 @@ Example:
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.difference import Difference, diff
 from trimserve.errors import (
     MismatchError,
     MissingExtraError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Difference",
     "MismatchError",
     "MissingExtraError",
     "Profile",
@@ -44,6 +46,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "VocabMap",
+    "diff",
     "export",
     "inspect",
     "load",
