@@ -130,7 +130,7 @@ def test_an_engine_that_differs_on_the_sample_is_not_used(monkeypatch):
     content = tokenizer.to_str()
     assert choose_encoder(tokenizer, content, ["a horse"], 1 << 30).name == "fastokens"
     assert choose_encoder(tokenizer, content, ["a zebra"], 1 << 30).name == "words"
-    assert choose_encoder(tokenizer, content, ["a horse"], 1 << 10).name == "words"  # not worth loading
+    assert choose_encoder(tokenizer, content, ["a horse"], 1 << 19).name == "words"  # not worth loading
 
 
 def test_tokenizers_itself_is_used_where_nothing_else_is_proven(monkeypatch):
@@ -213,8 +213,8 @@ def test_counts_do_not_depend_on_batches():
 def test_engines_give_the_ids_of_tokenizers_on_real_corpora(data_dir, name):
     tokenizer = load_tokenizer(data_dir / "tokenizers" / name / "tokenizer.json")
     plain, words = PlainEncoder(tokenizer), word_encoder(tokenizer)
-    for texts in corpus_slices(data_dir, 60_000).values():
-        lines = [line for text in texts for line in text.splitlines()[:200]]
+    for texts in corpus_slices(data_dir, 15_000).values():
+        lines = [line for text in texts for line in text.splitlines()[:50]]
         for batch in (texts, lines):
             assert_equal(words.encode(batch), plain.encode(batch))
 
@@ -229,5 +229,5 @@ def test_every_character_beside_a_space_is_judged_rightly(data_dir, name):
         chr(code) for code in range(0x20, 0x30000) if unicodedata.category(chr(code))[0] in "LNPSMZ"
     ]
     texts = [f"w{left} {right}é" for left, right in zip(characters, reversed(characters), strict=True)]
-    texts = [text for text in texts[::7] if not re.search("[<>|]", text)]
+    texts = [text for text in texts[::41] if not re.search("[<>|]", text)]
     assert_equal(word_encoder(tokenizer).encode(texts), PlainEncoder(tokenizer).encode(texts))

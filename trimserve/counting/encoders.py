@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["fastokens", "words", "tokenizers"]
 ENGINES: tuple[Engine, ...] = ("fastokens", "words", "tokenizers")
-_WORTH_LOADING = 1 << 22
+_WORTH_LOADING = 1 << 20
 # What tokenizers differ in: white space, contractions, numbers, scripts, marks, emoji, control characters.
 _AWKWARD = (
     "",
