@@ -56,4 +56,5 @@ def _table(name: str, row: Mapping[str, Any], notes: _Notes) -> str:
         ]
         lines.append([family, *(notes.mark(outcomes[cell]) for cell in cells)])
     made = ", ".join(f"{key} {value}" for key, value in row["versions"].items() if key != "name" and value)
-    return f"{_TITLES[name]} ({made}):\n\n{tables.markdown(header, lines)}"
+    title = f"{_TITLES[name]} ({made})" if made else _TITLES[name]
+    return f"{title}:\n\n{tables.markdown(header, lines)}"

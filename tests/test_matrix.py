@@ -54,6 +54,7 @@ def test_a_wrong_number_is_found(tmp_path):
         pytest.skip("its exporter is not installed")
     workbench = Workbench(tmp_path)
     assert workbench.outcome(cell) == "ok"
+    folder = open_folder(tmp_path / str(cell))
     data = tmp_path / str(cell) / "model.onnx_data"
     content = bytearray(data.read_bytes())
     weights = ir.load(tmp_path / str(cell) / "model.onnx").graph.initializers.values()
@@ -63,7 +64,7 @@ def test_a_wrong_number_is_found(tmp_path):
         content[table.offset + row * table.nbytes // kept + 3] ^= 1
     data.write_bytes(content)
     with pytest.raises(AssertionError, match="differs"):
-        compare(open_folder(tmp_path / str(cell)), workbench.full_model(cell))
+        compare(folder, workbench.full_model(cell))
 
 
 @pytest.mark.realdata

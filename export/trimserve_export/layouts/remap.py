@@ -22,10 +22,11 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.vocab import VocabMap
 from trimserve_export.graph.turned import turn_tables
-from trimserve_export.serving import GRAPH_NAME, write_copy
+from trimserve_export.serving import GRAPH_NAME, check_opset, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import (
     Embedding,
+    check_opset,
     describe,
     find_embedding,
     find_head,
@@ -119,6 +120,7 @@ def write_drop_in(
     Raises:
         UnsupportedModelError: see `make_drop_in`.
     """
+    check_opset(model)
     spec = read_header(cold_path)[0]["embedding"] if cold_path and vocab.cold_ids.size else None
     if takes_ids:
         _take_ids(model.graph, vocab, slots=spec is not None)
@@ -132,6 +134,7 @@ def write_drop_in(
 
 def _take_ids(graph: ir.Graph, vocab: VocabMap, *, slots: bool) -> None:
     turn_tables(graph)
+    check_opset(graph)
     embedding = find_embedding(graph)
     if embedding.rows != len(vocab):
         raise UnsupportedModelError(

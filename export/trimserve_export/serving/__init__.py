@@ -16,7 +16,7 @@ from trimserve.decoder import AFTER_HEAD_KEY, SHARED_KV_KEY
 from trimserve.errors import UnsupportedModelError
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving.cold_slots import add_cold_slots
-from trimserve_export.serving.flow import describe, find_embedding, find_head
+from trimserve_export.serving.flow import check_opset, describe, find_embedding, find_head
 from trimserve_export.serving.last_logits import slice_before_head
 from trimserve_export.serving.shapes import fix_shapes
 from trimserve_export.serving.tied_head import tie_head
@@ -26,6 +26,8 @@ __all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_ser
 GRAPH_NAME = "model.onnx"
 # Large tensors start on a boundary at which every system can map them.
 ALIGNMENT = 65536
+# From here on Squeeze and Unsqueeze take their axes as an input.
+_FIRST_OPSET = 13
 _ADDED = {"cold_rows", "logits_to_keep", "hidden_states"}
 # What the runtime feeds, besides the past.
 _KNOWN = {"input_ids", "attention_mask", "token_type_ids", "position_ids"} | _ADDED
@@ -97,6 +99,20 @@ def serve(
     return ServableGraph(path, tied, (path.name, f"{path.name}_data"))
 
 
+def check_opset(graph: ir.Graph) -> None:
+    """Refuse a graph of operators that are older than those the passes write.
+
+    Raises:
+        UnsupportedModelError: see above.
+    """
+    opset = graph.opset_imports.get("", _FIRST_OPSET)
+    if opset < _FIRST_OPSET:
+        raise UnsupportedModelError(
+            f"the graph has operators of opset {opset}: expected {_FIRST_OPSET} or later for this layout; "
+            "convert it with onnx.version_converter, or use --layout tokenizer, which adds none."
+        )
+
+
 def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
     """Run the serving passes on a graph in place.
 
@@ -111,6 +127,8 @@ def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
     Raises:
         UnsupportedModelError: see `make_servable`.
     """
+    check_opset(model)
+    check_opset(model.graph)
     _check_untouched(model.graph)
     embedding = find_embedding(model.graph)
     _check_rows(embedding.gather, embedding.rows, rows)

@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
 
+# The first in which Unsqueeze takes its axes as an input, and Min takes int64.
+OLDEST_OPSET = 13
 # Operators whose output holds the same ids in another shape or integer type.
 _SAME_IDS = frozenset({"Identity", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
 # Operators that look at ids without caring which row they stand for. Equal compares with a special
@@ -119,6 +121,20 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 def describe(node: ir.Node) -> str:
     """Name a node for an error message."""
     return f"{node.op_type} {node.name!r}"
+
+
+def check_opset(model: ir.Model) -> None:
+    """Refuse a graph of operators that are older than those which are added to it.
+
+    Raises:
+        UnsupportedModelError: its opset is below `OLDEST_OPSET`.
+    """
+    found = model.opset_imports.get("", OLDEST_OPSET)
+    if found < OLDEST_OPSET:
+        raise UnsupportedModelError(
+            f"the graph has opset {found}, and {OLDEST_OPSET} is the oldest that nodes can be added to: "
+            "convert it with onnx.version_converter."
+        )
 
 
 def find_input(graph: ir.Graph, name: str) -> ir.Value:
