@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("onnx_ir")
 
 import onnx_ir as ir
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import graphs
 from tests.exports import open_graph, read_float32
@@ -152,6 +154,52 @@ def test_refusal_names_the_layouts_that_are_left(tmp_path, embedding, head):
     with pytest.raises(UnsupportedModelError, match="--layout graph or --layout tokenizer"):
         trim_to_folder(source, VOCAB, tmp_path / "out", task="fill-mask")
     trim_to_folder(source, VOCAB, tmp_path / "out", task="fill-mask", layout="tokenizer")
+
+
+def test_old_operators_are_refused(tmp_path):
+    folder = save(sketch("plain", "matmul"), tmp_path / "model")
+    model = ir.load(folder / "model.onnx")
+    model.graph.opset_imports[""] = 11
+    ir.save(model, folder / "model.onnx")
+    (tmp_path / "out").mkdir()
+    for layout in ("runtime", "graph"):
+        with pytest.raises(UnsupportedModelError, match="opset 11"):
+            trim_to_folder(
+                resolve_model(folder), VOCAB, tmp_path / "out", task="fill-mask", layout=layout, cold=False
+            )
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_cold_logits_of_any_sizes(data, tmp_path_factory):
+    """Cold rows, served graph and cold head together are the full graph, whatever its sizes and layout."""
+    block = data.draw(st.sampled_from([16, 32]))
+    V = data.draw(st.integers(9, 70))
+    sizes = {
+        "V": V,
+        "H": block * data.draw(st.integers(1, 3)),
+        "block": block,
+        "seed": data.draw(st.integers(0, 9)),
+    }
+    after = data.draw(st.sampled_from(["bare", "capped"]))
+    exact = [head for head in (*BLOCKS, *BY_GRAPH) if not head.startswith("qdq") and head in HEADS]
+    made = sketch(data.draw(st.sampled_from(SERVED)), data.draw(st.sampled_from(exact)), after, **sizes)
+    kept = sorted(data.draw(st.sets(st.integers(0, V - 1), min_size=1, max_size=V - 1)))
+    root = tmp_path_factory.mktemp("sizes")
+    source, vocab = resolve_model(save(made, root / "model")), make_vocab(kept, V)
+    (root / "trimmed").mkdir()
+    trim_to_folder(source, vocab, root / "trimmed", task="text-generation-with-past")
+    ids = np.random.default_rng(1).integers(0, V, (1, 5))
+    (full,) = open_graph(root / "model" / "model.onnx").run(["logits"], {"input_ids": ids})
+    slotted = vocab.with_slots(ids)
+    places = np.searchsorted(vocab.cold_ids, slotted.cold_ids)
+    rows = read_float32(root / "trimmed" / COLD_NAME)["embedding"][places]
+    rows = rows if len(rows) else np.zeros((1, made.H), np.float32)
+    found = run(root / "trimmed" / "model.onnx", slotted.ids, rows)
+    hidden = {"hidden_states": found["hidden_states"][0]}
+    (cold,) = open_graph(root / "trimmed" / "cold_head.onnx").run(["logits"], hidden)
+    np.testing.assert_array_equal(found["logits"], full[..., kept])
+    np.testing.assert_array_equal(cold.T, full[0][:, vocab.cold_ids])
 
 
 def test_weights_are_hashed_by_name(tmp_path):
