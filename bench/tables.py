@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench import harness, paper
+from bench import harness, paper, peers
 from trimserve.report import human_bytes
 
 # Of the founding paper's rule: the corpora whose rows are shown.
@@ -210,6 +210,59 @@ def growth_table() -> str:
     return markdown(("", "cost"), lines) + f"\n{where(row)}.\n"
 
 
+def peers_table() -> str:
+    """Other tools on the same model, from bench/peers.py."""
+    row = harness.last_row("peers")
+    caption = (
+        f"{row['model']}, fp32, K = {row['kept']:,} of {row['vocab_size']:,}; {row['tokens']} tokens an answer, "
+        f"processes in turn; same ids as the untrimmed model. {where(row)}, {row['threads']} threads."
+    )
+    reasons = "".join(f"- {name}: {reason}\n" for name, reason in sorted(row["cannot_run"].items()))
+    return markdown(peers.HEADER, peers.lines(row)) + f"\n{caption}\n\nWhat could not take part:\n\n{reasons}"
+
+
+def segmentation_table() -> str:
+    """What cut tokenizers cost, from bench/peers.py."""
+    row = harness.last_row("peers")
+    return markdown(peers.CUT_HEADER, peers.cut_lines(row)) + f"\nHeld-out gsm8k texts. {where(row)}.\n"
+
+
+# Anonymous memory that a running trimmed model may take beside its weights.
+_MEMORY_ALLOWANCE = 60e6
+
+
+def targets_table() -> str:
+    """The project's targets beside the newest rows."""
+    lines = []
+    for row in harness.newest_rows("decode", "model", "quantize"):
+        name = f"{row['model']}, {row['quantize'] or 'fp32'}"
+        speed = row["speed"]
+        compact = speed["compact_to_full"]["value"] / row["ceiling"]
+        lines.append((f"{name}: compact to its ceiling", ">= 0.9", f"{compact:.2f}", _met(compact >= 0.9)))
+        exact = speed["exact_to_compact"]
+        met = _met(exact["value"] >= 0.85)
+        lines.append((f"{name}: exact to compact speed", ">= 0.85", interval(exact), met))
+        anonymous = row["memory"]["compact"]["anonymous"]
+        allowed = row["moved_bytes"]["trimmed"] + _MEMORY_ALLOWANCE
+        sizes = (f"<= {human_bytes(allowed)}", human_bytes(anonymous))
+        lines.append((f"{name}: anonymous memory", *sizes, _met(anonymous <= allowed)))
+    for row in harness.newest_rows("encoder_grid", "model"):
+        saved = row["saved_share"]
+        name = row["model"]
+        lines.append(
+            (f"{name}: removed bytes gone from memory", ">= 85 %", f"{saved:.0%}", _met(saved >= 0.85))
+        )
+        ratios = sorted(cell["time_ratio"]["value"] for cell in row["cells"])
+        middle = ratios[len(ratios) // 2]
+        met = _met(middle <= 1.03)
+        lines.append((f"{name}: time to the full model's, median cell", "<= 1.03", f"{middle:.3f}", met))
+    return markdown(("target", "wanted", "measured", ""), lines)
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "missed"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "encoder_memory": encoder_memory_table,
     "encoder_time": encoder_time_table,
@@ -218,4 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality_table,
     "scale": scale_table,
     "growth": growth_table,
+    "peers": peers_table,
+    "segmentation": segmentation_table,
+    "targets": targets_table,
 }
