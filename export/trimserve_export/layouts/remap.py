@@ -22,7 +22,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.vocab import VocabMap
 from trimserve_export.graph.turned import turn_tables
-from trimserve_export.serving import GRAPH_NAME, check_opset, write_copy
+from trimserve_export.serving import GRAPH_NAME, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import (
     Embedding,
@@ -134,7 +134,6 @@ def write_drop_in(
 
 def _take_ids(graph: ir.Graph, vocab: VocabMap, *, slots: bool) -> None:
     turn_tables(graph)
-    check_opset(graph)
     embedding = find_embedding(graph)
     if embedding.rows != len(vocab):
         raise UnsupportedModelError(

@@ -26,8 +26,6 @@ __all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_ser
 GRAPH_NAME = "model.onnx"
 # Large tensors start on a boundary at which every system can map them.
 ALIGNMENT = 65536
-# From here on Squeeze and Unsqueeze take their axes as an input.
-_FIRST_OPSET = 13
 _ADDED = {"cold_rows", "logits_to_keep", "hidden_states"}
 # What the runtime feeds, besides the past.
 _KNOWN = {"input_ids", "attention_mask", "token_type_ids", "position_ids"} | _ADDED
@@ -97,20 +95,6 @@ def serve(
     path = output / GRAPH_NAME
     write(model, path)
     return ServableGraph(path, tied, (path.name, f"{path.name}_data"))
-
-
-def check_opset(graph: ir.Graph) -> None:
-    """Refuse a graph of operators that are older than those the passes write.
-
-    Raises:
-        UnsupportedModelError: see above.
-    """
-    opset = graph.opset_imports.get("", _FIRST_OPSET)
-    if opset < _FIRST_OPSET:
-        raise UnsupportedModelError(
-            f"the graph has operators of opset {opset}: expected {_FIRST_OPSET} or later for this layout; "
-            "convert it with onnx.version_converter, or use --layout tokenizer, which adds none."
-        )
 
 
 def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
