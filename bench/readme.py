@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import encoder, harness, plot, tables, trim
+from bench import certificate_tables, decode_tables, encoder, harness, plot, tables, trim
+from bench.finetune_tables import banking_table, finetune_table
 from bench.matrix_table import matrix_table
 from trimserve.report import human_bytes
 
@@ -82,32 +83,6 @@ def session_table() -> str:
     return tables.markdown(header, rows) + f"\n{caption}\n"
 
 
-def decode_table() -> str:
-    """Full, compact and exact decoding, from bench/decode.py: the newest row of each model and format."""
-    lines = (harness.RESULTS / "decode.jsonl").read_text("utf-8").splitlines()
-    newest = {(row["model"], row["quantize"]): row for row in map(json.loads, lines)}
-    header = ("model", "V", "K", "full", "compact", "exact", "exact to full", "drafts that stood", "ceiling")
-    rows = [
-        (
-            f"{model}, {quantize or 'fp32'}",
-            f"{row['vocab_size']:,}",
-            f"{row['kept']:,}",
-            *(f"{row['token_ms'][mode]['median']:.2f}" for mode in ("full", "compact", "exact")),
-            f"{row['speed']['exact_to_full']['value']:.2f} x",
-            f"{row['drafts']['stood']:.1%}",
-            f"{row['ceiling']:.2f} x",
-        )
-        for (model, quantize), row in newest.items()
-    ]
-    last = list(newest.values())[-1]
-    caption = (
-        "Milliseconds a token, one request at a time, variants in processes that take turns; ids of exact "
-        "mode equal the full model's in every answer. The ceiling is what compact mode could gain if a token "
-        f"cost its bytes alone. {tables.where(last).capitalize()}."
-    )
-    return tables.markdown(header, rows) + f"\n{caption}\n"
-
-
 def trim_table() -> str:
     """Trimming checkpoints and graphs, from bench/trim.py: the newest row of each model."""
     rows = harness.newest_rows("trim", "model")
@@ -122,7 +97,9 @@ def trim_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "decode": decode_table,
+    "decode": decode_tables.decode_table,
+    "decode_cost": decode_tables.decode_cost_table,
+    "cold_head": decode_tables.cold_head_table,
     "matrix": matrix_table,
     "session": session_table,
     "encoder": encoder_table,
@@ -130,11 +107,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream": stream_table,
     "trim": trim_table,
     **tables.TABLES,
+    "finetune": finetune_table,
+    "finetune_banking": banking_table,
+    "certificate": certificate_tables.decode_table,
+    "certificate_proof": certificate_tables.proof_table,
+    "certificate_products": certificate_tables.products_table,
 }
 
 
 def picture(name: str, page: Path) -> str:
     """The HTML of a figure in its light and its dark form, for a page."""
+    if name not in plot.measured():
+        return f"Not measured yet: `python -m bench.{next(iter(plot.FIGURES[name].sources))}`.\n"
     folder = os.path.relpath(plot.FOLDER, page.parent)
     return (
         f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.svg">\n'
