@@ -110,6 +110,9 @@ def generate(model: Generator, request: dict[str, Any], head: CountingHead | Non
         "drafted": after["drafted"] - before["drafted"],
         "rejected": after["rejected"] - before["rejected"],
         "cold_tokens": after["cold_tokens"] - before["cold_tokens"],
+        "cold_reads": {
+            name: number - before["cold_reads"][name] for name, number in after["cold_reads"].items()
+        },
         "checks": dict(head.sizes - sizes) if head else {},
         "part_ms": {
             name: 1e3 * (seconds - before["seconds"][name]) for name, seconds in after["seconds"].items()
@@ -120,7 +123,8 @@ def generate(model: Generator, request: dict[str, Any], head: CountingHead | Non
 
 def _counts(model: Generator) -> dict[str, Any]:
     counted = ("drafted", "rejected", "cold_tokens", "seconds")
-    return {name: getattr(model.stats, name) for name in counted}
+    found = {name: getattr(model.stats, name) for name in counted}
+    return found | {"cold_reads": asdict(model.stats.cold_reads)}
 
 
 def terms(

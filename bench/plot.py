@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import figures, harness
+from bench import certificate_tables, figures, harness
 from trimserve.errors import MissingExtraError, require
 
 if TYPE_CHECKING:
@@ -67,6 +67,12 @@ FIGURES = {
         (10, 4.4),
         figures.scale,
         "Time of the head's product by its size, with the fitted law, and simulated gains of public models",
+    ),
+    "certificate": Figure(
+        {"certificate_proof": ("corpus",)},
+        (9, 3.6),
+        certificate_tables.draw,
+        "How far the largest kept logit is above the largest cold one, and how wide the bound is",
     ),
 }
 
