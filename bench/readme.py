@@ -117,8 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def picture(name: str, page: Path) -> str:
     """The HTML of a figure in its light and its dark form, for a page."""
-    if name not in plot.measured():
-        return f"Not measured yet: `python -m bench.{next(iter(plot.FIGURES[name].sources))}`.\n"
+    plot.rows_of(plot.FIGURES[name])  # so that a figure of nothing is not shown
     folder = os.path.relpath(plot.FOLDER, page.parent)
     return (
         f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.svg">\n'
@@ -139,7 +138,11 @@ def render(text: str, page: Path = PAGES[0]) -> str:
 
     def made(match: re.Match[str]) -> str:
         kind, name = match[2], match[3]
-        return match[1] + (TABLES[name]() if kind == "measured" else picture(name, page)) + match[4]
+        try:
+            return match[1] + (TABLES[name]() if kind == "measured" else picture(name, page)) + match[4]
+        except FileNotFoundError as error:
+            module = Path(error.filename).stem
+            return f"{match[1]}Not measured yet: `python -m bench.{module}`.\n{match[4]}"
 
     return _BLOCK.sub(made, text)
 

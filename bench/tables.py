@@ -214,8 +214,8 @@ def peers_table() -> str:
     """Other tools on the same model, from bench/peers.py."""
     row = harness.last_row("peers")
     caption = (
-        f"{row['model']}, fp32, K = {row['kept']:,} of {row['vocab_size']:,}; {row['tokens']} tokens an answer, "
-        f"processes in turn; same ids as the untrimmed model. {where(row)}, {row['threads']} threads."
+        f"{row['model']}, fp32, K = {row['kept']:,} of {row['vocab_size']:,}; {row['tokens']} tokens an "
+        f"answer, processes in turn; same ids as the untrimmed model. {where(row)}, {row['threads']} threads."
     )
     reasons = "".join(f"- {name}: {reason}\n" for name, reason in sorted(row["cannot_run"].items()))
     return markdown(peers.HEADER, peers.lines(row)) + f"\n{caption}\n\nWhat could not take part:\n\n{reasons}"
@@ -227,6 +227,8 @@ def segmentation_table() -> str:
     return markdown(peers.CUT_HEADER, peers.cut_lines(row)) + f"\nHeld-out gsm8k texts. {where(row)}.\n"
 
 
+# Share of the CPUs that others had, from which a time is no measurement.
+_BUSY = 0.1
 # Anonymous memory that a running trimmed model may take beside its weights.
 _MEMORY_ALLOWANCE = 60e6
 
@@ -239,7 +241,7 @@ def targets_table() -> str:
         speed = row["speed"]
         compact = speed["compact_to_full"]["value"] / row["ceiling"]
         lines.append((f"{name}: compact to its ceiling", ">= 0.9", f"{compact:.2f}", _met(compact >= 0.9)))
-        exact = speed["exact_to_compact"]
+        exact = speed.get("certified_to_compact", speed["exact_to_compact"])  # the default, where measured
         met = _met(exact["value"] >= 0.85)
         lines.append((f"{name}: exact to compact speed", ">= 0.85", interval(exact), met))
         anonymous = row["memory"]["compact"]["anonymous"]
@@ -254,7 +256,7 @@ def targets_table() -> str:
         )
         ratios = sorted(cell["time_ratio"]["value"] for cell in row["cells"])
         middle = ratios[len(ratios) // 2]
-        met = _met(middle <= 1.03)
+        met = _met(middle <= 1.03) if (row["others_cpu_share"] or 0) < _BUSY else "machine was busy"
         lines.append((f"{name}: time to the full model's, median cell", "<= 1.03", f"{middle:.3f}", met))
     return markdown(("target", "wanted", "measured", ""), lines)
 
