@@ -6,6 +6,7 @@ the memory of this process.
 """
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -50,15 +51,14 @@ def optimum(folder: Path, threads: int) -> Tool:
 
 def genai(folder: Path, threads: int) -> Tool:
     """Onnxruntime-genai on a folder of its own builder; `threads` stand in its genai_config.json."""
-    import onnxruntime_genai
-
+    runtime = importlib.import_module("onnxruntime_genai")
     del threads
-    model = onnxruntime_genai.Model(str(folder))
+    model = runtime.Model(str(folder))
 
     def run(prompt: list[int]) -> Iterator[int]:
-        params = onnxruntime_genai.GeneratorParams(model)
+        params = runtime.GeneratorParams(model)
         params.set_search_options(max_length=len(prompt) + 512, do_sample=False)
-        generator = onnxruntime_genai.Generator(model, params)
+        generator = runtime.Generator(model, params)
         generator.append_tokens(np.array(prompt, np.int32))
         while not generator.is_done():
             generator.generate_next_token()
