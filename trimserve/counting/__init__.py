@@ -56,6 +56,7 @@ class Interrupted(KeyboardInterrupt):
 def count_corpus(
     corpus: Corpus,
     tokenizer: Tokenizer,
+    tokenizer_json: str,
     vocab_size: int,
     how: How,
     *,
@@ -67,6 +68,7 @@ def count_corpus(
     Args:
         corpus: what to read.
         tokenizer: with padding and truncation off.
+        tokenizer_json: the content of its file, for other processes and libraries.
         vocab_size: V, rows of the model's embedding.
         how: engine, workers, shard.
         before: an interrupted count of the same corpus, to go on with.
@@ -77,7 +79,7 @@ def count_corpus(
         TrimserveError: what cannot be read; or no text at all.
     """
     finish = _Finish(tokenizer, vocab_size, corpus)
-    counter = CorpusCounter(corpus, tokenizer, finish.rows, how)
+    counter = CorpusCounter(corpus, tokenizer, tokenizer_json, finish.rows, how)
     if before is not None:
         finish.take_up(counter, before)
     try:

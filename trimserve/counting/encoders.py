@@ -127,7 +127,7 @@ def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: str) -> E
 
     if engine == "fastokens":
         return FastEncoder(tokenizer_json)
-    return WordEncoder(tokenizer, tokenizer_json) if engine == "words" else PlainEncoder(tokenizer)
+    return WordEncoder(tokenizer) if engine == "words" else PlainEncoder(tokenizer)
 
 
 def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[str], size: int) -> Encoder:

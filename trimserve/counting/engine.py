@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["local", "ray"]
 SAMPLE_CHARACTERS = 1 << 18
+_SAMPLE_SHARE = 32
+_SAMPLE_LEAST = 1 << 14
 _SAMPLE_PLACES = 16
 _HASH_BLOCK = 1 << 22
 
@@ -65,14 +67,14 @@ class Shard:
         return [piece for group in groups[self.number - 1 :: self.count] for _, piece in group]
 
 
-def sample_texts(slices: Sequence[Slice], reading: Reading) -> list[str]:
-    """Beginnings of slices from all over the corpus, some hundred thousand characters in all."""
+def sample_texts(slices: Sequence[Slice], reading: Reading, size: int) -> list[str]:
+    """Beginnings of slices from all over the corpus, about `size` characters in all."""
     places = sorted({round(place) for place in np.linspace(0, len(slices) - 1, _SAMPLE_PLACES)})
     texts: list[str] = []
     for number in places if slices else []:
         reader = SliceReader(slices[number], reading, Faults(skip=True))
-        size = SAMPLE_CHARACTERS // len(places)
-        texts += [document.text[:size] for document in head(reader.documents(), size)]
+        share = size // len(places)
+        texts += [document.text[:share] for document in head(reader.documents(), share)]
     return texts
 
 
@@ -114,7 +116,9 @@ class CorpusCounter:
         sums: what was counted.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, rows: int, how: How) -> None:
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, tokenizer_json: str, rows: int, how: How
+    ) -> None:
         """Plan the count.
 
         Raises:
@@ -125,6 +129,7 @@ class CorpusCounter:
                 "stdin and texts from memory cannot be shared out: name files, or leave --shard out."
             )
         self._corpus, self._tokenizer, self._how = corpus, tokenizer, how
+        self._tokenizer_json = tokenizer_json
         planned = corpus.slices()
         self.slices = planned if how.shard is None else how.shard.choose(planned)
         self.sums = Sums(
@@ -145,11 +150,8 @@ class CorpusCounter:
         on_bytes(sum(self.slices[number].bytes for number in sums.done))
         stream = corpus.stream_documents()
         first = list(head(stream, SAMPLE_CHARACTERS)) if corpus.streams else []
-        sample = sample_texts(self.slices, corpus.options) + [text.text[:SAMPLE_CHARACTERS] for text in first]
-        content = self._tokenizer.to_str()
-        encoder = choose_encoder(self._tokenizer, content, sample, self._size)
-        log.info("engine %s", encoder.name)
-        job = Job(content, encoder.name, sums.total.counts.size, corpus.options)
+        encoder = self._choose_encoder(first)
+        job = Job(self._tokenizer_json, encoder.name, sums.total.counts.size, corpus.options)
         with contextlib.closing(SourceHashes(self._hashed_apart())) as hashes:
             self._count_slices(job, encoder, on_bytes)
             sums.sources += hashes.sources()
@@ -163,10 +165,18 @@ class CorpusCounter:
         """Whether the corpus is not shared out: a shard may hold nothing."""
         return self._how.shard is None
 
-    @property
-    def _size(self) -> int:
-        """Bytes to count; a stream may be of any length."""
-        return 1 << 62 if self._corpus.streams else sum(piece.bytes for piece in self.slices)
+    def _choose_encoder(self, first: Sequence[Document]) -> Encoder:
+        """Choose on beginnings of the slices and on the first texts of a stream."""
+        streamed = sum(len(document.text) for document in first)
+        total = sum(piece.bytes for piece in self.slices) + streamed
+        if streamed >= SAMPLE_CHARACTERS:
+            total = 1 << 62  # a stream may be of any length
+        size = min(SAMPLE_CHARACTERS, max(total // _SAMPLE_SHARE, _SAMPLE_LEAST))
+        sample = sample_texts(self.slices, self._corpus.options, size)
+        sample += [document.text for document in head(first, size)]
+        encoder = choose_encoder(self._tokenizer, self._tokenizer_json, sample, total)
+        log.info("engine %s", encoder.name)
+        return encoder
 
     def _hashed_apart(self) -> list[CorpusFile]:
         """Files that no slice reads from the beginning to the end; a shard names its slices instead."""

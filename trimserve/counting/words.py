@@ -20,7 +20,7 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -69,20 +69,36 @@ _MAX_CHARACTERS = 1 << 23
 Indices = npt.NDArray[np.int64]
 
 
-def find_joint(tokenizer: dict[str, Any]) -> Joint:
-    """How texts may be parted at spaces, by the components of a tokenizer.json.
+def components(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What tokenizer.json says about a tokenizer, without its vocab and merges, which take long to write."""
+    model = tokenizer.model
+    steps = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
+    return {
+        "model": {
+            "type": type(model).__name__,
+            "dropout": getattr(model, "dropout", None),
+            "end_of_word_suffix": getattr(model, "end_of_word_suffix", None),
+        },
+        "added_tokens": [
+            {"content": token.content} for token in tokenizer.get_added_tokens_decoder().values()
+        ],
+    } | {name: step and json.loads(step.__getstate__()) for name, step in steps.items()}
+
+
+def find_joint(parts: dict[str, Any], vocab: Callable[[], Iterable[str]]) -> Joint:
+    """How texts may be parted at spaces, by the components of a tokenizer.
+
+    Args:
+        parts: what `components` gives.
+        vocab: gives the tokens, where they have to be looked at.
 
     Raises:
         UsageError: a component is not known to be local to words.
     """
-    model = tokenizer["model"]
-    _demand(not model.get("dropout"), "dropout")
-    _demand(
-        not any(_reaches_out(token["content"]) for token in tokenizer.get("added_tokens") or ()),
-        "added tokens",
-    )
-    joint = _pre_tokenizer_joint(tokenizer)
-    for normalizer in _members(tokenizer.get("normalizer"), "normalizers"):
+    _demand(not parts["model"].get("dropout"), "dropout")
+    _demand(not any(_reaches_out(token["content"]) for token in parts["added_tokens"]), "added tokens")
+    joint = _pre_tokenizer_joint(parts, vocab)
+    for normalizer in _members(parts["normalizer"], "normalizers"):
         kind, pattern = normalizer["type"], normalizer.get("pattern") or {}
         known = kind in _NORMALIZERS or (kind == "Strip" and joint != "lead")
         single = len(pattern.get("String", "")) == 1 or pattern.get("Regex") == " {2,}"
@@ -109,13 +125,13 @@ def _members(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]
     return [member for nested in component[key] for member in _members(nested, key)]
 
 
-def _pre_tokenizer_joint(tokenizer: dict[str, Any]) -> Joint:
-    steps = _members(tokenizer.get("pre_tokenizer"), "pretokenizers")
+def _pre_tokenizer_joint(parts: dict[str, Any], vocab: Callable[[], Iterable[str]]) -> Joint:
+    steps = _members(parts["pre_tokenizer"], "pretokenizers")
     kinds = [step["type"] for step in steps]
     if not steps:
-        return _sentencepiece_joint(tokenizer)
+        return _sentencepiece_joint(parts, vocab)
     if kinds == ["BertPreTokenizer"]:
-        normalizers = _members(tokenizer.get("normalizer"), "normalizers")
+        normalizers = _members(parts["normalizer"], "normalizers")
         return "any" if [step["type"] for step in normalizers] == ["BertNormalizer"] else "drop"
     if kinds in (["WhitespaceSplit"], ["WhitespaceSplit", "Metaspace"]):
         _demand(steps[-1].get("prepend_scheme", "always") != "first", "Metaspace behind WhitespaceSplit")
@@ -135,15 +151,13 @@ def _pre_tokenizer_joint(tokenizer: dict[str, Any]) -> Joint:
     return "lead"
 
 
-def _sentencepiece_joint(tokenizer: dict[str, Any]) -> Joint:
-    model = tokenizer["model"]
-    _demand(model.get("type") == "BPE" and not model.get("end_of_word_suffix"), "lack of a pre-tokenizer")
-    steps = _members(tokenizer.get("normalizer"), "normalizers")
+def _sentencepiece_joint(parts: dict[str, Any], vocab: Callable[[], Iterable[str]]) -> Joint:
+    model = parts["model"]
+    _demand(model["type"] == "BPE" and not model.get("end_of_word_suffix"), "lack of a pre-tokenizer")
+    steps = _members(parts["normalizer"], "normalizers")
     spaces = [step for step in steps if step["type"] == "Replace" and step.get("pattern") == {"String": " "}]
     _demand(bool(spaces) and spaces[0]["content"] == "▁", "lack of a pre-tokenizer")
-    _demand(
-        not any("▁" in piece.lstrip("▁") for piece in model["vocab"]), "vocab, which has tokens across words,"
-    )
+    _demand(not any("▁" in piece.lstrip("▁") for piece in vocab()), "vocab, which has tokens across words,")
     return "drop" if any(step == {"type": "Prepend", "prepend": "▁"} for step in steps) else "lead"
 
 
@@ -211,20 +225,20 @@ class WordEncoder:
     name: Engine = "words"
     batch_characters = 1 << 21
 
-    def __init__(self, tokenizer: Tokenizer, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Find out how texts may be parted.
 
         Raises:
             UsageError: see `find_joint`.
         """
-        content = json.loads(tokenizer_json)
-        self._joint = find_joint(content)
+        parts = components(tokenizer)
+        self._joint = find_joint(parts, tokenizer.get_vocab)
         self._lead = " " if self._joint == "lead" else ""
         self._plain = PlainEncoder(tokenizer)
         self._solid = _Solid(self._plain, self._lead)
-        added = [re.escape(token["content"]) for token in content.get("added_tokens") or ()]
+        added = [re.escape(token["content"]) for token in parts["added_tokens"]]
         self._added = re.compile("|".join(added)) if added else None
-        normalizer = content.get("normalizer") or {}
+        normalizer = parts["normalizer"] or {}
         self._parts_cjk = self._joint == "any" and bool(normalizer.get("handle_chinese_chars"))
         self._words = _Words()
 
