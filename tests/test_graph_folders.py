@@ -24,7 +24,7 @@ from tests.test_graph_verify import accept_files, shift_rows
 from tests.translators import KEPT as KEPT_WORDS
 from tests.translators import TASK
 from trimserve.artefacts import sha256_file
-from trimserve.errors import MismatchError, UsageError
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder import open_folder, read_manifest
 from trimserve.loading import load
 from trimserve.source import ModelSource, resolve_model
@@ -215,6 +215,22 @@ def test_encoder_decoders_for_a_cut_tokenizer(seq2seq, tmp_path):
     names = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
     assert manifest.task == TASK
     assert manifest.graphs == {name: f"{name}.onnx" for name in names}
+    result = verify(tmp_path / "trimmed", texts=TEXTS)
+    assert result.ok, result.to_dict()
+
+
+def test_encoder_decoders_as_drop_ins(seq2seq, tmp_path):
+    _, folder = seq2seq
+    source = resolve_model(folder)
+    vocab = make_vocab(KEPT_WORDS, source.vocab_size, sha256_file(source.tokenizer_path))
+    with pytest.raises(UnsupportedModelError, match=r"decoder_model_merged\.onnx"):
+        export(source, vocab, tmp_path / "merged", layout="graph")
+    plain = tmp_path / "model"
+    shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("decoder_model_merged*"))
+    export(plain, vocab, tmp_path / "trimmed", layout="graph")
+    assert {"encoder_model.onnx", "encoder_model.cold_rows.safetensors"} < set(
+        read_manifest(tmp_path / "trimmed").files
+    )
     result = verify(tmp_path / "trimmed", texts=TEXTS)
     assert result.ok, result.to_dict()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from trimserve.errors import UnsupportedModelError
 from trimserve.folder import COLD_NAME, CutTensor
 from trimserve.vocab import VocabMap
 from trimserve_export.graph.cold import FullGraph, write_cold_rows
@@ -62,6 +63,11 @@ class PartJob:
         turn_tables(untrimmed.graph)
         turn_tables(trimmed.graph)
         if self.drop_in:
+            if any(node.op_type == "If" for node in trimmed.graph):
+                raise UnsupportedModelError(
+                    f"{part.path.name} chooses between two decoders by an If, inside of which ids are looked "
+                    "up: a drop-in is not built for it. Leave that file out, or use another layout."
+                )
             self._write_drop_in(untrimmed, trimmed, path, writer, has_head=has_head)
         else:
             writer(trimmed, path)

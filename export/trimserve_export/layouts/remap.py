@@ -38,6 +38,10 @@ from trimserve_export.serving.tied_head import tie_head
 
 # What ONNX Runtime names when it refuses a cold id.
 LOOKUP_NAME: Final = "trimserve/token_id_without_a_row"
+# The cold rows among a drop-in's constants.
+COLD_TENSOR: Final = "trimserve/cold_rows"
+# The node whose input are the logits of the kept ids alone.
+COMPACT_LOGITS_NAME: Final = "trimserve/logits/Pad_0"
 _DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 
@@ -230,7 +234,7 @@ def _bind_cold_rows(path: Path, spec: TensorSpec) -> None:
         spec.nbytes,
         stored,
         shape=ir.Shape(spec.shape),
-        name="trimserve/cold_rows",
+        name=COLD_TENSOR,
         base_dir=path.parent,
     )
     constant = ir.Value(name=tensor.name, type=ir.TensorType(stored), shape=tensor.shape, const_value=tensor)

@@ -5,7 +5,7 @@ numbers show, against the untrimmed graph.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from trimserve.folder import COLD_NAME
 from trimserve.tensorfile import map_tensor, read_header
 from trimserve_export.graph.export import trim_to_folder
 from trimserve_export.graph.loading import load_graph
+from trimserve_export.layouts.remap import COLD_TENSOR
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 
@@ -32,7 +33,7 @@ def check_retrimmed(context: Context) -> Check:
             again,
             task=manifest.task,
             layout=manifest.layout,
-            cold=folder.has_cold,
+            cold=folder.has_cold or _drop_in_has_cold(folder.path, manifest.graphs.values()),
         )
         graphs = manifest.graphs.values()
         differing = [name for graph in graphs for name in _constants(folder.path, again, graph)]
@@ -42,6 +43,11 @@ def check_retrimmed(context: Context) -> Check:
         return Check("kept-rows", False, None, detail)
     cold = f"{len(folder.vocab.cold_ids):,} cold rows" if folder.has_cold else "no cold rows stored"
     return Check("kept-rows", True, 0.0, f"{len(folder.vocab):,} kept rows, {cold}: the graph trimmed again")
+
+
+def _drop_in_has_cold(folder: Path, graphs: Iterable[str]) -> bool:
+    """Whether a drop-in names cold rows, which of several graphs are called after each."""
+    return any(COLD_TENSOR in ir.load(folder / name).graph.initializers for name in graphs)
 
 
 def _constants(folder: Path, again: Path, name: str) -> Iterator[str]:
