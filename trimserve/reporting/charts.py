@@ -11,7 +11,7 @@ from trimserve.reporting.svg import Axis, Chart, Line, Mark, Size, draw, linear_
 # Text does not shrink with a chart, so that phones get a drawing of their own.
 _WIDE, _NARROW = "wide", "narrow"
 _MOST_DIGITS = 4
-_FULL_SIZES = (Size(820, 380, 60, 112), Size(350, 300, 52, 12))
+_FULL_SIZES = (Size(820, 380, 72, 112), Size(350, 300, 72, 12))
 _PLAIN_SIZES = (Size(820, 320, 60, 20), Size(350, 270, 52, 16))
 _HALF_SIZES = (Size(396, 270, 60, 14), Size(350, 250, 60, 14))
 _ROWS_OF_K = 8
@@ -28,12 +28,14 @@ def share_text(share: float) -> str:
     """A share near one with as many nines as it has, and one digit more; a small one with two digits.
 
     Example:
-        >>> [share_text(share) for share in (0.0, 0.00042, 0.512, 0.9, 0.99954, 0.999991, 1 - 1e-9, 1.0)]
-        ['0 %', '0.042 %', '51 %', '90 %', '99.95 %', '99.9991 %', '> 99.9999 %', '100 %']
+        >>> [share_text(share) for share in (0.0, 1e-7, 0.00042, 0.512, 0.9, 0.99954, 1 - 1e-9, 1.0)]
+        ['0 %', '< 0.001 %', '0.042 %', '51 %', '90 %', '99.95 %', '> 99.9999 %', '100 %']
     """
     missing = 1 - share
     if missing <= 0:
         return "100 %"
+    if 0 < share < 1e-5:
+        return "< 0.001 %"
     if share < 0.9:
         return f"{100 * share:.2g} %"
     digits = math.floor(-math.log10(missing) + 1e-9) - 1
