@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +86,7 @@ class Decoder:
         self.after_head = _after_head(metadata)
         self._outputs = ["logits", "hidden_states", *self._present]
         self._binding = session.io_binding()
+        self._last: dict[str, tuple[npt.NDArray[Any], ort.OrtValue]] = {}
         self._head_share: float | None = None
 
     @property
@@ -148,20 +150,32 @@ class Decoder:
             mask: int64 (B, T), 0 where `ids` is padding on the left; all 1 by default.
             keep: how many of the last positions to give logits for; 0 for all.
         """
-        mask = np.ones_like(ids) if mask is None else mask
-        past = cache.lengths
-        cache.mask = np.concatenate([cache.mask, mask], axis=1)
-        fed = {"input_ids": ids, "cold_rows": cold_rows, "logits_to_keep": np.array(keep, np.int64)}
+        past = cache.lengths if self.takes_positions else None
+        new = np.ones_like(ids) if mask is None else mask
+        cache.mask = np.concatenate([cache.mask, new], axis=1)
+        on_cpu = self._layout.on_cpu
+        inputs = {
+            "input_ids": on_cpu(ids),
+            "cold_rows": self._held("cold_rows", cold_rows),
+            "logits_to_keep": self._held("logits_to_keep", _number(keep)),
+        }
         if self._takes_mask:
-            fed["attention_mask"] = cache.mask
-        if self.takes_positions:
+            inputs["attention_mask"] = on_cpu(cache.mask)
+        if past is not None:
             # A padded position gets position 0; the mask keeps it out of every sum.
-            fed["position_ids"] = past[:, None] + np.maximum(mask.cumsum(axis=1) - 1, 0)
-        inputs = {name: self._layout.on_cpu(array) for name, array in fed.items()}
+            offsets = np.maximum(new.cumsum(axis=1) - 1, 0) if new.shape[1] > 1 else 0
+            inputs["position_ids"] = on_cpu(past[:, None] + offsets)
         inputs |= cache.inputs(ids.shape[1])
         logits, hidden, *present = self._run(inputs, cache.buffers())
         cache.take(present)
         return Step(logits.numpy().astype(np.float32, copy=False), hidden.numpy())
+
+    def _held(self, name: str, array: npt.NDArray[Any]) -> "ort.OrtValue":
+        """Hand an array to ONNX Runtime; one that comes again, as most steps' do, is handed over once."""
+        last = self._last.get(name)
+        if last is None or last[0] is not array:
+            last = self._last[name] = (array, self._layout.on_cpu(array))
+        return last[1]
 
     def _run(
         self, inputs: "Mapping[str, ort.OrtValue]", buffers: "Mapping[str, ort.OrtValue]"
@@ -182,6 +196,11 @@ class Decoder:
         self._session.run_with_iobinding(binding)
         made = binding.get_outputs()
         return made
+
+
+@cache
+def _number(value: int) -> npt.NDArray[np.int64]:
+    return np.array(value, np.int64)
 
 
 def _after_head(metadata: Mapping[str, str]) -> AfterHead:

@@ -10,6 +10,7 @@ from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Step
 from trimserve.kv import KVCache
 from trimserve.request import Request
+from trimserve.sampling import Columns
 from trimserve.stats import Timing
 from trimserve.vocab import Ids, VocabMap
 
@@ -25,6 +26,7 @@ class Feeder:
         self._decoder = decoder
         self._vocab = vocab
         self._cold = cold
+        self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
         self._no_rows = np.zeros((1, decoder.hidden_size), decoder.dtype)
         self.timing = Timing()
 
@@ -45,7 +47,14 @@ class Feeder:
 
     def feed(self, cache: KVCache, tokens: Sequence[int]) -> Step:
         """Feed one token id to each sequence."""
-        return self._step(cache, np.array(tokens, np.int32)[:, None])
+        ids = np.array(tokens, np.int32)
+        columns = self._kept.find(ids)
+        if columns.size < ids.size:
+            return self._step(cache, ids[:, None])
+        start = time.perf_counter()  # nearly every step: no slot is needed
+        step = self._decoder.step(cache, columns.astype(np.int64)[:, None], self._no_rows)
+        self.timing.model += time.perf_counter() - start
+        return step
 
     def _step(self, cache: KVCache, ids: Ids, mask: npt.NDArray[np.int64] | None = None) -> Step:
         start = time.perf_counter()

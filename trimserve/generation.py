@@ -162,7 +162,7 @@ class GenerationLoop:
         request.rejected += taken != block.tokens[: len(taken)]
         if request.slots is not None:
             for token in taken:
-                if not self._vocab.is_kept(token):
+                if not self._kept.has(token):
                     request.slots.use(token)
 
 

@@ -121,6 +121,10 @@ class Columns:
         self._column_of = np.full(vocab_size, -1, np.int32)
         self._column_of[ids] = np.arange(ids.size, dtype=np.int32)
 
+    def has(self, token_id: int) -> bool:
+        """Whether an id has a column."""
+        return bool(self._column_of[token_id] >= 0)
+
     def find(self, ids: Ids) -> npt.NDArray[np.int32]:
         """Columns of those of the given ids that have one."""
         columns: npt.NDArray[np.int32] = self._column_of[ids]
