@@ -43,6 +43,7 @@ SUITE = (
     Entry("translate", 0.5, quick=False, needs_data=False),
     Entry("encoder_grid", 12, on_device=True),
     Entry("decode", 12, ("--model", "multidomain-qwen2", "gemma-3-270m"), needs_data=False, on_device=True),
+    Entry("serving", 5, needs_data=False, on_device=True),
     Entry("scale", 3, on_device=True),
     Entry("paper", 3),
     Entry("quality", 8),

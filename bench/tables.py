@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench import harness, paper, peers
+from bench import harness, paper, peers, serving
 from trimserve.report import human_bytes
 
 # Of the founding paper's rule: the corpora whose rows are shown.
@@ -227,6 +227,16 @@ def segmentation_table() -> str:
     return markdown(peers.CUT_HEADER, peers.cut_lines(row)) + f"\nHeld-out gsm8k texts. {where(row)}.\n"
 
 
+def serving_table() -> str:
+    """Time to the first token and time a token, from bench/serving.py."""
+    rows = harness.newest_rows("serving", "model", "quantize", "device")
+    text = ""
+    for row in rows:
+        title = f"{row['model']}, {row['quantize'] or 'fp32'}, {row['layers']} layers, on {row['device']}"
+        text += f"{title}:\n\n{markdown(serving.HEADER, serving.lines(row))}\n"
+    return f"{text}{where(rows[-1])}, {rows[-1]['threads']} threads.\n"
+
+
 # Share of the CPUs that others had, from which a time is no measurement.
 _BUSY = 0.1
 # Anonymous memory that a running trimmed model may take beside its weights.
@@ -275,5 +285,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth": growth_table,
     "peers": peers_table,
     "segmentation": segmentation_table,
+    "serving": serving_table,
     "targets": targets_table,
 }
