@@ -3,6 +3,7 @@
 What needs transformers 5 runs in its environment (`make test-next`); test_matrix.py compares trimmed graphs.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -20,7 +21,7 @@ from tests.models import GENERATE, save_model
 from trimserve.artefacts import sha256_file
 from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
-from trimserve.folder import open_folder
+from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
 from trimserve.source import resolve_model
 from trimserve.structural import structural_ids
 from trimserve_export import export
@@ -311,6 +312,30 @@ def test_onnxruntime_genai_runs_what_was_made_of_its_graphs(tmp_path, layout, qu
     found = vocab.to_original(found).tolist() if layout == "tokenizer" else list(found)
     assert found == expected[: len(found)]
     assert len(found) > len(ids) + 2
+
+
+@needs_genai
+@pytest.mark.parametrize("layout", ["runtime", "tokenizer", "graph"])
+def test_verify_sees_shifted_rows_of_a_quantised_table(tmp_path, layout):
+    """One table of integers, looked up and multiplied with."""
+    model = save_model("llama_tied", tmp_path / "model", **SIZES)
+    source = resolve_model(model)
+    kept = np.union1d(structural_ids(source), np.arange(0, 288))
+    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    folder = export(source, vocab, tmp_path / "out", exporter="genai", layout=layout, quantize="int4").path
+    checks = verify(folder, model, store=False).checks
+    assert [check for check in checks if not check.ok] == []
+    assert {"quantized-head", "quantized-embedding"} <= {check.name for check in checks}
+    graph = ir.load(folder / "model.onnx")
+    rows = len(open_folder(folder).vocab)
+    weights = graph.graph.initializers.values()
+    table = next(value for value in weights if value.shape[0] == rows and len(value.shape) == 3)
+    table.const_value = ir.tensor(np.roll(table.const_value.numpy(), 1, axis=0), name=table.name)
+    ir.save(graph, folder / "model.onnx")
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), files=list_files(folder)))
+    failed = set(verify(folder, model, store=False).failed)
+    assert failed >= {"quantized-head", "quantized-embedding"}
+    assert failed & {"hidden-states", "layout-outputs"}
 
 
 @needs_transformers_5

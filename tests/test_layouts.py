@@ -462,6 +462,15 @@ def test_verify_of_quantized_layouts(model, vocab, tmp_path, layout):
     export(model, vocab, tmp_path / "out", layout=layout, quantize="int8")
     result = verify(tmp_path / "out", model, store=False, progress=False)
     assert result.ok, result.failed
+    graph = ir.load(tmp_path / "out" / "model.onnx")
+    kept = len(open_folder(tmp_path / "out").vocab)
+    weights = graph.graph.initializers.values()
+    blocks = next(value for value in weights if value.shape[0] == kept and len(value.shape) == 3)
+    blocks.const_value = ir.tensor(np.roll(blocks.const_value.numpy(), 1, axis=0), name=blocks.name)
+    ir.save(graph, tmp_path / "out" / "model.onnx")
+    rehash(tmp_path / "out")
+    failed = verify(tmp_path / "out", model, store=False, progress=False).failed
+    assert {"quantized-head", "layout-outputs"} <= set(failed)
 
 
 @pytest.mark.realdata

@@ -18,6 +18,7 @@ from trimserve.text import Codec
 from trimserve.vocab import Ids, Reason, VocabMap
 from trimserve_export.checkpoint import StoredVocab
 from trimserve_export.serving.quantized_embedding import quantized_lookup
+from trimserve_export.tasks import has_vocab_head
 from trimserve_export.verify.graph import GraphModel, Model, Seq2SeqModel
 from trimserve_export.verify.rounding import GraphBound, RoundingBound
 from trimserve_export.verify.sweep import Sweep, sweep
@@ -90,7 +91,8 @@ class Context:
     @property
     def quantized_roles(self) -> tuple[str, ...]:
         """The vocab tensors that are stored in blocks of integers."""
-        if self.folder.manifest.quantization is None:
+        manifest = self.folder.manifest
+        if manifest.quantization is None or not has_vocab_head(manifest.task):
             return ()
         return ("head",) if self.quantized_lookup is None else ("head", "embedding")
 

@@ -18,6 +18,7 @@ from trimserve_export.layouts.segmentation import unknown_id
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.numbers import check_tally
 from trimserve_export.verify.parts import check_part_outputs, has_parts
+from trimserve_export.verify.quantized import quantized_checks
 from trimserve_export.verify.result import Check
 from trimserve_export.verify.retrimmed import check_retrimmed
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
@@ -42,6 +43,7 @@ def layout_checks(context: Context) -> Iterator[tuple[str, Callable[[Context], C
     if has_parts(manifest):
         yield "layout-outputs", check_part_outputs
     elif manifest.graphs:
+        yield from quantized_checks(context)
         if not cut:
             yield "id-tables", check_id_tables
         yield "layout-outputs", check_layout_outputs

@@ -1,6 +1,6 @@
 """Checks of quantised vocab rows: the integers, kept and cold, are those that the source's rows give."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -11,13 +11,22 @@ from trimserve.errors import MismatchError
 from trimserve.folder import COLD_NAME
 from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_float32
 from trimserve.vocab import Ids
+from trimserve_export.layouts.remap import COMPACT_LOGITS_NAME
 from trimserve_export.quantize import Blocks, quantize_rows
-from trimserve_export.serving.flow import find_head
+from trimserve_export.serving.flow import find_head, find_output
 from trimserve_export.serving.quantized_embedding import RoundedRows, lookup_scheme
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 
 _SLICE_BYTES = 16 << 20
+
+
+def quantized_checks(context: Context) -> Iterator[tuple[str, Callable[[Context], Check]]]:
+    """The checks of the vocab rows that a folder made of a checkpoint stores in blocks of integers."""
+    if context.source.graph is None and "head" in context.quantized_roles:
+        yield "quantized-head", check_quantized_head
+        if context.quantized_lookup is not None:
+            yield "quantized-embedding", check_quantized_embedding
 
 
 def check_quantized_head(context: Context) -> Check:
@@ -97,6 +106,7 @@ def _scheme(context: Context) -> BlockScheme:
 def _kept_blocks(context: Context) -> Blocks:
     graphs = context.folder.manifest.graphs
     graph = ir.load(context.folder.file(graphs.get("decoder") or graphs["model"])).graph
+    _take_compact_logits(graph)
     head = find_head(graph)
     values = head.product.inputs[1:3]
     tensors = [value.const_value for value in values if value is not None]
@@ -104,6 +114,15 @@ def _kept_blocks(context: Context) -> Blocks:
         raise MismatchError(f"the head in {context.folder.path} is not quantised: export the folder again.")
     integers, scales = (tensor.numpy() for tensor in tensors if tensor is not None)
     return Blocks(integers, scales)
+
+
+def _take_compact_logits(graph: ir.Graph) -> None:
+    """Let a drop-in, in memory, give the logits of the kept ids as its head does."""
+    pads = [node for node in graph if node.op_type == "Pad" and node.name == COMPACT_LOGITS_NAME]
+    if pads and pads[0].inputs[0] is not None:
+        logits = find_output(graph, "logits")
+        graph.outputs[graph.outputs.index(logits)] = pads[0].inputs[0]
+        logits.name, pads[0].inputs[0].name = "all_logits", "logits"
 
 
 def _cold_blocks(context: Context) -> Blocks:

@@ -35,7 +35,7 @@ from trimserve_export.verify.numbers import (
     check_runtime_outputs,
 )
 from trimserve_export.verify.parts import has_parts
-from trimserve_export.verify.quantized import check_quantized_embedding, check_quantized_head
+from trimserve_export.verify.quantized import quantized_checks
 from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.retrimmed import check_retrimmed
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
@@ -131,11 +131,7 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
     yield "kept-rows", check_kept_rows if context.source.graph is None else check_retrimmed
     if not context.folder.manifest.graphs:  # a trimmed checkpoint: nothing to run
         return
-    from_checkpoint = context.source.graph is None
-    if from_checkpoint and context.folder.manifest.quantization is not None and has_vocab_head(task):
-        yield "quantized-head", check_quantized_head
-        if context.quantized_lookup is not None:
-            yield "quantized-embedding", check_quantized_embedding
+    yield from quantized_checks(context)
     yield "hidden-states", check_hidden_states
     if has_vocab_head(task):
         yield "kept-logits", check_kept_logits
