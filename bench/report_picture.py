@@ -56,7 +56,7 @@ def photograph(page: Path, picture: Path, folder: Path) -> None:
     size = f"--window-size={WIDTH},{HEIGHT}"
     subprocess.run([browser, *options, size, page.as_uri()], check=True, stderr=subprocess.DEVNULL)
     picture.parent.mkdir(exist_ok=True)
-    Image.open(raw).convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+    Image.open(raw).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(picture, optimize=True)
 
 
 def main() -> int:

@@ -36,8 +36,22 @@ def coverage(report: Report) -> str:
         "Each further nine takes the same height. The knee is where a further id begins to give less than "
         f"the average one. The expectation for {report.further} takes ids {rare} for cold: had those tokens "
         f"come later, the ids would not have been kept. Beyond {report.enough:,} ids it rises no more.",
-        f'<figure><ul class="legend">{legend}</ul>{charts.both(chart)}</figure>{_k_table(report)}',
+        f'<figure><ul class="legend">{legend}</ul>{charts.both(chart)}</figure>{_k_table(report)}'
+        f"{_reasons(report)}",
     )
+
+
+def _reasons(report: Report) -> str:
+    """Why the chosen ids stay, as a sentence."""
+    names = {
+        "structural": "are structural (special tokens, bytes and the like)",
+        "profile": "stay for their frequency",
+        "explicit": "were named",
+        "fill": "fill K up",
+        "dependency": "are needed by the cut tokenizer",
+    }
+    parts = [f"{count:,} {names[reason]}" for reason, count in report.reasons.items() if count]
+    return f'<p class="soft after">Of the chosen ids, {safe(", ".join(parts))}.</p>' if parts else ""
 
 
 def _k_table(report: Report) -> str:
