@@ -12,8 +12,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MISSING = "Not measured yet: `python -m bench.certificate`.\n"
+
+
+def _is_measured(name: str) -> bool:
+    return (harness.RESULTS / f"{name}.jsonl").exists()
+
+
 def proof_table() -> str:
     """Shares of held-back positions that the sketch proves."""
+    if not _is_measured("certificate_proof"):
+        return _MISSING
     rows = harness.newest_rows("certificate_proof", "corpus")
     header = ("", "compact argmax is true", "int8 proves", "with rows read", "width", "int4 proves", "width")
     lines = [
@@ -39,6 +48,8 @@ def proof_table() -> str:
 
 def decode_table() -> str:
     """Decoding with and without the certificate."""
+    if not _is_measured("certificate"):
+        return _MISSING
     rows = harness.newest_rows("certificate", "model")
     header = ("", *rows[-1]["token_ms"], "settled", "bytes a token, plain", "certified")
     lines = [
@@ -62,6 +73,8 @@ def decode_table() -> str:
 
 def products_table() -> str:
     """The products alone, warm and from a dropped page cache."""
+    if not _is_measured("certificate"):
+        return _MISSING
     rows = harness.newest_rows("certificate", "model")
     sizes = list(rows[-1]["products_ms"]["warm"]["sketch"])
     names = {"cold": "cold head", "sketch": "sketch and its bounds", "full": "the full model's head"}
