@@ -121,7 +121,8 @@ class Contender:
 
 
 def _tool(tool: str, folder: Path, environment: Environment, threads: int) -> Contender:
-    words = (_WORKER, tool, str(folder), "--threads", str(threads))
+    # -P: modules of bench/ must not stand before the standard library's of the same name.
+    words = ("-P", _WORKER, tool, str(folder), "--threads", str(threads))
     return Contender(words, interpreter(environment))
 
 

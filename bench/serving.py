@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.decode_models import SHAPES
 from bench.machine import device_memory
 from trimserve.generator import Generator
 from trimserve.loading import load
@@ -57,7 +56,7 @@ def worker(folder: Path, device: str, threads: int) -> None:
 
 def measure(name: str, quantize: str | None, work: Path, args: Any) -> dict[str, Any]:  # noqa: ANN401
     """All cells of one model in one number format; returns the row for the result file."""
-    words = ["-m", "bench.decode_models", name, "--work", str(work), "--data", str(harness.data_folder())]
+    words = ["-m", "bench.decode_models", name, "--work", str(work)]
     words += ["--stand", "0.99", "--prompt-tokens", str(max(args.prompt)), "--layers", str(args.layers)]
     made = harness.fresh_process(words + (["--quantize", quantize] if quantize else []))
     neighbours = harness.Neighbours()
@@ -148,6 +147,8 @@ def lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def main() -> int:
     """Measure, save a row a number format, print a table each."""
+    from bench.decode_models import SHAPES  # ml_dtypes, which who writes the tables may lack
+
     parser = harness.parser(__doc__ or "", rounds=1)
     parser.add_argument("--model", choices=list(SHAPES), default="gemma-3-270m")
     parser.add_argument("--format", nargs="+", choices=("fp32", "int4", "int8"), default=["fp32", "int4"])
