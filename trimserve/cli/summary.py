@@ -21,6 +21,8 @@ def profile_document(profile: Profile, path: str) -> dict[str, Any]:
         "beyond_rows": profile.beyond_rows,
         "missing_mass": profile.missing_mass,
         "missing_mass_bound": profile.missing_mass_bound,
+        "missing_mass_likely": profile.missing_mass_likely,
+        "document_missing_mass": profile.document_missing_mass,
     }
 
 
@@ -34,6 +36,8 @@ def profile_summary(profile: Profile, path: str) -> str:
         ("structural ids", f"{profile.structural.size:,}"),
         ("missing mass", missing_mass_text(profile.missing_mass, profile.missing_mass_bound)),
     ]
+    if (unseen := profile.document_missing_mass) is not None:
+        facts.append(("  of documents", f"{percent(unseen)}, with each held back in turn"))
     if profile.beyond_rows:
         facts.append(("ids without a row", f"{profile.beyond_rows:,} occurrences, not counted"))
     lines = [f"{name:<18}{value}" for name, value in facts]
