@@ -128,7 +128,9 @@ def _front_matter(manifest: Manifest, source: ModelSource) -> Iterator[str]:
 
 def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     share = percent(manifest.kept / manifest.vocab_size)
-    versions = ", ".join(f"{key} {value}" for key, value in manifest.exporter.items() if key != "name")
+    versions = ", ".join(
+        f"{key} {value}" for key, value in manifest.exporter.items() if key not in ("name", "device")
+    )
     yield "task", manifest.task
     yield "vocab rows", f"{manifest.vocab_size:,} -> {manifest.kept:,} ({share})"
     before, after = human_bytes(manifest.bytes_before), human_bytes(bytes_after)
@@ -185,6 +187,10 @@ def _commands(manifest: Manifest, name: str) -> Iterator[str]:
         words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
     if manifest.quantization is not None and not from_graph:
         words.append(f"--quantize int{manifest.quantization['bits']}")
+    if manifest.graphs and not from_graph and "name" in manifest.exporter:
+        words.append(f"--exporter {manifest.exporter['name']}")
+    if "device" in manifest.exporter:
+        words.append(f"--device {manifest.exporter['device']}")
     if manifest.layout != "runtime":
         words.append(f"--layout {manifest.layout}")
     if COLD_NAME not in manifest.files and manifest.layout != "tokenizer":

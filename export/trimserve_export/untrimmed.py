@@ -30,4 +30,6 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
     if source.graph is None:  # a graph is taken as it is, dtype and quantisation too
         schemes = (name for name, scheme in SCHEMES.items() if scheme.to_dict() == manifest.quantization)
         options |= {"dtype": manifest.dtype, "quantize": next(schemes, None)}
+        options["exporter"] = manifest.exporter.get("name", "auto")
+        options["device"] = manifest.exporter.get("device", "cpu")
     return export(source, everything, output, cold=False, progress=False, **options)
