@@ -52,6 +52,19 @@ def test_shifted_rows_are_found(tmp_path, family, kind):
     assert set(verify(folder, texts=TEXTS).failed) >= {"kept-rows", "hidden-states"}
 
 
+@pytest.mark.parametrize("kind", ["int8", "qdq"])
+def test_heads_by_the_graphs_own_nodes(tmp_path, kind):
+    folder = make(tmp_path, "llama", kind)
+    result = verify(folder, texts=TEXTS)
+    assert result.ok, result.to_dict()
+    graph = ir.load(folder / "cold_head.onnx").graph
+    tensors = [value.const_value for value in graph.initializers.values()]
+    weight = max((tensor for tensor in tensors if tensor is not None), key=lambda tensor: tensor.nbytes)
+    shift_rows(folder / "cold_head.onnx_weights", weight.offset or 0, 8, weight.nbytes // 8)
+    accept_files(folder)
+    assert set(verify(folder, texts=TEXTS).failed) >= {"kept-rows", "generated-ids"}
+
+
 def test_shifted_cold_rows_are_found(tmp_path):
     folder = make(tmp_path, "llama", "int4")
     spec = read_header(folder / COLD_NAME)[0]["embedding"]

@@ -353,6 +353,8 @@ def _integer_head(node: ir.Node, after: tuple[tuple[str, float | None], ...]) ->
     if both is None or product is None or product.op_type != "MatMulInteger" or product.inputs[0] is None:
         return None
     quantizer = product.inputs[0].producer()
+    if quantizer is not None and quantizer.op_type == "Slice" and quantizer.inputs[0] is not None:
+        quantizer = quantizer.inputs[0].producer()  # the last positions of a servable graph
     scales = next((value for value in both.inputs if value is not None and _is_constant(value)), None)
     weight = product.inputs[1]
     if (

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimserve.blocks import COLD_BLOCKS_NAME
+from trimserve.coldhead import COLD_WEIGHTS_NAME
 from trimserve.folder import COLD_NAME
 from trimserve.tensorfile import map_tensor, read_header
 from trimserve_export.graph.export import trim_to_folder
@@ -80,8 +81,9 @@ def _cold(folder: Path, again: Path) -> Iterator[str]:
     for key in sorted(found.keys() & expected.keys()):
         if not _same_arrays(map_tensor(found[key]), map_tensor(expected[key])):
             yield f"cold {key}"
-    if (again / COLD_BLOCKS_NAME).is_file() and not _same_files(folder, again, COLD_BLOCKS_NAME):
-        yield COLD_BLOCKS_NAME
+    for name in (COLD_BLOCKS_NAME, COLD_WEIGHTS_NAME):
+        if (again / name).is_file() and not _same_files(folder, again, name):
+            yield name
 
 
 def _same_files(folder: Path, again: Path, name: str) -> bool:

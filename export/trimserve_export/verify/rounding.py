@@ -74,7 +74,11 @@ class GraphBound(RoundingBound):
     @cached_property
     def _largest_row(self) -> float:
         head = find_head(ir.load(self._graph).graph)
-        return _largest_quantized(head) if head.is_quantized else _largest_float(head)
+        return (
+            _largest_float(head)
+            if head.scales is None and not head.is_quantized
+            else _largest_quantized(head)
+        )
 
 
 def _largest_float(head: Head) -> float:
@@ -90,9 +94,11 @@ def _largest_float(head: Head) -> float:
 
 def _largest_quantized(head: Head) -> float:
     """No weight is larger than the largest scale times the range of its integers."""
-    scales = None if head.product.inputs[2] is None else head.product.inputs[2].const_value
+    value = head.product.inputs[2] if head.is_quantized else head.scales
+    scales = None if value is None else value.const_value
     if scales is None:
         return 0.0
-    bits = head.product.attributes["bits"].as_int() if "bits" in head.product.attributes else 4
+    default = 4 if head.is_quantized else 8
+    bits = head.product.attributes["bits"].as_int() if "bits" in head.product.attributes else default
     largest = float(np.abs(scales.numpy().astype(np.float32)).max()) * (1 << bits)
     return largest * math.sqrt(head.width)
