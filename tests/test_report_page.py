@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.browser import find_browser, probe, run
+from tests.test_profiling import make_profile
 from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.artefacts import save_vocab
 from trimserve.cli.main import main
@@ -132,6 +133,28 @@ def test_what_is_not_at_hand_is_left_out(inputs):
     assert "What each K costs" not in page
     assert f"#{report.dropped[0].token_id}" in page
     assert "kept ids" in text
+
+
+@pytest.mark.parametrize(
+    ("counts", "options"),
+    [
+        ([5], {}),
+        ([5, 0, 0], {}),
+        ([1, 1, 1, 1], {}),
+        ([5, 1], {"texts": 2, "document_counts": np.array([2, 1])}),
+        (np.arange(1, 3_000), {}),
+        (np.append(10**9, np.ones(5_000)), {}),
+    ],
+)
+def test_odd_profiles_are_shown(counts, options):
+    odd = make_profile(counts, **options)
+    report = gather(Inputs(profiles={"p": odd}, merged=odd, vocab=select(odd)))
+    assert report.curve[-1].coverage == 1
+    assert "kept ids" in summarise(report, "t")
+    reader = Reader()
+    reader.feed(render(report, "t"))
+    assert not reader.open
+    assert "nan" not in "".join(reader.text)
 
 
 class Reader(HTMLParser):

@@ -49,7 +49,7 @@ def share_text(share: float) -> str:
 def _nines(report: Report) -> Axis:
     """Coverage so that each further nine takes the same height: 90 %, 99 %, 99.9 %."""
     lowest = min(min(point.coverage, point.expected, _held_out(point)) for point in report.curve)
-    largest = max(point.coverage for point in report.curve if point.coverage < 1 - 1e-12)
+    largest = max((point.coverage for point in report.curve if point.coverage < 1 - 1e-12), default=0.0)
     top = min(max(math.ceil(-math.log10(1 - max(largest, report.choice.coverage * 0.999999))), 2), 5)
     bottom = min(-math.log10(max(1 - lowest, 1e-6)), top - 1)
     ticks = [(1 - 10.0**-n, share_text(1 - 10.0**-n)) for n in range(1, top + 1)]
