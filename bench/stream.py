@@ -79,7 +79,7 @@ def worker(mode: str, folder: Path, kept: int) -> dict[str, Any]:
     import transformers  # noqa: F401 - the memory that any user of the checkpoint pays
     from transformers import PreTrainedModel  # noqa: F401
 
-    from trimserve_export import checkpoint
+    from trimserve_export import checkpoint, stored_vocab
 
     if mode == "import":
         return {"peak": harness.memory().peak}
@@ -87,7 +87,7 @@ def worker(mode: str, folder: Path, kept: int) -> dict[str, Any]:
 
     source, vocab, out = resolve_model(folder / "source"), _vocab(kept), _empty(folder / "out")
     begin = time.perf_counter()
-    stored = checkpoint.stored_vocab(source)
+    stored = stored_vocab.stored_vocab(source)
     found = time.perf_counter()
     written = exhaust(checkpoint.stream_tensors(source, vocab, out, stored, out / "cold_rows.safetensors"))
     seconds = time.perf_counter() - found

@@ -20,7 +20,8 @@ from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.source import resolve_model
 from trimserve.tensorfile import exhaust
-from trimserve_export.checkpoint import stored_vocab, stream_tensors, trim_checkpoint
+from trimserve_export.checkpoint import stream_tensors, trim_checkpoint
+from trimserve_export.stored_vocab import stored_vocab
 
 pytestmark = pytest.mark.export
 

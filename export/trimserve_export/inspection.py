@@ -13,7 +13,7 @@ from trimserve.source import ModelSource, resolve_model
 
 if TYPE_CHECKING:
     from trimserve.tensorfile import TensorSpec
-    from trimserve_export.checkpoint import StoredVocab
+    from trimserve_export.stored_vocab import StoredVocab
 
 # A K that most single-domain profiles stay below.
 DEFAULT_KEPT = 16_384
@@ -163,7 +163,7 @@ def _onnx_bytes(path: Path) -> int:
 
 def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
     require("transformers", extra="export", purpose="inspecting a model")
-    from trimserve_export.checkpoint import read_specs, stored_vocab
+    from trimserve_export.stored_vocab import read_specs, stored_vocab
     from trimserve_export.vocab_axes import load_config
 
     specs = read_specs(source)

@@ -16,8 +16,8 @@ from trimserve.session import open_session
 from trimserve.source import ModelSource
 from trimserve.text import Codec
 from trimserve.vocab import Ids, Reason, VocabMap
-from trimserve_export.checkpoint import StoredVocab
 from trimserve_export.serving.quantized_embedding import quantized_lookup
+from trimserve_export.stored_vocab import StoredVocab
 from trimserve_export.tasks import has_vocab_head
 from trimserve_export.verify.graph import GraphModel, Model, Seq2SeqModel
 from trimserve_export.verify.rounding import GraphBound, RoundingBound

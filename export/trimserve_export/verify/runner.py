@@ -22,8 +22,8 @@ from trimserve.loading import ENCODER_TASKS
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
 from trimserve_export.card import with_card
-from trimserve_export.checkpoint import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.reference import export_full
+from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.generation import check_generated_ids
