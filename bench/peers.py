@@ -295,8 +295,12 @@ def segmentation(work: Path, kept: int, texts: Sequence[str]) -> tuple[dict[str,
 def _trimbed(work: Path, kept: int) -> Path:
     """The checkpoint that trimbed makes from the same corpus with as many ids."""
     folder = work / "trimbed"
-    words = ("--model", str(_model()), "--files", str(work / "profiled.txt"), "--top-k", str(kept))
-    _run(TRIMBED, "-m", "trimbed", "trim", *words, "--output", str(folder))
+    dataset = {"path": "text", "data_files": str(work / "profiled.txt"), "text_column": "text"}
+    config = work / "trimbed.yaml"  # JSON is YAML
+    config.write_text(json.dumps({"corpus": {"datasets": [dataset]}}), "utf-8")
+    words = ("-c", str(config), "-m", str(_model()), "-o", str(folder), "--top-k", str(kept))
+    code = "import sys; from trimbed.cli import main; sys.exit(main(sys.argv[1:]))"
+    _run(TRIMBED, "-c", code, "trim", *words, "--no-verify-model")
     return folder
 
 
