@@ -299,8 +299,7 @@ def _trimbed(work: Path, kept: int) -> Path:
     config = work / "trimbed.yaml"  # JSON is YAML
     config.write_text(json.dumps({"corpus": {"datasets": [dataset]}}), "utf-8")
     words = ("-c", str(config), "-m", str(_model()), "-o", str(folder), "--top-k", str(kept))
-    code = "import sys; from trimbed.cli import main; sys.exit(main(sys.argv[1:]))"
-    _run(TRIMBED, "-c", code, "trim", *words, "--no-verify-model")
+    _run(TRIMBED, "-m", "trimbed.cli", "trim", *words, "--no-verify-model")
     return folder
 
 
