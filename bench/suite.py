@@ -41,14 +41,16 @@ SUITE = (
     # These two read what `make demo` wrote.
     Entry("encoder", 1, quick=False, needs_data=False),
     Entry("translate", 0.5, quick=False, needs_data=False),
-    Entry("encoder_grid", 12, on_device=True),
+    Entry("encoder_grid", 10, on_device=True),
     Entry("decode", 12, ("--model", "multidomain-qwen2", "gemma-3-270m"), needs_data=False, on_device=True),
     Entry("serving", 5, needs_data=False, on_device=True),
     Entry("scale", 3, on_device=True),
     Entry("paper", 3),
-    Entry("quality", 8),
+    Entry("quality", 5),
     Entry("stream", 2, quick=False, needs_data=False),
-    Entry("peers", 10, quick=False),
+    Entry("trim", 4, quick=False, needs_data=False),
+    Entry("profile", 3, quick=False),
+    Entry("peers", 6, quick=False),
 )
 
 
