@@ -27,7 +27,7 @@ def proof_table() -> str:
     header = ("", "compact argmax is true", "int8 proves", "with rows read", "width", "int4 proves", "width")
     lines = [
         (
-            f"{row['corpus']}, K = {row['kept']:,}",
+            f"{row['corpus']}, K = {row['kept']:,}, {row['positions']:,} positions",
             *(f"{row[key]:.2%}" for key in ("compact_is_true", "proven", "settled")),
             f"{_median(row['width_quantiles']):.2f}",
             f"{row['int4']['proven']:.1%}",
@@ -37,8 +37,7 @@ def proof_table() -> str:
     ]
     read = ", ".join(f"{row['rows_per_position']:.2f} ({row['corpus']})" for row in rows)
     caption = (
-        f"multidomain-qwen2 at coverage {rows[-1]['coverage']}, {rows[-1]['positions']:,} positions of "
-        "documents that were not profiled. The width is how far the largest bound is above the largest cold "
+        f"multidomain-qwen2 at coverage {rows[-1]['coverage']}, on documents that were not profiled. The width is how far the largest bound is above the largest cold "
         f"logit, median; the int4 sketch has blocks of 32 and exact arithmetic. Rows read a position: "
         f"{read}. "
         f"{tables.where(rows[-1])}."
