@@ -8,6 +8,7 @@ pytest.importorskip("torch")
 import torch
 
 from tests.generators import FullSampler, make_pair
+from trimserve import exact
 from trimserve.blocksize import BlockSize
 from trimserve.errors import UsageError
 from trimserve.sampling import SamplingParams
@@ -48,9 +49,10 @@ def test_greedy_ids_equal_the_torch_models(pair):
     cold = 0
     for text in TEXTS:
         ids = generator.codec.encode([text])[0]
-        (result,) = generator.generate(text, max_new_tokens=30)
         expected = greedy_by_torch(model, ids, 30)
-        _assert_same_or_tied(list(result.ids), expected, pair, ids)
+        for certify in (True, False):
+            (result,) = generator.generate(text, max_new_tokens=30, certify=certify)
+            _assert_same_or_tied(list(result.ids), expected, pair, ids)
         cold += int((~generator.folder.vocab.is_kept(np.array(result.ids))).sum())
     assert cold > 0, "no cold token was produced: this test would not see a broken check"
 
@@ -81,14 +83,17 @@ def _assert_same_or_tied(found, expected, pair, prompt):
     ],
     ids=lambda params: "-".join(params),
 )
-def test_sampled_ids_equal_those_of_the_untrimmed_graph(pair, params):
+def test_sampled_ids_equal_those_of_the_untrimmed_graph(pair, params, monkeypatch):
+    monkeypatch.setattr(exact, "_STEPS_AT_ONCE", 3)  # a block's logits come in several pieces
     generator = pair.generator
     sampler = FullSampler(pair.full_graph, pair.vocab_size)
     for seed, text in enumerate(TEXTS):
         ids = generator.codec.encode([text])[0]
-        (result,) = generator.generate(text, max_new_tokens=24, seed=seed, **params)
         expected = sampler.run(ids, SamplingParams(seed=seed, **params), 24, generator.stop_ids)
-        assert list(result.ids) == expected
+        for certify in (True, False):
+            options = {"max_new_tokens": 24, "certify": certify, "seed": seed}
+            (result,) = generator.generate(text, **options, **params)
+            assert list(result.ids) == expected
 
 
 def test_sampled_tokens_are_distributed_as_the_full_models(tiny):
