@@ -39,6 +39,13 @@ MODELS = {
     "bert-mlm": ("BertForMaskedLM", _ENCODER | {"pad_token_id": 36}),  # tied, with a bias
     "llama": ("LlamaForCausalLM", _DECODER | {"tie_word_embeddings": False, "eos_token_id": 30}),
     "qwen3": ("Qwen3ForCausalLM", _DECODER | {"tie_word_embeddings": True, "eos_token_id": [30, 36]}),
+    "marian": (  # names its vocab size twice, counts positions of sinusoids
+        "MarianMTModel",
+        {"vocab_size": V, "d_model": H, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 12}
+        | {"decoder_ffn_dim": 12, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        | {"max_position_embeddings": 40, "pad_token_id": 5, "eos_token_id": 0, "decoder_start_token_id": 5}
+        | {"bos_token_id": None, "forced_eos_token_id": 0},
+    ),
     "bart": (  # tied three times, final_logits_bias
         "BartForConditionalGeneration",
         {"vocab_size": V, "d_model": H, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 12}
@@ -59,9 +66,7 @@ def make_model(family: str, seed: int = 0, **config) -> transformers.PreTrainedM
     return with_random_weights(made, seed).train()
 
 
-def make_batch(
-    step: int, *, labels: str = "class", texts: int = 4, length: int = 7
-) -> dict[str, torch.Tensor]:
+def make_batch(step: int, *, labels: str = "class", texts: int = 4) -> dict[str, torch.Tensor]:
     """A batch of token ids, all of them kept, padded with id 36; labels are classes or token ids."""
     random = np.random.default_rng(step)
     ids = random.choice(KEPT[:-1], (texts, 7))

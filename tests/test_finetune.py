@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -25,7 +26,13 @@ from tests.finetuning import (
     train_step,
 )
 from tests.folders import make_vocab
-from trimserve.errors import MismatchError, UnknownIdError, UnsupportedModelError, UsageError
+from trimserve.errors import (
+    MismatchError,
+    MissingExtraError,
+    UnknownIdError,
+    UnsupportedModelError,
+    UsageError,
+)
 from trimserve.finetune import cut_vocab, partial_vocab
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
@@ -108,7 +115,7 @@ def test_decoder_training_equals_full_training_with_the_softmax_over_the_kept_id
     assert_same_state(partial.state_dict(), full.state_dict())
 
 
-@pytest.mark.parametrize("family", ["bert-mlm", "llama", "qwen3", "bart"])
+@pytest.mark.parametrize("family", ["bert-mlm", "llama", "qwen3", "bart", "marian"])
 def test_the_full_softmax_differs_by_the_mass_of_the_cold_ids_alone(family):
     full, partial = make_model(family).eval(), make_model(family).eval()
     batch = make_batch(0, labels="token")
@@ -116,7 +123,7 @@ def test_the_full_softmax_differs_by_the_mass_of_the_cold_ids_alone(family):
     with partial_vocab(partial, VOCAB) as compact:
         out = partial(**compact.remap(batch))
     torch.testing.assert_close(out.logits, full_out.logits[..., list(KEPT)], rtol=1e-6, atol=1e-6)
-    shift = 0 if family in ("bert-mlm", "bart") else 1
+    shift = 0 if family in ("bert-mlm", "bart", "marian") else 1
     labels = batch["labels"][:, shift:]
     logits = full_out.logits[:, : labels.shape[1]]
     cold_mass = logits.softmax(-1)[..., list(COLD)].sum(-1)[labels != -100]
@@ -288,6 +295,12 @@ def test_an_id_outside_the_vocab_names_its_text(bad):
         pytest.raises(UnknownIdError, match=f"token id {bad} in input_ids of text 1 of the batch"),
     ):
         compact.remap({"input_ids": ids})
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'trimserve\[finetune\]'"):
+        cut_vocab(make_model("bert"), VOCAB)
 
 
 def test_refused_before_anything_changes():

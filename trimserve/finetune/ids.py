@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Marian's decoder names the size of the vocab that it shares with the encoder once more.
+_SIZES = ("vocab_size", "decoder_vocab_size")
+
+
 @dataclass(slots=True)
 class _Entry:
     """An entry of a config: what it should be in the full model, and what it is in the compact one."""
@@ -32,9 +36,10 @@ class MovedIds:
         """Note the entries; nothing is changed before `apply`."""
         self._vocab = vocab
         self._sizes = [
-            _Entry(config, "vocab_size", vocab.vocab_size, len(vocab))
+            _Entry(config, key, vocab.vocab_size, len(vocab))
             for config in _configs(model)
-            if getattr(config, "vocab_size", None) == vocab.vocab_size
+            for key in _SIZES
+            if getattr(config, key, None) == vocab.vocab_size
         ]
         self._ids = [
             _Entry(config, key, value, _compact(key, value, vocab))
