@@ -297,8 +297,9 @@ def _trimbed(work: Path, kept: int) -> Path:
     folder = work / "trimbed"
     dataset = {"path": "text", "data_files": str(work / "profiled.txt"), "text_column": "text"}
     config = work / "trimbed.yaml"  # JSON is YAML
-    config.write_text(json.dumps({"corpus": {"datasets": [dataset]}}), "utf-8")
-    words = ("-c", str(config), "-m", str(_model()), "-o", str(folder), "--top-k", str(kept))
+    settings = {"model": str(_model()), "corpus": {"datasets": [dataset]}}
+    config.write_text(json.dumps(settings), "utf-8")
+    words = ("-c", str(config), "-o", str(folder), "--top-k", str(kept))
     _run(TRIMBED, "-m", "trimbed.cli", "trim", *words, "--no-verify-model")
     return folder
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import certificate_tables, decode_tables, encoder, harness, plot, tables, trim
+from bench import certificate_tables, decode_tables, encoder, harness, plot, tables
 from bench.finetune_tables import banking_table, finetune_table
 from bench.matrix_table import matrix_table
 from trimserve.report import human_bytes
@@ -85,6 +85,8 @@ def session_table() -> str:
 
 def trim_table() -> str:
     """Trimming checkpoints and graphs, from bench/trim.py: the newest row of each model."""
+    from bench import trim  # onnx, which who writes the other tables may lack
+
     rows = harness.newest_rows("trim", "model")
     caption = (
         "Medians of fresh processes. Private memory is the largest anonymous memory less that after the "
