@@ -2,7 +2,6 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,7 +189,7 @@ def test_a_token_across_context_and_part_is_not_counted():
 def test_counts_do_not_depend_on_batches():
     tokenizer = TINY["wordpiece"]
     documents = [Document(f"the cat {number % 3} sat", "x") for number in range(9)]
-    documents[4] = replace(documents[4], part=1, output=True)
+    documents[4] = documents[4]._replace(part=1, output=True)
     blocks = []
     for characters in (1, 30, 10_000):
         counter = DocumentCounter(word_encoder(tokenizer), 37)

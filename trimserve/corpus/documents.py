@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from trimserve.chat import ChatTemplate
 from trimserve.errors import UsageError
@@ -21,8 +21,7 @@ CUT = re.compile(r"(?<=\S)\n(?=\w)")
 CUT_CONTEXT = "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A text of the corpus, or a part of a long one.
 
     Attributes:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 from trimserve.corpus.conversations import conversation
-from trimserve.corpus.documents import Document, Faults, Reading, cut_documents, split_units, undecodable
+from trimserve.corpus.documents import (
+    MAX_CHARACTERS,
+    Document,
+    Faults,
+    Reading,
+    cut_documents,
+    split_units,
+    undecodable,
+)
 from trimserve.corpus.files import Format
 from trimserve.errors import UsageError, require
 
@@ -20,10 +28,18 @@ _CSV_FIELD = 1 << 30
 
 def read_jsonl(stream: Iterable[bytes], place: Place, reading: Reading, faults: Faults) -> Iterator[Document]:
     """The documents of JSON records, one a line; blank lines are no rows."""
+    # Most rows hold a short text and nothing is wrong with it: for these, `row_documents` is a detour.
+    simple = reading.template is None and reading.output_column is None and reading.unit == "document"
+    plain = reading.column if simple else None
     for number, line in enumerate(stream, 1):
         if line.isspace():
             continue
         record = _record(line, number, place, faults)
+        if plain is not None and type(record) is dict:
+            text = record.get(plain)
+            if type(text) is str and text and text.isascii() and len(text) <= MAX_CHARACTERS:
+                yield Document(text, place(number))
+                continue
         if record is not None:
             yield from row_documents(record, reading, lambda: place(number), faults)  # noqa: B023
 

@@ -4,7 +4,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +133,7 @@ def _without_cuts(document: Document) -> Document:
         return document
     text = document.text.removesuffix("\n") if document.cut else document.text
     context = "" if document.context == CUT_CONTEXT else document.context
-    return replace(document, text=text, context=context)
+    return document._replace(text=text, context=context)
 
 
 def _split(flat: Flat) -> list[npt.NDArray[np.integer]]:

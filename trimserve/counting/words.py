@@ -161,29 +161,42 @@ def _sentencepiece_joint(parts: dict[str, Any], vocab: Callable[[], Iterable[str
     return "drop" if any(step == {"type": "Prepend", "prepend": "▁"} for step in steps) else "lead"
 
 
-class _Solid(dict[str, bool]):
-    """Whether a character beside a single space leaves it a joint; tried when it is first asked for."""
+class _Solid:
+    """Which characters leave a single space beside them a joint; tried when they are first met."""
 
     def __init__(self, plain: PlainEncoder, lead: str) -> None:
-        super().__init__()
         self._plain, self._lead = plain, lead
+        self._known: dict[str, bool] = {"": False}
 
-    def __missing__(self, character: str) -> bool:
-        self[character] = found = self._try(character)
-        return found
+    def among(self, characters: Sequence[str]) -> list[bool]:
+        """Whether each character is solid; "" is not."""
+        new = [character for character in dict.fromkeys(characters) if character not in self._known]
+        candidates = [character for character in new if unicodedata.category(character)[0] in "LNPS"]
+        self._known |= dict.fromkeys(new, False)
+        if candidates:
+            self._try(candidates)
+        return [self._known[character] for character in characters]
 
-    def _try(self, character: str) -> bool:
-        if unicodedata.category(character)[0] not in "LNPS":
-            return False
-        for probe in _PROBES:
-            pairs = [(probe, character), (character, probe), (character, character)]
-            texts = [f"{left} {right}" for left, right in pairs]
-            parts = [part for left, right in pairs for part in (left, self._lead + right)]
-            whole, parted = self._plain.encode(texts), self._plain.encode(parts)
-            joined = parted.lengths.reshape(-1, 2).sum(axis=1)
-            if not (np.array_equal(whole.ids, parted.ids) and np.array_equal(whole.lengths, joined)):
-                return False
-        return True
+    def _try(self, characters: Sequence[str]) -> None:
+        pairs = [
+            pair
+            for character in characters
+            for pair in (
+                (character, character),
+                *((p, character) for p in _PROBES),
+                *((character, p) for p in _PROBES),
+            )
+        ]
+        whole = self._plain.encode([f"{left} {right}" for left, right in pairs])
+        parted = self._plain.encode([part for left, right in pairs for part in (left, self._lead + right)])
+        joined = parted.lengths.reshape(-1, 2).sum(axis=1)
+        fits = (
+            np.split(whole.ids, np.cumsum(whole.lengths)[:-1]),
+            np.split(parted.ids, np.cumsum(joined)[:-1]),
+        )
+        same = np.array([np.array_equal(one, other) for one, other in zip(*fits, strict=True)])
+        solid = [bool(tried.all()) for tried in same.reshape(len(characters), -1)]
+        self._known |= dict(zip(characters, solid, strict=True))
 
 
 class _Words:
@@ -209,12 +222,12 @@ class _Words:
         """The keys that were looked up for the first time, in the order of their indices."""
         return list(itertools.islice(self.index, len(self.keys), None))
 
-    def judge(self, keys: list[str], begins_solid: Sequence[bool], ends_solid: Sequence[bool]) -> None:
+    def judge(self, keys: list[str], begins_solid: npt.ArrayLike, ends_solid: npt.ArrayLike) -> None:
         """Enter what is known of new keys; they are not encoded yet."""
         self.keys += keys
         self.characters += sum(map(len, keys))
-        self.begins_solid = np.append(self.begins_solid, np.array(begins_solid, np.bool_))
-        self.ends_solid = np.append(self.ends_solid, np.array(ends_solid, np.bool_))
+        self.begins_solid = np.append(self.begins_solid, np.asarray(begins_solid, np.bool_))
+        self.ends_solid = np.append(self.ends_solid, np.asarray(ends_solid, np.bool_))
         self.starts = np.append(self.starts, np.zeros(len(keys), np.int64))
         self.lengths = np.append(self.lengths, np.full(len(keys), -1, np.int64))
 
@@ -271,14 +284,13 @@ class WordEncoder:
     def _judge(self) -> None:
         """Find out which new pieces begin and end with a character that leaves a space a joint."""
         unjudged = self._words.unjudged()
-        begins = [self._is_solid(piece, piece[:1]) for piece in unjudged]
-        ends = [self._is_solid(piece, piece[-1:]) for piece in unjudged]
-        self._words.judge(unjudged, begins, ends)
-
-    def _is_solid(self, piece: str, end: str) -> bool:
-        if self._added is not None and self._added.search(piece):
-            return False
-        return self._joint == "any" or (end != "" and self._solid[end])
+        free = [self._added is None or self._added.search(piece) is None for piece in unjudged]
+        if self._joint == "any":
+            self._words.judge(unjudged, free, free)
+            return
+        begins = self._solid.among([piece[:1] for piece in unjudged])
+        ends = self._solid.among([piece[-1:] for piece in unjudged])
+        self._words.judge(unjudged, np.logical_and(begins, free), np.logical_and(ends, free))
 
     def _units(self, index: Indices, pieces: list[str], counts: Indices) -> tuple[Indices, Indices]:
         """Join pieces where there is no joint between them: indices of the units, and their number a text."""
