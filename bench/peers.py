@@ -297,10 +297,14 @@ def _trimbed(work: Path, kept: int) -> Path:
     folder = work / "trimbed"
     dataset = {"path": "text", "data_files": str(work / "profiled.txt"), "text_column": "text"}
     config = work / "trimbed.yaml"  # JSON is YAML
-    settings = {"model": str(_model()), "corpus": {"datasets": [dataset]}}
+    settings = {
+        "model": str(_model()),
+        "corpus": {"datasets": [dataset]},
+        "selection": {"top_k": kept},
+        "verify_model": False,
+    }
     config.write_text(json.dumps(settings), "utf-8")
-    words = ("-c", str(config), "-o", str(folder), "--top-k", str(kept))
-    _run(TRIMBED, "-m", "trimbed.cli", "trim", *words, "--no-verify-model")
+    _run(TRIMBED, "-m", "trimbed.cli", "trim", "-c", str(config), "-o", str(folder))
     return folder
 
 
