@@ -91,8 +91,8 @@ def trim_table() -> str:
     caption = (
         "Medians of fresh processes. Private memory is the largest anonymous memory less that after the "
         "imports; peak memory counts pages of mapped files too, which the system can drop. A complete copy "
-        "is the trimmed graph, its cold rows, the cold head's graphs, and hashes of all files; onnxsim writes "
-        f"a graph alone, and cannot hold the two larger models. {tables.where(rows[-1])}."
+        "is the trimmed graph, its cold rows, the cold head's graphs, and hashes of all files; onnxsim "
+        f"writes a graph alone, and cannot hold the two larger models. {tables.where(rows[-1])}."
     )
     lines = [line for row in rows for line in trim.lines(row)]
     return tables.markdown(trim.HEADER, lines) + f"\n{caption}\n"
