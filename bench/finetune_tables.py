@@ -23,7 +23,7 @@ def finetune_table() -> str:
     steps = min(row[side]["seconds"]["count"] for row in rows for side in ("full", "partial"))
     busy = max(row["others_cpu_share"] or 0.0 for row in rows)
     caption = (
-        f"AdamW, fp32, {last['texts']} texts of {last['tokens']} tokens, {last['threads']} threads; real "
+        f"AdamW, fp32, {last['texts']} texts of {last['tokens']} tokens, threads: {last['threads']}; real "
         "shapes, random weights; kept are all ids of banking77's training texts. *Counted* is parameters, "
         "gradients and Adam's two moments; *peak* is the process's resident memory while it trains; the "
         f"time is the median of at least {steps} steps, while other processes had up to {busy:.0%} of the "
