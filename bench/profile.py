@@ -37,17 +37,21 @@ SIZES = (1, 4, 16, 50)
 STREAM_MEGABYTES = (32, 128)
 MEMORY_TARGET = 500e6
 _BATCH = 1000
+_LINES = 16
 _ROWS = 262_144
 # On a busy machine BENCH_CPU_TIME=1 compares CPU seconds of all threads instead of seconds.
 clock = time.process_time if os.environ.get("BENCH_CPU_TIME") == "1" else time.perf_counter
 
 
 def items(corpus: str) -> Iterator[str]:
-    """The items of a corpus: blocks between blank lines, the largest of them in lines."""
+    """The items of a corpus: blocks between blank lines, or some lines of a block without any."""
     for file in sorted((DATA / "corpora" / corpus).glob("*.txt")):
         if file.name != "SOURCE.txt":
             for block in file.read_text("utf-8").split("\n\n"):
-                yield from filter(str.strip, [block] if len(block) < 1 << 16 else block.split("\n"))
+                lines = block.split("\n")
+                step = len(lines) if len(block) < 1 << 16 else _LINES
+                parts = ("\n".join(lines[start : start + step]) for start in range(0, len(lines), step))
+                yield from filter(str.strip, parts)
 
 
 def write_items(path: Path, corpora: list[str], limit: int) -> int:
@@ -344,7 +348,8 @@ def main() -> int:
     measure = measure_scaling if args.scaling else measure_memory if args.memory else measure_throughput
     with tempfile.TemporaryDirectory(prefix="trimserve-profile-") as scratch:
         row = measure(Path(scratch), args)
-    harness.save_row(f"profile-{row['kind']}", row, quick=args.quick)
+    suffix = "" if row["kind"] == "throughput" else f"_{row['kind']}"
+    harness.save_row(f"profile{suffix}", row, quick=args.quick)
     if args.scaling:
         plot_scaling(row, (harness.SCRATCH if args.quick else harness.ROOT / "docs") / "profile-scaling.svg")
     shown = table(HEADER, throughput_lines(row)) if row["kind"] == "throughput" else ""
