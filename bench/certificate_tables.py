@@ -38,8 +38,8 @@ def proof_table() -> str:
     read = ", ".join(f"{row['rows_per_position']:.2f} ({row['corpus']})" for row in rows)
     caption = (
         f"multidomain-qwen2 at coverage {rows[-1]['coverage']}, on documents that were not profiled. The "
-        "width is how far the largest bound is above the largest cold logit, median; the int4 sketch has blocks "
-        f"of 32 and exact arithmetic. Rows read a position: {read}. {tables.where(rows[-1])}."
+        "width is how far the largest bound is above the largest cold logit, median; the int4 sketch has "
+        f"blocks of 32 and exact arithmetic. Rows read a position: {read}. {tables.where(rows[-1])}."
     )
     return tables.markdown(header, lines) + f"\n{caption}\n"
 
