@@ -318,7 +318,7 @@ def test_processes_count_like_one(here, call, monkeypatch, engine):
     assert (code, "a worker process ended" in err) == (1, True)
 
 
-def refuse(_):
+def refuse(*_):
     raise UsageError("not proven")
 
 

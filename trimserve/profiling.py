@@ -283,7 +283,9 @@ def profile(
     tokenizer, content = source.tokenizer(), source.tokenizer_path.read_text("utf-8")
     with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:
         try:
-            tally = count_corpus(read, tokenizer, content, source.vocab_size, how, before=before, on_bytes=bar.update)
+            tally = count_corpus(
+                read, tokenizer, content, source.vocab_size, how, before=before, on_bytes=bar.update
+            )
         except Interrupted as stop:
             raise ProfileInterrupted(_profile_of(stop.tally, source, tokenizer)) from None
     _warn_without_newlines(tally.counts, tokenizer)
