@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimserve.corpus import documents, reader
-from trimserve.corpus import Corpus, Document, iter_documents
+from trimserve.corpus import Corpus, Document, documents, iter_documents, reader
 from trimserve.errors import UsageError
 
 
