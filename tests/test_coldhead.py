@@ -3,9 +3,9 @@
 import shutil
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
+ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("torch")
 
