@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("torch")
+
+import onnxruntime as ort
 
 from tests.exports import read_float32
 from trimserve.coldhead import PARTS_KEY, PartedGraph
