@@ -10,6 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Stealing keeps neighbours on one worker, so that a module's fixtures are made once.
 JOBS ?= 2
 
 .PHONY: help setup fmt lint test test-slow test-js test-next demo bench bench-full plots wheel-check clean
@@ -38,10 +39,10 @@ lint: $(READY)  ## ruff and mypy --strict, changing nothing
 	$(BIN)/mypy
 
 test: $(READY)  ## the whole suite but its slow tests
-	$(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
 
 test-slow: $(READY)  ## the slow tests
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 # The transformers 5 environment: what needs no optimum-onnx.
 NEXT := .venv-next
@@ -57,7 +58,7 @@ $(NEXT)/.ready: pyproject.toml constraints-next.txt
 	@touch $(NEXT)/.ready
 
 test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones too
-	$(NEXT)/bin/python -m pytest -n $(JOBS) $(NEXT_TESTS)
+	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal $(NEXT_TESTS)
 
 test-js: $(READY)  ## transformers.js under Node on folders of ours
 	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
