@@ -6,22 +6,21 @@ transformers, and at most 1.5 times the time of `cp`.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from bench import harness
+from bench.random_tensors import RandomTensor, random_block
 from trimserve.report import human_bytes, table
-from trimserve.tensorfile import CHUNK_BYTES, TensorSource, exhaust, write_tensors
+from trimserve.tensorfile import TensorSource, exhaust, write_tensors
 from trimserve.vocab import Reason, VocabMap
 
 MEMORY_TARGET = 300e6
@@ -40,23 +39,6 @@ CONFIG = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RandomTensor:
-    """A float32 tensor of repeated random bytes, streamed so that making it needs no memory either."""
-
-    shape: tuple[int, ...]
-    block: bytes
-    dtype: str = "F32"
-
-    def write_to(self, file: IO[bytes]) -> Iterator[int]:
-        """Append the bytes, one block at a time."""
-        left = 4 * int(np.prod(self.shape))
-        while left:
-            count = os.write(file.fileno(), self.block[:left])
-            left -= count
-            yield count
-
-
 def make_checkpoint(folder: Path) -> None:
     """Write a random checkpoint with the tensors that the model class has."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,7 +48,7 @@ def make_checkpoint(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG), "utf-8")
     (folder / "tokenizer.json").write_text("{}", "utf-8")
     model = build_on_meta(AutoConfig.from_pretrained(folder), AutoModelForCausalLM)
-    block = np.random.default_rng(0).standard_normal(CHUNK_BYTES // 4, np.float32).tobytes()
+    block = random_block()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors: dict[str, TensorSource] = {name: RandomTensor(shape, block) for name, shape in shapes.items()}
     exhaust(write_tensors(folder / "model.safetensors", tensors, {"format": "pt"}))

@@ -1,16 +1,14 @@
 """Models of real shapes with random numbers, as a checkpoint and as an ONNX graph, streamed to disk."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import numpy as np
 import onnx_ir as ir
 
-from trimserve.tensorfile import CHUNK_BYTES, TensorSource, exhaust, write_tensors
+from bench.random_tensors import RandomTensor, random_block
+from trimserve.tensorfile import TensorSource, exhaust, write_tensors
 
 DATA_NAME = "model.onnx_data"
 
@@ -57,27 +55,6 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RandomTensor:
-    """A float32 tensor of repeated random bytes, streamed so that making it needs no memory either."""
-
-    shape: tuple[int, ...]
-    block: bytes
-    dtype: str = "F32"
-
-    def write_to(self, file: IO[bytes]) -> Iterator[int]:
-        """Append the bytes, one block at a time."""
-        left = 4 * int(np.prod(self.shape))
-        while left:
-            count = os.write(file.fileno(), self.block[:left])
-            left -= count
-            yield count
-
-
-def _block() -> bytes:
-    return np.random.default_rng(0).standard_normal(CHUNK_BYTES // 4, np.float32).tobytes()
-
-
 def _write_texts(folder: Path, shape: Shape) -> None:
     config = {name: getattr(shape, name) for name in Shape.__slots__}
     names = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
@@ -94,7 +71,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> None:
     folder.mkdir(parents=True)
     _write_texts(folder, shape)
     model = build_on_meta(AutoConfig.from_pretrained(folder), AutoModelForCausalLM)
-    block = _block()
+    block = random_block()
     tensors: dict[str, TensorSource] = {
         name: RandomTensor(tuple(parameter.shape), block) for name, parameter in model.named_parameters()
     }
@@ -153,7 +130,7 @@ def make_graph(folder: Path, shape: Shape) -> None:
 
 def _write_data(path: Path, shape: Shape) -> Iterator[tuple[str, ir.Value]]:
     """Write the weights, matrices of the body as (inputs, outputs); yield them as constants."""
-    block, offset = _block(), 0
+    block, offset = random_block(), 0
     with path.open("wb", buffering=0) as file:
         for name, (rows, columns) in shape.tensors():
             sizes = (rows, columns) if "embed" in name else (columns, rows)
