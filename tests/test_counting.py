@@ -14,7 +14,8 @@ from trimserve.corpus import Document
 from trimserve.counting import encoders
 from trimserve.counting.counter import DocumentCounter, _Presence, batches, encode_parts
 from trimserve.counting.encoders import Flat, PlainEncoder, choose_encoder, make_encoder
-from trimserve.counting.words import WordEncoder, components, find_joint
+from trimserve.counting.joints import components, find_joint
+from trimserve.counting.words import WordEncoder
 from trimserve.errors import UsageError
 from trimserve.source import load_tokenizer
 

@@ -1,7 +1,7 @@
 """Texts to flat arrays of token ids: by tokenizers, by fastokens, or by distinct words.
 
 Every encoder gives id for id what `tokenizers` gives. The faster two are used only where that is proven
-(`trimserve.counting.words`) or tried on a sample of the very corpus (`choose_encoder`).
+(`trimserve.counting.joints`) or tried on a sample of the very corpus (`choose_encoder`).
 """
 
 import itertools
