@@ -1,12 +1,17 @@
 """The sketch in exported folders: made by streaming, used by default, refused when it does not fit."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 pytest.importorskip("torch")
 
+import onnx
+
+from tests.folders import make_folder
 from tests.generators import FullSampler, make_pair, open_generator
 from trimserve.cold import ColdRows
 from trimserve.coldhead import ColdHead
@@ -14,6 +19,7 @@ from trimserve.errors import MismatchError, UsageError
 from trimserve.folder import open_folder
 from trimserve.sampling import SamplingParams
 from trimserve.sketch import GROUP_ROWS, SKETCH_DATA_NAME, SKETCH_FILES, SKETCH_NAME, Sketch
+from trimserve_export.serving import packed
 from trimserve_export.serving import sketch as exported
 from trimserve_export.serving.sketch import add_sketch, wants_sketch
 
@@ -47,8 +53,8 @@ def test_the_manifest_tells_bytes_and_bound(pair):
 
 
 def test_the_bounds_hold_for_the_folders_own_cold_head(pair, monkeypatch):
-    """Also where the rows are sorted in several runs."""
-    monkeypatch.setattr(exported, "SORTED_ROWS", 2 * GROUP_ROWS)
+    """Also where the rows are sorted in several runs, and read in several slices a run."""
+    monkeypatch.setattr(exported, "_SLICE_ENTRIES", 1)
     monkeypatch.setattr("trimserve.sketch.SORTED_ROWS", 2 * GROUP_ROWS)
     add_sketch(pair.generator.folder.path)
     folder = open_folder(pair.generator.folder.path)
@@ -66,6 +72,31 @@ def test_the_bounds_hold_for_the_folders_own_cold_head(pair, monkeypatch):
     assert (product.upper - largest < 0.05 * width[:, None]).all()
     lower, upper = sketch.score(product, 1, np.arange(rows.size))
     assert ((lower <= logits[1, rows]) & (logits[1, rows] <= upper)).all()
+
+
+def test_memory_holds_a_run_of_integers_and_slices_of_floats(tmp_path, monkeypatch):
+    rows, width = 9_000, 1024  # 37 MB in float32
+    values = np.random.default_rng(0).standard_normal((rows, width), np.float32)
+    cold_rows = save({"embedding": values}, {"tied": "true"})
+    make_folder(tmp_path / "folder", range(11), rows + 11, cold_rows=cold_rows)
+    monkeypatch.setattr("trimserve.sketch.RUN_BYTES", 4096 * width)
+    packed_bytes = []
+
+    def pack(graph, folder):
+        model = onnx.load(graph, load_external_data=False)
+        packed_bytes.append(sum(np.prod(tensor.dims) for tensor in model.graph.initializer))
+        return original(graph, folder)
+
+    original = packed._pack
+    monkeypatch.setattr(packed, "_pack", pack)
+    tracemalloc.start()
+    add_sketch(tmp_path / "folder")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < values.nbytes
+    assert len(packed_bytes) == 3
+    assert max(packed_bytes) < 4097 * width
+    assert not list((tmp_path / "folder").glob(".*"))
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}])

@@ -13,7 +13,7 @@ which `bounds.product_error` adds what the head's own rounding can make of <w, h
 stored rounded up. So the bound holds for the logit that the cold head would have computed, not only for
 the real number; nothing here is an estimate.
 
-Rows of a group should have scales of their own that are alike: each run of `SORTED_ROWS` rows is sorted by
+Rows of a group should have scales of their own that are alike: each run of `run_rows` rows is sorted by
 its largest entries before it is cut into groups, and `order` says where a row went.
 
 The integers are stored plus 128 as unsigned bytes, and the activations alike: the kernel for two unsigned
@@ -44,11 +44,18 @@ SKETCH_GRAPH_NAME = "cold_sketch.onnx"
 SKETCH_FILES = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME)
 GROUP_ROWS = 64
 SORTED_ROWS = 16_384
+# An export holds one run's integers, and a session packs them: the rows of a wide model make shorter runs.
+RUN_BYTES = 1 << 25
 LEVELS = 127
 ZERO = 128
 # The second digit costs as much as another step. It is worth that where outliers in the hidden states make
 # the first one's rounding matter more than that of the rows, whose residual is about 0.007 of their norm.
 _SECOND_DIGIT_ABOVE = 0.02
+
+
+def run_rows(width: int) -> int:
+    """Rows of H entries that are sorted together and make one matrix of the graph: whole groups."""
+    return max(1, min(SORTED_ROWS, RUN_BYTES // width) // GROUP_ROWS) * GROUP_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +248,7 @@ class Sketch:
 
     def _check(self, data: Path) -> None:
         """Compare a product with the most extreme integers: a kernel that saturates would show here."""
-        rows = min(SORTED_ROWS, self._order.size)
+        rows = min(run_rows(self._width), self._order.size)
         tile = np.memmap(data, np.uint8, "r", shape=(self._width, rows))
         group = tile[:, :GROUP_ROWS].astype(np.int64) - ZERO
         signs = np.where(group[:, 0] > 0, LEVELS, -LEVELS)

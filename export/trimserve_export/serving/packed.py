@@ -7,7 +7,7 @@ order they do not agree: then it keeps its copy, and all that is lost is memory.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -19,22 +19,36 @@ _KEY = "prepacked_"
 _ALIGNMENT = 4096
 
 
-def store_packed(graphs: Sequence[Path], data: Path) -> None:
+def store_packed(graphs: Sequence[Path], data: Path, parts: Iterable[onnx.ModelProto] | None = None) -> None:
     """Append the packed form of the graphs' matrices to their data, and point to it in the graphs.
 
     Args:
         graphs: graphs whose initialisers of one name are the same bytes of `data`.
         data: the file beside them.
+        parts: graphs that have these matrices between them. A session holds all its packed matrices until
+            it has written them, so memory holds those of one part at a time; by default the first graph's.
     """
-    with tempfile.TemporaryDirectory(dir=data.parent, prefix=".packed.") as scratch:
-        packed = _pack(graphs[0], Path(scratch))
-        entries = dict(_append(packed, data))
+    entries: dict[str, list[tuple[str, str]]] = {}
+    part_path = data.with_name(f".{data.name}.part.onnx")
+    for graph in graphs[:1] if parts is None else _saved(parts, part_path):
+        with tempfile.TemporaryDirectory(dir=data.parent, prefix=".packed.") as scratch:
+            entries.update(_append(_pack(graph, Path(scratch)), data))
     for path in graphs:
         model = onnx.load(path, load_external_data=False)
         for initializer in model.graph.initializer:
             for key, value in entries.get(initializer.name, ()):
                 initializer.external_data.add(key=key, value=value)
         onnx.save(model, path)
+
+
+def _saved(parts: Iterable[onnx.ModelProto], path: Path) -> Iterator[Path]:
+    """Each part in turn as a file at `path`, which must be beside the data that the parts refer to."""
+    try:
+        for part in parts:
+            onnx.save(part, path)
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _pack(graph: Path, folder: Path) -> Path:

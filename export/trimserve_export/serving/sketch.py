@@ -1,7 +1,8 @@
 """Write the sketch of a folder's cold rows: integers, what bounds the rest, and the graph that multiplies.
 
 The rows are read as the folder's own runtime reads them (`ColdRows.head`): in the graph's dtype, and what
-the integers stand for if the head is quantised. A run of `SORTED_ROWS` rows is in memory at a time.
+the integers stand for if the head is quantised. The integers of one run of `run_rows` rows are in memory
+at a time, and a slice of its rows in floats: once for their largest entries, once in the order of these.
 
 The integers are the right operand of MatMulInteger, which is several times as fast on a packed matrix as
 on one that lies row by row (docs/certificate.md has both); so they are stored transposed, a run of
@@ -9,7 +10,7 @@ rows a tile, with their packed form behind them, as `serving/packed.py` does it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,8 @@ from trimserve.sketch import (
     SKETCH_FILES,
     SKETCH_GRAPH_NAME,
     SKETCH_NAME,
-    SORTED_ROWS,
     ZERO,
-    SketchedRows,
+    run_rows,
     sketch_rows,
 )
 from trimserve.tensorfile import ArrayTensor, exhaust, map_tensor, write_tensors
@@ -42,6 +42,8 @@ from trimserve_export.serving.packed import store_packed
 _OPSET = 20
 # Nothing overflows 32 bits below this width.
 _MAX_WIDTH = 1 << 17
+# Entries of rows in memory as floats: 4 MiB in float64, of which rounding holds several copies.
+_SLICE_ENTRIES = 1 << 19
 _Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -81,39 +83,58 @@ def add_sketch(path: Path) -> Manifest:
     magnitudes = _magnitudes(folder, cold)
     runs: list[_Arrays] = []
     with (path / SKETCH_DATA_NAME).open("wb") as data:
-        for start in range(0, len(cold), SORTED_ROWS):
-            ids = cold.cold_ids[start : start + SORTED_ROWS]
-            sketched, arrays = _sketch_run(cold, ids, start, magnitudes)
-            data.write(np.ascontiguousarray(sketched.integers.T).tobytes())
+        for start in range(0, len(cold), run_rows(cold.width)):
+            ids = cold.cold_ids[start : start + run_rows(cold.width)]
+            integers, arrays = _sketch_run(cold, ids, start, magnitudes)
+            data.write(integers.data)
             runs.append(arrays)
-    arrays = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+    arrays = _concatenated(runs)
     exhaust(write_tensors(path / SKETCH_NAME, {name: ArrayTensor(array) for name, array in arrays.items()}))
     graph = path / SKETCH_GRAPH_NAME
-    onnx.save(_graph([run["order"].size for run in runs], cold.width), graph)
-    store_packed([graph], path / SKETCH_DATA_NAME)
+    sizes = [run["order"].size for run in runs]
+    onnx.save(_graph(sizes, cold.width), graph)
+    parts = (_graph(sizes, cold.width, [number]) for number in range(len(sizes)))
+    store_packed([graph], path / SKETCH_DATA_NAME, parts)
     return _add_to_manifest(folder, arrays)
 
 
 def _sketch_run(
     cold: ColdRows, ids: Ids, start: int, magnitudes: Callable[[Ids, Doubles], Doubles]
-) -> tuple[SketchedRows, _Arrays]:
-    """Sketch rows that follow each other, sorted by their largest entries."""
-    rows = cold.head(ids).astype(np.float32)
-    places = np.argsort(np.abs(rows).max(axis=1), kind="stable")
+) -> tuple[npt.NDArray[np.uint8], _Arrays]:
+    """Sketch rows that follow each other, sorted by their largest entries: integers (H, n), and the rest."""
+    slices = [np.abs(rows).max(axis=1) for _, rows in _read(cold, ids)]
+    places = np.argsort(np.concatenate(slices), kind="stable")
     places = np.concatenate([places, np.repeat(places[-1:], -len(places) % GROUP_ROWS)])
-    sketched = sketch_rows(rows[places])
-    sizes = round_up(sketched.norms + sketched.residuals)
-    arrays: _Arrays = {
-        "order": (start + places).astype(np.int32),
-        "scales": sketched.scales,
-        "residuals": sketched.residuals,
-        "norms": sketched.norms,
-        "magnitudes": np.maximum(sizes, magnitudes(ids[places], sizes)),
-    }
-    if cold.has_head_bias:
-        bias = cold.head_bias(ids[places]).astype(np.float64)
-        arrays["bias"] = bias.reshape(-1, GROUP_ROWS).max(axis=1)
-    return sketched, arrays
+    integers = np.empty((cold.width, places.size), np.uint8)
+    parts: list[_Arrays] = []
+    for where, rows in _read(cold, ids[places]):
+        sketched = sketch_rows(rows)
+        integers[:, where] = sketched.integers.T
+        sizes = round_up(sketched.norms + sketched.residuals)
+        part: _Arrays = {
+            "order": (start + places[where]).astype(np.int32),
+            "scales": sketched.scales,
+            "residuals": sketched.residuals,
+            "norms": sketched.norms,
+            "magnitudes": np.maximum(sizes, magnitudes(ids[places[where]], sizes)),
+        }
+        if cold.has_head_bias:
+            bias = cold.head_bias(ids[places[where]]).astype(np.float64)
+            part["bias"] = bias.reshape(-1, GROUP_ROWS).max(axis=1)
+        parts.append(part)
+    return integers, _concatenated(parts)
+
+
+def _read(cold: ColdRows, ids: Ids) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    """Head rows a slice at a time, each of whole groups if all are."""
+    step = max(1, _SLICE_ENTRIES // cold.width // GROUP_ROWS) * GROUP_ROWS
+    for first in range(0, len(ids), step):
+        where = slice(first, min(first + step, len(ids)))
+        yield where, cold.head(ids[where]).astype(np.float32, copy=False)
+
+
+def _concatenated(parts: Sequence[_Arrays]) -> _Arrays:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _magnitudes(folder: TrimmedFolder, cold: ColdRows) -> Callable[[Ids, Doubles], Doubles]:
@@ -134,8 +155,14 @@ def _magnitudes(folder: TrimmedFolder, cold: ColdRows) -> Callable[[Ids, Doubles
     return of_groups
 
 
-def _graph(runs: Sequence[int], width: int) -> onnx.ModelProto:
-    """Digits (M, H) -> the largest product with the integers of each group, int32 (M, groups)."""
+def _graph(runs: Sequence[int], width: int, chosen: Sequence[int] | None = None) -> onnx.ModelProto:
+    """Digits (M, H) -> the largest product with the integers of each group, int32 (M, groups).
+
+    Args:
+        runs: rows of each run.
+        width: H.
+        chosen: the runs whose groups it is about, all by default.
+    """
     if width > _MAX_WIDTH:
         raise ValueError(f"rows of {width} integers overflow a sum of 32 bits")
     helper, types = onnx.helper, onnx.TensorProto
@@ -144,13 +171,14 @@ def _graph(runs: Sequence[int], width: int) -> onnx.ModelProto:
         helper.make_tensor("last_axis", types.INT64, [1], [2]),
         helper.make_tensor("groups", types.INT64, [3], [0, -1, GROUP_ROWS]),
     ]
-    nodes, maxima, offset = [], [], 0
-    for number, rows in enumerate(runs):
+    chosen = range(len(runs)) if chosen is None else chosen
+    nodes, maxima = [], []
+    for number in chosen:
+        rows = runs[number]
         integers, products, grouped, largest = (
             f"{name}_{number}" for name in ("integers", "products", "grouped", "largest")
         )
-        initializers.append(_stored(integers, offset, (width, rows)))
-        offset += width * rows
+        initializers.append(_stored(integers, width * sum(runs[:number]), (width, rows)))
         nodes += [
             helper.make_node("MatMulInteger", ["digits", integers, "zero", "zero"], [products]),
             helper.make_node("Reshape", [products, "groups"], [grouped]),
@@ -158,11 +186,12 @@ def _graph(runs: Sequence[int], width: int) -> onnx.ModelProto:
         ]
         maxima.append(largest)
     nodes.append(helper.make_node("Concat", maxima, ["maximum"], axis=1))
+    groups = sum(runs[number] for number in chosen) // GROUP_ROWS
     graph = helper.make_graph(
         nodes,
         "cold_sketch",
         [helper.make_tensor_value_info("digits", types.UINT8, ["digits", width])],
-        [helper.make_tensor_value_info("maximum", types.INT32, ["digits", sum(runs) // GROUP_ROWS])],
+        [helper.make_tensor_value_info("maximum", types.INT32, ["digits", groups])],
         initializers,
     )
     opsets = [helper.make_opsetid("", _OPSET)]
