@@ -282,6 +282,40 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (["--text-column", "p", "--output-column", "c"], [{"p": "a dog", "c": "the zebra\n"}]),
+        (["--text-column", "p", "--unit", "line"], [{"p": "a dog\nthe zebra\n\n"}, {"p": "a cat"}]),
+        (
+            ["--chat"],
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+        ),
+    ],
+)
+def test_held_out_files_are_read_as_profile_reads_them(options, rows, tmp_path, monkeypatch, capsys):
+    if "--chat" in options:
+        pytest.importorskip("jinja2")
+    monkeypatch.chdir(tmp_path)
+    folder = save_model_folder("byte_level_bpe", tmp_path / "model")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert main(["profile", "a.txt", "-m", "model", "-o", "p.safetensors"]) == 0
+    assert main(["profile", "b.jsonl", "-m", "model", "-o", "h.safetensors", *options]) == 0
+    capsys.readouterr()
+    found = []
+    for held_out in (["b.jsonl", *options], ["h.safetensors"]):
+        assert main(["report", "p.safetensors", "--format", "json", "--held-out", *held_out]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert found[0]["held_out_tokens"] == Profile.load("h.safetensors").tokens
+    for nothing_to_read in (["--held-out", "h.safetensors"], []):
+        assert main(["report", "p.safetensors", *options, *nothing_to_read]) == 2
+        assert "leave the options out" in capsys.readouterr().err
+
+
 def made_manifest(vocab, verification):
     return Manifest(
         source=Source("model", None, {}),

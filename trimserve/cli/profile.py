@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.cli.corpus import add_reading_arguments, reading_options
 from trimserve.cli.output import emit
 
 if TYPE_CHECKING:
@@ -24,16 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-m", "--model", required=True, help="folder or hub id whose tokenizer counts")
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
-    parser.add_argument(
-        "--text-column", metavar="C", help="field of a row that holds its text, as a.b.c if nested"
-    )
-    parser.add_argument("--output-column", metavar="C", help="field of the completion, counted apart")
-    parser.add_argument(
-        "--chat", action="store_true", help="rows of messages, through the model's chat template"
-    )
-    parser.add_argument(
-        "--unit", choices=("document", "line", "paragraph"), help="what one text is (default: document)"
-    )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave bad rows and bytes out, and count them"
     )
@@ -51,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.profiling import Profile, ProfileInterrupted, profile
 
     check_output(args.output, "profile")  # before minutes of counting
-    options: Any = {name: value for name in _OPTIONS if (value := getattr(args, name))}
+    options: Any = reading_options(args)
+    options |= {name: value for name in _OPTIONS if (value := getattr(args, name))}
     if args.workers is not None:
         options["workers"] = args.workers
     if args.resume and args.output.exists():
@@ -68,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_OPTIONS = ("text_column", "output_column", "chat", "unit", "skip_bad", "engine", "shard")
+_OPTIONS = ("skip_bad", "engine", "shard")
 
 
 def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.cli.corpus import add_reading_arguments, reading_options
 from trimserve.cli.output import emit
 from trimserve.cli.profiles import add_profile_arguments, load_profiles
 from trimserve.errors import UsageError
@@ -28,11 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="a trimmed folder: its vocab, its verification"
     )
-    held_out = "texts that were not profiled, or a profile of them (.safetensors)"
-    parser.add_argument("--held-out", nargs="+", metavar="CORPUS", help=held_out)
-    parser.add_argument(
-        "--text-column", metavar="C", help="field of a record of --held-out that holds its text"
-    )
+    held_out = "files of them, or a profile of them (.safetensors)"
+    unseen = parser.add_argument_group("texts that were not profiled")
+    unseen.add_argument("--held-out", nargs="+", metavar="CORPUS", help=held_out)
+    add_reading_arguments(unseen)
     parser.add_argument(
         "--min-docs", type=int, metavar="N", help="name no token that less than N documents hold"
     )
@@ -118,10 +118,17 @@ def _held_out(args: argparse.Namespace, source: "ModelSource | None") -> "Profil
     from trimserve.merging import merge
     from trimserve.profiling import Profile, profile
 
+    reading = reading_options(args)
+    counted = all(Path(name).suffix == ".safetensors" for name in args.held_out or ())
+    if counted and reading:
+        raise UsageError(
+            "--text-column, --output-column, --chat and --unit say how the files of --held-out are read: "
+            "name such files, or leave the options out."
+        )
     if not args.held_out:
         return None
-    if all(Path(name).suffix == ".safetensors" for name in args.held_out):
+    if counted:
         return merge([Profile.load(name) for name in args.held_out])
     if source is None:
         raise UsageError("--held-out is counted with the model's tokenizer, which is not at hand: pass -m.")
-    return profile(args.held_out, source, text_column=args.text_column)
+    return profile(args.held_out, source, **reading)
