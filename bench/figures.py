@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench.tables import quiet
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -79,12 +81,17 @@ def decode(figure: "Figure", rows: Mapping[str, Sequence[Row]], theme: Theme) ->
     axes = figure.subplots()
     names = [f"{row['model']}\n{row['quantize'] or 'fp32'}, K = {row['kept']:,}" for row in found]
     colours = {"full": theme.full, "compact": theme.compact, "exact": theme.exact}
-    series = {
-        mode: ([row["token_ms"][mode]["median"] for row in found], colour) for mode, colour in colours.items()
-    }
+    series = {mode: ([_token_ms(row, mode) for row in found], colour) for mode, colour in colours.items()}
     _horizontal_bars(axes, theme, names, series, "{:.1f}")
     _style(axes, theme, "Milliseconds a token: less is faster")
     _legend(axes, theme, loc="lower right")
+
+
+def _token_ms(row: Row, mode: str) -> float:
+    """A mode's median; of exact mode as it runs by default, with the sketch where the model has one."""
+    times = row["token_ms"]
+    found = times.get("certified", times["exact"]) if mode == "exact" else times[mode]
+    return float(found["median"])
 
 
 def quality(figure: "Figure", rows: Mapping[str, Sequence[Row]], theme: Theme) -> None:
@@ -157,9 +164,18 @@ def _agreement(axes: "Axes", theme: Theme, points: Sequence[Row], tokens: int) -
 
 
 def encoder(figure: "Figure", rows: Mapping[str, Sequence[Row]], theme: Theme) -> None:
-    """Resident memory of encoders, and the ratio of their times."""
+    """Resident memory of encoders, and the ratio of their times where they were measured in quiet."""
     found = rows["encoder_grid"]
-    memory, ratio = figure.subplots(1, 2, width_ratios=(3, 2))
+    timed = quiet(found)
+    if timed:
+        memory, ratio = figure.subplots(1, 2, width_ratios=(3, 2))
+        _time_ratios(ratio, theme, timed)
+    else:
+        memory = figure.subplots()
+    _resident_memory(memory, theme, found)
+
+
+def _resident_memory(memory: "Axes", theme: Theme, found: Sequence[Row]) -> None:
     names, anonymous, mapped = [], [], []
     for row in found:
         names += [f"{row['model']}\n{row['vocab_size']:,} rows", f"{row['kept']:,} rows"]
@@ -177,6 +193,9 @@ def encoder(figure: "Figure", rows: Mapping[str, Sequence[Row]], theme: Theme) -
     memory.grid(axis="x", color=theme.grid, linewidth=0.6)
     _style(memory, theme, "Resident memory, MB")
     _legend(memory, theme, loc="lower right")
+
+
+def _time_ratios(ratio: "Axes", theme: Theme, found: Sequence[Row]) -> None:
     for number, row in enumerate(found):
         ratios = [cell["time_ratio"] for cell in row["cells"]]
         at = number + np.linspace(-0.32, 0.32, len(ratios))
