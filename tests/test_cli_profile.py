@@ -241,6 +241,20 @@ def interrupt_after(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_slices")
+def test_a_bad_row_in_a_late_slice_writes_nothing(here, call):
+    rows = [json.dumps({"t": f"a cat {i} sat"}) for i in range(300)]
+    arguments = ("profile", "rows.jsonl", "--text-column", "t", "-m", "model", "-o", "p")
+    (here / "rows.jsonl").write_text("\n".join([*rows, "{broken"]), "utf-8")
+    code, out, err = call(*arguments)
+    assert (code, out, (here / "p").exists()) == (2, "", False)
+    assert "line 301" in err
+    assert call(*arguments, "--skip-bad")[0] == 0
+    older = (here / "p").read_bytes()
+    assert call(*arguments)[0] == 2
+    assert (here / "p").read_bytes() == older
+
+
+@pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("done", [1, 4, 7])
 def test_ctrl_c_keeps_what_was_counted_and_resume_goes_on(here, call, interrupt_after, done):
     (here / "long.txt").write_text(f"{TEXT}the cat é sat <think>\n" * 30, "utf-8")
