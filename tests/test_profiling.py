@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from collections import Counter
 from itertools import chain
 
@@ -308,3 +309,24 @@ def test_real_corpora_are_counted_like_the_plain_way(data_dir, name, monkeypatch
     parts = list(Corpus([], texts=texts).documents())
     assert len(parts) > 1.5 * len(texts)
     assert np.array_equal(profile((), folder, texts=texts).counts, expected)
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["document", "line"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_files_of_all_corpora_are_counted_like_a_counter(data_dir, name, unit, tmp_path):
+    texts = list(chain.from_iterable(corpus_slices(data_dir, 30_000).values()))
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:03}.txt").write_text(text, "utf-8", newline="")
+    if unit == "line":
+        texts = [line for text in texts for line in re.split("\r\n|\r|\n", text) if line.strip()]
+    folder = data_dir / "tokenizers" / name
+    encoded = resolve_model(folder).tokenizer().encode_batch_fast(texts)
+    counted = profile(tmp_path, folder, unit=unit, workers=1, progress=False)
+    expected = Counter(id_ for one in encoded for id_ in one.ids)
+    assert {id_: int(counted.counts[id_]) for id_ in np.flatnonzero(counted.counts)} == expected
+    expected = Counter(id_ for one in encoded for id_ in set(one.ids))
+    found = counted.document_counts
+    assert {id_: int(found[id_]) for id_ in np.flatnonzero(found)} == expected
+    assert (counted.texts, counted.characters) == (len(texts), sum(map(len, texts)))
