@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from trimserve.errors import UsageError, require
 
@@ -143,7 +144,9 @@ def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[s
     texts = [*_AWKWARD, *sample]
     engine: Engine
     expected = plain.encode(texts)
-    for engine in ("fastokens", "words") if size >= _WORTH_LOADING else ("words",):
+    # fastokens knows BPE alone; trying others would cost the parsing of their vocab.
+    fast = size >= _WORTH_LOADING and isinstance(tokenizer.model, BPE)
+    for engine in ("fastokens", "words") if fast else ("words",):
         try:
             encoder = make_encoder(engine, tokenizer, tokenizer_json)
             found = encoder.encode(texts)
