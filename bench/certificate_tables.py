@@ -74,7 +74,7 @@ def products_table() -> str:
     if not _is_measured("certificate"):
         return _MISSING
     rows = harness.newest_rows("certificate", "model")
-    sizes = list(rows[-1]["products_ms"]["warm"]["sketch"])
+    sizes = sorted(rows[-1]["products_ms"]["warm"]["sketch"], key=int)
     names = {"cold": "cold head", "sketch": "sketch and its bounds", "full": "the full model's head"}
     lines = []
     for row in rows:
