@@ -1,5 +1,7 @@
 """Values and nodes of a graph: what they are called, and what a value is behind Identity and Transpose."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
@@ -33,11 +35,7 @@ def find_input(graph: ir.Graph, name: str) -> ir.Value:
     Raises:
         UnsupportedModelError: there is none.
     """
-    for value in graph.inputs:
-        if value.name == name:
-            return value
-    names = ", ".join(str(value.name) for value in graph.inputs)
-    raise UnsupportedModelError(f"the graph has no input {name}: it has {names}.")
+    return _named(graph.inputs, name, "input")
 
 
 def find_output(graph: ir.Graph, name: str) -> ir.Value:
@@ -46,11 +44,15 @@ def find_output(graph: ir.Graph, name: str) -> ir.Value:
     Raises:
         UnsupportedModelError: there is none.
     """
-    for value in graph.outputs:
+    return _named(graph.outputs, name, "output")
+
+
+def _named(values: Sequence[ir.Value], name: str, kind: str) -> ir.Value:
+    for value in values:
         if value.name == name:
             return value
-    names = ", ".join(str(value.name) for value in graph.outputs)
-    raise UnsupportedModelError(f"the graph has no output {name}: it has {names}.")
+    names = ", ".join(str(value.name) for value in values)
+    raise UnsupportedModelError(f"the graph has no {kind} {name}: it has {names}.")
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol:

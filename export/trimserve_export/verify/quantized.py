@@ -41,11 +41,7 @@ def check_quantized_head(context: Context) -> Check:
             same = (stored.integers[part] == expected.integers).all(axis=(1, 2))
             same &= (stored.scales[part] == expected.scales).all(axis=1)
             if not same.all():
-                first = int(ids[start + int(same.argmin())])
-                detail = (
-                    f"the quantised {kind} row of token id {first:,} is not that of {context.source.name}"
-                )
-                return Check("quantized-head", False, None, detail)
+                return _differing("quantized-head", kind, int(ids[start + int(same.argmin())]), context)
     counts = " and ".join(f"{len(ids):,} {kind}" for kind, ids, _ in parts)
     return Check("quantized-head", True, 0.0, f"{counts} rows quantised again from the checkpoint")
 
@@ -69,13 +65,14 @@ def check_quantized_embedding(context: Context) -> Check:
             expected = rounded.read(np.asarray(rows[ids[start : start + step]]))
             same = (stored[start : start + step] == expected).all(axis=1)
             if not same.all():
-                first = int(ids[start + int(same.argmin())])
-                detail = (
-                    f"the quantised {kind} row of token id {first:,} is not that of {context.source.name}"
-                )
-                return Check("quantized-embedding", False, None, detail)
+                return _differing("quantized-embedding", kind, int(ids[start + int(same.argmin())]), context)
     counts = " and ".join(f"{len(ids):,} {kind}" for kind, ids, _ in parts)
     return Check("quantized-embedding", True, 0.0, f"{counts} rows rounded again from the checkpoint")
+
+
+def _differing(name: str, kind: str, token_id: int, context: Context) -> Check:
+    detail = f"the quantised {kind} row of token id {token_id:,} is not that of {context.source.name}"
+    return Check(name, False, None, detail)
 
 
 def _table(lookup: ir.Node, width: int) -> np.ndarray:
