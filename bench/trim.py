@@ -94,7 +94,7 @@ def _trimserve(way: str, folder: Path, out: Path, vocab: VocabMap) -> dict[str, 
 
 def _onnxsim(_: str, folder: Path, out: Path, vocab: VocabMap) -> dict[str, Any]:
     import onnx
-    from onnxsim import pruning  # type: ignore[import-untyped]
+    from onnxsim import pruning
 
     out.mkdir()
     with AnonymousPeak() as peak:
