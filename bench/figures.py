@@ -251,3 +251,32 @@ def scale(figure: "Figure", rows: Mapping[str, Sequence[Row]], theme: Theme) -> 
     gain.axvline(1, color=theme.full, linewidth=1)
     _style(gain, theme, "Simulated speed, times the full model's")
     _legend(gain, theme, loc="lower right")
+
+
+def scaling(figure: "Figure", rows: Mapping[str, Sequence[Row]], theme: Theme) -> None:
+    """Seconds of `trimserve profile` against the bytes of the corpus, a panel a tokenizer."""
+    (row,) = rows["profile_scaling"]
+    panels = figure.subplots(1, len(row["seconds"]), sharey=True, squeeze=False)[0]
+    looks = {
+        "1 worker": ("o--", theme.compact),
+        "2 workers": ("o-", theme.compact),
+        "Ray, 1 worker": ("s--", theme.exact),
+        "Ray, 2 workers": ("s-", theme.exact),
+    }
+    for axes, (name, by_series) in zip(panels, row["seconds"].items(), strict=True):
+        for series, seconds in by_series.items():
+            look, colour = looks[series]
+            sizes = sorted(seconds, key=int)
+            megabytes = [int(size) / 1e6 for size in sizes]
+            taken = [seconds[size] for size in sizes]
+            axes.plot(megabytes, taken, look, color=colour, label=series, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(megabytes, [f"{size:.0f}" for size in megabytes])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.grid(color=theme.grid, linewidth=0.6)
+        axes.set_xlabel("MB of text")
+        _style(axes, theme, name)
+    panels[0].set_ylabel("seconds, start included")
+    _legend(panels[0], theme, loc="upper left")

@@ -74,6 +74,12 @@ FIGURES = {
         certificate_tables.draw,
         "How far the largest kept logit is above the largest cold one, and how wide the bound is",
     ),
+    "profile_scaling": Figure(
+        {"profile_scaling": ()},
+        (9.5, 3.8),
+        figures.scaling,
+        "Seconds of profiling by megabytes of text, with processes of one machine and with Ray",
+    ),
 }
 
 

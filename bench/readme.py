@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import certificate_tables, decode_tables, encoder, harness, plot, tables
+from bench import certificate_tables, decode_tables, encoder, harness, plot, profile_tables, tables
 from bench.finetune_tables import banking_table, finetune_table
 from bench.matrix_table import matrix_table
 from trimserve.report import human_bytes
 
 PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
+# Result files that are not named after the module that writes them.
+_COMMANDS = {"profile_scaling": "profile --scaling", "profile_memory": "profile --memory"}
 MARKERS = re.compile(r"<!-- (measured|plot): (\w+) -->")
 _BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -109,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream": stream_table,
     "trim": trim_table,
     **tables.TABLES,
+    **profile_tables.TABLES,
     "finetune": finetune_table,
     "finetune_banking": banking_table,
     "certificate": certificate_tables.decode_table,
@@ -143,8 +146,9 @@ def render(text: str, page: Path = PAGES[0]) -> str:
         try:
             return match[1] + (TABLES[name]() if kind == "measured" else picture(name, page)) + match[4]
         except FileNotFoundError as error:
-            module = Path(error.filename).stem
-            return f"{match[1]}Not measured yet: `python -m bench.{module}`.\n{match[4]}"
+            name = Path(error.filename).stem
+            command = _COMMANDS.get(name, name)
+            return f"{match[1]}Not measured yet: `python -m bench.{command}`.\n{match[4]}"
 
     return _BLOCK.sub(made, text)
 

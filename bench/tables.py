@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench import harness, paper, peers, profile, serving
+from bench import harness, paper, peers, serving
 from trimserve.report import human_bytes
 
 # Of the founding paper's rule: the corpora whose rows are shown.
@@ -282,18 +282,7 @@ def _met(is_met: bool) -> str:
     return "met" if is_met else "missed"
 
 
-def profile_table() -> str:
-    """MB/s of counting beside the plain loop, from bench/profile.py."""
-    row = harness.last_row("profile")
-    caption = (
-        "Median MB/s of text, tokenizers loaded. Loop: `encode_batch` and a Counter; encode alone: "
-        f"`encode_batch_fast` without looking at its ids. {where(row)}."
-    )
-    return markdown(profile.HEADER, profile.throughput_lines(row)) + f"\n{caption}\n"
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "profile": profile_table,
     "encoder_memory": encoder_memory_table,
     "encoder_time": encoder_time_table,
     "paper": paper_table,
