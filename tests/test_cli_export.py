@@ -114,6 +114,34 @@ def test_layout_tokenizer_tells_how_segmentation_changes(source, corpus, tmp_pat
     assert found == open_folder(tmp_path / "b").manifest.segmentation
 
 
+def test_corpora_are_read_by_the_options_of_profile(source, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("q,a\nthe cat,sat\nthe mat,dog\n", "utf-8")
+    reading = ["--text-column", "q", "--output-column", "a"]
+    profile = tmp_path / "p.safetensors"
+    assert main(["profile", str(rows), "-m", str(source), "-o", str(profile), *reading]) == 0
+    export = ["export", "-m", str(source), "--layout", "tokenizer", "--top-k", "16", "--format", "json"]
+    found = []
+    for name, ids in (("a", ["--corpus", str(rows)]), ("b", ["--profile", str(profile)])):
+        capsys.readouterr()
+        assert main([*export, "-o", str(tmp_path / name), *ids, *reading]) == 0
+        segmentation = json.loads(capsys.readouterr().out)["segmentation"]
+        vocab = load_vocab(tmp_path / name / "vocab_map.safetensors")
+        found.append((vocab.kept_ids.tolist(), vocab.rule["output_coverage"], segmentation["texts"]))
+    assert found[0] == found[1]
+    assert found[0][2] == 4  # two prompts, two completions
+    # Without the options the profiled rows cannot be read again, so nothing is compared.
+    assert main([*export, "-o", str(tmp_path / "c"), "--profile", str(profile)]) == 0
+    assert json.loads(capsys.readouterr().out)["segmentation"] is None
+
+
+def test_options_of_reading_need_something_to_read(source, tmp_path, capsys):
+    save_vocab(make_vocab(range(11), V, "0" * 64), tmp_path / "v.safetensors")
+    arguments = ["export", "-m", str(source), "-o", str(tmp_path / "out"), "--chat"]
+    assert main([*arguments, "--vocab", str(tmp_path / "v.safetensors")]) == 2
+    assert "--corpus" in capsys.readouterr().err
+
+
 def test_held_out_texts_need_the_layout(source, corpus, tmp_path, capsys):
     arguments = ["export", "-m", str(source), "-o", str(tmp_path / "out"), "--corpus", str(corpus)]
     assert main([*arguments, "--held-out", str(corpus)]) == 2

@@ -87,7 +87,7 @@ def profile(
     how = How(options.get("engine", "local"), workers, Shard.parse(shard) if shard else None)
     source = resolve_model(model, weights=False)
     read = Corpus(
-        [str(file) for file in files], texts=options.get("texts"), reading=_reading(source, options)
+        [str(file) for file in files], texts=options.get("texts"), reading=reading_of(source, options)
     )
     before = None if resume is None else _tally_of(resume, source)
     if workers is not None:
@@ -104,7 +104,12 @@ def profile(
     return _profile_of(tally, source, tokenizer)
 
 
-def _reading(source: ModelSource, options: ProfileOptions) -> Reading:
+def reading_of(source: ModelSource, options: ProfileOptions) -> Reading:
+    """How `profile` reads rows with these options; `chat` takes the model's chat template.
+
+    Raises:
+        UsageError: the model has no chat template, or the options do not go together.
+    """
     return Reading(
         text_column=options.get("text_column"),
         output_column=options.get("output_column"),

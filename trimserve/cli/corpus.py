@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-_OPTIONS = ("text_column", "output_column", "chat", "unit")
+_OPTIONS = ("text_column", "output_column", "chat", "unit", "skip_bad")
 
 
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
@@ -17,6 +17,9 @@ def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--unit", choices=("document", "line", "paragraph"), help="what one text is (default: document)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave bad rows and bytes out, and count them"
     )
 
 

@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.cli.corpus import add_reading_arguments, reading_options
 from trimserve.cli.output import emit
 from trimserve.cli.profiles import load_profiles
 from trimserve.cli.select import add_selection_arguments, selection_options
 from trimserve.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from trimserve.corpus import CorpusSource
+    from trimserve.corpus import CorpusSource, Reading
     from trimserve.profiling import Profile
     from trimserve.source import ModelSource
     from trimserve.vocab import VocabMap
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
     ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
     ids.add_argument("--corpus", nargs="+", metavar="FILE", help="texts to profile and select from")
-    parser.add_argument("--text-column", metavar="C", help="field of a .jsonl record that holds its text")
+    add_reading_arguments(parser.add_argument_group("how files of --corpus and --held-out are read"))
     add_selection_arguments(parser)
     _add_export_arguments(parser)
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--vocab already says which ids stay: leave out the options that select.")
     if args.held_out and args.layout != "tokenizer":
         raise UsageError("--held-out compares tokenizers, and only --layout tokenizer has two: leave it out.")
+    _check_reading(args)
     check_target(args.output, overwrite=args.overwrite)  # before minutes of work
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -96,11 +98,21 @@ def run(args: argparse.Namespace) -> int:
         profile = _profile(args, source)
         vocab = _vocab(args, source, profile, options)
         if args.layout == "tokenizer":
-            settings |= {"profile": profile, "sample": _sample(args, profile)}
+            settings |= {"profile": profile, "sample": _sample(args, source, profile)}
         result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
     emit(args, document, _summary(document))
     return 0
+
+
+def _check_reading(args: argparse.Namespace) -> None:
+    # With --layout tokenizer the files of a profile are read again, to compare segmentations.
+    reads = args.corpus or args.held_out or (args.profile and args.layout == "tokenizer")
+    if reading_options(args) and not reads:
+        raise UsageError(
+            "--text-column, --output-column, --chat, --unit and --skip-bad say how files are read: name such "
+            "files with --corpus, or leave the options out."
+        )
 
 
 def _own_vocab(source: "ModelSource", options: dict[str, Any]) -> Path:
@@ -134,29 +146,31 @@ def _profile(args: argparse.Namespace, source: "ModelSource") -> "Profile | None
     if args.profile is not None:
         return merge(list(load_profiles(args.profile).values()))
     if args.corpus is not None:
-        return profile(args.corpus, source, text_column=args.text_column)
+        return profile(args.corpus, source, **reading_options(args))
     return None
 
 
-def _sample(args: argparse.Namespace, profile: "Profile | None") -> "Sample | None":
+def _sample(args: argparse.Namespace, source: "ModelSource", profile: "Profile | None") -> "Sample | None":
     """Texts to compare tokenizers on: held-out ones if there are any, else those that were profiled."""
+    from trimserve.profiling import reading_of
     from trimserve_export.layouts.segmentation import Sample
 
+    options: Any = reading_options(args)
+    reading = reading_of(source, options)
     if args.held_out:
-        return Sample.of_files(args.held_out, args.text_column, held_out=True)
+        return Sample.of_files(args.held_out, reading, held_out=True)
     sources = profile.sources if profile is not None else ()
-    files = [source.name for source in sources if _is_at_hand(source, args.text_column)]
-    return Sample.of_files(files, args.text_column, held_out=False) if files else None
+    files = [counted.name for counted in sources if _is_at_hand(counted, reading)]
+    return Sample.of_files(files, reading, held_out=False) if files else None
 
 
-def _is_at_hand(source: "CorpusSource", text_column: str | None) -> bool:
-    """Whether a profiled file still lies where it did, unchanged, and can be read again."""
+def _is_at_hand(counted: "CorpusSource", reading: "Reading") -> bool:
+    """Whether a profiled file still lies where it did, unchanged, and the options say how it is read."""
     from trimserve.artefacts import sha256_file
-    from trimserve.corpus import JSONL_SUFFIXES
+    from trimserve.corpus import can_read
 
-    path = Path(source.name)
-    readable = text_column is not None or path.suffix.lower() not in JSONL_SUFFIXES
-    return readable and path.is_file() and sha256_file(path) == source.sha256
+    path = Path(counted.name)
+    return path.is_file() and can_read(path, reading) and sha256_file(path) == counted.sha256
 
 
 def _summary(document: dict[str, Any]) -> str:

@@ -26,9 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", required=True, help="folder or hub id whose tokenizer counts")
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
     add_reading_arguments(parser)
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave bad rows and bytes out, and count them"
-    )
     parser.add_argument("--workers", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--engine", choices=("local", "ray"), help="where to count (default: local)")
     parser.add_argument("--shard", metavar="I/N", help="count part I of N, from 1/N; merge adds them up")
@@ -61,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_OPTIONS = ("skip_bad", "engine", "shard")
+_OPTIONS = ("engine", "shard")
 
 
 def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:

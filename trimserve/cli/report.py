@@ -122,8 +122,8 @@ def _held_out(args: argparse.Namespace, source: "ModelSource | None") -> "Profil
     counted = all(Path(name).suffix == ".safetensors" for name in args.held_out or ())
     if counted and reading:
         raise UsageError(
-            "--text-column, --output-column, --chat and --unit say how the files of --held-out are read: "
-            "name such files, or leave the options out."
+            "--text-column, --output-column, --chat, --unit and --skip-bad say how the files of --held-out are "
+            "read: name such files, or leave the options out."
         )
     if not args.held_out:
         return None

@@ -26,6 +26,7 @@ __all__ = [
     "Reading",
     "Slice",
     "Unit",
+    "can_read",
     "iter_documents",
 ]
 
@@ -147,6 +148,15 @@ class Corpus:
             yield document
         self.bytes_read = before + section.count
         self.sources.append(CorpusSource("stdin", section.digest.hexdigest(), section.count))
+
+
+def can_read(path: Path, reading: Reading) -> bool:
+    """Whether a file's format is known, and goes with a reading."""
+    try:
+        Corpus([str(path)], reading=reading)
+    except UsageError:
+        return False
+    return True
 
 
 def iter_documents(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.corpus import Corpus
+from trimserve.corpus import Corpus, Reading
 from trimserve.report import percent
 from trimserve.vocab import Ids, VocabMap
 
@@ -27,9 +27,9 @@ class Sample:
     held_out: bool = True
 
     @classmethod
-    def of_files(cls, paths: Sequence[str], text_column: str | None, *, held_out: bool) -> "Sample":
-        """The lines of text files, or of a field of .jsonl records; read when they are compared."""
-        documents = Corpus(paths, text_column).documents()
+    def of_files(cls, paths: Sequence[str], reading: Reading, *, held_out: bool) -> "Sample":
+        """The lines of a corpus's documents; read when they are compared."""
+        documents = Corpus(paths, reading=reading).documents()
         lines = (line for document in documents for line in document.text.splitlines() if line.strip())
         return cls(lines, held_out)
 
