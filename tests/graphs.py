@@ -1,7 +1,8 @@
 """Tiny graphs with every layout of embedding and head that exporters and quantisers make.
 
 All numbers are small integers, and scales powers of two, so that sums are exact in whatever order a kernel
-adds: logits of a trimmed graph must equal those of the full one bit for bit.
+adds: logits of a trimmed graph must equal those of the full one bit for bit. `Sketch.real` draws real numbers
+instead, for what must be equal even then.
 """
 
 import re
@@ -25,6 +26,7 @@ class Sketch:
     H: int = 16
     block: int = 16
     seed: int = 0
+    real: bool = False
     lines: list[str] = field(default_factory=list)
     tensors: dict[str, ir.TensorProtocol] = field(default_factory=dict)
 
@@ -32,10 +34,12 @@ class Sketch:
         self.random = np.random.default_rng(self.seed)
 
     def floats(self, *shape: int, dtype=np.float32) -> np.ndarray:
-        return self.random.integers(-4, 5, shape).astype(dtype)
+        numbers = self.random.uniform(-4, 4, shape) if self.real else self.random.integers(-4, 5, shape)
+        return np.asarray(numbers, dtype)
 
     def scales(self, *shape: int) -> np.ndarray:
-        return np.exp2(self.random.integers(-2, 2, shape)).astype(np.float32)
+        powers = self.random.uniform(-2, 2, shape) if self.real else self.random.integers(-2, 2, shape)
+        return np.exp2(powers).astype(np.float32)
 
     def bytes(self, *shape: int) -> np.ndarray:
         return self.random.integers(0, 256, shape).astype(np.uint8)
@@ -296,6 +300,15 @@ def integer_fused(s: Sketch) -> None:
     )
 
 
+def integer_fused_scalar(s: Sketch) -> None:
+    """One scale for all tokens; zero points and bias left out."""
+    s.add(
+        f"product = {CONTRIB}.DynamicQuantizeMatMul(hidden, head, head_scale)",
+        head=s.bytes(s.H, s.V).view(np.int8),
+        head_scale=np.float32(0.5),
+    )
+
+
 def integer_to_float(s: Sketch) -> None:
     s.add("q, q_scale, q_zero = DynamicQuantizeLinear(hidden)")
     s.add(
@@ -320,6 +333,19 @@ def static_integer(s: Sketch) -> None:
         y_zero=np.uint8(128),
     )
     s.add("product = DequantizeLinear(whole, y_scale, y_zero)")
+
+
+def static_to_float(s: Sketch) -> None:
+    """Activations by one constant scale, logits in floats."""
+    s.add("q = QuantizeLinear(hidden, q_scale, q_zero)", q_scale=np.float32(0.25), q_zero=np.uint8(128))
+    s.add(
+        f"product = {CONTRIB}.MatMulIntegerToFloat"
+        "(q, head, q_scale, head_scale, q_zero, head_zero, head_bias)",
+        head=s.bytes(s.H, s.V),
+        head_scale=s.scales(s.V),
+        head_zero=s.bytes(s.V),
+        head_bias=s.floats(s.V),
+    )
 
 
 def nbits_4_g_idx(s: Sketch) -> None:
@@ -356,8 +382,10 @@ HEADS: dict[str, Callable[[Sketch], None]] = {
         integer,
         integer_by_token,
         integer_fused,
+        integer_fused_scalar,
         integer_to_float,
         static_integer,
+        static_to_float,
         nbits_4_g_idx,
         bnb4,
     )

@@ -18,6 +18,7 @@ from tests.exports import open_graph, read_float32
 from tests.folders import make_vocab
 from tests.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, sketch, sketch_tied
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize
+from trimserve.decoder import AFTER_HEAD_KEY, apply_after_head
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME
 from trimserve.source import resolve_model
@@ -91,15 +92,26 @@ def test_cold_head_and_bias_rows(tmp_path):
 
 
 BLOCKS = ("nbits_4", "nbits_4_flat", "nbits_8", "nbits_8_symmetric")
+# Their sums are of integers, so no order of adding them changes a bit.
+INTEGERS = (
+    *("integer", "integer_by_token", "integer_fused", "integer_fused_scalar", "integer_to_float"),
+    *("static_integer", "static_to_float"),
+)
 BY_GRAPH = (
     *("nbits_2", "nbits_4_float_zeros", "nbits_4_bias", "nbits_4_g_idx", "bnb4", "gemm", "gemm_by_column"),
-    *("qdq_int4", "qdq_uint4", "qdq_by_token", "integer", "integer_by_token"),
+    *("qdq_int4", "qdq_uint4", "qdq_by_token", *INTEGERS),
 )
 
 
-@pytest.mark.parametrize("head", [*BLOCKS, "matmul", "fused", *BY_GRAPH])
-def test_cold_head_gives_the_full_graphs_logits(tmp_path, head):
-    made = Sketch(H=48)
+@pytest.mark.parametrize(
+    ("head", "real"),
+    [
+        *((head, False) for head in (*BLOCKS, "matmul", "fused", *BY_GRAPH)),
+        *((head, True) for head in INTEGERS),
+    ],
+)
+def test_cold_head_gives_the_full_graphs_logits(tmp_path, head, real):
+    made = Sketch(H=48, real=real)
     EMBEDDINGS["blocks_int4"](made)
     middle(made)
     {**HEADS, "nbits_8_symmetric": partial(nbits, bits=8)}[head](made)
@@ -132,9 +144,11 @@ def test_cold_head_gives_the_full_graphs_logits(tmp_path, head):
 def assert_rows_give(folder: Path, hidden: np.ndarray, logits: np.ndarray, *, rounded: bool) -> None:
     """The rows that slots are multiplied with: what the head's integers stand for."""
     stored = read_float32(folder / COLD_NAME)
+    after_head = json.loads(ir.load(folder / "model.onnx").metadata_props[AFTER_HEAD_KEY])
     if hidden.shape[1] > 48:  # integers, scale and zero point
         hidden = (hidden[:, :48] - hidden[:, 49:]) * hidden[:, 48:49]
-    found = hidden @ stored["head"].T + stored.get("head_bias", 0)
+    bias = stored.get("head_bias", np.zeros(len(stored["head"]), np.float32))
+    found = apply_after_head(hidden @ stored["head"].T, bias, after_head)
     # Where ONNX Runtime rounds activations to 8 bits, a product with the rows differs by that.
     limit = 0.02 * np.abs(logits).max() if rounded else 1e-3
     np.testing.assert_allclose(found, logits, rtol=1e-5, atol=limit)
@@ -147,7 +161,7 @@ def stored_head(path: Path, count: int, width: int, scheme: BlockScheme) -> np.n
     return dequantize(map_tensor(specs.integers), map_tensor(specs.scales), width, scheme, zeros)
 
 
-@pytest.mark.parametrize(("embedding", "head"), [("plain", "integer_fused"), ("scaled_rows", "matmul")])
+@pytest.mark.parametrize(("embedding", "head"), [("scaled_rows", "matmul")])
 def test_refusal_names_the_layouts_that_are_left(tmp_path, embedding, head):
     source = resolve_model(save(sketch(embedding, head), tmp_path / "model"))
     (tmp_path / "out").mkdir()

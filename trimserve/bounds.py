@@ -132,13 +132,14 @@ class HeadArithmetic:
 
     @property
     def can_be_bounded(self) -> bool:
-        """Whether every operation is monotone, and the kernels of this processor are known.
+        """Whether every operation is known and monotone, and the kernels of this processor are known.
 
         Elsewhere than on x86, float16 products may be summed in float16, which no useful bound follows
         from, and activations may be rounded a row at a time.
         """
         factors = [number for operator, number in self.after_head if operator in ("Mul", "Div")]
-        monotone = all(number is not None and 0 < number < np.inf for number in factors)
+        known = all(operator == "Tanh" or operator in _EXACT for operator, _ in self.after_head)
+        monotone = known and all(number is not None and 0 < number < np.inf for number in factors)
         return monotone and (platform.machine() in _X86 or not (self.half or self.scheme))
 
     def bound(self, products: Doubles, bias: npt.ArrayLike, side: Literal[-1, 1]) -> Doubles:

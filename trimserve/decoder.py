@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 # What stands between the head's product and the logits: operators with the number each takes, None where
-# it takes none (Tanh) or one a token (an Add of the bias). The serving passes write it into the graph.
+# it takes none (Tanh, Round) or one a token (an Add of the bias). The serving passes write it into the graph.
 AfterHead = tuple[tuple[str, float | None], ...]
 AFTER_HEAD_KEY = "trimserve.after_head"
 # "true" in a graph whose attention writes its keys and values in place (GroupQueryAttention).
@@ -218,13 +218,17 @@ def apply_after_head(product: Floats, bias: Floats, after_head: AfterHead) -> Fl
     logits = product
     for operator, number in after_head:
         value = bias if number is None else np.float32(number)
-        logits = np.tanh(logits) if operator == "Tanh" else _ARITHMETIC[operator](logits, value)
+        unary = _UNARY.get(operator)
+        logits = _ARITHMETIC[operator](logits, value) if unary is None else unary(logits)
     return logits
 
 
+_UNARY: dict[str, Callable[[Floats], Floats]] = {"Tanh": np.tanh, "Round": np.rint}
 _ARITHMETIC: dict[str, Callable[..., Floats]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
     "Div": np.divide,
+    "Max": np.maximum,
+    "Min": np.minimum,
 }

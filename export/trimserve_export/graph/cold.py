@@ -46,7 +46,7 @@ class FullGraph:
 
 
 # Which input of a product is its bias.
-_OWN_BIAS = {"Gemm": 2, "MatMulNBits": 5}
+_OWN_BIAS = {"Gemm": 2, "MatMulNBits": 5, "MatMulIntegerToFloat": 6}
 
 
 def _biases(graph: ir.Graph, head: Head) -> Iterator[ir.TensorProtocol]:

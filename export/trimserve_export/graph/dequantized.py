@@ -18,6 +18,7 @@ from trimserve_export.graph.plan import VocabPlan, constant, optional_input
 from trimserve_export.graph.rows import copy_nodes, dtype_name, inline
 from trimserve_export.graph.weights import follow_weight, int_attribute
 from trimserve_export.serving.flow import Head, describe
+from trimserve_export.serving.head import STATIC_PRODUCTS
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -77,6 +78,9 @@ class DequantizedRows:
         """
         readers = {"MatMulNBits": _nbits, "MatMulBnb4": _bnb4, "MatMulInteger": _integers}
         node = self.head.product
+        if node.op_type in STATIC_PRODUCTS:
+            weight, scales, _ = STATIC_PRODUCTS[node.op_type]
+            return _columns(node, weight, _array(node, scales), ids.astype(np.int64), self.rows)
         if node.op_type in readers:
             return readers[node.op_type](node, ids.astype(np.int64), self.rows)
         if node.op_type == "Gemm":
@@ -179,8 +183,20 @@ def _integers(node: ir.Node, ids: npt.NDArray[np.int64], rows: int) -> Floats:
         for operand in maker.inputs
         if (tensor := constant(operand)) is not None
     )
-    columns = np.take(_array(node, 1), ids, axis=1).astype(np.float32)
-    zeros = np.zeros(1, np.float32) if optional_input(node, 3) is None else _array(node, 3).astype(np.float32)
-    factors = scale.numpy().astype(np.float32).reshape(-1)
-    zeros, factors = (array.reshape(-1)[ids] if array.size == rows else array for array in (zeros, factors))
+    return _columns(node, 1, scale.numpy(), ids, rows, zero_index=3)
+
+
+def _columns(
+    node: ir.Node,
+    index: int,
+    scale: npt.NDArray[Any],
+    ids: npt.NDArray[np.int64],
+    rows: int,
+    zero_index: int = 5,
+) -> Floats:
+    """Columns of an input (H, V), less their zero point, times their scale; one for all tokens or one each."""
+    columns = np.take(_array(node, index), ids, axis=1).astype(np.float32)
+    zeros = np.zeros(1) if optional_input(node, zero_index) is None else _array(node, zero_index)
+    zeros, factors = (array.astype(np.float32).reshape(-1) for array in (zeros, scale))
+    zeros, factors = (array[ids] if array.size == rows else array for array in (zeros, factors))
     return np.ascontiguousarray(((columns - zeros) * factors).T)

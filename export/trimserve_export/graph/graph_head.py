@@ -73,7 +73,7 @@ def _tile(full: FullGraph, head: Head, ids: Ids, rows: int, number: int) -> ir.M
     logits = find_output(full.model.graph, "logits")
     opsets = dict(full.model.graph.opset_imports)
     graph = ir.Graph([hidden], [], nodes=[], opset_imports=opsets, name=f"tile_{number}")
-    given = {head.hidden: hidden} if head.quantizer is None else _given_integers(graph, head, hidden)
+    given = _given_integers(graph, head, hidden) if head.is_dynamic else {head.hidden: hidden}
     if head.flatten is not None and (shape := head.flatten[1].inputs[1]) is not None:
         # In the graph the shape may be made of the input ids'.
         given[shape] = NodeWriter(graph, "unflatten").constant([1, -1, rows])
@@ -85,13 +85,13 @@ def _tile(full: FullGraph, head: Head, ids: Ids, rows: int, number: int) -> ir.M
     graph.outputs.append(copied)
     model = ir.Model(graph, ir_version=10)
     trim_graph(model, VocabMap(ids, np.full(len(ids), Reason.EXPLICIT, np.uint8), rows), has_head=True)
-    if head.quantizer is not None:
+    if head.is_dynamic:
         _subtract_zero_points(graph, hidden, head)
     return model
 
 
 def _width(head: Head) -> int:
-    return head.width if head.quantizer is None else head.width + QUANTIZED_EXTRA
+    return head.width + QUANTIZED_EXTRA if head.is_dynamic else head.width
 
 
 def _fed(name: str, head: Head, shape: Sequence[str | int]) -> ir.Value:

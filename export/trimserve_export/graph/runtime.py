@@ -24,6 +24,7 @@ from trimserve_export.serving.cold_head import write_cold_head
 from trimserve_export.serving.flow import find_embedding, find_head
 from trimserve_export.serving.seq2seq import DECODER_NAME, ENCODER_NAME, add_cross_attention, save_sharing
 from trimserve_export.serving.tied_head import same_tables
+from trimserve_export.serving.unfused_head import unfuse_head
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,9 @@ _CACHED = "then_branch"
 
 
 def full_graph(model: ir.Model, *, has_head: bool) -> FullGraph:
-    """An untrimmed graph with its embedding and head found."""
+    """An untrimmed graph with its embedding and head found, the head taken apart if it is a fused one."""
+    if has_head:
+        unfuse_head(model.graph)
     return FullGraph(model, find_embedding(model.graph), find_head(model.graph) if has_head else None)
 
 

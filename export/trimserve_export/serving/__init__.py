@@ -20,6 +20,7 @@ from trimserve_export.serving.flow import check_opset, describe, find_embedding,
 from trimserve_export.serving.last_logits import slice_before_head
 from trimserve_export.serving.shapes import fix_shapes
 from trimserve_export.serving.tied_head import tie_head
+from trimserve_export.serving.unfused_head import unfuse_head
 
 __all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_servable", "serve"]
 
@@ -117,6 +118,7 @@ def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
     _check_rows(embedding.gather, embedding.rows, rows)
     tied = False
     if has_head:
+        unfuse_head(model.graph)
         head = find_head(model.graph)
         _check_rows(head.product, head.rows, rows)
         model.metadata_props[AFTER_HEAD_KEY] = json.dumps(head.after)

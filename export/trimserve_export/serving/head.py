@@ -5,6 +5,7 @@ Never by a dimension that equals the vocab size: linear layers can have that, to
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
@@ -20,8 +21,14 @@ from trimserve_export.serving.values import (
 )
 
 # What may stand between the head's product and `logits`, a position and a token at a time.
-_POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
-_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4"})
+_POINTWISE = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
+)
+_PRODUCTS = frozenset(
+    {"MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "QLinearMatMul", "MatMulIntegerToFloat"}
+)
+# Products of integers with a constant scale for activations: which inputs are weight, its scales, a bias.
+STATIC_PRODUCTS = {"QLinearMatMul": (3, 4, None), "MatMulIntegerToFloat": (1, 3, 6)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,8 @@ class Head:
         scales: of a weight that the graph makes of integers, in a layout other than MatMulNBits', what they
             are scaled by.
         flatten: the Reshape before a Gemm, which takes positions without a batch axis, and the one after it.
-        quantizer: the DynamicQuantizeLinear before a MatMulInteger: one scale for all positions of a call.
+        quantizer: what makes integers of the hidden states: DynamicQuantizeLinear, with one scale for all
+            positions of a call, or QuantizeLinear, with one for all calls.
     """
 
     product: ir.Node
@@ -78,6 +86,11 @@ class Head:
         return self.product.op_type == "MatMulNBits"
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether the hidden states are quantised by a scale that all positions of a call share."""
+        return self.quantizer is not None and self.quantizer.op_type == "DynamicQuantizeLinear"
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is one product with rows or columns of floats, or with the blocks of MatMulNBits."""
         return self.scales is None and self.flatten is None
@@ -107,14 +120,49 @@ def find_head(graph: ir.Graph) -> Head:
             raise UnsupportedModelError(
                 f"{describe(node)} stands between the head and logits: not understood."
             )
-        if node.op_type not in ("Identity", "Cast"):
-            after.append((node.op_type, _number_in(node)))
+        after += reversed(_steps(node))
         value = operands[0]
     raise UnsupportedModelError("logits do not come from a product with a weight: the graph has no head.")
 
 
 def _is_reversed(node: ir.Node, operand: ir.Value) -> bool:
     return node.op_type in ("Sub", "Div") and node.inputs[0] is not operand
+
+
+def _steps(node: ir.Node) -> list[tuple[str, float | None]]:
+    """What a pointwise node does, as entries of `Head.after`."""
+    if node.op_type in ("Identity", "Cast"):
+        return []
+    if node.op_type == "QuantizeLinear":
+        return _rounding(node, 1)
+    if node.op_type == "DequantizeLinear":
+        scale, zero = _scale_and_zero(node, 1)
+        return [("Sub", float(zero)), ("Mul", scale)]
+    return [(node.op_type, _number_in(node))]
+
+
+def _rounding(node: ir.Node, index: int) -> list[tuple[str, float | None]]:
+    """Make integers by a scale, which is an input of the node, and the zero point behind it."""
+    scale, zero = _scale_and_zero(node, index)
+    limits = np.iinfo(zero.dtype)
+    bounds = [("Max", float(limits.min)), ("Min", float(limits.max))]
+    return [("Div", scale), ("Round", None), ("Add", float(zero)), *bounds]
+
+
+def _scale_and_zero(node: ir.Node, index: int) -> tuple[float, np.ndarray]:
+    """One number for all tokens each; a zero point that is left out is 0 of the type of bytes.
+
+    Raises:
+        UnsupportedModelError: there are several, or none.
+    """
+    tensors = [None if value is None else ir.convenience.get_const_tensor(value) for value in node.inputs]
+    scale, zero = (*tensors, None)[index : index + 2]
+    if scale is None or any(tensor is not None and tensor.size != 1 for tensor in (scale, zero)):
+        raise UnsupportedModelError(
+            f"{describe(node)} scales logits by other than one constant number: not understood."
+        )
+    middle = np.zeros((), np.uint8) if zero is None else zero.numpy().reshape(())
+    return float(scale.numpy().item()), middle
 
 
 def _number_in(node: ir.Node) -> float | None:
@@ -130,6 +178,8 @@ def _head(
     hidden, operand = node.inputs[0], node.inputs[1]
     if node.op_type == "Gemm":
         return _flattened_head(node, after, unflatten)
+    if node.op_type in STATIC_PRODUCTS:
+        return _static_head(node, after)
     if unflatten is not None:
         raise UnsupportedModelError(
             f"{describe(unflatten)} reshapes the logits: expected a Gemm of flattened positions before it."
@@ -177,6 +227,40 @@ def _flattened_head(
     return Head(node, hidden, weight, by_row, _with_bias(node, 2, after), flatten=(flatten, unflatten))
 
 
+def _static_head(node: ir.Node, after: tuple[tuple[str, float | None], ...]) -> Head:
+    """A product of integers whose activations have one constant scale."""
+    weight_index, scale_index, bias_index = STATIC_PRODUCTS[node.op_type]
+    quantizer = _behind_slice(node.inputs[0])
+    weight, scales = node.inputs[weight_index], node.inputs[scale_index]
+    if (
+        quantizer is None
+        or quantizer.op_type != "QuantizeLinear"
+        or quantizer.inputs[0] is None
+        or weight is None
+        or weight.const_value is None
+        or scales is None
+    ):
+        raise UnsupportedModelError(
+            f"{describe(node)} makes the logits: expected the integers of a QuantizeLinear or "
+            "DynamicQuantizeLinear, and a constant weight."
+        )
+    if node.op_type == "QLinearMatMul":
+        after = (*_rounding(node, 6), *after)
+    if bias_index is not None:
+        after = _with_bias(node, bias_index, after)
+    return Head(
+        node, quantizer.inputs[0], weight, by_row=False, after=after, scales=scales, quantizer=quantizer
+    )
+
+
+def _behind_slice(value: ir.Value | None) -> ir.Node | None:
+    """What makes a value, or what the last positions of a servable graph are taken of."""
+    maker = None if value is None else value.producer()
+    if maker is not None and maker.op_type == "Slice" and maker.inputs[0] is not None:
+        return maker.inputs[0].producer()
+    return maker
+
+
 def _integers_behind(value: ir.Value | None) -> tuple[tuple[ir.Value, bool] | None, ir.Value | None]:
     """The integers, and whether they are transposed, and the scales of a weight that is dequantised."""
     transposed = False
@@ -201,9 +285,7 @@ def _integer_head(node: ir.Node, after: tuple[tuple[str, float | None], ...]) ->
     product = None if cast is None or cast.inputs[0] is None else cast.inputs[0].producer()
     if both is None or product is None or product.op_type != "MatMulInteger" or product.inputs[0] is None:
         return None
-    quantizer = product.inputs[0].producer()
-    if quantizer is not None and quantizer.op_type == "Slice" and quantizer.inputs[0] is not None:
-        quantizer = quantizer.inputs[0].producer()  # the last positions of a servable graph
+    quantizer = _behind_slice(product.inputs[0])
     scales = next((value for value in both.inputs if value is not None and is_constant(value)), None)
     weight = product.inputs[1]
     if (

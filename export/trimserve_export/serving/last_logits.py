@@ -29,8 +29,10 @@ def slice_before_head(graph: ir.Graph, head: Head) -> None:
         entry.replace_input_with(0, sliced)
         if head.flatten is not None:
             _unflatten(graph, sliced, head.flatten[1])
-    else:
+    elif head.is_dynamic:
         sliced, width = _slice_integers(writer, head, ends), head.width + QUANTIZED_EXTRA
+    else:
+        sliced, width = _slice_rounded(writer, head, head.quantizer, ends), head.width
     sliced.type = ir.TensorType(head.dtype)
     sliced.shape = ir.Shape(["batch_size", LENGTH, width])
     graph.outputs.append(sliced)
@@ -44,6 +46,18 @@ def _unflatten(graph: ir.Graph, sliced: ir.Value, reshape: ir.Node) -> None:
     shape = writer.op("Concat", [lengths, writer.constant([-1])], axis=0)
     writer.insert_before(reshape)
     reshape.replace_input_with(1, shape)
+
+
+def _slice_rounded(writer: NodeWriter, head: Head, quantizer: ir.Node, ends: list[ir.Value]) -> ir.Value:
+    """Slice integers of one constant scale; `hidden_states` are what they stand for.
+
+    Quantised again, as the cold head does, they are the same integers.
+    """
+    sliced = writer.op("Slice", [quantizer.outputs[0], *ends])
+    rounded = writer.op("DequantizeLinear", [sliced, *quantizer.inputs[1:]], output="hidden_states")
+    writer.insert_before(head.product)
+    head.product.replace_input_with(0, sliced)
+    return rounded
 
 
 def _slice_integers(writer: NodeWriter, head: Head, ends: list[ir.Value]) -> ir.Value:
