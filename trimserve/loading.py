@@ -8,6 +8,7 @@ from trimserve.cold import ColdRows
 from trimserve.encoder import Encoder
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK, TrimmedFolder, open_folder
+from trimserve.heap import release_free_memory
 from trimserve.session import open_session, prepacks
 from trimserve.text import Codec
 
@@ -47,6 +48,7 @@ def load(
     folder = open_folder(Path(path))
     check_runnable(folder)
     codec = Codec(folder)
+    release_free_memory()  # before the graphs are read, so that both peaks do not add up
     prepack = prepacks(quantized=folder.manifest.quantization is not None, low_memory=low_memory)
     sessions = {
         role: open_session(folder.file(name), device=device, threads=threads, prepack=prepack)
