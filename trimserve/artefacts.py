@@ -127,6 +127,7 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
 def save_vocab(vocab: VocabMap, path: Path) -> None:
     """Write `vocab_map.safetensors`: int32 `vocab_map` (K,), and in its metadata a digit of `Reason` an id.
 
+    Where fewer ids have a row in the head, the metadata also has a 1 for each that has one, else a 0.
     `vocab_map` is the only tensor, as TensorRT-Edge-LLM's runtime demands of a file of this name.
     """
     facts = {
@@ -135,6 +136,8 @@ def save_vocab(vocab: VocabMap, path: Path) -> None:
         "tokenizer_sha256": vocab.tokenizer_sha256,
         "rule": vocab.rule,
     }
+    if vocab.output_ids is not None:
+        facts["output"] = "".join(map(str, vocab.head.is_kept(vocab.kept_ids).astype(int).tolist()))
     save_artefact(path, "vocab", {"vocab_map": vocab.kept_ids}, facts)
 
 
@@ -153,12 +156,21 @@ def load_vocab(path: Path) -> VocabMap:
             vocab_size=facts["vocab_size"],
             tokenizer_sha256=facts["tokenizer_sha256"],
             rule=facts["rule"],
+            output_ids=arrays["vocab_map"][_digits(facts["output"]) > 0] if "output" in facts else None,
         )
     except KeyError as error:
         raise MismatchError(f"{path} lacks {error}: select the vocab again.") from error
+    except IndexError as error:
+        raise MismatchError(
+            f"{path} does not say of each id whether it is an output id: select it again."
+        ) from error
 
 
 def _reasons(arrays: Arrays, facts: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
     if "reason" in arrays:  # as written before they moved to the metadata
         return np.asarray(arrays["reason"])
-    return np.frombuffer(facts["reason"].encode(), np.uint8) - ord("0")
+    return _digits(facts["reason"])
+
+
+def _digits(text: str) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8) - ord("0")

@@ -183,13 +183,13 @@ class BeamSearch:
             raise UsageError("this model's KV cache holds one sequence, so it has no beams: use num_beams=1.")
         self._feeder = Feeder(decoder, vocab, cold)
         self._after_head = decoder.after_head
-        self._vocab = vocab
+        self._head_vocab = vocab.head
         self._cold = cold
         self._head = head
         self._params = params
-        self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
+        self._kept = Columns(vocab.head.kept_ids, vocab.vocab_size)
         cold_ids = [] if head is None else [head.cold_ids]
-        self._columns = Columns(np.concatenate([vocab.kept_ids, *cold_ids]), vocab.vocab_size)
+        self._columns = Columns(np.concatenate([self._kept.ids, *cold_ids]), vocab.vocab_size)
         self.timing = self._feeder.timing
 
     def run(self, requests: Sequence[Request]) -> None:
@@ -198,7 +198,7 @@ class BeamSearch:
         if not states:
             return
         for request in requests:
-            cold_ids = request.given[~self._vocab.is_kept(request.given)]
+            cold_ids = request.given[~self._head_vocab.is_kept(request.given)]
             request.slots = DraftSlots(self._kept, self._cold, self._after_head, cold_ids)
         count = self._params.num_beams
         cache, step = self._feeder.prefill([state.request for state in states])

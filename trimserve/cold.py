@@ -14,6 +14,7 @@ from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequant
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.folder import COLD_NAME, TrimmedFolder
 from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
+from trimserve.vocab import Ids
 
 ColdTensor = Literal["embedding", "head", "head_bias"]
 Rows = npt.NDArray[Any]
@@ -30,11 +31,12 @@ _FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 class ColdRows:
     """Rows of the cold ids of a folder, in the float dtype of its graph.
 
-    Row i of each stored tensor belongs to ``vocab.cold_ids[i]``. A tied model stores its rows once:
-    the head's rows are the embedding's.
+    Row i of the embedding belongs to ``vocab.cold_ids[i]``, of the head to ``vocab.head.cold_ids[i]``. A tied
+    model stores its rows once: the head's rows are the embedding's.
 
     Attributes:
-        cold_ids: int32 (V - K,), the ids that have a cold row, increasing.
+        cold_ids: int32 (V - K,), the ids that have a cold row of the embedding, increasing.
+        head_cold_ids: int32, those that have one of the head: more, where the head keeps fewer ids.
         width: H, entries of an embedding row.
         dtype: numpy dtype of the rows given out; uint16 bits for bf16.
     """
@@ -53,7 +55,7 @@ class ColdRows:
         self._origin = folder.path / COLD_NAME
         self._graph_dtype = folder.manifest.dtype if dtype is None else dtype
         self.dtype = GRAPH_DTYPES[self._graph_dtype]
-        self.cold_ids = folder.vocab.cold_ids
+        self.cold_ids, self.head_cold_ids = folder.vocab.cold_ids, folder.vocab.head.cold_ids
         self._specs, metadata = read_header(folder.file(COLD_NAME)) if folder.has_cold else ({}, {})
         self._tied = metadata.get("tied") == "true"
         for spec in self._specs.values():
@@ -119,7 +121,7 @@ class ColdRows:
             MismatchError: the folder's model has no vocab head.
         """
         if self._blocks is not None:
-            return self._blocks.read(self._rows_of(np.asarray(cold_ids)))
+            return self._blocks.read(_places(self.head_cold_ids, np.asarray(cold_ids)))
         return self._read(self._stored("head"), np.asarray(cold_ids))
 
     def head_input(self, hidden: Rows) -> npt.NDArray[np.float32]:
@@ -173,29 +175,24 @@ class ColdRows:
                 "export it again without --no-cold."
             )
         dtype = self.spec(name).dtype
-        rows = _convert(np.asarray(self._maps[name])[self._rows_of(ids)], dtype, self._graph_dtype)
+        rows = _convert(
+            np.asarray(self._maps[name])[_places(self._ids_of(name), ids)], dtype, self._graph_dtype
+        )
         _release(self._maps[name])
         return rows
 
-    def _rows_of(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        if ids.size == 0:
-            return np.zeros(0, np.int64)
-        rows = np.searchsorted(self.cold_ids, ids)
-        found = rows < len(self.cold_ids)
-        found[found] = self.cold_ids[rows[found]] == ids[found]
-        if not found.all():
-            raise UnknownIdError(
-                f"token id {int(ids[~found][0]):,} has no cold row: it is kept or outside the model's vocab."
-            )
-        return rows
+    def _ids_of(self, name: str) -> Ids:
+        """The ids that a stored tensor has a row for."""
+        return self.cold_ids if name == "embedding" else self.head_cold_ids
 
     def _check(self, spec: TensorSpec) -> None:
         rows = spec.shape[0] if spec.shape else 0
         rank = 1 if spec.name == "head_bias" else 2
-        if rows != len(self.cold_ids) or len(spec.shape) != rank or spec.dtype not in _FLOAT_DTYPES:
+        expected = len(self._ids_of(spec.name))
+        if rows != expected or len(spec.shape) != rank or spec.dtype not in _FLOAT_DTYPES:
             raise MismatchError(
                 f"{self._origin}: {spec.name!r} should be a float tensor of rank {rank} with "
-                f"{len(self.cold_ids):,} rows but is {spec.dtype} of shape {spec.shape}: "
+                f"{expected:,} rows but is {spec.dtype} of shape {spec.shape}: "
                 "export the folder again."
             )
 
@@ -211,7 +208,7 @@ class _QuantizedRows:
                 f"{path} is quantised and the manifest does not say how: export the folder again."
             )
         dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
-        specs = block_specs(path, len(folder.vocab.cold_ids), width, scheme, dtype)
+        specs = block_specs(path, len(folder.vocab.head.cold_ids), width, scheme, dtype)
         if specs.end > path.stat().st_size:
             raise MismatchError(
                 f"{path} should have at least {specs.end:,} bytes but has {path.stat().st_size:,}: "
@@ -228,6 +225,20 @@ class _QuantizedRows:
         integers, scales = _take(self._integers, rows), _take(self._scales, rows)
         zero_points = None if self._zero_points is None else _take(self._zero_points, rows)
         return dequantize(integers, scales, self._width, self.scheme, zero_points)
+
+
+def _places(cold_ids: Ids, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Where some ids are among the cold ids, which increase."""
+    if ids.size == 0:
+        return np.zeros(0, np.int64)
+    rows = np.searchsorted(cold_ids, ids)
+    found = rows < len(cold_ids)
+    found[found] = cold_ids[rows[found]] == ids[found]
+    if not found.all():
+        raise UnknownIdError(
+            f"token id {int(ids[~found][0]):,} has no cold row: it is kept or outside the model's vocab."
+        )
+    return rows
 
 
 def _take(mapped: Rows, rows: npt.NDArray[np.int64]) -> Rows:

@@ -80,7 +80,7 @@ class ColdHead:
     """
 
     def __init__(self, folder: TrimmedFolder, *, threads: int | None = None) -> None:
-        self.cold_ids: Ids = folder.vocab.cold_ids
+        self.cold_ids: Ids = folder.vocab.head.cold_ids
         packed = not folder.manifest.files.keys().isdisjoint((COLD_BLOCKS_NAME, COLD_WEIGHTS_NAME))
         self._maxima = PartedGraph(folder.file(COLD_MAX_NAME), threads=threads, packed=packed)
         self._logits = PartedGraph(folder.file(COLD_HEAD_NAME), threads=threads, packed=packed)

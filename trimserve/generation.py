@@ -60,10 +60,10 @@ class GenerationLoop:
         overlap: bool = False,
     ) -> None:
         self._decoder = decoder
-        self._vocab = vocab
+        self._head_vocab = vocab.head
         self._cold = cold
         self._checker = checker
-        self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
+        self._kept = Columns(vocab.head.kept_ids, vocab.vocab_size)
         self._feeder = Feeder(decoder, vocab, cold)
         self._overlap = overlap and checker is not None
         self.timing = self._feeder.timing
@@ -74,7 +74,7 @@ class GenerationLoop:
         if not live:
             return
         for request in live:
-            cold_ids = request.given[~self._vocab.is_kept(request.given)]
+            cold_ids = request.given[~self._head_vocab.is_kept(request.given)]
             request.slots = DraftSlots(self._kept, self._cold, self._decoder.after_head, cold_ids)
         cache, step = self._feeder.prefill(live)
         blocks = self._draft(live, cache, step)

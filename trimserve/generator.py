@@ -95,7 +95,7 @@ class Generator:
         self._decoder = decoder
         self._head: ColdHead | None = None
         self._certificate: ColdCertificate | None = None
-        count = max(len(cold), 1)
+        count = max(cold.head_cold_ids.size, 1)
         self._reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=cold.head_nbytes // count)
         # By their maximum, and whether checks have the certificate, which makes them cheaper.
         self._blocks: dict[tuple[int, bool], BlockSize] = {}
@@ -103,7 +103,7 @@ class Generator:
     @property
     def can_be_exact(self) -> bool:
         """Whether the folder holds what exact mode needs; nothing where every id is kept."""
-        return COLD_MAX_NAME in self.folder.manifest.files or not self.folder.vocab.cold_ids.size
+        return COLD_MAX_NAME in self.folder.manifest.files or not self.folder.vocab.head.cold_ids.size
 
     def generate(
         self, prompts: str | Sequence[str], **options: Unpack[GenerationOptions]
@@ -250,7 +250,7 @@ class Generator:
             yield from loop.run(requests)
         finally:
             timings = [loop.timing, *([checker.timing] if checker else [])]
-            self.stats.count(requests, self.folder.vocab, timings, time.perf_counter() - start)
+            self.stats.count(requests, self.folder.vocab.head, timings, time.perf_counter() - start)
 
     def _search(
         self, requests: Sequence[Request], params: BeamParams, options: GenerationOptions
@@ -259,7 +259,7 @@ class Generator:
         search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
         start = time.perf_counter()
         search.run(requests)
-        self.stats.count(requests, self.folder.vocab, [search.timing], time.perf_counter() - start)
+        self.stats.count(requests, self.folder.vocab.head, [search.timing], time.perf_counter() - start)
         yield from ((request, request.output) for request in requests)
 
     def _mode(self, options: GenerationOptions) -> Mode:
@@ -285,14 +285,14 @@ class Generator:
         if key not in self._blocks:
             self._blocks[key] = BlockSize(max_block, overlap=self._overlap)
         self.stats.cold_reads = self._reads
-        return ExactChecker(head, self.folder.vocab, self._blocks[key], certificate, self._reads)
+        return ExactChecker(head, self.folder.vocab.head, self._blocks[key], certificate, self._reads)
 
     def _cold_certificate(self, head: ColdHead) -> ColdCertificate | None:
         """The certificate, opened once; None where the folder has no sketch, or it proves nothing here."""
         after_head = self._decoder.after_head
         if self._certificate is None and can_be_certified(self.folder, after_head):
             sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
-            self._certificate = ColdCertificate(sketch, head, self.folder.vocab, self._reads)
+            self._certificate = ColdCertificate(sketch, head, self.folder.vocab.head, self._reads)
         return self._certificate
 
     def _cold_head(self, purpose: str) -> ColdHead | None:
@@ -302,7 +302,7 @@ class Generator:
                 f"{purpose} needs the cold head, which {self.folder.path} does not have: export it again "
                 "without --no-cold, or use compact mode."
             )
-        if self._head is None and self.folder.vocab.cold_ids.size:
+        if self._head is None and self.folder.vocab.head.cold_ids.size:
             self._head = ColdHead(self.folder, threads=self._threads)
         return self._head
 

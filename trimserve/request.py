@@ -118,7 +118,7 @@ class DraftSlots:
         self._hold([*(held for held in self.ids if held != cold_id), cold_id][-MAX_SLOTS:])
 
     def _hold(self, ids: list[int]) -> None:
-        if ids == self.ids or not len(self._cold):
+        if ids == self.ids or not self._cold.has_head:
             return
         self.ids = ids
         self.columns = join_columns(self._kept, ids)

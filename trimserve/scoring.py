@@ -64,10 +64,11 @@ class Scorer:
         return Score(ids, np.concatenate(parts))
 
     def _log_probs(self, kept_logits: Floats, hidden: Floats, targets: Ids) -> LogProbs:
-        is_kept = self._vocab.is_kept(targets)
+        head = self._vocab.head
+        is_kept = head.is_kept(targets)
         total = log_sum_exp(kept_logits)
         chosen = np.empty(targets.size)
-        chosen[is_kept] = kept_logits[is_kept, self._vocab.to_compact(targets[is_kept])]
+        chosen[is_kept] = kept_logits[is_kept, head.to_compact(targets[is_kept])]
         if self._head is not None:
             cold_logits = self._head.logits(hidden)
             total = np.logaddexp(total, log_sum_exp(cold_logits))

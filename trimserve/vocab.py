@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class VocabMap:
         vocab_size: V, rows of the original embedding.
         tokenizer_sha256: hash of the tokenizer.json that the ids belong to; empty if unknown.
         rule: how the ids were selected (options, coverage, missing mass), as JSON values.
+        output_ids: int32 (K_out,), the kept ids that have a row in the head, strictly increasing; None where
+            all have (always for a tied model, whose head is its embedding).
     """
 
     kept_ids: Ids
@@ -56,6 +59,7 @@ class VocabMap:
     vocab_size: int
     tokenizer_sha256: str = ""
     rule: dict[str, Any] = field(default_factory=dict)
+    output_ids: Ids | None = None
     # Compact id, or _COLD, of each token id; then as many _OUTSIDE, where an index from -V to -1 and
     # from V to 2V - 1 falls: one gather and one minimum map ids and check their range.
     _table: Ids = field(init=False, repr=False)
@@ -80,6 +84,36 @@ class VocabMap:
         for name, array in (("kept_ids", kept), ("reason", reason), ("_table", table)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+        if self.output_ids is not None:
+            self._set_output_ids(self.output_ids)
+
+    def _set_output_ids(self, ids: npt.ArrayLike) -> None:
+        output = np.array(ids, np.int64)
+        if output.ndim != 1 or output.size == 0 or np.any(np.diff(output) <= 0):
+            raise MismatchError(
+                f"output ids must increase strictly, found {output.size:,} ids of shape {output.shape}: "
+                "select the vocab again."
+            )
+        if not self.is_kept(output).all():
+            raise MismatchError(
+                f"output id {int(output[~self.is_kept(output)][0]):,} is not kept: the head's ids must be "
+                "among the kept ids. Select the vocab again."
+            )
+        output = output.astype(np.int32)
+        output.setflags(write=False)
+        object.__setattr__(self, "output_ids", output)
+
+    @cached_property
+    def head(self) -> "VocabMap":
+        """The ids that have a row in the head, whose places are the columns of compact logits.
+
+        This vocab itself, unless it has `output_ids`: then one whose kept ids those are. What is fed is
+        mapped by the vocab, what comes out by its `head`.
+        """
+        if self.output_ids is None:
+            return self
+        reason = self.reason[self.to_compact(self.output_ids)]
+        return VocabMap(self.output_ids, reason, self.vocab_size, self.tokenizer_sha256, self.rule)
 
     def __len__(self) -> int:
         """K, the number of kept ids."""

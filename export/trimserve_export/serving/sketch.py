@@ -83,8 +83,8 @@ def add_sketch(path: Path) -> Manifest:
     magnitudes = _magnitudes(folder, cold)
     runs: list[_Arrays] = []
     with (path / SKETCH_DATA_NAME).open("wb") as data:
-        for start in range(0, len(cold), run_rows(cold.width)):
-            ids = cold.cold_ids[start : start + run_rows(cold.width)]
+        for start in range(0, cold.head_cold_ids.size, run_rows(cold.width)):
+            ids = cold.head_cold_ids[start : start + run_rows(cold.width)]
             integers, arrays = _sketch_run(cold, ids, start, magnitudes)
             data.write(integers.data)
             runs.append(arrays)
@@ -143,11 +143,11 @@ def _magnitudes(folder: TrimmedFolder, cold: ColdRows) -> Callable[[Ids, Doubles
     if scheme is None or COLD_BLOCKS_NAME not in folder.manifest.files:
         return lambda _, sizes: sizes
     dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
-    specs = block_specs(folder.file(COLD_BLOCKS_NAME), len(cold), cold.width, scheme, dtype)
+    specs = block_specs(folder.file(COLD_BLOCKS_NAME), cold.head_cold_ids.size, cold.width, scheme, dtype)
     scales = map_tensor(specs.scales)
 
     def of_groups(ids: Ids, _: Doubles) -> Doubles:
-        rows = np.searchsorted(cold.cold_ids, ids)
+        rows = np.searchsorted(cold.head_cold_ids, ids)
         sizes = block_magnitude(np.asarray(scales)[rows], scheme)
         largest: Doubles = sizes.reshape(-1, GROUP_ROWS).max(axis=1)
         return largest
