@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 import onnx
+import onnxruntime as ort
 from onnxruntime.quantization import quant_utils
 
 import trimserve
@@ -43,8 +44,10 @@ def save_graph(root, family: str, kind: str, **options):
         _quantize_blocks(graph, symmetric=kind == "int4")
     elif kind == "qdq":
         _quantize_blocks(graph, symmetric=True, quant_format=quant_utils.QuantFormat.QDQ)
-    elif kind == "int8":
+    elif kind in ("int8", "int8_fused"):
         _quantize_dynamic(graph)
+    if kind == "int8_fused":
+        _fuse(graph)
     return resolve_model(root / "onnx")
 
 
@@ -68,6 +71,17 @@ def _quantize_dynamic(graph):
     whole.unlink()
 
 
+def _fuse(graph):
+    """As ONNX Runtime's optimiser stores a graph: integer products and their scales are one operator."""
+    whole = graph.rename(graph.with_name("whole.onnx"))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(graph)
+    options.log_severity_level = 3
+    ort.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
+    whole.unlink()
+
+
 def vocab_of(source, others: int = 20) -> VocabMap:
     """The structural ids and a few others."""
     structural = structural_ids(source)
@@ -85,6 +99,7 @@ def vocab_of(source, others: int = 20) -> VocabMap:
         ("llama", "int4"),
         ("llama", "uint4"),
         ("llama", "int8"),
+        ("llama", "int8_fused"),
         ("llama", "qdq"),
         ("llama_tied", "int4"),
         ("llama_tied", "int8"),
@@ -99,7 +114,7 @@ def test_exact_mode_gives_the_untrimmed_graphs_tokens(tmp_path, family, kind):
     full = FullSampler(serve_full(source, tmp_path / "full", task=FAMILIES[family].task), source.vocab_size)
     generator = open_generator(tmp_path / "trimmed")
     blocks = family == "llama" and kind in ("int4", "uint4")  # a tied head is a Transpose, which stays
-    by_graph = kind in ("int8", "qdq")
+    by_graph = kind in ("int8", "int8_fused", "qdq")
     assert ("cold_head.onnx_data" in generator.folder.manifest.files) == blocks
     assert ("cold_head.onnx_weights" in generator.folder.manifest.files) == by_graph
     cold = 0

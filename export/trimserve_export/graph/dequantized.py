@@ -194,7 +194,7 @@ def _columns(
     rows: int,
     zero_index: int = 5,
 ) -> Floats:
-    """Columns of an input (H, V), less their zero point, times their scale; one for all tokens or one each."""
+    """Columns of an input (H, V), less their zero point, times their scale: one of all or one each."""
     columns = np.take(_array(node, index), ids, axis=1).astype(np.float32)
     zeros = np.zeros(1) if optional_input(node, zero_index) is None else _array(node, zero_index)
     zeros, factors = (array.astype(np.float32).reshape(-1) for array in (zeros, scale))

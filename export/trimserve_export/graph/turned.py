@@ -3,7 +3,8 @@
 onnxruntime-genai writes tied float models with the head's matrix (H, V), transposed for the embedding. ONNX
 Runtime folds the transpose into a private copy; with rows, embedding and head can share one mapped tensor.
 Some graphs pick columns instead. EmbedLayerNormalization, which ONNX Runtime's optimiser makes of BERT's
-embeddings, looks ids up by itself: it is given the looked-up rows as its table.
+embeddings, looks ids up by itself: it is given the looked-up rows as its table. The optimiser also writes a
+DequantizeLinear for each user of rows that are integers: one of them stays.
 """
 
 import numpy as np
@@ -40,6 +41,27 @@ def turn_tables(graph: ir.Graph) -> None:
             node.replace_input_with(0, _turned(graph, stored, stored.const_value))
         elif (picked := _picked_columns(node)) is not None and picked.const_value is not None:
             _look_up_rows(graph, node, _turned(graph, picked, picked.const_value))
+        if node.op_type == "Gather":
+            _dequantize_once(graph, node.outputs[0])
+
+
+def _dequantize_once(graph: ir.Graph, rows: ir.Value) -> None:
+    """Let all users of looked-up integers read what the first of equal DequantizeLinear nodes gives."""
+    made = [user for user in rows.consumers() if user.op_type == "DequantizeLinear"]
+    for other in made[1:]:
+        if _operands(other) == _operands(made[0]):
+            ir.convenience.replace_all_uses_with(other.outputs[0], made[0].outputs[0])
+            graph.remove(other, safe=True)
+
+
+def _operands(node: ir.Node) -> list[object]:
+    """What two nodes must have in common to give the same: inputs, a constant by its bytes, and attributes."""
+    tensors = [None if value is None else value.const_value for value in node.inputs]
+    same = [
+        value if tensor is None else (tensor.dtype, tensor.tobytes())
+        for value, tensor in zip(node.inputs, tensors, strict=True)
+    ]
+    return [*same, sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())]
 
 
 def _turned(graph: ir.Graph, stored: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:

@@ -1,8 +1,8 @@
 """Write a fused int8 head as the operators that it was fused from: one form, which all later steps know.
 
-ONNX Runtime's optimiser makes ``MatMulIntegerToFloat`` of ``Mul(Cast(MatMulInteger(q, W)), Mul(q's scale, W's
-scales))`` and a bias, and ``DynamicQuantizeMatMul`` of that and the DynamicQuantizeLinear that gives q. When a
-session opens the graph it may fuse them again; either way the numbers are the same.
+ONNX Runtime's optimiser makes ``MatMulIntegerToFloat`` of ``Mul(Cast(MatMulInteger(q, W)), Mul(q's scale,
+W's scales))`` and a bias, and ``DynamicQuantizeMatMul`` of that and the DynamicQuantizeLinear that gives q. When
+a session opens the graph it may fuse them again; either way the numbers are the same.
 """
 
 import onnx_ir as ir
@@ -10,6 +10,7 @@ import onnx_ir as ir
 from trimserve_export.serving.nodes import NodeWriter, take_over
 from trimserve_export.serving.values import find_output, is_constant
 
+# Those of MatMulIntegerToFloat.
 _MOST_INPUTS = 7
 
 
@@ -24,13 +25,13 @@ def unfuse_head(graph: ir.Graph) -> None:
     writer = NodeWriter(graph, "unfused_head")
     inputs = [*node.inputs, *[None] * _MOST_INPUTS]  # those that are left out at the end
     if node.op_type == "DynamicQuantizeMatMul":
-        hidden, weight, weight_scale, zero, bias = inputs[:5]
+        hidden, *others = inputs
         integers, scale, middle = writer.ops("DynamicQuantizeLinear", [hidden], 3)
-    else:
-        integers, weight, scale, weight_scale, middle, zero, bias = inputs[:_MOST_INPUTS]
-    sums = writer.op("MatMulInteger", [integers, weight, middle, zero])
+        inputs = [integers, others[0], scale, others[1], middle, *others[2:]]
+    quantized, weight, factor, weight_factor, offset, zero, bias = inputs[:_MOST_INPUTS]
+    sums = writer.op("MatMulInteger", [quantized, weight, offset, zero])
     floats = writer.op("Cast", [sums], to=int(ir.DataType.FLOAT))
-    made = writer.op("Mul", [floats, writer.op("Mul", [scale, weight_scale])])
+    made = writer.op("Mul", [floats, writer.op("Mul", [factor, weight_factor])])
     if bias is not None:
         made = writer.op("Add", [made, bias])
     writer.insert_before(node)
