@@ -55,7 +55,7 @@ def _dequantize_once(graph: ir.Graph, rows: ir.Value) -> None:
 
 
 def _operands(node: ir.Node) -> list[object]:
-    """What two nodes must have in common to give the same: inputs, a constant by its bytes, and attributes."""
+    """What nodes must have in common to give the same: inputs, constants by their bytes, and attributes."""
     tensors = [None if value is None else value.const_value for value in node.inputs]
     same = [
         value if tensor is None else (tensor.dtype, tensor.tobytes())

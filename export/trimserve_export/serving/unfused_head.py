@@ -1,8 +1,8 @@
 """Write a fused int8 head as the operators that it was fused from: one form, which all later steps know.
 
 ONNX Runtime's optimiser makes ``MatMulIntegerToFloat`` of ``Mul(Cast(MatMulInteger(q, W)), Mul(q's scale,
-W's scales))`` and a bias, and ``DynamicQuantizeMatMul`` of that and the DynamicQuantizeLinear that gives q. When
-a session opens the graph it may fuse them again; either way the numbers are the same.
+W's scales))`` and a bias, and ``DynamicQuantizeMatMul`` of that and the DynamicQuantizeLinear that gives q. A
+session that opens the graph may fuse them again; either way the numbers are the same.
 """
 
 import onnx_ir as ir
