@@ -14,7 +14,6 @@ Each variant is a graph over the same random cold rows in one file, and gives th
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -189,8 +188,7 @@ def _product(folder: Path, threads: int, *, prepack: bool) -> Callable[[np.ndarr
 
 def measure(name: str, shape: tuple[int, int], args: Any) -> dict[str, Any]:  # noqa: ANN401
     """Measure all variants of one shape in turn."""
-    with tempfile.TemporaryDirectory(prefix="trimserve-cold-head-", dir=args.work) as scratch:
-        folder = Path(scratch)
+    with harness.scratch_folder("cold-head", args.work) as folder:
         make(folder, shape)
         neighbours = harness.Neighbours()
         common = ["--threads", str(args.threads), "--width", str(shape[1])]
@@ -244,8 +242,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Measure, save a row a shape, print a table a shape."""
-    parser = harness.parser(__doc__ or "", rounds=5)
-    parser.add_argument("--work", type=Path, help="folder for 4 GB of graphs (default: temporary)")
+    parser = harness.parser(__doc__ or "", rounds=5, work="4 GB of graphs")
     parser.add_argument("--worker", type=Path, help="one measurement in this process")
     parser.add_argument("--width", type=int)
     parser.add_argument("--pack", action="store_true")

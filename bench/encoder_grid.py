@@ -11,9 +11,7 @@ memory is read after one text and again after 512 from all over the corpus.
 
 import contextlib
 import json
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -191,7 +189,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Measure the chosen models, save a row each, print a table each."""
-    parser = harness.parser(__doc__ or "", rounds=5)
+    parser = harness.parser(__doc__ or "", rounds=5, work="checkpoints and exports")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch", nargs="+", type=int, choices=range(1, TEXTS + 1), default=list(BATCHES))
     parser.add_argument("--length", nargs="+", type=int, choices=LENGTHS, default=list(LENGTHS))
@@ -202,17 +200,13 @@ def main() -> int:
         "--steps", type=int, default=harness.MIN_STEPS, help="timed steps a cell (default 30)"
     )
     parser.add_argument("--seconds", type=float, default=10, help="a cell after five steps (default 10)")
-    parser.add_argument("--work", type=Path, help="folder for checkpoints and exports (default: temporary)")
     args = parser.parse_args()
     if args.quick:
         args.model, args.batch, args.length, args.steps = args.model[:1], [1, 8], [16, 128], 5
     rows = []
     for name in args.model:
-        work = Path(tempfile.mkdtemp(prefix=f"trimserve-encoder-{name}-", dir=args.work))
-        try:
+        with harness.scratch_folder(f"encoder-{name}", args.work) as work:
             row = measure(name, work, args)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         harness.save_row("encoder_grid", row, quick=args.quick, device=args.device)
         print(summary(row), file=sys.stderr)
         rows.append(row | {"cells": [harness.without_samples(cell) for cell in row["cells"]]})

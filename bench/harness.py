@@ -11,7 +11,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ __all__ = [
     "ratio",
     "report",
     "save_row",
+    "scratch_folder",
     "spread",
     "without_samples",
 ]
@@ -102,12 +105,13 @@ class Worker(measuring.Worker):
         super().__init__(arguments, python=python, cwd=ROOT)
 
 
-def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
+def parser(description: str, *, rounds: int, work: str | None = None) -> argparse.ArgumentParser:
     """A command line with the options that every benchmark has.
 
     Args:
         description: what is measured.
         rounds: fresh processes a variant, by default.
+        work: what ``--work`` has to hold, the parent of `scratch_folder`; without it there is no such option.
     """
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,7 +122,23 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     made.add_argument(
         "--device", type=_device, default="cpu", metavar="{cpu,cuda}", help="where models run (default cpu)"
     )
+    if work:
+        made.add_argument("--work", type=Path, help=f"folder for {work} (default: temporary)")
     return made
+
+
+@contextmanager
+def scratch_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
+    """A folder for a benchmark's models and exports, gone afterwards.
+
+    Args:
+        name: of the benchmark.
+        parent: an existing folder with room for it; the system's temporary one by default.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix=f"trimserve-{name}-", dir=parent, ignore_cleanup_errors=True
+    ) as path:
+        yield Path(path)
 
 
 def _device(name: str) -> str:

@@ -14,9 +14,7 @@ Exact mode must be a flat line at the full model's value.
 
 import json
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,14 +134,14 @@ class CompactScores:
         self._folder = open_folder(folder)
         session = open_session(self._folder.file(self._folder.manifest.graphs["model"]), threads=threads)
         self._decoder = Decoder(session)
-        self._cold = ColdRows(self._folder, width=self._decoder.hidden_size)
+        self._cold = ColdRows(self._folder)
 
     def score(self, ids: Ids) -> tuple[float, int]:
         """Nats of the kept tokens after the first, and how many of those tokens are kept."""
         vocab = self._folder.vocab
         slotted = vocab.with_slots(ids[None, :-1])
         cache = self._decoder.empty_cache(1)
-        step = self._decoder.step(cache, slotted.ids, self._cold.embedding(slotted.cold_ids), keep=0)
+        step = self._decoder.step(cache, slotted.ids, self._cold.embeddings(slotted.cold_ids), keep=0)
         kept = vocab.is_kept(ids[1:])
         logits = step.logits[0][kept]
         chosen = logits[np.arange(len(logits)), vocab.to_compact(ids[1:][kept])]
@@ -298,11 +296,10 @@ def measure(args: Any, work: Path) -> dict[str, Any]:  # noqa: ANN401
 
 def main() -> int:
     """Measure, save the row, print a table a domain; exit code 1 where exact mode is not the full model."""
-    parser = harness.parser(__doc__ or "", rounds=1)
+    parser = harness.parser(__doc__ or "", rounds=1, work="the exports")
     parser.add_argument("--kept", nargs="+", type=int, default=list(KEPT), metavar="K")
     parser.add_argument("--texts", type=int, default=24, help="held-out texts a domain (default 24)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens an answer (default 32)")
-    parser.add_argument("--work", type=Path, help="folder for the exports (default: temporary)")
     parser.add_argument("--make", type=Path, help="export into this folder, print where (used by itself)")
     args = parser.parse_args()
     if args.make:
@@ -310,11 +307,8 @@ def main() -> int:
         return 0
     if args.quick:
         args.kept, args.texts, args.tokens = [2048], 3, 8
-    work = Path(tempfile.mkdtemp(prefix="trimserve-quality-", dir=args.work))
-    try:
+    with harness.scratch_folder("quality", args.work) as work:
         row = measure(args, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     harness.save_row("quality", row, quick=args.quick)
     for name, domain in row["domains"].items():
         print(

@@ -14,7 +14,6 @@ simulation, from their published shapes alone: no such model was run.
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -278,13 +277,12 @@ def lines(simulated: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]
 
 def main() -> int:
     """Measure, fit, simulate; save the row and print the tables."""
-    parser = harness.parser(__doc__ or "", rounds=1)
+    parser = harness.parser(__doc__ or "", rounds=1, work="graphs of up to 3.2 GB")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="multiples of 4,096")
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="a size and batch, after five steps (default 1)"
     )
-    parser.add_argument("--work", type=Path, help="folder for graphs of up to 3.2 GB (default: temporary)")
     parser.add_argument("--worker", type=Path, help="time the graphs here in this process (used by itself)")
     args = parser.parse_args()
     if args.worker:
@@ -295,10 +293,10 @@ def main() -> int:
     if args.quick:
         args.rows, args.widths, args.seconds = [16_384, 32_768], [256, 512], 0.05
         vocabs, sizes = vocabs[:2], (0.05, 0.1)
-    with tempfile.TemporaryDirectory(prefix="trimserve-scale-", dir=args.work) as scratch:
+    with harness.scratch_folder("scale", args.work) as scratch:
         neighbours = harness.Neighbours()
-        points = heads(args, Path(scratch))
-        profiled = profiling(sizes, Path(scratch)) if harness.data_folder().is_dir() else []
+        points = heads(args, scratch)
+        profiled = profiling(sizes, scratch) if harness.data_folder().is_dir() else []
     law = fit(points)
     bandwidth = harness.bandwidth(args.threads)
     row: dict[str, Any] = {

@@ -9,9 +9,7 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -149,7 +147,7 @@ def main() -> int:
     """Measure, save a row a number format, print a table each."""
     from bench.decode_models import SHAPES  # ml_dtypes, which who writes the tables may lack
 
-    parser = harness.parser(__doc__ or "", rounds=1)
+    parser = harness.parser(__doc__ or "", rounds=1, work="checkpoints and exports")
     parser.add_argument("--model", choices=list(SHAPES), default="gemma-3-270m")
     parser.add_argument("--format", nargs="+", choices=("fp32", "int4", "int8"), default=["fp32", "int4"])
     parser.add_argument("--prompt", nargs="+", type=int, default=list(PROMPTS), help="tokens a prompt")
@@ -157,7 +155,6 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32, help="tokens an answer (default 32)")
     parser.add_argument("--steps", type=int, default=5, help="answers a cell and variant (default 5)")
     parser.add_argument("--layers", type=int, help="fewer layers than the real shape has")
-    parser.add_argument("--work", type=Path, help="folder for checkpoints and exports (default: temporary)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -168,11 +165,8 @@ def main() -> int:
     args.layers = args.layers or SHAPES[args.model].config["num_hidden_layers"]
     rows = []
     for chosen in args.format:
-        work = Path(tempfile.mkdtemp(prefix="trimserve-serving-", dir=args.work))
-        try:
+        with harness.scratch_folder("serving", args.work) as work:
             row = measure(args.model, None if chosen == "fp32" else chosen, work, args)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         harness.save_row("serving", row, quick=args.quick, device=args.device)
         print(f"{row['model']}, {chosen}\n{table(HEADER, lines(row))}", file=sys.stderr)
         rows.append(row)

@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -132,8 +131,7 @@ def main() -> int:
     if args.worker:
         print(json.dumps(worker(args.worker, args.folder, args.kept)))
         return 0
-    with tempfile.TemporaryDirectory(prefix="trimserve-stream-", dir=args.folder) as scratch:
-        folder = Path(scratch)
+    with harness.scratch_folder("stream", args.folder) as folder:
         (folder / "source").mkdir()
         make_checkpoint(folder / "source")
         row = measure(folder, args)

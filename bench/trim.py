@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import asdict
@@ -208,8 +207,8 @@ def main() -> int:
         return 0
     rows = []
     for name in args.models:
-        with tempfile.TemporaryDirectory(prefix="trimserve-trim-", dir=args.folder) as scratch:
-            rows.append(measure(name, Path(scratch), args))
+        with harness.scratch_folder("trim", args.folder) as scratch:
+            rows.append(measure(name, scratch, args))
         harness.save_row("trim", rows[-1], quick=args.quick)
     text = table(HEADER, [line for row in rows for line in lines(row)])
     harness.report(text, {row["model"]: harness.without_samples(row) for row in rows})
