@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tokenizers import Tokenizer, models
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import TEXT, save_model_folder
@@ -332,6 +333,24 @@ def test_completions_have_a_coverage_of_their_own(counted):
     assert vocab.rule["output_coverage"] == pytest.approx(2 / 3)
     with pytest.raises(UsageError, match="needs completions counted apart"):
         select(counted, output_coverage=0.9)
+
+
+def test_dead_ids_fill_up_behind_all_others(tmp_path):
+    """Piece 3 has a lower id than 4 and 5, but no merge makes it."""
+    vocab = {"a": 0, "b": 1, "ab": 2, "abb": 3, "ba": 4, "aba": 5}
+    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b"), ("b", "a"), ("ab", "a")]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    counted = profile((), tmp_path, texts=["a", "b", "ab"], progress=False)
+    assert counted.counts.tolist() == [1, 1, 1, 0, 0, 0]
+    assert kept(select(counted, top_k=4, multiple_of=1)) == [0, 1, 2]  # the rest never occurs
+    assert kept(select(counted, multiple_of=5)) == [0, 1, 2, 4, 5]
+    assert kept(select(counted, multiple_of=6)) == [0, 1, 2, 3, 4, 5]
+    # In a weighted merge, and where the model lies elsewhere.
+    weighted = merge([counted, counted], weights=[1, 3])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tokenizer.json").rename(tmp_path / "elsewhere" / "tokenizer.json")
+    assert kept(select(weighted, multiple_of=4, model=tmp_path / "elsewhere")) == [0, 1, 2, 4]
+    assert kept(select(weighted, multiple_of=4)) == [0, 1, 2, 3]  # nothing tells that it is dead
 
 
 def test_ids_of_few_documents_do_not_even_fill_up(counted):

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import UsageError
-from trimserve.profiling import Profile
+from trimserve.profiles import Profile
+from trimserve.vocab import Ids
 
 Mask = npt.NDArray[np.bool_]
 Mass = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -14,12 +15,18 @@ Order = npt.NDArray[np.int64]
 _CURVE_POINTS = 8
 
 
-def ranked(profile: Profile, eligible: Mask, free: Mask) -> Order:
-    """The free ids that the tokenizer has: eligible first, then by frequency, then the lower id."""
+def ranked(profile: Profile, eligible: Mask, free: Mask, last: Ids | None = None) -> Order:
+    """The free ids that the tokenizer has: eligible first, then by frequency, then the lower id.
+
+    Among ids that occur equally often (dead ones never do), those in `last`, int32, come behind all others.
+    """
     free = free.copy()
     free[profile.padding_ids] = False
     ids = np.flatnonzero(free)
-    return ids[np.lexsort((ids, -profile.mass[ids], ~eligible[ids]))]
+    behind = np.zeros(profile.vocab_size, np.bool_)
+    if last is not None:
+        behind[last[last < profile.vocab_size]] = True
+    return ids[np.lexsort((ids, behind[ids], -profile.mass[ids], ~eligible[ids]))]
 
 
 def keeping_order(profile: Profile, forced: npt.NDArray[np.int32] | None = None) -> Order:

@@ -1,7 +1,9 @@
 """Choose the kept ids from profiles, with a reason for each."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,20 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from trimserve.artefacts import sha256_file
-from trimserve.errors import MismatchError, UnknownIdError, UsageError
+from trimserve.dead import dead_ids
+from trimserve.errors import UnknownIdError, UsageError
 from trimserve.keepfile import KeepList, check_named, read_keep_file
 from trimserve.merging import merge
-from trimserve.profiling import Profile
+from trimserve.profiledmodel import Model, find_source, tokenizer_of
+from trimserve.profiles import Profile
 from trimserve.ranking import Mass, affordable, covering, occurrences, ranked, round_up
 from trimserve.rule import Rule
-from trimserve.source import ModelSource, resolve_model
+from trimserve.source import ModelSource
 from trimserve.vocab import Ids, Reason, VocabMap
 
 Profiles = Profile | Sequence[Profile] | Mapping[str, Profile]
+log = logging.getLogger(__name__)
+
 Reasons = npt.NDArray[np.int8]
 
 
@@ -44,7 +49,8 @@ def select(  # noqa: PLR0913 - the options are the public interface
     Structural and explicitly named ids always stay, then those that the floors take. The most frequent ids
     join them by `coverage` (0.999 by default), `top_k`, `max_bytes` or `min_count`; K is then rounded up to
     a multiple of `multiple_of` with the next most frequent ids that the tokenizer has, and moved up further
-    while it equals the width of a linear layer. Equally frequent ids: the lower one first.
+    while it equals the width of a linear layer. Equally frequent ids: the lower one first, but dead ones
+    (`trimserve.dead`) last.
 
     Args:
         profiles: one profile, or several of one model, which are added up; by name where there are floors.
@@ -59,7 +65,7 @@ def select(  # noqa: PLR0913 - the options are the public interface
         keep_ids: token ids that stay.
         keep_file: a keep list of this or another tool; see `keepfile.read_keep_file`.
         multiple_of: see `Rule`; a power of two suits matrix kernels.
-        model: where the tokenizer is, for `keep_tokens` and `keep_file`; by default as profiled.
+        model: where the tokenizer is, for `keep_tokens`, `keep_file` and dead ids; by default as profiled.
 
     Returns:
         The vocab; its `rule` holds the options, coverage on the profile, missing mass and reasons.
@@ -73,7 +79,8 @@ def select(  # noqa: PLR0913 - the options are the public interface
     named = profiles if isinstance(profiles, Mapping) else {}
     profile = _merged(profiles)
     explicit = _explicit_ids(profile, keep_tokens, keep_ids, keep_file, model)
-    reason = _reasons(profile, rule, explicit, _floors(profile, rule, named))
+    dead = partial(_dead_ids, profile, model)
+    reason = _reasons(profile, rule, explicit, _floors(profile, rule, named), dead)
     kept_ids = np.flatnonzero(reason >= 0).astype(np.int32)
     return VocabMap(
         kept_ids=kept_ids,
@@ -100,9 +107,9 @@ def _explicit_ids(
     listed = KeepList() if keep_file is None else read_keep_file(keep_file)
     explicit = [*keep_ids, *listed.ids]
     if words := [*keep_tokens, *listed.words]:
-        explicit += _token_ids(words, _tokenizer_of(profile, model))
+        explicit += _token_ids(words, tokenizer_of(profile, model))
     if listed.named:
-        explicit += check_named(listed.named, _tokenizer_of(profile, model))
+        explicit += check_named(listed.named, tokenizer_of(profile, model))
     _check_ids(explicit, profile.vocab_size)
     return explicit
 
@@ -129,9 +136,16 @@ def _completions(profile: Profile) -> Mass:
 
 
 def _reasons(
-    profile: Profile, rule: Rule, explicit: Sequence[int], floors: Mapping[str, tuple[float, Mass]]
+    profile: Profile,
+    rule: Rule,
+    explicit: Sequence[int],
+    floors: Mapping[str, tuple[float, Mass]],
+    dead: Callable[[], Ids],
 ) -> Reasons:
-    """Give every id its reason, int8 (V,); -1 for those that do not stay."""
+    """Give every id its reason, int8 (V,); -1 for those that do not stay.
+
+    `dead` finds the ids that no text leads to. It is asked where ids that never occur have to fill K up.
+    """
     reason = np.full(profile.vocab_size, -1, np.int8)
     reason[list(explicit)] = Reason.EXPLICIT
     reason[profile.structural] = Reason.STRUCTURAL
@@ -139,12 +153,24 @@ def _reasons(
     for name, (share, mass) in floors.items():
         _take_floor(reason, name, share, mass, eligible & (reason < 0))
     taken = np.flatnonzero(reason >= 0)
-    order = ranked(profile, eligible, (reason < 0) & ~barred)
+    free = (reason < 0) & ~barred
+    order = ranked(profile, eligible, free)
     wanted = min(int(eligible[order].sum()), _limit(profile, rule, order, taken))
     size = round_up(taken.size + wanted, rule.multiple_of, profile.linear_widths)
     reason[order[:wanted]] = Reason.PROFILE
+    if size - taken.size > np.count_nonzero(profile.counts[order]):
+        order = ranked(profile, eligible, free, last=dead())
     reason[order[wanted : size - taken.size]] = Reason.FILL
     return reason
+
+
+def _dead_ids(profile: Profile, model: Model | None) -> Ids:
+    """The ids that no text leads to; none where the tokenizer is not at hand."""
+    source = find_source(profile, model)
+    if source is None:
+        log.info("%s is not at hand to tell which ids are dead", profile.tokenizer_name)
+        return np.empty(0, np.int32)
+    return dead_ids(source.tokenizer())
 
 
 def _eligible(profile: Profile, rule: Rule) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -199,16 +225,6 @@ def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
         raise UnknownIdError(
             f"token id {outside[0]:,} cannot be kept: the model has rows 0..{vocab_size - 1:,}. Leave it out."
         )
-
-
-def _tokenizer_of(profile: Profile, model: str | Path | ModelSource | None) -> Tokenizer:
-    source = resolve_model(model or profile.tokenizer_name, weights=False)
-    if (found := sha256_file(source.tokenizer_path)) != profile.tokenizer_sha256:
-        raise MismatchError(
-            f"{source.name} has another tokenizer (sha256 {found[:12]}…) than the profile "
-            f"({profile.tokenizer_sha256[:12]}…): pass the model that was profiled."
-        )
-    return source.tokenizer()
 
 
 def _token_ids(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[int]:

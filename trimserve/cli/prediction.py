@@ -14,10 +14,10 @@ def predict(profile: "Profile", vocab: "VocabMap", model: str | None) -> dict[st
 
     What takes the model's tokenizer or weights is None where they are not at hand.
     """
-    from trimserve.cli.naming import find_source
     from trimserve.dead import dead_ids
     from trimserve.forecast import cold_share
     from trimserve.prize import weight_bytes
+    from trimserve.profiledmodel import find_source
     from trimserve.vocab import Reason
 
     kept, source = len(vocab), find_source(profile, model)

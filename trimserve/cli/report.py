@@ -73,10 +73,10 @@ def _check_output(path: Path) -> None:
 
 
 def _inputs(args: argparse.Namespace) -> "Inputs":
-    from trimserve.cli.naming import find_source
     from trimserve.dead import dead_ids
     from trimserve.merging import check_same_model, check_vocab, merge
     from trimserve.prize import weight_bytes
+    from trimserve.profiledmodel import find_source
     from trimserve.reporting.facts import Inputs
     from trimserve.tokennames import TokenNames
 
@@ -122,7 +122,7 @@ def _held_out(args: argparse.Namespace, source: "ModelSource | None") -> "Profil
     counted = all(Path(name).suffix == ".safetensors" for name in args.held_out or ())
     if counted and reading:
         raise UsageError(
-            "--text-column, --output-column, --chat, --unit and --skip-bad say how the files of --held-out are "
+            "--text-column, --output-column, --chat, --unit and --skip-bad say how files of --held-out are "
             "read: name such files, or leave the options out."
         )
     if not args.held_out:
