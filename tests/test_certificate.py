@@ -24,7 +24,8 @@ from trimserve.decoder import apply_after_head
 from trimserve.request import Block, Request
 from trimserve.rules import TokenRules
 from trimserve.sampling import Columns, History, SamplingParams, choose
-from trimserve.sketch import Sketch, to_digits
+from trimserve.sketch import Sketch
+from trimserve.sketchrows import to_blocks, to_digits
 from trimserve.stats import ColdReads
 from trimserve_export.serving.sketch import add_sketch
 
@@ -78,7 +79,7 @@ class Case:
             ]
 
 
-def make_case(path, rows, *, after_head=(), bias=None, half=False):
+def make_case(path, rows, *, after_head=(), bias=None, half=False, bits=8):
     tensors = {"embedding": rows} | ({} if bias is None else {"head_bias": bias})
     make_folder(
         path,
@@ -87,7 +88,7 @@ def make_case(path, rows, *, after_head=(), bias=None, half=False):
         cold_rows=save(tensors, {"tied": "true"}),
         dtype="fp16" if half else "fp32",
     )
-    add_sketch(path)
+    add_sketch(path, bits)
     return open_case(path, after_head, half)
 
 
@@ -156,11 +157,12 @@ def problems(draw):
     return np.nan_to_num(rows, posinf=3e38, neginf=-3e38), np.nan_to_num(hidden, posinf=3e38, neginf=-3e38)
 
 
-@settings(max_examples=40)
+@pytest.mark.parametrize("bits", [8, 4])
+@settings(max_examples=30)
 @given(problem=problems())
-def test_no_settled_step_differs_whatever_the_rows(problem, tmp_path_factory):
+def test_no_settled_step_differs_whatever_the_rows(bits, problem, tmp_path_factory):
     rows, hidden = problem
-    case = make_case(tmp_path_factory.mktemp("case"), rows)
+    case = make_case(tmp_path_factory.mktemp("case"), rows, bits=bits)
     assert violations(case, hidden)[0] == 0
 
 
@@ -178,12 +180,20 @@ def cases(tmp_path_factory):
         ("softcap", 8, {"after_head": SOFTCAP}),
         ("bias", 8, {"after_head": (("Add", None), ("Div", 0.7)), "bias": True}),
         ("half", 8, {"half": True}),
+        ("2, int4", 2, {"bits": 4}),
+        ("70, int4", 70, {"bits": 4}),
+        ("whole, int4", 11, {"bits": 4}),
+        ("bias, int4", 8, {"bits": 4, "after_head": (("Add", None), ("Div", 0.7)), "bias": True}),
+        ("half, int4", 8, {"bits": 4, "half": True}),
     ):
         random = np.random.default_rng(width)
         rows = random.standard_normal((150, width)).astype(np.float32)
         if name in ("whole", "exact"):  # the sketch of the rows leaves nothing
             rows = random.integers(-127, 128, (150, width)).astype(np.float32)
             rows[:, 0] = 127
+        if name == "whole, int4":
+            rows = random.integers(-8, 8, (150, width)).astype(np.float32)
+            rows[:, 0] = -8
         if options.get("bias"):
             options = options | {"bias": random.standard_normal(150).astype(np.float32)}
         found[name] = make_case(root / name, rows, **options)
@@ -203,7 +213,10 @@ def states_for(case, count=40):
     return hidden.astype(np.float16) if case.half else hidden
 
 
-@pytest.mark.parametrize("name", ["1", "2", "11", "whole", "exact", "softcap", "bias", "half"])
+INT4 = ("2, int4", "70, int4", "whole, int4", "bias, int4", "half, int4")
+
+
+@pytest.mark.parametrize("name", ["1", "2", "11", "whole", "exact", "softcap", "bias", "half", *INT4])
 def test_no_settled_step_differs_of_random_rows(cases, name):
     case = cases[name]
     wrong, settled = violations(case, states_for(case))
@@ -212,7 +225,7 @@ def test_no_settled_step_differs_of_random_rows(cases, name):
 
 
 def loosen_residuals(case, monkeypatch):
-    monkeypatch.setattr(case.sketch, "_rests", case.sketch._rests * [[1.0], [0.5], [1.0]])
+    monkeypatch.setattr(case.sketch, "_rests", case.sketch._rests * [[1.0], [0.5], [1.0], [1.0]])
 
 
 def forget_the_rounding_of_states(_, monkeypatch):
@@ -222,6 +235,15 @@ def forget_the_rounding_of_states(_, monkeypatch):
         return digits
 
     monkeypatch.setattr("trimserve.sketch.to_digits", rounded)
+
+
+def forget_the_rounding_of_the_kernel(_, monkeypatch):
+    def rounded(hidden):
+        digits = to_blocks(hidden)
+        digits.rest[:] = 0
+        return digits
+
+    monkeypatch.setattr("trimserve.sketch.to_blocks", rounded)
 
 
 def forget_the_rounding_of_products(_, monkeypatch):
@@ -243,6 +265,9 @@ def forget_what_follows(_, monkeypatch):
         (forget_the_rounding_of_products, "exact"),
         (forget_what_follows, "bias"),
         (forget_what_follows, "half"),
+        (loosen_residuals, "2, int4"),
+        (forget_the_rounding_of_the_kernel, "whole, int4"),
+        (forget_what_follows, "bias, int4"),
     ],
 )
 def test_a_loosened_bound_is_caught(cases, monkeypatch, loosen, name):
@@ -268,7 +293,7 @@ PARAMS = (
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=lambda params: "-".join(params))
-@pytest.mark.parametrize("name", ["2", "11", "softcap", "bias", "half"])
+@pytest.mark.parametrize("name", ["2", "11", "softcap", "bias", "half", "2, int4"])
 def test_no_sampled_step_differs(cases, name, params):
     """Kept and cold logits lie among each other, so that filters and noise choose between them."""
     case = cases[name]

@@ -22,6 +22,16 @@ in a sum of its own, whose terms are larger than ``|w_k h_k|``: `block_magnitude
 accuracy level 4 it rounds the activations to 8 bits first, on most processors: `rounding_distance` bounds
 how far what it multiplies can be from h, whether it rounds or not.
 
+**A sketch of 4 bits** is multiplied by MatMulNBits, too. With b the row that its blocks stand for, h' what
+the kernel makes of h, and fl its float32 result,
+
+    <w, h>  =  <b, h'> + <b, h - h'> + <w - b, h>
+           <=  fl + gamma_m * M + ||b|| * ||h - h'|| + ||w - b|| * ||h||,    M = `block_magnitude` * ||h'||,
+
+by the two paragraphs above and the Cauchy-Schwarz inequality. Row groups and hidden states are divided by
+powers of two before, which is exact, and blocks smaller than 2^-40 of the largest entry count as zeros: so no
+scale, and no product of two, can underflow or overflow.
+
 **What follows the product** (bias, scale, softcap) is a chain of operations that are monotone and rounded to
 nearest. A rounded monotone operation is monotone, so a bound goes through it; a constant factor must be
 positive. `after_head_bound` adds each operation's rounding, and 2^-18 for a tanh, whose approximation need
@@ -47,7 +57,7 @@ _LARGEST_PRODUCT = 2.0**120
 _TANH_ERROR = 2.0**-18
 # Float64 arithmetic on at most 2^20 terms is this accurate, with room to spare.
 _SLACK = 1e-9
-_X86 = ("x86_64", "AMD64")
+X86 = ("x86_64", "AMD64")
 
 
 def round_up(values: npt.ArrayLike) -> Doubles:
@@ -140,7 +150,7 @@ class HeadArithmetic:
         factors = [number for operator, number in self.after_head if operator in ("Mul", "Div")]
         known = all(operator == "Tanh" or operator in _EXACT for operator, _ in self.after_head)
         monotone = known and all(number is not None and 0 < number < np.inf for number in factors)
-        return monotone and (platform.machine() in _X86 or not (self.half or self.scheme))
+        return monotone and (platform.machine() in X86 or not (self.half or self.scheme))
 
     def bound(self, products: Doubles, bias: npt.ArrayLike, side: Literal[-1, 1]) -> Doubles:
         """Bound logits, given bounds of their products.

@@ -31,7 +31,8 @@ from trimserve.sampling import (
     gumbel_noise,
     noise_may_reach,
 )
-from trimserve.sketch import GROUP_ROWS, Sketch, SketchedProduct
+from trimserve.sketch import Sketch, SketchedProduct
+from trimserve.sketchrows import GROUP_ROWS
 from trimserve.stats import ColdReads
 from trimserve.vocab import Ids, VocabMap
 

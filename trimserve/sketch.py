@@ -194,7 +194,7 @@ class Sketch:
 
 
 def row_bytes(width: int, bits: int) -> int:
-    """Bytes of a row of H entries in the sketch's data: an integer each, or 4-bit blocks with their scales."""
+    """Bytes of a row of H entries in the sketch's data: an integer each, or 4-bit blocks with scales."""
     return width if bits == 8 else BLOCKS.blocks(width) * (BLOCKS.block_bytes + 4)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from trimserve.errors import UsageError
 from trimserve_export.exporters import DEVICES, EXPORTERS
 from trimserve_export.quantize import SCHEMES
+from trimserve_export.serving.sketch import SKETCH_BITS
 from trimserve_export.tasks import TORCH_DTYPES
 
 
@@ -40,7 +41,7 @@ class Options:
                 "device chooses what genai's builder makes: leave it out, or use --exporter genai."
             )
         if self.sketch is not None:
-            _check_choice("sketch", self.sketch, {"int8", "none"})
+            _check_choice("sketch", self.sketch, {*SKETCH_BITS, "none"})
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, set(SCHEMES))
             _check_quantized(self)

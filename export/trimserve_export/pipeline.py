@@ -22,7 +22,7 @@ from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
 from trimserve_export.options import Options
 from trimserve_export.planning import Plan, plan_export
 from trimserve_export.reference import export_full
-from trimserve_export.serving.sketch import add_sketch, wants_sketch
+from trimserve_export.serving.sketch import SKETCH_BITS, add_sketch, wants_sketch
 
 __all__ = ["ExportResult", "Options", "export", "export_full"]
 
@@ -109,8 +109,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
             docs/onnx-in.md.
         variant: of a folder with ONNX graphs in several precisions, the one to take, e.g. ``"q4"`` of
             `onnx/model_q4.onnx`; also where the folder has safetensors weights.
-        sketch: ``"int8"`` or ``"none"``: whether exact mode gets bounds of the cold rows to prove most steps
-            with; int8 by default unless the head is quantised. See docs/certificate.md.
+        sketch: ``"int8"``, ``"int4"`` or ``"none"``: the bounds of the cold rows that exact mode proves most
+            steps with; int8 by default unless the head is quantised. See docs/certificate.md.
         overwrite: replace a folder that trimserve made.
         trust_remote_code: allow code that the model folder brings.
         revision: hub branch, tag or commit.
@@ -144,7 +144,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
             manifest = with_card(filled, source, staging)
             write_manifest(staging, manifest)
             if wants_sketch(manifest, options.sketch):
-                manifest = add_sketch(staging)
+                manifest = add_sketch(staging, SKETCH_BITS[options.sketch or "int8"])
     files = {name: entry.bytes for name, entry in manifest.files.items()}
     seconds = round(time.perf_counter() - start, 3)
     return ExportResult(

@@ -65,7 +65,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
     parser.add_argument(
         "--sketch",
-        choices=("int8", "none"),
+        choices=("int8", "int4", "none"),
         help="bounds of the cold rows, which exact mode proves with (default: int8, for heads in floats)",
     )
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave the cold rows out")
