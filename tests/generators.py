@@ -3,6 +3,7 @@
 Needs torch and the exporter: call `pytest.importorskip("torch")` before importing this module.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ def make_pair(
     *,
     kept_ids: Sequence[int] | None = None,
     kept: int | None = None,
+    output_ids: Sequence[int] | None = None,
     quantize: str | None = None,
     **options,
 ) -> Pair:
@@ -67,6 +69,8 @@ def make_pair(
         picked = np.random.default_rng(1).choice(others, max(0, (kept or 0) - structural.size), replace=False)
         kept_ids = sorted([*structural.tolist(), *picked.tolist()])
     vocab = make_vocab(kept_ids, source.vocab_size, sha256_file(source.tokenizer_path))
+    if output_ids is not None:
+        vocab = dataclasses.replace(vocab, output_ids=np.array(output_ids, np.int32))
     export(source, vocab, root / "trimmed", quantize=quantize, progress=False)
     (root / "full").mkdir()
     scheme = SCHEMES[quantize] if quantize else None
@@ -100,19 +104,17 @@ class FullSampler:
         self, prompt: np.ndarray, params: SamplingParams, tokens: int, stop_ids: frozenset[int]
     ) -> list[int]:
         cache = self._decoder.empty_cache(1)
-        no_rows = np.zeros((1, self._decoder.hidden_size), self._decoder.dtype)
-        step = self._decoder.step(cache, prompt[None].astype(np.int64), no_rows)
+        step = self._decoder.step(cache, prompt[None].astype(np.int64), self._decoder.no_rows)
         output: list[int] = []
         while len(output) < tokens:
             past = History(prompt, np.array(output, np.int32))
             output.append(choose(step.logits[0, -1], self._columns, params, past))
             if output[-1] in stop_ids or len(output) == tokens:
                 break
-            step = self._decoder.step(cache, np.array([[output[-1]]], np.int64), no_rows)
+            step = self._decoder.step(cache, np.array([[output[-1]]], np.int64), self._decoder.no_rows)
         return output
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of every position, float32 (T, V)."""
-        no_rows = np.zeros((1, self._decoder.hidden_size), self._decoder.dtype)
         cache = self._decoder.empty_cache(1)
-        return self._decoder.step(cache, ids[None].astype(np.int64), no_rows, keep=0).logits[0]
+        return self._decoder.step(cache, ids[None].astype(np.int64), self._decoder.no_rows, keep=0).logits[0]

@@ -82,6 +82,7 @@ class Manifest:
         segmentation: how a cut tokenizer segments texts beside the original (layout tokenizer), or None.
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
+        head_rows: rows of the head where it has fewer than the embedding, else None.
     """
 
     source: Source
@@ -103,6 +104,7 @@ class Manifest:
     quantization: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
+    head_rows: int | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -216,6 +218,11 @@ def open_folder(path: Path, *, hash_all: bool = False) -> TrimmedFolder:
         raise MismatchError(
             f"{path}: the vocab keeps {len(vocab):,} of {vocab.vocab_size:,} ids, the manifest says "
             f"{manifest.kept:,} of {manifest.vocab_size:,}: export the folder again."
+        )
+    if len(vocab.head) != (manifest.head_rows or manifest.kept):
+        raise MismatchError(
+            f"{path}: the vocab has {len(vocab.head):,} ids for the head, the manifest says "
+            f"{manifest.head_rows or manifest.kept:,}: export the folder again."
         )
     return TrimmedFolder(path, manifest, vocab)
 

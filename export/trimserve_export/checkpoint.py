@@ -28,6 +28,7 @@ from trimserve.tensorfile import (
 )
 from trimserve.vocab import Ids, VocabMap
 from trimserve_export.configs import write_compact_configs
+from trimserve_export.output_ids import check_untied
 from trimserve_export.stored_vocab import StoredVocab, axes_of, find_stored_vocab, read_specs
 from trimserve_export.vocab_axes import ModelClass, Role, VocabAxes, load_config
 
@@ -103,6 +104,7 @@ def trim_checkpoint(
         check_pad(config, found, vocab)
     specs = read_specs(source)
     stored = find_stored_vocab(specs, axes, vocab.vocab_size)
+    check_untied(vocab, tied=stored.tied)
     write_compact_configs(source.path, target, config, vocab)
     steps = stream_tensors(source, vocab, target, stored, cold_path)
     total = sum(spec.nbytes for spec in specs.values())
@@ -169,7 +171,7 @@ def stream_tensors(
     if (source.path / INDEX_NAME).is_file() and len(source.weight_files) > 1:
         _write_index(source, target)
     if cold_path is not None:
-        yield from _write_cold(cold_path, stored, vocab.cold_ids)
+        yield from _write_cold(cold_path, stored, vocab)
 
 
 def _kept(spec: TensorSpec, stored: StoredVocab, kept_ids: Ids) -> TensorSource:
@@ -178,14 +180,15 @@ def _kept(spec: TensorSpec, stored: StoredVocab, kept_ids: Ids) -> TensorSource:
     return TensorRows(spec, kept_ids, stored.cut[spec.name][1])
 
 
-def _write_cold(path: Path, stored: StoredVocab, cold_ids: Ids) -> Iterator[int]:
+def _write_cold(path: Path, stored: StoredVocab, vocab: VocabMap) -> Iterator[int]:
     tensors: dict[str, TensorSource] = {}
     for role in _ROLES:
         if role in stored.roles:
             spec, axis = stored.cut[stored.roles[role]]
             # A bias may be stored as (1, V): in the cold file every tensor begins with its rows.
             rows_first = dataclasses.replace(spec, shape=spec.shape[axis:])
-            tensors[role] = TensorRows(rows_first, cold_ids)
+            ids = vocab.cold_ids if role == "embedding" else vocab.head.cold_ids
+            tensors[role] = TensorRows(rows_first, ids)
     return write_tensors(path, tensors, {"tied": str(stored.tied).lower()})
 
 
@@ -208,8 +211,9 @@ def _run(steps: Iterator[int], total: int, *, progress: bool) -> int:
 
 
 def _cut_tensors(stored: StoredVocab, vocab: VocabMap) -> tuple[CutTensor, ...]:
+    heads = {stored.roles.get("head"), stored.roles.get("head_bias")}
     return tuple(
-        CutTensor(name, axis, spec.shape[axis], len(vocab), spec.dtype)
+        CutTensor(name, axis, spec.shape[axis], len(vocab.head if name in heads else vocab), spec.dtype)
         for name, (spec, axis) in stored.cut.items()
     )
 

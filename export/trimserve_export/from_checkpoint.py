@@ -21,8 +21,12 @@ from trimserve.folder import (
     list_files,
 )
 from trimserve.source import GENAI_NAME
+from trimserve.vocab import VocabMap
 from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.exporters.choice import Choice
+from trimserve_export.graph.loading import load_graph
+from trimserve_export.graph.trim import trim_head
+from trimserve_export.graph.turned import turn_tables
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
@@ -31,9 +35,10 @@ from trimserve_export.layouts.writing import (
     write_cut_files,
     write_layout_graph,
 )
+from trimserve_export.output_ids import compact_head, head_rows
 from trimserve_export.planning import Plan
 from trimserve_export.quantize import SCHEMES, quantize_graph
-from trimserve_export.serving import make_servable
+from trimserve_export.serving import make_servable, serve
 from trimserve_export.serving.cold_head import quantize_cold_head, write_cold_head
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
@@ -86,7 +91,7 @@ def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -
     """Export the trimmed checkpoint into the staging folder; returns role -> file name."""
     logger.info("exporting with %s: %s", choice.name, choice.reason)
     made = choice.exporter.export_checkpoint(checkpoint, checkpoint / "exported", plan.job)
-    has_cold = plan.options.writes_cold and bool(plan.vocab.cold_ids.size)
+    has_cold = plan.options.writes_cold and bool(plan.vocab.head.cold_ids.size)
     if has_cold and plan.options.quantize and choice.exporter.QUANTIZES:
         round_cold_embedding(made, staging / COLD_NAME)
     if plan.options.layout != "runtime":
@@ -102,7 +107,7 @@ def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -
         copy_files((GENAI_NAME,), made.parent, staging)
         return {"model": path.name}
     logger.info("making the graph servable")
-    graphs = make_graphs(made, staging, len(plan.vocab), plan.task, plan.scheme)
+    graphs = make_graphs(made, staging, len(plan.vocab), plan.task, plan.scheme, compact_head(plan.vocab))
     with_head = graphs.get("decoder") or graphs["model"]
     if plan.task in GENERATOR_TASKS and has_cold:
         write_cold_head(with_head, staging / COLD_NAME)
@@ -123,6 +128,7 @@ def _manifest(
         tokenizer_sha256=sha256_file(source.tokenizer_path),
         vocab_size=plan.vocab.vocab_size,
         kept=len(plan.vocab),
+        head_rows=head_rows(plan.vocab),
         task=plan.task,
         layout=options.layout,
         dtype=options.dtype if to_onnx else trimmed.dtype,
@@ -146,7 +152,12 @@ def _exporter_facts(plan: Plan) -> dict[str, str]:
 
 
 def make_graphs(
-    exported: Path, output: Path, rows: int, task: str, scheme: BlockScheme | None
+    exported: Path,
+    output: Path,
+    rows: int,
+    task: str,
+    scheme: BlockScheme | None,
+    head: VocabMap | None = None,
 ) -> dict[str, Path]:
     """Run the serving passes on what an exporter made, then quantise.
 
@@ -156,6 +167,7 @@ def make_graphs(
         rows: of embedding and head.
         task: one of `tasks.TASKS`.
         scheme: how to quantise, if at all.
+        head: the compact ids that stay in the head, where not all do.
 
     Returns:
         Role -> graph.
@@ -164,7 +176,16 @@ def make_graphs(
         return make_seq2seq_servable(exported, output, rows=rows, scheme=scheme)
     has_head = has_vocab_head(task)
     if scheme is None:
-        return {"model": make_servable(exported, output, rows=rows, has_head=has_head).path}
+        return {"model": _make_servable(exported, output, rows, head, has_head=has_head)}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".servable.") as scratch:
-        graph = make_servable(exported, Path(scratch), rows=rows, has_head=has_head).path
+        graph = _make_servable(exported, Path(scratch), rows, head, has_head=has_head)
         return {"model": quantize_graph(graph, output, scheme, has_head=has_head)}
+
+
+def _make_servable(exported: Path, output: Path, rows: int, head: VocabMap | None, *, has_head: bool) -> Path:
+    if head is None:
+        return make_servable(exported, output, rows=rows, has_head=has_head).path
+    model = load_graph(exported)
+    trim_head(model, head)
+    turn_tables(model.graph)
+    return serve(model, output, rows=rows, has_head=True, head_rows=len(head)).path

@@ -74,16 +74,17 @@ def write_cold_rows(full: FullGraph, vocab: VocabMap, path: Path) -> None:
     A quantised embedding's rows are the floats that its graph makes of them. A quantised head's are not
     written here, see `write_cold_blocks`.
     """
-    tied = _is_tied(full.embedding, full.head)
+    tied = is_tied(full.embedding, full.head)
     tensors: dict[str, TensorSource] = {"embedding": embedding_rows(full, vocab.cold_ids, vocab.vocab_size)}
     if full.head is not None and not tied and not has_plain_blocks(full.head):
         tensors["head"] = head_rows(full, vocab)
     if full.bias is not None:
-        tensors["head_bias"] = StoredRows(full.bias, vocab.vocab_size, vocab.cold_ids, 1)
+        tensors["head_bias"] = StoredRows(full.bias, vocab.vocab_size, vocab.head.cold_ids, 1)
     exhaust(write_tensors(path, tensors, {"tied": str(tied).lower()}))
 
 
-def _is_tied(embedding: Embedding, head: Head | None) -> bool:
+def is_tied(embedding: Embedding, head: Head | None) -> bool:
+    """Whether the head's rows are the embedding's."""
     if head is None or head.is_quantized:
         return False
     if head.scales is not None:
@@ -133,10 +134,12 @@ def head_rows(full: FullGraph, vocab: VocabMap) -> TensorSource:
     if head is None or weight is None:
         raise UnsupportedModelError("the head has no constant weight.")
     if head.scales is not None or head.is_quantized or scale_of(head.product) != 1:
-        return DequantizedRows(head, dict(full.model.graph.opset_imports), vocab.vocab_size, vocab.cold_ids)
+        return DequantizedRows(
+            head, dict(full.model.graph.opset_imports), vocab.vocab_size, vocab.head.cold_ids
+        )
     if head.by_row:
-        return StoredRows(weight, vocab.vocab_size, vocab.cold_ids, head.width)
-    return StoredColumns(weight, vocab.cold_ids)
+        return StoredRows(weight, vocab.vocab_size, vocab.head.cold_ids, head.width)
+    return StoredColumns(weight, vocab.head.cold_ids)
 
 
 def has_plain_blocks(head: Head) -> bool:
@@ -161,7 +164,7 @@ def write_cold_blocks(head: Head, scheme: BlockScheme, vocab: VocabMap, folder: 
     integers, scales, zeros = (constant(optional_input(head.product, index)) for index in (1, 2, 3))
     if integers is None or scales is None:
         raise UnsupportedModelError(f"{describe(head.product)} has no constant weight.")
-    count, blocks = len(vocab.cold_ids), scheme.blocks(head.width)
+    count, blocks = len(vocab.head.cold_ids), scheme.blocks(head.width)
     stored = [(integers, blocks * scheme.block_bytes), (scales, blocks)]
     if zeros is not None:
         stored.append((zeros, scheme.zero_point_bytes(head.width)))
@@ -170,5 +173,5 @@ def write_cold_blocks(head: Head, scheme: BlockScheme, vocab: VocabMap, folder: 
     )
     with specs.integers.path.open("wb", buffering=0) as file:
         for tensor, entries in stored:
-            exhaust(StoredRows(tensor, vocab.vocab_size, vocab.cold_ids, entries).write_to(file))
+            exhaust(StoredRows(tensor, vocab.vocab_size, vocab.head.cold_ids, entries).write_to(file))
     return specs

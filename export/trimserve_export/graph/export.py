@@ -15,6 +15,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.folder import GENERATOR_TASKS, TEXT2TEXT_TASK, CutTensor, Source
 from trimserve.source import ModelSource
 from trimserve.vocab import VocabMap
+from trimserve_export.graph.cold import is_tied
 from trimserve_export.graph.facts import (
     cut_tensors,
     dtype,
@@ -26,10 +27,17 @@ from trimserve_export.graph.facts import (
 from trimserve_export.graph.loading import load_graph
 from trimserve_export.graph.other_layouts import PartJob
 from trimserve_export.graph.parts import ENCODER, FIRST, LATER, MERGED, Part, find_parts, one_variant
-from trimserve_export.graph.runtime import load_seq2seq, serve_seq2seq, write_seq2seq, write_servable
+from trimserve_export.graph.runtime import (
+    full_graph,
+    load_seq2seq,
+    serve_seq2seq,
+    write_seq2seq,
+    write_servable,
+)
 from trimserve_export.graph.saving import LinkingWriter, write_copy
-from trimserve_export.graph.trim import trim_graph
+from trimserve_export.graph.trim import trim_graph, trim_head
 from trimserve_export.graph.turned import turn_tables
+from trimserve_export.output_ids import check_output_ids, check_untied
 from trimserve_export.serving import GRAPH_NAME, serve
 
 logger = logging.getLogger(__name__)
@@ -91,7 +99,8 @@ def trim_to_folder(
         parts = [main]
     model = load_graph(main.path)
     task = _task(parts, model.graph, vocab.vocab_size) if task == "auto" else task
-    cold = cold and bool(vocab.cold_ids.size)
+    check_output_ids(vocab, task, layout=layout)
+    cold = cold and bool(vocab.head.cold_ids.size)
     if layout == "runtime":
         with _other_layouts_named():
             graphs, cut = _write_for_runtime(parts, vocab, folder, task=task, cold=cold, link=link)
@@ -148,13 +157,23 @@ def _write_for_runtime(
     (part,) = parts
     untrimmed, trimmed = load_graph(part.path), load_graph(part.path)
     has_head = task in _HEAD_TASKS
-    cut = cut_tensors(trim_graph(trimmed, vocab, has_head=has_head), len(vocab))
-    for model in (untrimmed, trimmed):
-        turn_tables(model.graph)
+    turn_tables(untrimmed.graph)
+    if vocab.output_ids is None:
+        cut = cut_tensors(trim_graph(trimmed, vocab, has_head=has_head), len(vocab))
+    else:
+        check_untied(vocab, tied=_is_tied(untrimmed, has_head=has_head))
+        cut = cut_tensors(trim_graph(trimmed, vocab, has_head=False), len(vocab))
+        cut += cut_tensors(trim_head(trimmed, vocab.head), len(vocab.head))
+    turn_tables(trimmed.graph)
     made = write_servable(
         untrimmed, trimmed, vocab, folder, task=task, cold=cold, has_head=has_head, writer=writer
     )
     return made, cut
+
+
+def _is_tied(untrimmed: ir.Model, *, has_head: bool) -> bool:
+    full = full_graph(untrimmed, has_head=has_head)
+    return is_tied(full.embedding, full.head)
 
 
 def _write_parts(parts: list[Part], job: PartJob) -> tuple[dict[str, str], tuple[CutTensor, ...]]:

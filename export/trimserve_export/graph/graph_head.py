@@ -42,9 +42,8 @@ def write_graph_head(full: FullGraph, vocab: VocabMap, folder: Path) -> None:
     """
     if full.head is None:
         raise UnsupportedModelError("the graph has no vocab head.")
-    tiles = [
-        vocab.cold_ids[start : start + _TILE_ROWS] for start in range(0, len(vocab.cold_ids), _TILE_ROWS)
-    ]
+    cold_ids = vocab.head.cold_ids
+    tiles = [cold_ids[start : start + _TILE_ROWS] for start in range(0, len(cold_ids), _TILE_ROWS)]
     models = [_tile(full, full.head, ids, vocab.vocab_size, number) for number, ids in enumerate(tiles)]
     stored = [
         value

@@ -19,6 +19,7 @@ from trimserve_export.configs import compact_config
 from trimserve_export.graph.export import GENERATION_CONFIG, trim_to_folder, write_generation_config
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.options import Options
+from trimserve_export.output_ids import head_rows
 from trimserve_export.pooling import read_pooling
 from trimserve_export.serving import GRAPH_NAME
 
@@ -67,6 +68,7 @@ def fill_from_graph(
         tokenizer_sha256=sha256_file(source.tokenizer_path),
         vocab_size=vocab.vocab_size,
         kept=len(vocab),
+        head_rows=head_rows(vocab),
         task=made.task,
         layout=options.layout,
         dtype=made.dtype,

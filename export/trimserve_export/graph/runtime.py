@@ -53,7 +53,8 @@ def write_servable(
     """Write `model.onnx` and, where asked for, its cold rows and cold head; returns role -> file name."""
     logger.info("making the graph servable")
     full = full_graph(untrimmed, has_head=has_head)
-    path = serve(trimmed, folder, rows=len(vocab), has_head=has_head, write=writer).path
+    rows, head_rows = len(vocab), len(vocab.head)
+    path = serve(trimmed, folder, rows=rows, head_rows=head_rows, has_head=has_head, write=writer).path
     if cold:
         write_cold(full, path, vocab, folder, exact=task in GENERATOR_TASKS)
     return {"model": GRAPH_NAME}

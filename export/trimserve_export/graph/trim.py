@@ -7,6 +7,7 @@ from trimserve.vocab import VocabMap
 from trimserve_export.graph.head import follow_logits
 from trimserve_export.graph.lookups import follow_ids
 from trimserve_export.graph.plan import VocabPlan
+from trimserve_export.serving.flow import find_output
 
 # Names of a graph's token ids; encoder-decoders of older exporters have the second.
 IDS = ("input_ids", "decoder_input_ids")
@@ -56,5 +57,26 @@ def trim_graph(model: ir.Model, vocab: VocabMap, *, has_head: bool) -> VocabPlan
             The model is of no use then.
     """
     plan = plan_trim(model, vocab.vocab_size, has_head=has_head)
+    plan.apply(vocab)
+    return plan
+
+
+def trim_head(model: ir.Model, vocab: VocabMap) -> VocabPlan:
+    """Cut the vocab head alone to some ids, in place; the embedding stays as it is.
+
+    Args:
+        model: as `load_graph` gives it; embedding and head are two tensors.
+        vocab: the ids that stay; its `vocab_size` must be the rows of the head.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        UnsupportedModelError: see `plan_trim`.
+    """
+    logits = find_output(model.graph, LOGITS)
+    plan = VocabPlan(vocab.vocab_size)
+    follow_logits(plan, logits)
+    plan.check(logits)
     plan.apply(vocab)
     return plan

@@ -77,6 +77,7 @@ def serve(
     *,
     rows: int,
     has_head: bool,
+    head_rows: int | None = None,
     write: Callable[[ir.Model, Path], None] = write_copy,
 ) -> ServableGraph:
     """Run the serving passes on a graph in memory, which is changed, and write the result.
@@ -86,25 +87,27 @@ def serve(
         output: see `make_servable`.
         rows: see `make_servable`.
         has_head: see `make_servable`.
+        head_rows: rows of the head, where it has fewer than the embedding.
         write: writes the graph and its weights.
 
     Raises:
         UnsupportedModelError: see `make_servable`.
     """
     _check_inputs(model.graph)
-    tied = apply_passes(model, rows=rows, has_head=has_head)
+    tied = apply_passes(model, rows=rows, has_head=has_head, head_rows=head_rows)
     path = output / GRAPH_NAME
     write(model, path)
     return ServableGraph(path, tied, (path.name, f"{path.name}_data"))
 
 
-def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
+def apply_passes(model: ir.Model, *, rows: int, has_head: bool, head_rows: int | None = None) -> bool:
     """Run the serving passes on a graph in place.
 
     Args:
         model: the exporter's graph.
         rows: see `make_servable`.
         has_head: see `make_servable`.
+        head_rows: see `serve`.
 
     Returns:
         Whether embedding and head are one tensor.
@@ -120,7 +123,7 @@ def apply_passes(model: ir.Model, *, rows: int, has_head: bool) -> bool:
     if has_head:
         unfuse_head(model.graph)
         head = find_head(model.graph)
-        _check_rows(head.product, head.rows, rows)
+        _check_rows(head.product, head.rows, head_rows or rows)
         model.metadata_props[AFTER_HEAD_KEY] = json.dumps(head.after)
         slice_before_head(model.graph, head)
         tied = tie_head(model, embedding, head)

@@ -48,6 +48,12 @@ class ColdTensors:
     bias: TensorSpec | None
     blocks: BlockSpecs | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cold rows, H. Beside the blocks of a graph, `rows` are the embedding's, which can be fewer."""
+        rows, width = self.rows.shape
+        return (rows if self.blocks is None else self.blocks.integers.shape[0]), width
+
 
 def _tail_nodes(graph: ir.Graph, head: Head) -> list[ir.Node]:
     """The pointwise nodes from the head's product to `logits`, in order of execution."""
@@ -113,7 +119,7 @@ class ColdGraph:
 
     def _parts(self) -> list[list[slice]]:
         """The tiles of each part."""
-        rows, width = self._tensors.rows.shape
+        rows, width = self._tensors.shape
         packed = self._tensors.blocks is not None
         step = _BLOCK_TILE_ROWS if packed else max(1, _TILE_BYTES // (4 * width))
         tiles = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

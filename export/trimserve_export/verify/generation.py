@@ -93,14 +93,14 @@ def _prompts(context: Context) -> list[tuple[str, Ids]]:
 
 
 def _cold(context: Context, ids: Ids) -> Ids:
-    return ids[~context.folder.vocab.is_kept(ids)]
+    return ids[~context.folder.vocab.head.is_kept(ids)]
 
 
 def _forbidden(context: Context, prompt: Ids, rules: TokenRules, mode: Mode) -> npt.NDArray[np.bool_]:
     """Ids (V,) that a mode cannot produce: in compact mode the cold ids that come with no request."""
     forbidden = np.zeros(context.folder.vocab.vocab_size, bool)
     if mode == "compact":
-        forbidden[context.folder.vocab.cold_ids] = True
+        forbidden[context.folder.vocab.head.cold_ids] = True
         forbidden[_cold(context, prompt)] = False
         forbidden[list(rules.forced_bos_token_id)] = False
     return forbidden

@@ -31,7 +31,7 @@ def quantized_checks(context: Context) -> Iterator[tuple[str, Callable[[Context]
 
 def check_quantized_head(context: Context) -> Check:
     """Quantise the source's head rows again and compare integers and scales, bit for bit."""
-    vocab = context.folder.vocab
+    vocab = context.folder.vocab.head
     parts = [("kept", vocab.kept_ids, _kept_blocks(context))]
     if COLD_BLOCKS_NAME in context.folder.manifest.files:
         parts.append(("cold", vocab.cold_ids, _cold_blocks(context)))
@@ -125,7 +125,7 @@ def _take_compact_logits(graph: ir.Graph) -> None:
 def _cold_blocks(context: Context) -> Blocks:
     spec, axis = _head_spec(context)
     dtype = "F16" if context.folder.manifest.dtype == "fp16" else "F32"
-    path, count = context.folder.file(COLD_BLOCKS_NAME), len(context.folder.vocab.cold_ids)
+    path, count = context.folder.file(COLD_BLOCKS_NAME), len(context.folder.vocab.head.cold_ids)
     specs = block_specs(path, count, spec.shape[1 - axis], _scheme(context), dtype)
     return Blocks(map_tensor(specs.integers), map_tensor(specs.scales))
 

@@ -98,12 +98,13 @@ def check_kept_rows(context: Context) -> Check:
         if role in quantized:
             continue  # the checks of quantised rows make their integers again
         spec, axis = context.stored.cut[name]
+        vocab = context.folder.vocab if role == "embedding" else context.folder.vocab.head
         expected = _row_matrix(spec, axis)
-        kept = _closest(expected, context.folder.vocab.kept_ids, weights, dtype)
+        kept = _closest(expected, vocab.kept_ids, weights, dtype)
         differences.append((f"{role} rows in the weights", kept))
         if context.folder.has_cold:
             stored = [_row_matrix(cold[role], 0)] if role in cold else []
-            difference = _closest(expected, context.folder.vocab.cold_ids, stored, None)
+            difference = _closest(expected, vocab.cold_ids, stored, None)
             differences.append((f"{role} rows in {COLD_NAME}", difference))
     return _rows_check(context, differences)
 

@@ -66,7 +66,7 @@ def sweep(full: Model, trimmed: Model, texts: Iterable[Ids], bound: RoundingBoun
         if full.has_vocab_head:
             same_input = expected["hidden_states"].tobytes() == found["hidden_states"].tobytes()
             allowed = bound.of(expected["hidden_states"]) if same_input else 0.0
-            seen.logits.add(expected["logits"][..., trimmed.vocab.kept_ids], found["logits"], allowed)
+            seen.logits.add(expected["logits"][..., trimmed.vocab.head.kept_ids], found["logits"], allowed)
     return seen
 
 
