@@ -107,7 +107,7 @@ def test_rounding_to_bfloat16_is_that_of_ml_dtypes(bits):
 
 
 def test_a_folder_without_cold_rows_gives_the_zero_row_and_refuses_ids(tmp_path):
-    rows = ColdRows(make_folder(tmp_path / "folder", KEPT, V), width=H)
+    rows = ColdRows(make_folder(tmp_path / "folder", KEPT, V), widths=[H])
     np.testing.assert_array_equal(rows.embedding([]), np.zeros((1, H), np.float32))
     assert (len(rows), rows.has_head) == (0, False)
     with pytest.raises(UnknownIdError, match="--no-cold"):
@@ -130,7 +130,7 @@ def test_rows_that_do_not_fit_the_vocab_are_refused(tmp_path, arrays):
 
 def test_rows_that_do_not_fit_the_graph_are_refused(tmp_path):
     with pytest.raises(MismatchError, match="rows of 5 entries but the graph takes 6"):
-        cold(tmp_path, {"embedding": FULL[COLD]}, width=6)
+        cold(tmp_path, {"embedding": FULL[COLD]}, widths=[6])
 
 
 def test_a_vocab_that_keeps_everything_has_no_cold_row(tmp_path):

@@ -316,8 +316,7 @@ def test_stats_count_drafts_and_cold_tokens(tiny):
 
 def test_a_step_without_the_head_makes_no_logits(tiny):
     decoder = tiny.generator._decoder
-    rows = np.zeros((1, decoder.hidden_size), np.float32)
-    step = decoder.step(decoder.empty_cache(1), np.zeros((1, 1), np.int64), rows, keep=-1)
+    step = decoder.step(decoder.empty_cache(1), np.zeros((1, 1), np.int64), decoder.no_rows, keep=-1)
     assert step.logits.shape[:2] == step.hidden.shape[:2] == (1, 0)
     assert 0 <= decoder.head_share() <= 1
 

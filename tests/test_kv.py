@@ -81,8 +81,7 @@ def full_graph(tmp_path_factory):
 
 
 def feed(decoder, cache, ids):
-    rows = np.zeros((1, H), np.float32)
-    return decoder.step(cache, np.array([ids], np.int64), rows, keep=0).logits[0]
+    return decoder.step(cache, np.array([ids], np.int64), decoder.no_rows, keep=0).logits[0]
 
 
 def test_the_graph_asks_for_shared_buffers(full_graph):

@@ -5,7 +5,8 @@ rows, and the system may drop them again. Only the asked rows are converted to t
 """
 
 import mmap
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.folder import COLD_NAME, TrimmedFolder
 from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
 from trimserve.vocab import Ids
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 ColdTensor = Literal["embedding", "head", "head_bias"]
 Rows = npt.NDArray[Any]
@@ -26,6 +30,22 @@ GRAPH_DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(np.uint16),
 }
 _FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+# The graph's input that takes rows of cold ids, of its first table (see `table_name`).
+COLD_INPUT = "cold_rows"
+
+
+def table_name(name: str, table: int) -> str:
+    """Name of what each table has that token ids are looked up in: ``name``, ``name.1``, ``name.2``, ...
+
+    Graph inputs (`cold_rows`) and stored tensors (`embedding`) of table 0 have the bare name.
+    """
+    return f"{name}.{table}" if table else name
+
+
+def cold_widths(session: "ort.InferenceSession") -> dict[str, int]:
+    """Inputs of a servable graph that take rows of cold ids, and their widths, table by table."""
+    inputs = session.get_inputs()
+    return {value.name: int(value.shape[1]) for value in inputs if value.name.partition(".")[0] == COLD_INPUT}
 
 
 class ColdRows:
@@ -38,16 +58,20 @@ class ColdRows:
         cold_ids: int32 (V - K,), the ids that have a cold row of the embedding, increasing.
         head_cold_ids: int32, those that have one of the head: more, where the head keeps fewer ids.
         width: H, entries of an embedding row.
+        widths: entries of a row of each table that token ids are looked up in, the embedding first; models
+            with per-layer embeddings have two tables.
         dtype: numpy dtype of the rows given out; uint16 bits for bf16.
     """
 
-    def __init__(self, folder: TrimmedFolder, dtype: str | None = None, *, width: int | None = None) -> None:
+    def __init__(
+        self, folder: TrimmedFolder, dtype: str | None = None, *, widths: Sequence[int] = ()
+    ) -> None:
         """Map the cold rows of a folder.
 
         Args:
             folder: an opened folder.
             dtype: fp32, fp16 or bf16; the dtype in the folder's manifest by default.
-            width: H, needed for a folder without cold rows (`--no-cold`).
+            widths: as the graph's inputs have them; needed for a folder without cold rows (`--no-cold`).
 
         Raises:
             MismatchError: the file does not hold a float row for each cold id.
@@ -63,13 +87,15 @@ class ColdRows:
         if folder.has_cold and "embedding" not in self._specs:
             raise MismatchError(f"{self._origin} has no tensor 'embedding': export the folder again.")
         self._maps = {name: map_tensor(spec) for name, spec in self._specs.items()}
-        self.width = self._specs["embedding"].shape[1] if folder.has_cold else int(width or 0)
+        self.widths = self._stored_widths() if folder.has_cold else tuple(widths)
+        self.width = next(iter(self.widths), 0)
         self._blocks = (
             _QuantizedRows(folder, self.width) if COLD_BLOCKS_NAME in folder.manifest.files else None
         )
-        if width is not None and width != self.width:
+        if widths and tuple(widths) != self.widths:
+            stored, taken = (" and ".join(f"{size:,}" for size in sizes) for sizes in (self.widths, widths))
             raise MismatchError(
-                f"{self._origin} has rows of {self.width:,} entries but the graph takes {width:,}: "
+                f"{self._origin} has rows of {stored} entries but the graph takes {taken}: "
                 "export the folder again."
             )
 
@@ -94,11 +120,16 @@ class ColdRows:
             return self._blocks.nbytes
         return self.spec("head").nbytes if self.has_head else 0
 
-    def embedding(self, cold_ids: npt.ArrayLike) -> Rows:
+    def embeddings(self, cold_ids: npt.ArrayLike) -> tuple[Rows, ...]:
+        """Read rows of every table: for the inputs `cold_rows`, `cold_rows.1`, ...; see `embedding`."""
+        return tuple(self.embedding(cold_ids, table) for table in range(len(self.widths)))
+
+    def embedding(self, cold_ids: npt.ArrayLike, table: int = 0) -> Rows:
         """Read embedding rows for the graph's input `cold_rows`.
 
         Args:
             cold_ids: cold token ids (S,), in slot order.
+            table: which of the tables that ids are looked up in; 0 is the embedding.
 
         Returns:
             Rows (S, H) in `dtype`; one zero row if S is 0, because the input must not be empty.
@@ -108,8 +139,8 @@ class ColdRows:
         """
         ids = np.asarray(cold_ids)
         if ids.size == 0:
-            return np.zeros((1, self.width), self.dtype)
-        return self._read("embedding", ids)
+            return np.zeros((1, self.widths[table]), self.dtype)
+        return self._read(table_name("embedding", table), ids)
 
     def head(self, cold_ids: npt.ArrayLike) -> Rows:
         """Read head rows (S, H), of the embedding if the model is tied; S may be 0.
@@ -149,7 +180,7 @@ class ColdRows:
         """
         return self._read("head_bias", np.asarray(cold_ids))
 
-    def spec(self, name: ColdTensor) -> TensorSpec:
+    def spec(self, name: str) -> TensorSpec:
         """Where a tensor lies in the file; the head of a tied model is its embedding.
 
         Raises:
@@ -163,10 +194,14 @@ class ColdRows:
             )
         return self._specs[stored]
 
-    def _stored(self, name: ColdTensor) -> ColdTensor:
+    def _stored_widths(self) -> tuple[int, ...]:
+        names = (table_name("embedding", table) for table in range(len(self._specs)))
+        return tuple(self._specs[name].shape[1] for name in names if name in self._specs)
+
+    def _stored(self, name: str) -> str:
         return "embedding" if name == "head" and self._tied else name
 
-    def _read(self, name: ColdTensor, ids: npt.NDArray[Any]) -> Rows:
+    def _read(self, name: str, ids: npt.NDArray[Any]) -> Rows:
         if not self._maps:
             if ids.size == 0:
                 return np.zeros((0, self.width), self.dtype)
@@ -183,7 +218,7 @@ class ColdRows:
 
     def _ids_of(self, name: str) -> Ids:
         """The ids that a stored tensor has a row for."""
-        return self.cold_ids if name == "embedding" else self.head_cold_ids
+        return self.cold_ids if name.startswith("embedding") else self.head_cold_ids
 
     def _check(self, spec: TensorSpec) -> None:
         rows = spec.shape[0] if spec.shape else 0

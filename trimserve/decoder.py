@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.cold import COLD_INPUT, Rows, cold_widths
 from trimserve.errors import UnsupportedModelError
 from trimserve.kv import GrowingCache, KVCache, KVLayout, SharedCache
 from trimserve.vocab import Ids
@@ -51,6 +52,8 @@ class Decoder:
 
     Attributes:
         device: where the graph and its cache are.
+        cold_inputs: names of the inputs for rows of cold ids, one for each table that ids are looked up in.
+        no_rows: what a step without any slot is given for them: one row of zeros each.
     """
 
     _MASK = "attention_mask"  # the input that tells tokens from padding
@@ -64,7 +67,7 @@ class Decoder:
             name for name in inputs if name.startswith("past_key_values.") and ".encoder." not in name
         ]
         self._present = [name.replace("past_key_values.", "present.") for name in self._past]
-        needed = {"input_ids", self._MASK, "cold_rows", "logits_to_keep"}
+        needed = {"input_ids", self._MASK, COLD_INPUT, "logits_to_keep"}
         missing = sorted(
             (needed - inputs.keys()) | ({"logits", "hidden_states", *self._present} - set(outputs))
         )
@@ -75,8 +78,11 @@ class Decoder:
             )
         self.takes_positions = "position_ids" in inputs
         self._takes_mask = "attention_mask" in inputs
-        self.dtype = np.dtype(_NUMPY_TYPES.get(inputs["cold_rows"].type, np.float32))
-        self.hidden_size = int(inputs["cold_rows"].shape[1])
+        self.dtype = np.dtype(_NUMPY_TYPES.get(inputs[COLD_INPUT].type, np.float32))
+        widths = cold_widths(session)
+        self.hidden_size = widths[COLD_INPUT]
+        self.cold_inputs = tuple(widths)
+        self.no_rows = tuple(np.zeros((1, width), self.dtype) for width in widths.values())
         past = [inputs[name] for name in self._past]
         shapes = [(int(value.shape[1]), int(value.shape[3])) for value in past]
         kv_dtype = np.dtype(_NUMPY_TYPES.get(past[0].type, np.float32))
@@ -119,7 +125,6 @@ class Decoder:
         return self._head_share
 
     def _measure_head_share(self) -> float:
-        rows = np.zeros((1, self.hidden_size), self.dtype)
         token = np.zeros((1, 1), np.int64)
         seconds: dict[int, list[float]] = {1: [], -1: []}
         end = time.perf_counter() + _MEASURING_SECONDS
@@ -127,7 +132,7 @@ class Decoder:
             for keep, found in seconds.items():
                 cache = self.start([np.zeros(1, np.int32)])
                 start = time.perf_counter()
-                self.step(cache, token, rows, keep=keep)
+                self.step(cache, token, self.no_rows, keep=keep)
                 found.append(time.perf_counter() - start)
         with_head, without = (float(np.median(found)) for found in seconds.values())
         return min(max(1 - without / with_head, 0.0), 1.0)
@@ -136,7 +141,7 @@ class Decoder:
         self,
         cache: KVCache,
         ids: npt.NDArray[np.int64],
-        cold_rows: npt.NDArray[Any],
+        cold_rows: Sequence[Rows],
         *,
         mask: npt.NDArray[np.int64] | None = None,
         keep: int = 1,
@@ -146,7 +151,7 @@ class Decoder:
         Args:
             cache: of the same batch size; changed in place.
             ids: int64 (B, T), compact ids or K + slot.
-            cold_rows: (S, H), S >= 1, the embeddings of the slots, in the graph's dtype.
+            cold_rows: for each of `cold_inputs` (S, width), S >= 1, the slots' rows in the graph's dtype.
             mask: int64 (B, T), 0 where `ids` is padding on the left; all 1 by default.
             keep: how many of the last positions to give logits for; 0 for all.
         """
@@ -156,9 +161,10 @@ class Decoder:
         on_cpu = self._layout.on_cpu
         inputs = {
             "input_ids": on_cpu(ids),
-            "cold_rows": self._held("cold_rows", cold_rows),
             "logits_to_keep": self._held("logits_to_keep", _number(keep)),
         }
+        for name, rows in zip(self.cold_inputs, cold_rows, strict=True):
+            inputs[name] = self._held(name, rows)
         if self._takes_mask:
             inputs["attention_mask"] = on_cpu(cache.mask)
         if past is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.batching import Encoded, join
-from trimserve.cold import ColdRows
+from trimserve.cold import COLD_INPUT, ColdRows, cold_widths
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import Pooling, TrimmedFolder
 from trimserve.heads import Candidate, full_logits, top_candidates
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EMBEDDING_TASK = "feature-extraction"
 _INPUTS = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "cold_rows", "logits_to_keep"}
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "logits_to_keep"}
 )
 _ID_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Padded tokens fed at a time on a CPU: activations grow with them (a MiniLM process took 400 MB for 32
@@ -101,6 +101,7 @@ class Encoder:
         self._cold = cold
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = {value.name: value for value in session.get_outputs()}
+        self._cold_inputs = tuple(cold_widths(session))
         self._result = "last_hidden_state" if self.task == EMBEDDING_TASK else "logits"
         self._check_graph()
 
@@ -228,9 +229,9 @@ class Encoder:
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": batch.ids,
             "attention_mask": batch.attention_mask,
-            "cold_rows": self._cold.embedding(batch.cold_ids),
             "logits_to_keep": np.array(0, np.int64),
         }
+        feeds |= zip(self._cold_inputs, self._cold.embeddings(batch.cold_ids), strict=True)
         if "token_type_ids" in self._inputs:
             feeds["token_type_ids"], _ = join([encoded[text].type_ids for text in chosen]).padded(0)
         if "position_ids" in self._inputs:
@@ -275,8 +276,8 @@ class Encoder:
         return np.zeros((0, self.dimension), np.float32)
 
     def _check_graph(self) -> None:
-        unknown = sorted(self._inputs.keys() - _INPUTS)
-        missing = sorted({"input_ids", "cold_rows"} - self._inputs.keys())
+        unknown = sorted(self._inputs.keys() - _INPUTS - set(self._cold_inputs))
+        missing = sorted({"input_ids", COLD_INPUT} - self._inputs.keys())
         missing += [] if self._result in self._outputs else [self._result]
         if unknown or missing:
             found = f"lacks {', '.join(missing)}" if missing else f"also wants {', '.join(unknown)}"

@@ -27,7 +27,6 @@ class Feeder:
         self._vocab = vocab
         self._cold = cold
         self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
-        self._no_rows = np.zeros((1, decoder.hidden_size), decoder.dtype)
         self.timing = Timing()
 
     def prefill(self, requests: Sequence[Request]) -> tuple[KVCache, Step]:
@@ -52,14 +51,14 @@ class Feeder:
         if columns.size < ids.size:
             return self._step(cache, ids[:, None])
         start = time.perf_counter()  # nearly every step: no slot is needed
-        step = self._decoder.step(cache, columns.astype(np.int64)[:, None], self._no_rows)
+        step = self._decoder.step(cache, columns.astype(np.int64)[:, None], self._decoder.no_rows)
         self.timing.model += time.perf_counter() - start
         return step
 
     def _step(self, cache: KVCache, ids: Ids, mask: npt.NDArray[np.int64] | None = None) -> Step:
         start = time.perf_counter()
         slotted = self._vocab.with_slots(ids)
-        rows = self._cold.embedding(slotted.cold_ids) if slotted.cold_tokens else self._no_rows
+        rows = self._cold.embeddings(slotted.cold_ids) if slotted.cold_tokens else self._decoder.no_rows
         step = self._decoder.step(cache, slotted.ids, rows, mask=mask)
         self.timing.model += time.perf_counter() - start
         return step

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimserve.cold import ColdRows
+from trimserve.cold import COLD_INPUT, ColdRows, cold_widths
 from trimserve.encoder import Encoder
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK, TrimmedFolder, open_folder
@@ -54,7 +54,7 @@ def load(
         role: open_session(folder.file(name), device=device, threads=threads, prepack=prepack)
         for role, name in folder.manifest.graphs.items()
     }
-    cold = ColdRows(folder, width=_row_width(folder, next(iter(sessions.values()))))
+    cold = ColdRows(folder, widths=_row_widths(folder, next(iter(sessions.values()))))
     if folder.manifest.task not in GENERATOR_TASKS:
         return Encoder(folder, sessions["model"], codec, cold)
     # An encoder's process needs none of these.
@@ -100,11 +100,11 @@ def check_runnable(folder: TrimmedFolder) -> None:
         )
 
 
-def _row_width(folder: TrimmedFolder, session: "ort.InferenceSession") -> int:
-    shapes = {value.name: value.shape for value in session.get_inputs()}
-    if "cold_rows" not in shapes:
+def _row_widths(folder: TrimmedFolder, session: "ort.InferenceSession") -> tuple[int, ...]:
+    widths = cold_widths(session)
+    if COLD_INPUT not in widths:
         raise UnsupportedModelError(
-            f"the graph in {folder.path} has no input 'cold_rows', so it was not made for serving: export "
+            f"the graph in {folder.path} has no input {COLD_INPUT!r}, so it was not made for serving: export "
             "the model again."
         )
-    return int(shapes["cold_rows"][1])
+    return tuple(widths.values())

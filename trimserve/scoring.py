@@ -57,7 +57,7 @@ class Scorer:
         for start in range(0, max(ids.size - 1, 0), _POSITIONS):
             fed = ids[start : min(start + _POSITIONS, ids.size - 1)]
             slotted = self._vocab.with_slots(fed[None])
-            rows = self._cold.embedding(slotted.cold_ids)
+            rows = self._cold.embeddings(slotted.cold_ids)
             step = self._decoder.step(cache, slotted.ids, rows, keep=0)
             targets = ids[start + 1 : start + 1 + fed.size]
             parts.append(self._log_probs(step.logits[0], step.hidden[0], targets))

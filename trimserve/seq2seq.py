@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trimserve.cold import ColdRows
+from trimserve.cold import ColdRows, cold_widths
 from trimserve.decoder import Decoder
 from trimserve.errors import UnsupportedModelError
 from trimserve.generation import Checker
@@ -114,7 +114,9 @@ class Seq2seqDecoder(Decoder):
         binding = self._encoder.io_binding()
         binding.bind_cpu_input("input_ids", batch.ids)
         binding.bind_cpu_input("attention_mask", batch.attention_mask)
-        binding.bind_cpu_input("cold_rows", self._cold.embedding(batch.cold_ids))
+        rows = self._cold.embeddings(batch.cold_ids)
+        for name, of_table in zip(cold_widths(self._encoder), rows, strict=True):
+            binding.bind_cpu_input(name, of_table)
         for name in self._made:
             binding.bind_output(name, self.device)
         self._encoder.run_with_iobinding(binding)

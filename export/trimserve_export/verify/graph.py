@@ -69,8 +69,7 @@ class GraphModel:
         feeds["encoder_attention_mask"] = np.ones((1, _cached_positions(feeds, of_source=True)), np.int64)
         feeds["logits_to_keep"] = np.array(keep, np.int64)
         wanted = {value.name for value in self.session.get_inputs()}
-        if "cold_rows" in wanted:
-            feeds["cold_rows"] = self._cold_rows(slotted.cold_ids)
+        feeds |= self._cold_rows(slotted.cold_ids)
         values = self.session.run(None, {name: feeds[name] for name in wanted})
         return dict(zip(self.outputs, values, strict=True))
 
@@ -83,12 +82,13 @@ class GraphModel:
                 feeds[value.name] = past.get(value.name.replace("past_key_values.", "present."), empty)
         return feeds
 
-    def _cold_rows(self, cold_ids: Ids) -> Array:
+    def _cold_rows(self, cold_ids: Ids) -> dict[str, Array]:
+        inputs = [value for value in self.session.get_inputs() if value.name.startswith("cold_rows")]
         if self.cold is not None and len(cold_ids):
-            return self.cold.embedding(cold_ids)
-        # The input must not be empty; no id points at this row.
-        described = next(value for value in self.session.get_inputs() if value.name == "cold_rows")
-        return np.zeros((1, described.shape[1]), _DTYPES[described.type])
+            rows = self.cold.embeddings(cold_ids)
+            return {value.name: of_table for value, of_table in zip(inputs, rows, strict=True)}
+        # The inputs must not be empty; no id points at these rows.
+        return {value.name: np.zeros((1, value.shape[1]), _DTYPES[value.type]) for value in inputs}
 
 
 def _cached_positions(past: Mapping[str, Array], *, of_source: bool) -> int:
