@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import re
 import sys
 import unicodedata
@@ -7,13 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS
-from trimserve.corpus import Document
-from trimserve.counting import encoders
+from trimserve.chat import ChatTemplate
+from trimserve.corpus import Corpus, Document, Reading
+from trimserve.counting import encoders, wire
 from trimserve.counting.counter import DocumentCounter, _Presence, batches, encode_parts
 from trimserve.counting.encoders import Flat, PlainEncoder, choose_encoder, make_encoder
+from trimserve.counting.job import Job
 from trimserve.counting.joints import components, find_joint
 from trimserve.counting.words import WordEncoder
 from trimserve.errors import UsageError
@@ -230,3 +235,42 @@ def test_every_character_beside_a_space_is_judged_rightly(data_dir, name):
     texts = [f"w{left} {right}é" for left, right in zip(characters, reversed(characters), strict=True)]
     texts = [text for text in texts[::41] if not re.search("[<>|]", text)]
     assert_equal(word_encoder(tokenizer).encode(texts), PlainEncoder(tokenizer).encode(texts))
+
+
+def test_messages_between_processes_lose_nothing(tmp_path):
+    """Jobs, slices, blocks and errors, through pipes, as JSON and safetensors."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"t": "a b"}\n{"t": ""}\n', "utf-8")
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    reading = Reading("t", template=ChatTemplate("{{ 'é' }}", {"bos_token": "<s>"}), skip_bad=True)
+    job = Job(tokenizer.to_str(), "tokenizers", 5, reading)
+    assert wire.read_job(through_pipe(wire.job_message(job))) == job
+    plain = dataclasses.replace(job, reading=Reading("t", skip_bad=True))
+    assert wire.read_job(wire.job_message(plain)) == plain
+    (piece,) = Corpus([str(path)], "t").slices()
+    assert wire.read_slice(through_pipe(wire.slice_message(piece))) == piece
+    for shared in (False, True):
+        piece = dataclasses.replace(piece, shared=shared)
+        expected = plain.count(piece, plain.make_encoder())
+        found = wire.read_block(through_pipe(wire.answer(plain, piece, plain.make_encoder())))
+        assert found.open_ids is None or found.open_ids.dtype == np.bool_
+        assert expected.skipped
+        for field in dataclasses.fields(expected):
+            assert np.array_equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+    strict = dataclasses.replace(job, reading=Reading("t"))
+    with pytest.raises(UsageError, match=r"rows\.jsonl, line 2"):
+        wire.read_block(wire.answer(strict, piece, strict.make_encoder()))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="No such file") as caught:
+        wire.read_block(wire.answer(plain, piece, plain.make_encoder()))
+    assert caught.value.filename == str(path)
+    with pytest.raises(EOFError):
+        wire.receive(io.BytesIO(b"torn"))
+
+
+def through_pipe(message):
+    stream = io.BytesIO()
+    wire.send(stream, message)
+    stream.seek(0)
+    return wire.receive(stream)

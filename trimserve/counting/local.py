@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, Self
+from typing import IO, Self, cast
 
 from trimserve.corpus import Slice
+from trimserve.counting import wire
 from trimserve.counting.blocks import Block, OnBytes, ignore
 from trimserve.counting.encoders import Encoder
 from trimserve.counting.job import Job
@@ -68,9 +68,8 @@ def _count_in_processes(
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_Process(job)) for _ in range(processes)]
         pool = stack.enter_context(ThreadPoolExecutor(processes))
-        for (
-            worker
-        ) in workers:  # entered last, so left first: processes end, then the threads that wait for them
+        # Entered last, so left first: processes end, then the threads that wait for them.
+        for worker in workers:
             stack.callback(worker.kill)
         idle = list(workers)
         waiting = iter(enumerate(slices))
@@ -105,31 +104,31 @@ class _Process:
         self._process: subprocess.Popen[bytes] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
+        # Both are pipes, by the arguments above.
+        self._stdin, self._stdout = (
+            cast(IO[bytes], self._process.stdin),
+            cast(IO[bytes], self._process.stdout),
+        )
         self._lock = threading.Lock()
-        self._send(job)
+        self._send(wire.job_message(job))
 
     def ask(self, piece: Slice) -> Block:
         """Send a slice and wait for its block."""
         with self._lock:
-            self._send(piece)
+            self._send(wire.slice_message(piece))
             try:
-                answer = pickle.load(self._process.stdout)  # type: ignore[arg-type]
-            except (EOFError, pickle.UnpicklingError) as error:
+                answer = wire.receive(self._stdout)
+            except EOFError as error:
                 code = self._process.wait()
                 raise TrimserveError(
                     f"a worker process ended with code {code} while it counted {piece.file.name}: check the "
                     "memory, or use fewer --workers."
                 ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        block: Block = answer
-        return block
+        return wire.read_block(answer)
 
-    def _send(self, message: object) -> None:
-        stdin: Any = self._process.stdin
+    def _send(self, message: wire.Message) -> None:
         with contextlib.suppress(BrokenPipeError):  # the answer that is missing says so
-            pickle.dump(message, stdin, pickle.HIGHEST_PROTOCOL)
-            stdin.flush()
+            wire.send(self._stdin, message)
 
     def kill(self) -> None:
         """End the process, whatever it does."""
@@ -140,8 +139,7 @@ class _Process:
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        for pipe in (self._stdin, self._stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
         self._process.wait()

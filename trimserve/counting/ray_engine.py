@@ -1,11 +1,11 @@
 """Count slices with Ray Data, on the machines of a cluster."""
 
+import logging
 from collections.abc import Generator, Sequence
 from typing import Any
 
-import numpy as np
-
 from trimserve.corpus import Slice
+from trimserve.counting import wire
 from trimserve.counting.blocks import Block, OnBytes, ignore
 from trimserve.counting.job import Job
 from trimserve.errors import require
@@ -31,35 +31,40 @@ def count_ray(
         MissingExtraError: Ray is not installed.
         TrimserveError: a slice cannot be read.
     """
+    if not slices:
+        return
     ray = require("ray", extra="ray", purpose="--engine ray")
     data = require("ray.data", extra="ray", purpose="--engine ray")
     if not ray.is_initialized():
         ray.init(logging_level="ERROR", log_to_driver=False)  # RAY_ADDRESS names a cluster
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     data.DataContext.get_current().enable_progress_bars = False
-    shared_job = ray.put(job)
-    rows = [{"number": number, "piece": piece} for number, piece in enumerate(slices)]
-    blocks = data.from_items(rows, override_num_blocks=len(rows)).map(
-        _CountSlice, fn_constructor_args=(shared_job,), concurrency=workers or (1, max(len(rows), 1))
+    shared_job = ray.put(wire.job_message(job).text)
+    rows = [
+        {"number": number, "slice": wire.slice_message(piece).text} for number, piece in enumerate(slices)
+    ]
+    most = min(workers or len(slices), len(slices))
+    actors = data.ActorPoolStrategy(min_size=most if workers else 1, max_size=most)
+    answers = data.from_items(rows, override_num_blocks=len(rows)).map(
+        _CountSlice, fn_constructor_args=(shared_job,), compute=actors
     )
-    for row in blocks.iter_rows():
-        if isinstance(row["error"], Exception):
-            raise row["error"]
-        yield row["number"], row["block"]
-        on_bytes(slices[row["number"]].bytes)
+    for row in answers.iter_rows():
+        number = int(row["number"])
+        yield number, wire.read_block(wire.Message(row["text"], row["arrays"]))
+        on_bytes(slices[number].bytes)
 
 
 class _CountSlice:
     """An actor: loads the tokenizer once, then counts one slice after the other."""
 
     def __init__(self, job: Any) -> None:  # noqa: ANN401 - an ObjectRef
-        self._job: Job = require("ray", extra="ray", purpose="--engine ray").get(job)
+        from trimserve.counting import limit_threads
+
+        limit_threads(1)  # Ray gives it one core
+        text = require("ray", extra="ray", purpose="--engine ray").get(job)
+        self._job = wire.read_job(wire.Message(text))
         self._encoder = self._job.make_encoder()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        from trimserve.errors import TrimserveError
-
-        number = int(np.asarray(row["number"]))
-        try:
-            return {"number": number, "block": self._job.count(row["piece"], self._encoder), "error": None}
-        except (TrimserveError, OSError) as error:
-            return {"number": number, "block": None, "error": error}
+        answer = wire.answer(self._job, wire.read_slice(wire.Message(row["slice"])), self._encoder)
+        return {"number": row["number"], "text": answer.text, "arrays": answer.arrays}
