@@ -151,11 +151,10 @@ def terms(
 
 def step_ms(decoder: Decoder, context: int) -> float:
     """Milliseconds of a step of one token after `context` tokens."""
-    rows = np.zeros((1, decoder.hidden_size), decoder.dtype)
     cache = decoder.empty_cache(1)
-    decoder.step(cache, np.zeros((1, context), np.int64), rows)
+    decoder.step(cache, np.zeros((1, context), np.int64), decoder.no_rows)
     token = np.zeros((1, 1), np.int64)
-    return median_ms(lambda: decoder.step(cache, token, rows))
+    return median_ms(lambda: decoder.step(cache, token, decoder.no_rows))
 
 
 def median_ms(action: Callable[[], object]) -> float:
