@@ -84,13 +84,21 @@ class Case:
         return {"prompt": self.prompts[number % len(self.prompts)], "tokens": self.tokens}
 
 
-def make_case(args: Any, name: str, quantize: str | None, work: Path) -> Case:  # noqa: ANN401
-    """Export a model in a process of its own."""
+def make_case(
+    args: Any,  # noqa: ANN401
+    name: str,
+    quantize: str | None,
+    work: Path,
+    *,
+    float32: bool = False,
+) -> Case:
+    """Export a model in a process of its own; `float32` is for the trained model's stored rows."""
     stand = args.coverage if name == REAL_MODEL else args.stand
     words = ["-m", "bench.decode_models", name, "--work", str(work), "--stand", str(stand)]
     words += ["--prompt-tokens", str(args.prompt_tokens)]
     words += ["--quantize", quantize] if quantize else []
     words += ["--layers", str(args.layers)] if args.layers else []
+    words += ["--float32"] if float32 else []
     made = harness.fresh_process(words)
     folders = {folder: Path(made[folder]) for folder in ("full", "trimmed")}
     return Case(name, quantize, folders, made["prompts"], args.tokens, stand, args.threads, args.device)

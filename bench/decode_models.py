@@ -25,7 +25,15 @@ import ml_dtypes
 import numpy as np
 
 from bench import harness
-from trimserve.tensorfile import TensorSource, exhaust, write_tensors
+from trimserve.tensorfile import (
+    ArrayTensor,
+    TensorSource,
+    exhaust,
+    map_tensor,
+    read_header,
+    to_float32,
+    write_tensors,
+)
 from trimserve.vocab import Ids, Reason, VocabMap
 
 KEPT = 16_384
@@ -230,6 +238,22 @@ def questions(corpus: Path) -> list[str]:
     return [f"{line}\n" for line in found[:: max(1, len(found) // PROMPTS)] if line][:PROMPTS]
 
 
+def float32_copy(model: Path, folder: Path) -> Path:
+    """A copy of a checkpoint with its tensors in float32; returns the folder."""
+    if not folder.exists():
+        folder.mkdir()
+        for path in model.iterdir():
+            if path.suffix == ".json":
+                (folder / path.name).write_bytes(path.read_bytes())
+        specs, metadata = read_header(model / "model.safetensors")
+        tensors = {
+            name: ArrayTensor(to_float32(np.array(map_tensor(spec)), spec.dtype))
+            for name, spec in specs.items()
+        }
+        exhaust(write_tensors(folder / "model.safetensors", tensors, metadata))
+    return folder
+
+
 def everything(vocab_size: int) -> VocabMap:
     """A vocab that keeps every id: the full model for the same runtime."""
     ids = np.arange(vocab_size, dtype=np.int32)
@@ -268,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--prompt-tokens", type=int, required=True)
     parser.add_argument("--quantize", choices=("int4", "int8"))
+    parser.add_argument("--float32", action="store_true", help="store the trained model's rows in float32")
     args = parser.parse_args(argv)
     if args.shape in SHAPES:
         shape = SHAPES[args.shape]
@@ -283,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         data = harness.data_folder()
         model = data / "models" / args.shape
+        if args.float32:
+            model = float32_copy(model, args.work / "model")
         corpus = data / "corpora" / "gsm8k-en" / "text.txt"
         vocab, prompts = select_for(model, corpus, args.stand), questions(corpus)
     folders = export_both(model, vocab, args.work, args.quantize)
