@@ -1,8 +1,8 @@
 """Serving a decoder by prompt length and batch: time to the first token, time a token; full, compact, exact.
 
 Prompts of 64 and 512 tokens, 1 and 4 requests at once, fp32 and int4, in processes that take turns. The model
-is one of `decode_models`; the full one keeps every id in the same runtime. On a GPU the memory that NVML
-counts for each process stands beside its host memory.
+is one of `decode_models`; the full one keeps every id in the same runtime. Beside the memory of each process
+stand what ONNX Runtime's arenas held in the largest cell and, on a GPU, what NVML counts for the process.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
+from bench.arena import arena_bytes
 from bench.machine import device_memory
 from trimserve.generator import Generator
 from trimserve.loading import load
@@ -70,6 +71,7 @@ def measure(name: str, quantize: str | None, work: Path, args: Any) -> dict[str,
                 cell = _cell(workers, prompts, args.tokens, args.steps)
                 cells.append({"batch": batch, "prompt": length} | cell)
                 print(f"{quantize or 'fp32'}, {batch} x {length}", file=sys.stderr)
+    largest = [" ".join(text.split()[: max(args.prompt)]) for text in made["prompts"][: max(args.batch)]]
     return {
         "model": name,
         "quantize": quantize,
@@ -78,6 +80,15 @@ def measure(name: str, quantize: str | None, work: Path, args: Any) -> dict[str,
         "tokens": args.tokens,
         "cells": cells,
         "others_cpu_share": neighbours.share(),
+        "arena_bytes": {
+            variant: arena_bytes(
+                Path(made[folder]),
+                {"prompts": largest, "tokens": args.tokens, "mode": mode},
+                device=args.device,
+                threads=args.threads,
+            )
+            for variant, (folder, mode) in VARIANTS.items()
+        },
     }
 
 
@@ -122,7 +133,8 @@ HEADER = (
     "ms a token",
     "to the full model's",
     "anonymous",
-    "device",
+    "device (NVML)",
+    "arenas, largest cell",
 )
 
 
@@ -137,10 +149,17 @@ def lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
             "" if name == "full" else f"{cell['time_ratio'][name]['value']:.2f}",
             human_bytes(cell["memory"][name]["anonymous"] or 0),
             human_bytes(cell["device_bytes"][name]) if cell["device_bytes"][name] else "-",
+            _arenas(row["arena_bytes"][name]) if cell is row["cells"][-1] else "",
         )
         for cell in row["cells"]
         for name in VARIANTS
     ]
+
+
+def _arenas(held: Mapping[str, int]) -> str:
+    """Bytes by provider, without the word that all providers' names end in."""
+    parts = (f"{name.removesuffix('ExecutionProvider')} {human_bytes(size)}" for name, size in held.items())
+    return ", ".join(sorted(parts)) or "-"
 
 
 def main() -> int:

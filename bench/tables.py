@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench import harness, paper, peers, serving
+from bench import harness, memory, paper, peers, segmentation, serving
 from trimserve.report import human_bytes
 
 # Of the founding paper's rule: the corpora whose rows are shown.
@@ -219,19 +219,51 @@ def growth_table() -> str:
 
 def peers_table() -> str:
     """Other tools on the same model, from bench/peers.py."""
-    row = harness.last_row("peers")
-    caption = (
-        f"{row['model']}, fp32, K = {row['kept']:,} of {row['vocab_size']:,}; {row['tokens']} tokens an "
-        f"answer, processes in turn; same ids as the untrimmed model. {where(row)}, {row['threads']} threads."
+    rows = harness.newest_rows("peers", "precision")
+    text = "".join(
+        f"{row['model']}, {row['precision']}, K = {row['kept']:,} of {row['vocab_size']:,}:\n\n"
+        f"{markdown(peers.HEADER, peers.lines(row))}\n"
+        for row in rows
     )
-    reasons = "".join(f"- {name}: {reason}\n" for name, reason in sorted(row["cannot_run"].items()))
-    return markdown(peers.HEADER, peers.lines(row)) + f"\n{caption}\n\nWhat could not take part:\n\n{reasons}"
+    reasons = "".join(f"- {name}: {', '.join(why)}\n" for name, why in sorted(_reasons(rows).items()))
+    caption = (
+        f"{rows[-1]['tokens']} tokens an answer, processes in turn; same ids as the untrimmed model in this "
+        f"runtime. {where(rows[-1])}, {rows[-1]['threads']} threads."
+    )
+    return f"{text}{caption}\n\nWhat could not take part:\n\n{reasons}"
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Why tools did not take part; a reason that only one number format has names it."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name, reason in row["cannot_run"].items():
+            everywhere = all(other["cannot_run"].get(name) == reason for other in rows)
+            text = reason if everywhere else f"{row['precision']}: {reason}"
+            if text not in found.setdefault(name, []):
+                found[name].append(text)
+    return found
 
 
 def segmentation_table() -> str:
-    """What cut tokenizers cost, from bench/peers.py."""
-    row = harness.last_row("peers")
-    return markdown(peers.CUT_HEADER, peers.cut_lines(row)) + f"\nHeld-out gsm8k texts. {where(row)}.\n"
+    """What cut tokenizers cost, from bench/segmentation.py."""
+    rows = harness.newest_rows("segmentation", "model")
+    lines = [line for row in rows for line in segmentation.lines(row)]
+    texts = ", ".join(f"{row['texts']} of {row['corpus']}" for row in rows)
+    missing = "".join(
+        f" {tool} on {row['model']}: {reason}" for row in rows for tool, reason in row["cannot_run"].items()
+    )
+    return markdown(segmentation.HEADER, lines) + f"\nHeld-out texts: {texts}.{missing} {where(rows[-1])}.\n"
+
+
+def memory_table() -> str:
+    """What anonymous memory is made of, from bench/memory.py."""
+    rows = harness.newest_rows("memory", "model", "quantize")
+    caption = (
+        "Anonymous memory that each part adds; medians of fresh processes. ONNX Runtime's arenas hold the "
+        f"packed weights and activations. {where(rows[-1])}, {rows[-1]['threads']} threads."
+    )
+    return markdown(memory.HEADER, memory.lines(rows)) + f"\n{caption}\n"
 
 
 def serving_table() -> str:
@@ -252,7 +284,7 @@ _MEMORY_ALLOWANCE = 60e6
 
 def targets_table() -> str:
     """The project's targets beside the newest rows."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in harness.newest_rows("decode", "model", "quantize"):
         name = f"{row['model']}, {row['quantize'] or 'fp32'}"
         speed = row["speed"]
@@ -265,6 +297,7 @@ def targets_table() -> str:
         allowed = row["moved_bytes"]["trimmed"] + _MEMORY_ALLOWANCE
         sizes = (f"<= {human_bytes(allowed)}", human_bytes(anonymous))
         lines.append((f"{name}: anonymous memory", *sizes, _met(anonymous <= allowed)))
+    lines += _memory_targets()
     for row in harness.newest_rows("encoder_grid", "model"):
         saved = row["saved_share"]
         name = row["model"]
@@ -276,6 +309,19 @@ def targets_table() -> str:
         met = _met(middle <= 1.03) if quiet([row]) else "machine was busy"
         lines.append((f"{name}: time to the full model's, median cell", "<= 1.03", f"{middle:.3f}", met))
     return markdown(("target", "wanted", "measured", ""), lines)
+
+
+def _memory_targets() -> list[tuple[str, ...]]:
+    """The target of anonymous memory without the tokenizer's, which is the same before trimming and after."""
+    if not (harness.RESULTS / "memory.jsonl").exists():
+        return []
+    lines: list[tuple[str, ...]] = []
+    for row in harness.newest_rows("memory", "model", "quantize"):
+        found = row["stages"]["compact answer"]["anonymous"] - memory.added(row)["tokenizer"]
+        allowed = row["weight_bytes"] + _MEMORY_ALLOWANCE
+        name = f"{row['model']}, {row['quantize'] or 'fp32'}: anonymous memory without the tokenizer's"
+        lines.append((name, f"<= {human_bytes(allowed)}", human_bytes(found), _met(found <= allowed)))
+    return lines
 
 
 def _met(is_met: bool) -> str:
@@ -290,6 +336,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality_table,
     "scale": scale_table,
     "growth": growth_table,
+    "memory": memory_table,
     "peers": peers_table,
     "segmentation": segmentation_table,
     "serving": serving_table,

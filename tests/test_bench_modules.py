@@ -13,7 +13,7 @@ from bench import harness, machine, peer_worker, suite
 pytest.importorskip("onnx")
 pytest.importorskip("ml_dtypes")
 
-from bench import encoder_models, paper, peers, quality, scale
+from bench import encoder_models, paper, quality, scale
 
 
 def word_tokenizer(words):
@@ -145,17 +145,6 @@ def test_texts_have_the_wanted_number_of_tokens():
     texts = encoder_models.texts_of_length(word_tokenizer(words), corpus, 16, 8)
     assert len(texts) == 8
     assert [len(text.split()) for text in texts] == [16] * 8
-
-
-def test_ids_agree_up_to_the_first_difference():
-    assert peers._same({"ids": [1, 2, 3, 4]}, {"ids": [1, 2, 9, 4]}) == 0.5
-    assert peers._same({"ids": [1, 2]}, {"ids": [1, 2, 3]}) == 1.0
-
-
-def test_a_tool_without_its_python_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
-    with pytest.raises(peers.CannotRunError, match=r"needs python9\.9, which is not installed"):
-        peers.interpreter(peers.Environment("some", (), python="python9.9"))
 
 
 def test_a_tool_is_timed_without_its_first_token():
