@@ -2,6 +2,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -127,6 +128,14 @@ def test_a_reader_that_goes_away_is_no_error_message(tmp_path, model_folders, ar
     assert running.stderr.read() == b""
     running.stderr.close()
     running.wait(60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_closed_stdout_and_stdin_are_no_traceback(tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m trimserve"
+    for words in ("--version", f"run {tmp_path} -"):
+        done = subprocess.run(["sh", "-c", f"{command} {words} >&- <&-"], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr
 
 
 def test_emit_writes_one_json_document_or_text(capsys):

@@ -66,6 +66,12 @@ def test_verification_joins_the_manifest():
         ({"graphs": {"model": "/tmp/model.onnx"}}, "plain name"),
         ({"source": None}, "export the folder again"),
         ({"cut": 3}, "export the folder again"),
+        ({"kept": "many"}, "kept is 'many'"),
+        ({"kept": True}, "kept is True"),
+        ({"selection": None}, "selection is None"),
+        ({"graphs": {"model": 3}}, "export the folder again"),
+        ({"files": {"model.onnx": {"bytes": None, "sha256": ""}}}, "bytes is None"),
+        ({"pooling": {"max_tokens": "128"}}, "max_tokens is '128'"),
     ],
 )
 def test_manifests_that_are_not_understood_are_refused(change, message):
@@ -79,6 +85,12 @@ def test_manifests_that_are_not_understood_are_refused(change, message):
 def test_text_that_is_no_manifest_is_refused(text):
     with pytest.raises(MismatchError, match="not a manifest"):
         Manifest.from_json(text)
+
+
+def test_a_manifest_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "trimserve.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(MismatchError, match="not UTF-8"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/a", "a/b", "a\\b", "..\\a", "C:\\a", "C:a", "a/", "a\0b"])
@@ -179,6 +191,20 @@ def test_targets_that_are_not_ours_are_left_alone(tmp_path):
         write(tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path):
+    target = tmp_path / "out"
+
+    def write_slowly():
+        with staged_folder(target):
+            target.mkdir()
+            (target / "theirs").write_text("kept")
+
+    with pytest.raises(UsageError, match="not empty"):
+        write_slowly()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (target / "theirs").read_text() == "kept"
 
 
 def test_overwrite_replaces_a_folder_of_ours(tmp_path):

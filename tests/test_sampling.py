@@ -184,11 +184,16 @@ def test_forbidding_every_id_is_an_error_and_no_token(temperature):
     ("name", "value"),
     [
         ("temperature", -1),
+        ("temperature", np.nan),
+        ("temperature", np.inf),
         ("top_k", -2),
         ("top_p", 0),
         ("top_p", 1.5),
         ("min_p", 2),
         ("repetition_penalty", 0),
+        ("repetition_penalty", np.inf),
+        ("presence_penalty", np.nan),
+        ("frequency_penalty", -np.inf),
     ],
 )
 def test_options_out_of_range_are_named(name, value):

@@ -35,7 +35,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, moved in place when the block ends without an error."""
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist: create it first.")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path.parent)  # the temporary name says nothing to a user
+        raise
     os.close(handle)
     temporary = Path(name)
     try:

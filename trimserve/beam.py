@@ -50,6 +50,8 @@ class BeamParams:
     def __post_init__(self) -> None:
         if self.num_beams < 1:
             raise UsageError(f"num_beams should be 1 or more, found {self.num_beams}.")
+        if not np.isfinite(self.length_penalty):
+            raise UsageError(f"length_penalty should be a number, found {self.length_penalty}.")
         if self.early_stopping not in (True, False, "never"):
             raise UsageError(
                 f"early_stopping should be true, false or 'never', found {self.early_stopping!r}."

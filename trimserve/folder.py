@@ -5,9 +5,11 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import UnionType
 from typing import Any, Self
 
 from trimserve.artefacts import SCHEMA_VERSION, load_vocab, sha256_file
@@ -131,15 +133,36 @@ class Manifest:
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             raw["pooling"] = Pooling(**raw["pooling"]) if raw["pooling"] else None
             manifest = cls(**raw)
+            parts = (manifest.source, *manifest.cut, *manifest.files.values())
+            for part in (manifest, *parts, *([manifest.pooling] if manifest.pooling else [])):
+                _check_types(part)
+            for name in (*manifest.files, *manifest.graphs.values()):
+                check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, MismatchError):
                 raise
             raise MismatchError(
                 f"{origin} is not a manifest this version understands ({error}): export the folder again."
             ) from error
-        for name in (*manifest.files, *manifest.graphs.values()):
-            check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)
         return manifest
+
+
+def _field_types(part: type) -> dict[str, tuple[type, ...]]:
+    """Field of a dataclass -> the classes that its value may have; what containers hold is not looked at."""
+    hints = typing.get_type_hints(part)
+    choices = {
+        name: typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        for name, hint in hints.items()
+    }
+    return {name: tuple(typing.get_origin(one) or one for one in found) for name, found in choices.items()}
+
+
+def _check_types(part: object) -> None:
+    """Raise a TypeError that names a field whose value is of another type than declared."""
+    for name, types in _field_types(type(part)).items():
+        value = getattr(part, name)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def check_plain_name(name: str, origin: str) -> None:
@@ -190,13 +213,18 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         UsageError: not a trimmed folder.
-        MismatchError: see `Manifest.from_json`.
+        MismatchError: not UTF-8, or see `Manifest.from_json`.
     """
     if not is_trimmed(path):
         raise UsageError(
             f"{path} is not a trimmed folder (no {MANIFEST_NAME} in it): make one with `trimserve export`."
         )
-    return Manifest.from_json((path / MANIFEST_NAME).read_text("utf-8"), str(path / MANIFEST_NAME))
+    file = path / MANIFEST_NAME
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise MismatchError(f"{file} is not UTF-8 text: export the folder again.") from error
+    return Manifest.from_json(text, str(file))
 
 
 def open_folder(path: Path, *, hash_all: bool = False) -> TrimmedFolder:
@@ -264,10 +292,15 @@ def staged_folder(target: Path, *, overwrite: bool = False, ours: str = MANIFEST
     check_target(target, overwrite=overwrite, ours=ours)
     target = target.resolve()  # "." has neither a name nor a parent
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        error.filename = str(target.parent)  # the temporary name says nothing to a user
+        raise
     staging.chmod(0o755)
     try:
         yield staging
+        check_target(target, overwrite=overwrite, ours=ours)  # another process may have filled it meanwhile
         _swap(staging, target)
     except OSError as error:
         error.filename = error.filename or str(target)  # a full disk is reported without a name

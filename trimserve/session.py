@@ -37,11 +37,13 @@ def open_session(
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UsageError: unknown device, or one that this onnxruntime was not built for.
+        UsageError: unknown device, one that this onnxruntime was not built for, or no thread.
         MismatchError: the file is not a graph that ONNX Runtime can load.
     """
     runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
     chosen = providers(runtime, device)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads should be 1 or more, found {threads}.")
     options = _options(runtime, threads or available_cpus(), prepack=prepack)
     try:
         session: ort.InferenceSession = runtime.InferenceSession(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.output import emit
+from trimserve.errors import UsageError
 from trimserve.report import percent, table
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.profiling import Profile
 
     before, after = Profile.load(args.before), Profile.load(args.after)
+    if args.top < 0:
+        raise UsageError(f"--top should be 0 or more, found {args.top}.")
     found = diff(before, after, top=args.top)
     names = find_names(before, args.model)
     document: dict[str, Any] = {"before": args.before, "after": args.after} | dataclasses.asdict(found)

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(arguments)
-        sys.stdout.flush()  # so that a reader that has gone is noticed here, not at the interpreter's end
+        if sys.stdout is not None:  # None where the caller closed it
+            sys.stdout.flush()  # so that a reader that has gone is noticed here, not at the interpreter's end
         return code
     except TrimserveError as error:
         return _fail(str(error), error.exit_code)

@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.reporting.facts import gather
     from trimserve.reporting.terminal import summarise
 
+    for name in ("min_docs", "top"):
+        if (value := getattr(args, name)) is not None and value < 0:
+            raise UsageError(f"--{name.replace('_', '-')} should be 0 or more, found {value}.")
     if args.output is not None:
         _check_output(args.output)
     inputs = _inputs(args)

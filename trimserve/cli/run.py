@@ -111,6 +111,8 @@ def _texts(words: list[str], *, by_line: bool) -> Iterator[str]:
 
 
 def _stdin() -> str:
+    if sys.stdin is None:  # the caller closed it
+        raise UsageError("stdin is closed: pass the text as an argument.")
     try:
         return sys.stdin.buffer.read().decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
