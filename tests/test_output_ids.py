@@ -15,13 +15,12 @@ from tests.models import GENERATE, save_model
 from tests.test_graph_generate import save_graph
 from trimserve.artefacts import load_vocab, save_vocab
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.folder import COLD_NAME, TEXT2TEXT_TASK, list_files, open_folder, read_manifest, write_manifest
+from trimserve.folder import COLD_NAME, list_files, open_folder, read_manifest, write_manifest
 from trimserve.sampling import SamplingParams
 from trimserve.scoring import log_sum_exp
 from trimserve.tensorfile import read_header
 from trimserve_export import export
 from trimserve_export.graph.export import serve_full
-from trimserve_export.output_ids import check_output_ids
 from trimserve_export.verify.runner import verify
 
 pytestmark = pytest.mark.export
@@ -179,11 +178,12 @@ def test_refusals(vocab, tmp_path):
     with pytest.raises(UnsupportedModelError, match="this model is tied"):
         export(tied, vocab, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
-    for options in ({"layout": "graph"}, {"layout": "tokenizer"}, {"layout": "runtime", "to": "safetensors"}):
+    for options in ({"layout": "graph"}, {"layout": "tokenizer"}, {"to": "safetensors"}):
         with pytest.raises(UsageError, match="same ids in embedding and head"):
-            check_output_ids(vocab, "text-generation-with-past", **options)
-    with pytest.raises(UnsupportedModelError, match="not for text2text"):
-        check_output_ids(vocab, TEXT2TEXT_TASK, layout="runtime")
+            export(tied, vocab, tmp_path / "out", progress=False, **options)
+    masked = save_model("bert", tmp_path / "masked", rows=V)
+    with pytest.raises(UnsupportedModelError, match="not for fill-mask"):
+        export(masked, vocab, tmp_path / "out", progress=False)
 
 
 def test_the_vocab_file_has_one_tensor_and_comes_back(vocab, tmp_path):

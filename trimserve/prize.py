@@ -40,12 +40,18 @@ class WeightBytes:
         """Bytes of all weights."""
         return self.rows + self.body + self.encoder
 
-    def at(self, kept: int) -> int:
-        """Bytes of all weights with K ids kept; cold rows are not among them."""
-        return self.total - round(self.rows * (1 - self._share(kept)))
+    def at(self, kept: int, head_rows: int | None = None) -> int:
+        """Bytes of all weights with K ids kept; cold rows are not among them.
+
+        Args:
+            kept: K.
+            head_rows: rows of the head of an untied model where they are fewer.
+        """
+        less = 0.0 if head_rows is None else self.head * (self._share(kept) - self._share(head_rows))
+        return self.total - round(self.rows * (1 - self._share(kept)) + less)
 
     def decode_ratio(self, kept: int) -> float | None:
-        """Weight bytes that the full model reads for one token over those at K; None without a head.
+        """Weight bytes that the full model reads for one token over those at K rows of the head, or None.
 
         Each weight is read once a token, but an encoder's, and the embedding's, of which a token needs a row.
         """

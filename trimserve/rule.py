@@ -24,6 +24,7 @@ class Rule:
         min_docs: an id that fewer documents hold does not stay, not even to fill K up.
         output_coverage: share of the completions' occurrences that is covered at least, 0..1.
         floors: profile's name -> share of its occurrences that is covered at least, 0..1.
+        separate_output: the head of an untied model keeps only what covers the completions' `output_share`.
     """
 
     coverage: float | None = None
@@ -34,6 +35,7 @@ class Rule:
     min_docs: int | None = None
     output_coverage: float | None = None
     floors: Mapping[str, float] = field(default_factory=dict)
+    separate_output: bool = False
 
     def __post_init__(self) -> None:
         sizes = [name for name in _SIZES if getattr(self, name) is not None]
@@ -59,9 +61,15 @@ class Rule:
         sized = self.top_k or self.max_bytes or self.min_count
         return math.inf if sized else DEFAULT_COVERAGE
 
+    @property
+    def output_share(self) -> float:
+        """The coverage of completions that a head with ids of its own is chosen for."""
+        given = (self.output_coverage, self.coverage, DEFAULT_COVERAGE)
+        return next(share for share in given if share is not None)
+
     def to_dict(self) -> dict[str, Any]:
         """The options that were given, and the coverage that holds by default."""
         given = {name: getattr(self, name) for name in self.__slots__}
-        given["floors"] = dict(self.floors) or None
+        given |= {"floors": dict(self.floors) or None, "separate_output": self.separate_output or None}
         options = {name: value for name, value in given.items() if value is not None}
         return options | ({"coverage": DEFAULT_COVERAGE} if self.share == DEFAULT_COVERAGE else {})

@@ -15,6 +15,7 @@ from trimserve.dead import dead_ids
 from trimserve.errors import UnknownIdError, UsageError
 from trimserve.keepfile import KeepList, check_named, read_keep_file
 from trimserve.merging import merge
+from trimserve.outputs import check_untied, output_ids
 from trimserve.profiledmodel import Model, find_source, tokenizer_of
 from trimserve.profiles import Profile
 from trimserve.ranking import Mass, affordable, covering, occurrences, ranked, round_up
@@ -37,6 +38,7 @@ def select(  # noqa: PLR0913 - the options are the public interface
     max_bytes: int | None = None,
     min_docs: int | None = None,
     output_coverage: float | None = None,
+    separate_output: bool = False,
     floors: Mapping[str, float] | None = None,
     keep_tokens: Sequence[str] = (),
     keep_ids: Sequence[int] = (),
@@ -60,6 +62,7 @@ def select(  # noqa: PLR0913 - the options are the public interface
         max_bytes: see `Rule`.
         min_docs: see `Rule`.
         output_coverage: see `Rule`.
+        separate_output: see `Rule`; the vocab then has `output_ids`, unless completions need all kept ids.
         floors: see `Rule`; the names are those of `profiles`.
         keep_tokens: tokens of the vocabulary, or texts, all of whose tokens stay.
         keep_ids: token ids that stay.
@@ -75,19 +78,36 @@ def select(  # noqa: PLR0913 - the options are the public interface
         UnknownIdError: a keep id outside 0..V-1.
         MismatchError: profiles or a model with different tokenizers.
     """
-    rule = Rule(coverage, top_k, min_count, max_bytes, multiple_of, min_docs, output_coverage, floors or {})
+    rule = Rule(
+        coverage,
+        top_k,
+        min_count,
+        max_bytes,
+        multiple_of,
+        min_docs,
+        output_coverage,
+        floors or {},
+        separate_output,
+    )
     named = profiles if isinstance(profiles, Mapping) else {}
     profile = _merged(profiles)
     explicit = _explicit_ids(profile, keep_tokens, keep_ids, keep_file, model)
     dead = partial(_dead_ids, profile, model)
     reason = _reasons(profile, rule, explicit, _floors(profile, rule, named), dead)
     kept_ids = np.flatnonzero(reason >= 0).astype(np.int32)
+    of_head = None
+    if separate_output:
+        check_untied(profile, model)
+        of_head = output_ids(profile, rule, reason)
     return VocabMap(
         kept_ids=kept_ids,
         reason=reason[kept_ids].astype(np.uint8),
         vocab_size=profile.vocab_size,
         tokenizer_sha256=profile.tokenizer_sha256,
-        rule=_facts(profile, rule, explicit, kept_ids, reason) | _floor_facts(profile, rule, named, kept_ids),
+        rule=_facts(profile, rule, explicit, kept_ids, reason)
+        | _floor_facts(profile, rule, named, kept_ids)
+        | _head_facts(profile, of_head),
+        output_ids=of_head,
     )
 
 
@@ -122,15 +142,15 @@ def _floors(profile: Profile, rule: Rule, named: Mapping[str, Profile]) -> dict[
             known = ", ".join(named) or "none: pass NAME=PROFILE"
             raise UsageError(f"floor {name}={share} names no profile (named profiles: {known}).")
         floors[f"floor {name}={share}"] = share, occurrences(named[name])
-    if rule.output_coverage is not None:
-        floors["output_coverage"] = rule.output_coverage, _completions(profile)
+    if rule.output_coverage is not None or rule.separate_output:
+        floors["output_coverage"] = rule.output_share, _completions(profile)
     return floors
 
 
 def _completions(profile: Profile) -> Mass:
-    if profile.output_counts is None:
+    if profile.output_counts is None or not profile.output_counts.any():
         raise UsageError(
-            "output_coverage needs completions counted apart: profile with --output-column or --chat."
+            "coverage of completions needs completions counted apart: profile with --output-column or --chat."
         )
     return profile.output_counts
 
@@ -267,3 +287,11 @@ def _floor_facts(profile: Profile, rule: Rule, named: Mapping[str, Profile], kep
             profile.output_counts.sum()
         )
     return facts
+
+
+def _head_facts(profile: Profile, of_head: Ids | None) -> dict[str, Any]:
+    """Rows of a head with ids of its own, and the share of completions that they cover."""
+    if of_head is None or profile.output_counts is None:
+        return {}
+    covered = int(profile.output_counts[of_head].sum()) / int(profile.output_counts.sum())
+    return {"head_rows": int(of_head.size), "head_coverage": covered}

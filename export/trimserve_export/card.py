@@ -133,6 +133,8 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     )
     yield "task", manifest.task
     yield "vocab rows", f"{manifest.vocab_size:,} -> {manifest.kept:,} ({share})"
+    if manifest.head_rows is not None:
+        yield "head rows", f"{manifest.vocab_size:,} -> {manifest.head_rows:,}, those of the output ids"
     before, after = human_bytes(manifest.bytes_before), human_bytes(bytes_after)
     yield "weights", f"{before} in {manifest.dtype} -> {after} in {' and '.join(_number_formats(manifest))}"
     yield "cut", ", ".join(f"`{tensor.name}` (axis {tensor.axis})" for tensor in manifest.cut)

@@ -90,6 +90,7 @@ class TrimmedFacts:
     cold_bytes: int
     bytes: int
     verified: bool | None
+    head_rows: int | None = None
     kind: str = "trimmed"
 
 
@@ -153,6 +154,7 @@ def _inspect_trimmed(path: Path) -> TrimmedFacts:
         cold_bytes=cold.bytes if cold else 0,
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         verified=manifest.verification["ok"] if manifest.verification else None,
+        head_rows=manifest.head_rows,
     )
 
 

@@ -9,19 +9,24 @@ from trimserve.vocab import VocabMap
 _ADVICE = "select without --separate-output."
 
 
-def check_output_ids(vocab: VocabMap, task: str, *, layout: str, to: str = "onnx") -> None:
-    """Refuse a vocab with output ids for what has one set of rows.
+def check_layout(vocab: VocabMap, *, layout: str, to: str) -> None:
+    """Refuse a vocab with output ids where embedding and head have one number of rows.
 
     Raises:
         UsageError: a layout whose logits have a place for each kept id, or a checkpoint, with one vocab_size.
-        UnsupportedModelError: a model that does not generate, or an encoder-decoder.
     """
-    if vocab.output_ids is None:
-        return
-    if layout != "runtime" or to != "onnx":
-        what = f"layout {layout}" if to == "onnx" else f"--to {to}"
+    if vocab.output_ids is not None and (layout != "runtime" or to != "onnx"):
+        what = f"--to {to}" if to != "onnx" else f"layout {layout}"
         raise UsageError(f"{what} has the same ids in embedding and head: use layout runtime, or {_ADVICE}")
-    if task != GENERATION_TASK:
+
+
+def check_task_of_head(vocab: VocabMap, task: str) -> None:
+    """Refuse a vocab with output ids for another task than generation by a decoder alone.
+
+    Raises:
+        UnsupportedModelError: see above.
+    """
+    if vocab.output_ids is not None and task != GENERATION_TASK:
         raise UnsupportedModelError(
             f"a head with fewer rows than the embedding is built for {GENERATION_TASK}, not for {task}: "
             f"{_ADVICE}"

@@ -20,6 +20,7 @@ from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
 from trimserve_export.options import Options
+from trimserve_export.output_ids import check_layout
 from trimserve_export.planning import Plan, plan_export
 from trimserve_export.reference import export_full
 from trimserve_export.serving.sketch import SKETCH_BITS, add_sketch, wants_sketch
@@ -132,6 +133,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         if variant is not None:
             source = dataclasses.replace(source, variant=variant)
         check_road(source, options)
+        check_layout(vocab, layout=layout, to=to)
         if layout == "tokenizer":
             check_vocab(source, vocab)
             vocab = close_vocab(vocab, source, profile)

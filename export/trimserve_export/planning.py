@@ -14,7 +14,7 @@ from trimserve_export.exporters import GraphJob
 from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.options import Options
-from trimserve_export.output_ids import check_output_ids
+from trimserve_export.output_ids import check_task_of_head
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
 from trimserve_export.quantize import SCHEMES
 from trimserve_export.tasks import check_task, infer_task
@@ -72,7 +72,7 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     if task == "auto":
         task = infer_task(config, sentence_transformers=is_sentence_transformers(source))
     check_task(task)
-    check_output_ids(vocab, task, layout=options.layout, to=options.to)
+    check_task_of_head(vocab, task)
     choice = choose_exporter(options.exporter, config, _job(task, options)) if options.to == "onnx" else None
     _check_pad_is_kept(config, task, vocab)
     if options.layout != "runtime" and options.to == "onnx" and task == TEXT2TEXT_TASK:

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 f"a process of the benchmark failed ({error}): its message is above. Models of this size "
                 "may need more memory than is free."
             ) from error
-    document = _document(trimmed, found, _decode_prize(source, manifest.kept))
+    document = _document(trimmed, found, _decode_prize(source, manifest.head_rows or manifest.kept))
     document |= {
         "texts": len(texts),
         "threads": settings.threads,
@@ -99,13 +99,13 @@ def _ordinary_texts() -> list[str]:
     return list(ORDINARY)
 
 
-def _decode_prize(source: "ModelSource", kept: int) -> float | None:
+def _decode_prize(source: "ModelSource", head_rows: int) -> float | None:
     """How much faster decoding can become at most; None for encoders and graphs without a checkpoint."""
     if source.graph is not None:
         return None
     from trimserve_export.inspection import inspect
 
-    ratio: float | None = inspect(source.path, kept=kept).prize.decode_ratio  # type: ignore[union-attr]
+    ratio: float | None = inspect(source.path, kept=head_rows).prize.decode_ratio  # type: ignore[union-attr]
     return ratio
 
 

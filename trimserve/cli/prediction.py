@@ -21,6 +21,7 @@ def predict(profile: "Profile", vocab: "VocabMap", model: str | None) -> dict[st
     from trimserve.vocab import Reason
 
     kept, source = len(vocab), find_source(profile, model)
+    head_rows = None if vocab.output_ids is None else len(vocab.output_ids)
     weights = None if source is None else weight_bytes(source)
     by_frequency = (vocab.reason == Reason.PROFILE) | (vocab.reason == Reason.FILL)
     return {
@@ -28,8 +29,8 @@ def predict(profile: "Profile", vocab: "VocabMap", model: str | None) -> dict[st
         "cold_per_thousand_expected": 1000
         * cold_share(profile, vocab.kept_ids, vocab.kept_ids[~by_frequency]),
         "weight_bytes_before": weights.total if weights else None,
-        "weight_bytes_after": weights.at(kept) if weights else None,
-        "decode_ratio": weights.decode_ratio(kept) if weights else None,
+        "weight_bytes_after": weights.at(kept, head_rows) if weights else None,
+        "decode_ratio": weights.decode_ratio(head_rows or kept) if weights else None,
         "dead_ids": None if source is None else int(dead_ids(source.tokenizer()).size),
     }
 

@@ -18,9 +18,14 @@ OPTIONS = (
     "min_count",
     "min_docs",
     "output_coverage",
+    "separate_output",
     "floors",
     "keep_file",
 )
+
+
+# What only some selections have to tell.
+_OPTIONAL = ("profiles", "output_coverage", "head_rows", "head_coverage")
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +48,12 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output-coverage", type=float, metavar="C", help="cover at least a share C of the completions"
+    )
+    parser.add_argument(
+        "--separate-output",
+        action="store_true",
+        default=None,
+        help="untied models: in the head keep the ids of completions alone, at --output-coverage",
     )
     parser.add_argument(
         "--keep-token",
@@ -112,10 +123,16 @@ def selection_document(vocab: "VocabMap", path: str | None) -> dict[str, Any]:
         "missing_mass": rule["missing_mass"],
         "missing_mass_bound": rule["missing_mass_bound"],
         "reasons": rule["reasons"],
-        "bytes_kept": len(vocab) * rule["row_bytes"],
+        "bytes_kept": _row_bytes(vocab),
         "bytes_before": vocab.vocab_size * rule["row_bytes"],
     }
-    return document | {name: rule[name] for name in ("profiles", "output_coverage") if name in rule}
+    return document | {name: rule[name] for name in _OPTIONAL if name in rule}
+
+
+def _row_bytes(vocab: "VocabMap") -> int:
+    """Bytes of the kept rows; embedding and head of an untied model are alike, a bias is next to nothing."""
+    row_bytes: int = vocab.rule["row_bytes"]
+    return (len(vocab) + len(vocab.head)) * row_bytes // 2
 
 
 def selection_summary(vocab: "VocabMap", path: str | None) -> str:
@@ -130,9 +147,12 @@ def selection_summary(vocab: "VocabMap", path: str | None) -> str:
     facts += [(f"  {name}", percent(share)) for name, share in rule.get("profiles", {}).items()]
     if "output_coverage" in rule:
         facts.append(("  completions", percent(rule["output_coverage"])))
+    if "head_rows" in rule:
+        covered = percent(rule["head_coverage"])
+        facts.append(("head", f"{rule['head_rows']:,} of the kept ids: {covered} of completions"))
     facts.append(("missing mass", missing_mass_text(rule["missing_mass"], rule["missing_mass_bound"])))
     if row_bytes := rule["row_bytes"]:
-        kept, before = human_bytes(len(vocab) * row_bytes), human_bytes(size * row_bytes)
+        kept, before = human_bytes(_row_bytes(vocab)), human_bytes(size * row_bytes)
         facts.append(("bytes of rows", f"{kept} of {before}"))
     title = f"vocab for {rule['tokenizer_name']}: {path or 'nothing was written (dry run)'}"
     return "\n".join([title, *(f"{k:<18}{v}" for k, v in facts)])

@@ -107,12 +107,16 @@ class Completions:
         coverage: share of them that is kept, 0..1.
         input_ids: ids that it takes to cover prompts and completions as well as the vocab does.
         output_ids: ids that it takes to cover the completions alone as well.
+        head_rows: rows of the head where the vocab has output ids, else None.
+        head_coverage: share of the completions that those cover, 0..1.
     """
 
     tokens: int
     coverage: float
     input_ids: int
     output_ids: int
+    head_rows: int | None = None
+    head_coverage: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,15 +259,22 @@ def _cumulative(profile: Profile, order: npt.NDArray[np.int64]) -> Shares:
     return np.minimum(covered, 1.0)
 
 
-def _point(inputs: Inputs, kept: int, covered: float, expected: float, held_out: float | None) -> Point:
+def _point(
+    inputs: Inputs,
+    kept: int,
+    covered: float,
+    expected: float,
+    held_out: float | None,
+    head_rows: int | None = None,
+) -> Point:
     weights = inputs.weights
     return Point(
         kept=kept,
         coverage=float(covered),
         expected=float(expected),
         held_out=None if held_out is None else float(held_out),
-        weight_bytes=weights.at(kept) if weights else None,
-        decode_ratio=weights.decode_ratio(kept) if weights else None,
+        weight_bytes=weights.at(kept, head_rows) if weights else None,
+        decode_ratio=weights.decode_ratio(head_rows or kept) if weights else None,
     )
 
 
@@ -271,7 +282,9 @@ def _choice(inputs: Inputs, must_stay: Ids) -> Point:
     kept_ids = inputs.vocab.kept_ids
     held_out = inputs.held_out.coverage(kept_ids) if inputs.held_out else None
     expected = 1 - cold_share(inputs.merged, kept_ids, must_stay)
-    return _point(inputs, len(kept_ids), inputs.merged.coverage(kept_ids), expected, held_out)
+    covered, of_head = inputs.merged.coverage(kept_ids), inputs.vocab.output_ids
+    head_rows = None if of_head is None else len(of_head)
+    return _point(inputs, len(kept_ids), covered, expected, held_out, head_rows)
 
 
 def _knee(points: Sequence[Point]) -> Point:
@@ -295,6 +308,10 @@ def _completions(
         coverage=int(spoken[vocab.kept_ids].sum()) / int(spoken.sum()),
         input_ids=forced.size + covering(merged.counts, share, free, forced),
         output_ids=forced.size + covering(spoken, share, by_output, forced),
+        head_rows=None if vocab.output_ids is None else len(vocab.output_ids),
+        head_coverage=None
+        if vocab.output_ids is None
+        else int(spoken[vocab.output_ids].sum()) / int(spoken.sum()),
     )
 
 

@@ -178,15 +178,19 @@ def completions(report: Report) -> str:
     rows = [
         Row("Input: prompts and completions", [f"{found.input_ids:,}"]),
         Row("Output: completions alone", [f"{found.output_ids:,}"]),
-        Row("Kept for both", [f"{report.choice.kept:,}"], "picked"),
+        Row("Kept" if found.head_rows else "Kept for both", [f"{report.choice.kept:,}"], "picked"),
     ]
+    apart = ""
+    if found.head_rows is not None and found.head_coverage is not None:
+        rows.append(Row("Rows of the head", [f"{found.head_rows:,}"], "picked"))
+        apart = f" The head has rows for {share_text(found.head_coverage)} of them."
     return section(
         "Prompts and completions",
-        "A folder holds one set of kept ids for both. Were they apart, the head, which decoding reads for "
-        "each token, would need the smaller number of rows.",
+        "Decoding reads the head for each token. That of an untied model can keep the smaller number of ids "
+        "(select --separate-output), a tied one shares its rows with the embedding.",
         f"{table(['For the same coverage', 'Ids'], rows)}"
         f'<p class="soft after">{found.tokens:,} tokens of completions, {share_text(found.coverage)} of them '
-        "kept.</p>",
+        f"kept.{apart}</p>",
     )
 
 

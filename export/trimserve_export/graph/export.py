@@ -37,7 +37,7 @@ from trimserve_export.graph.runtime import (
 from trimserve_export.graph.saving import LinkingWriter, write_copy
 from trimserve_export.graph.trim import trim_graph, trim_head
 from trimserve_export.graph.turned import turn_tables
-from trimserve_export.output_ids import check_output_ids, check_untied
+from trimserve_export.output_ids import check_task_of_head, check_untied
 from trimserve_export.serving import GRAPH_NAME, serve
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,9 @@ def trim_to_folder(
         parts = [main]
     model = load_graph(main.path)
     task = _task(parts, model.graph, vocab.vocab_size) if task == "auto" else task
-    check_output_ids(vocab, task, layout=layout)
+    if vocab.output_ids is not None:
+        check_task_of_head(vocab, task)
+        check_untied(vocab, tied=_is_tied(main.path))
     cold = cold and bool(vocab.head.cold_ids.size)
     if layout == "runtime":
         with _other_layouts_named():
@@ -161,7 +163,6 @@ def _write_for_runtime(
     if vocab.output_ids is None:
         cut = cut_tensors(trim_graph(trimmed, vocab, has_head=has_head), len(vocab))
     else:
-        check_untied(vocab, tied=_is_tied(untrimmed, has_head=has_head))
         cut = cut_tensors(trim_graph(trimmed, vocab, has_head=False), len(vocab))
         cut += cut_tensors(trim_head(trimmed, vocab.head), len(vocab.head))
     turn_tables(trimmed.graph)
@@ -171,8 +172,10 @@ def _write_for_runtime(
     return made, cut
 
 
-def _is_tied(untrimmed: ir.Model, *, has_head: bool) -> bool:
-    full = full_graph(untrimmed, has_head=has_head)
+def _is_tied(path: Path) -> bool:
+    model = load_graph(path)
+    turn_tables(model.graph)
+    full = full_graph(model, has_head=True)
     return is_tied(full.embedding, full.head)
 
 
