@@ -1,6 +1,7 @@
 """A head with fewer rows than the embedding: the tokens and probabilities are the full model's."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 
 pytest.importorskip("torch")
 
+import trimserve
 from tests.exports import KEPT, V
 from tests.folders import make_vocab
 from tests.generators import FullSampler, greedy_by_torch, make_pair, open_generator
 from tests.models import GENERATE, save_model
 from tests.test_graph_generate import save_graph
 from trimserve.artefacts import load_vocab, save_vocab
+from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME, list_files, open_folder, read_manifest, write_manifest
 from trimserve.sampling import SamplingParams
@@ -171,6 +174,21 @@ def test_a_tied_graph_is_refused(kind, vocab, tmp_path):
     with pytest.raises(UnsupportedModelError, match="this model is tied"):
         export(source, vocab, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_from_a_corpus_of_prompts_and_completions_to_a_verified_folder(tmp_path, capsys):
+    model = save_model("llama", tmp_path / "model")
+    rows = [{"q": "the cat sat on the mat", "a": "a dog"} for _ in range(9)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    columns = {"text_column": "q", "output_column": "a"}
+    counted = trimserve.profile([tmp_path / "chats.jsonl"], model, progress=False, **columns)
+    chosen = trimserve.select(counted, separate_output=True, multiple_of=1)
+    made = export(model, chosen, tmp_path / "out", progress=False)
+    assert made.head_rows == len(chosen.output_ids) < made.kept
+    assert verify(tmp_path / "out", model, progress=False).ok
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert f"head rows       {made.head_rows}" in capsys.readouterr().out
+    assert f"-> {made.head_rows}, those of the output ids" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_refusals(vocab, tmp_path):

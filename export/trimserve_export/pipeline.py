@@ -43,6 +43,7 @@ class ExportResult:
         peak_rss_bytes: largest resident memory of this process so far; 0 where the system does not tell.
         segmentation: how the cut tokenizer segments the sample's texts (layout tokenizer), if there is one.
         exporter: name of what made the graph, and reason; None where none was needed.
+        head_rows: rows of the head where it has fewer than K, else None.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class ExportResult:
     peak_rss_bytes: int
     segmentation: dict[str, Any] | None = None
     exporter: dict[str, str] | None = None
+    head_rows: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command line."""
@@ -160,6 +162,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         peak_rss_bytes=peak_rss_bytes(),
         segmentation=manifest.segmentation,
         exporter=_described(plan),
+        head_rows=manifest.head_rows,
     )
 
 

@@ -176,10 +176,11 @@ def _is_at_hand(counted: "CorpusSource", reading: "Reading") -> bool:
 def _summary(document: dict[str, Any]) -> str:
     from trimserve.report import human_bytes, percent, table
 
-    kept, size = document["kept"], document["vocab_size"]
+    kept, head, size = document["kept"], document["head_rows"], document["vocab_size"]
     before, after = document["bytes_before"], document["bytes_after"]
     rows = [
         ["vocab rows", f"{size:,}", f"{kept:,}", percent(kept / size)],
+        *([["  in the head", f"{size:,}", f"{head:,}", percent(head / size)]] if head else []),
         ["weights", human_bytes(before), human_bytes(after), percent(after / before)],
     ]
     files = ", ".join(f"{name} {human_bytes(count)}" for name, count in document["files"].items())
