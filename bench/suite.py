@@ -5,7 +5,7 @@ appends to bench/results and then draws the figures and writes the tables of REA
 that reads corpora, tokenizers or models is left out, with a line, where `TRIMSERVE_DATA` has none.
 """
 
-import json
+import argparse
 import subprocess
 import sys
 import time
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from bench import harness
 from trimserve.report import table
+
+_FAILED = "FAILED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Entry:
         full: arguments of the full run.
         quick: whether the quick run has it.
         needs_data: it reads `harness.data_folder()`.
+        quick_needs_data: so does its quick run, which else makes a tiny model.
         on_device: it takes ``--device cuda`` too.
     """
 
@@ -33,24 +36,36 @@ class Entry:
     full: tuple[str, ...] = ()
     quick: bool = True
     needs_data: bool = True
+    quick_needs_data: bool = True
     on_device: bool = False
 
 
+# Minutes are sums of the committed rows' own timings and of the exports before them.
 SUITE = (
     Entry("startup", 0.5, needs_data=False),
     # These two read what `make demo` wrote.
     Entry("encoder", 1, quick=False, needs_data=False),
     Entry("translate", 0.5, quick=False, needs_data=False),
-    Entry("encoder_grid", 10, on_device=True),
-    Entry("decode", 12, ("--model", "multidomain-qwen2", "gemma-3-270m"), needs_data=False, on_device=True),
-    Entry("serving", 5, needs_data=False, on_device=True),
-    Entry("scale", 3, on_device=True),
+    Entry("encoder_grid", 8, ("--rounds", "3", "--seconds", "3", "--most-tokens", "1024"), on_device=True),
+    Entry(
+        "decode",
+        9,
+        ("--rounds", "6", "--model", "multidomain-qwen2", "gemma-3-270m"),
+        quick_needs_data=False,
+        on_device=True,
+    ),
+    Entry("serving", 7, ("--steps", "3"), needs_data=False, on_device=True),
+    Entry("memory", 1.5, quick_needs_data=False),
+    Entry("scale", 3, ("--seconds", "0.5"), on_device=True),
     Entry("paper", 3),
-    Entry("quality", 5),
-    Entry("stream", 2, quick=False, needs_data=False),
-    Entry("trim", 4, quick=False, needs_data=False),
+    Entry("quality", 5, ("--texts", "16")),
+    Entry("stream", 1.5, ("--rounds", "3"), quick=False, needs_data=False),
+    # The largest model alone takes as long as the two before it.
+    Entry("trim", 5, ("--rounds", "1", "--models", "0.27B", "0.6B"), quick=False, needs_data=False),
     Entry("profile", 3, quick=False),
-    Entry("peers", 6, quick=False),
+    # The environments of the other tools are five minutes more, once.
+    Entry("peers", 5, quick=False),
+    Entry("segmentation", 3, quick=False),
 )
 
 
@@ -60,35 +75,44 @@ def command(entry: Entry, *, quick: bool, device: str) -> list[str]:
     return words + (["--device", device] if device != "cpu" else [])
 
 
+def chosen(args: argparse.Namespace) -> list[Entry]:
+    """The benchmarks that are asked for and that run on the device."""
+    return [
+        entry
+        for entry in SUITE
+        if (entry.module in args.only if args.only else True)
+        and (entry.quick or not args.quick)
+        and (entry.on_device or args.device == "cpu")
+    ]
+
+
+def run(entry: Entry, args: argparse.Namespace) -> tuple[str, str, float]:
+    """Run one benchmark, or leave it out; returns its name, what became of it, and seconds."""
+    reads_data = entry.needs_data and (entry.quick_needs_data or not args.quick)
+    if reads_data and not harness.data_folder().is_dir():
+        return entry.module, "left out: no TRIMSERVE_DATA", 0.0
+    print(f"\n== {entry.module}", file=sys.stderr, flush=True)
+    begin = time.perf_counter()
+    words = command(entry, quick=args.quick, device=args.device)
+    code = subprocess.run(words, stdout=subprocess.DEVNULL, cwd=harness.ROOT).returncode
+    return entry.module, _FAILED if code else "ok", round(time.perf_counter() - begin, 1)
+
+
 def main() -> int:
     """Run what is asked for; print a line a benchmark, exit with 1 if one failed."""
     parser = harness.parser(__doc__ or "", rounds=0)
     parser.add_argument("--only", nargs="+", choices=[entry.module for entry in SUITE], metavar="NAME")
     args = parser.parse_args()
-    has_data = harness.data_folder().is_dir()
-    results = []
-    for entry in SUITE:
-        if args.only and entry.module not in args.only:
-            continue
-        if (args.quick and not entry.quick) or (args.device != "cpu" and not entry.on_device):
-            continue
-        if entry.needs_data and not has_data:
-            results.append({"name": entry.module, "result": "left out: no TRIMSERVE_DATA", "seconds": 0.0})
-            continue
-        print(f"\n== {entry.module}", file=sys.stderr, flush=True)
-        begin = time.perf_counter()
-        code = subprocess.run(
-            command(entry, quick=args.quick, device=args.device), stdout=subprocess.DEVNULL, cwd=harness.ROOT
-        ).returncode
-        seconds = round(time.perf_counter() - begin, 1)
-        results.append({"name": entry.module, "result": "ok" if code == 0 else "FAILED", "seconds": seconds})
-    failed = any(one["result"] == "FAILED" for one in results)
+    results = [run(entry, args) for entry in chosen(args)]
+    failed = any(result == _FAILED for _, result, _ in results)
     if not args.quick:
         for module in ("bench.plot", "bench.readme"):
             failed |= subprocess.run([sys.executable, "-m", module], cwd=harness.ROOT).returncode != 0
-    lines = [(one["name"], one["result"], one["seconds"]) for one in results]
-    print(table(("benchmark", "result", "seconds"), lines), file=sys.stderr)
-    print(json.dumps({"benchmarks": results}))
+    names = ("name", "result", "seconds")
+    harness.report(
+        table(("benchmark", *names[1:]), results),
+        {"benchmarks": [dict(zip(names, result, strict=True)) for result in results]},
+    )
     return int(failed)
 
 

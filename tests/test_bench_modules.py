@@ -72,19 +72,6 @@ def test_published_rows_and_parameters_agree_with_the_shapes():
             assert found["parameters_removed"] == pytest.approx(parameters, abs=0.02), name
 
 
-def test_glue_files_are_read_by_their_columns(tmp_path):
-    (tmp_path / "CoLA").mkdir()
-    (tmp_path / "CoLA" / "train.tsv").write_text("id\t1\t*\tthe cat\nid\t0\t\ta dog\n", "utf-8")
-    (tmp_path / "CoLA" / "test.tsv").write_text("index\tsentence\n0\tunseen\n", "utf-8")
-    assert paper.glue_texts(tmp_path, "CoLA") == (["the cat", "a dog"], ["unseen"])
-    (tmp_path / "RTE").mkdir()
-    (tmp_path / "RTE" / "train.tsv").write_text("index\tsentence1\tsentence2\n0\tone\ttwo\n", "utf-8")
-    assert paper.glue_texts(tmp_path, "RTE") == (["one", "two"], [])
-    (tmp_path / "RTE" / "dev.tsv").write_text("index\tother\n0\tone\n", "utf-8")
-    with pytest.raises(SystemExit, match="has no column sentence1"):
-        paper.glue_texts(tmp_path, "RTE")
-
-
 def test_seen_once_loses_held_out_tokens_and_coverage_keeps_them_cold(tmp_path):
     folder = tmp_path / "words"
     folder.mkdir()
