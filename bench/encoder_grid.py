@@ -22,8 +22,7 @@ import numpy as np
 
 from bench import harness
 from bench.encoder_models import LENGTHS, MODELS, TEXTS
-from trimserve.benchmark import weight_bytes
-from trimserve.folder import read_manifest
+from trimserve.folder import read_manifest, stored_weight_bytes
 from trimserve.report import human_bytes, table
 
 BATCHES = (1, 8, 32)
@@ -41,7 +40,7 @@ def measure(name: str, work: Path, args: Any) -> dict[str, Any]:  # noqa: ANN401
     starts = _fresh(folders, corpus, 2 if args.quick else args.rounds, args)
     neighbours = harness.Neighbours()
     cells = _grid(folders, texts, args)
-    weights = {side: weight_bytes(read_manifest(folder)) for side, folder in folders.items()}
+    weights = {side: stored_weight_bytes(read_manifest(folder).files) for side, folder in folders.items()}
     memory = {side: _medians([start["memory"] for start in starts[side]]) for side in SIDES}
     removed = weights["full"] - weights["trimmed"]
     saved = memory["full"]["resident"] - memory["trimmed"]["resident"]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.folders import make_folder
 from trimserve import benchmark
-from trimserve.benchmark import Comparison, Measured, Settings, compare, weight_bytes
+from trimserve.benchmark import Comparison, Measured, Settings, compare
 from trimserve.cli.main import main
 from trimserve.errors import UsageError
 from trimserve.folder import open_folder
@@ -44,12 +44,6 @@ def test_results_that_differ_are_not_called_the_same(digest, expected):
     found = Comparison({"full": measured([1.0]), "exact": measured([1.0], digest=digest)}, removed_bytes=0)
     assert found.same_results("exact") is expected
     assert found.saved_share("exact") is None
-
-
-def test_weights_are_graphs_and_their_data(tmp_path):
-    files = {"model.onnx": b"12", "model.onnx_data": b"345", "config.json": b"{}"}
-    folder = make_folder(tmp_path, [0, 1], 4, files=files, cold_rows=b"cold", graphs={"model": "model.onnx"})
-    assert weight_bytes(folder.manifest) == 5
 
 
 def test_answers_of_one_token_are_an_error(monkeypatch, tmp_path):

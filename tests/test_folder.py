@@ -20,6 +20,7 @@ from trimserve.folder import (
     open_folder,
     read_manifest,
     staged_folder,
+    stored_weight_bytes,
     with_verification,
     write_manifest,
 )
@@ -159,6 +160,27 @@ def test_vocab_and_manifest_must_agree(trimmed):
 def write(target, text="new", **options):
     with staged_folder(target, **options) as staging:
         (staging / "trimserve.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("model.onnx", "model.onnx_data"), 11),
+        # Encoder-decoders share one file of weights.
+        (("encoder_model.onnx", "decoder_model.onnx", "model.onnx_data"), 111),
+        (("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), 11),
+    ],
+)
+def test_stored_weights_are_graphs_and_their_data_without_cold_files(names, expected):
+    beside = (
+        "cold_rows.safetensors",
+        "cold_head.onnx",
+        "cold_sketch.onnx_data",
+        "vocab_map.safetensors",
+        "a.json",
+    )
+    sizes = {name: 10**place for place, name in enumerate(names)} | dict.fromkeys(beside, 7)
+    assert stored_weight_bytes({name: FileEntry(size, "") for name, size in sizes.items()}) == expected
 
 
 def test_staged_folder_appears_as_a_whole(tmp_path):

@@ -1,5 +1,7 @@
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +81,14 @@ def test_rows_carry_their_circumstances(tmp_path, monkeypatch):
     assert {"date", "git", "hardware", "cpu", "versions", "schema_version"} <= row.keys()
     assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 2
     assert json.dumps(row)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells VmHWM")
+def test_the_peak_is_this_process_own_and_not_that_of_its_parent():
+    child = "from trimserve.measuring import peak_resident; print(peak_resident())"
+    parent = (
+        "import subprocess, sys; held = b'x' * (300 << 20); "
+        f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 5 << 20 < int(done.stdout) < 250 << 20

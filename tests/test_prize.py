@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
 
 from tests.models import save_model
-from trimserve.prize import weight_bytes
+from trimserve.prize import read_weight_bytes
 from trimserve.source import resolve_model
 from trimserve_export.inspection import inspect
 
@@ -37,7 +37,7 @@ def test_a_tied_head_that_is_stored_again_counts_once(tmp_path):
 
 
 def check(folder):
-    found, facts = weight_bytes(resolve_model(folder)), inspect(folder, kept=KEPT)
+    found, facts = read_weight_bytes(resolve_model(folder)), inspect(folder, kept=KEPT)
     assert found.total == facts.weight_bytes
     assert found.total - found.at(KEPT) == facts.prize.bytes_removed
     assert found.decode_ratio(KEPT) == pytest.approx(facts.prize.decode_ratio)
@@ -45,4 +45,4 @@ def check(folder):
 
 
 def test_without_weights_there_is_none(model_folders):
-    assert weight_bytes(resolve_model(model_folders["wordpiece"])) is None
+    assert read_weight_bytes(resolve_model(model_folders["wordpiece"])) is None

@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 import transformers
 
 from tests.models import FAMILIES
-from trimserve.errors import UnsupportedModelError
+from trimserve.errors import TrimserveError, UnsupportedModelError
 from trimserve_export.vocab_axes import architecture_class, find_vocab_axes, load_config
 
 pytestmark = pytest.mark.export
@@ -127,6 +127,21 @@ def write_config(path, content: str):
 def test_unknown_model_type_is_refused(tmp_path):
     write_config(tmp_path, '{"model_type": "unheard-of", "vocab_size": 37}')
     with pytest.raises(UnsupportedModelError, match="unheard-of"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "should hold a JSON object"),
+        ("{}", "has no config.json"),
+        ('{"model_type": "llama", "vocab_size": 37, "rope_scaling": 3}', "cannot read this 'llama' config"),
+    ],
+)
+def test_config_that_is_none_is_refused(tmp_path, content, message):
+    write_config(tmp_path, content)
+    with pytest.raises(TrimserveError, match=message):
         load_config(tmp_path)
 
 

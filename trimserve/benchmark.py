@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trimserve.errors import UsageError
-from trimserve.folder import COLD_NAME, GENERATOR_TASKS, Manifest, TrimmedFolder, open_folder
+from trimserve.folder import COLD_NAME, GENERATOR_TASKS, TrimmedFolder, open_folder, stored_weight_bytes
 from trimserve.measuring import Memory, Ratio, Spread, Worker, alternately, paired_ratio, spread
 
 FULL = "full"
@@ -114,17 +114,11 @@ def compare(full: Path, trimmed: Path, texts: Sequence[str], settings: Settings)
     for _ in range(settings.rounds):
         for name, run in _round(folders, modes, texts, settings).items():
             runs[name].append(run)
-    weights = {name: weight_bytes(folder.manifest) for name, folder in folders.items()}
+    weights = {name: stored_weight_bytes(folder.manifest.files) for name, folder in folders.items()}
     variants = {
         name: _summary(found, weights[FULL if name == FULL else "trimmed"]) for name, found in runs.items()
     }
     return Comparison(variants, weights[FULL] - weights["trimmed"])
-
-
-def weight_bytes(manifest: Manifest) -> int:
-    """Bytes of the graphs and of their data."""
-    graphs = tuple(manifest.graphs.values())
-    return sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(graphs))
 
 
 @dataclass(frozen=True, slots=True)

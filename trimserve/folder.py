@@ -18,6 +18,8 @@ from trimserve.vocab import VocabMap
 
 MANIFEST_NAME = "trimserve.json"
 VOCAB_NAME = "vocab_map.safetensors"
+# Every file with rows, blocks or bounds of cold ids is called so.
+COLD_PREFIX = "cold_"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
 # Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
@@ -275,6 +277,12 @@ def list_files(path: Path) -> dict[str, FileEntry]:
         for file in sorted([*path.iterdir(), *path.glob(f"{GRAPH_FOLDER}/*")])
         if file.is_file() and file.name != MANIFEST_NAME
     }
+
+
+def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
+    """Bytes of the graphs and their data, or of the trimmed checkpoint; never of vocab map or cold rows."""
+    names = (name for name in files if name != VOCAB_NAME and not name.startswith(COLD_PREFIX))
+    return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 _RESAMPLES = 2000
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +37,27 @@ class Memory:
 
 def memory() -> Memory:
     """Measure this process: VmRSS, RssAnon, RssFile and VmHWM on Linux, psutil's RSS elsewhere."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not _STATUS.exists():
         import psutil  # Linux needs no package for this
 
         return Memory(int(psutil.Process().memory_info().rss))
-    fields = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines() if ":" in line)
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text("utf-8").splitlines() if ":" in line)
     wanted = ("VmRSS", "RssAnon", "RssFile", "VmHWM")
     return Memory(*(1024 * int(fields[name].split()[0]) for name in wanted))
+
+
+def peak_resident() -> int:
+    """Largest resident memory of this process so far in bytes; 0 where the system does not tell.
+
+    On Linux this is VmHWM: getrusage's maximum is inherited from the process that started this one.
+    """
+    if _STATUS.exists():
+        return memory().peak or 0
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class WeightBytes:
         return min(kept, self.vocab_size) / self.vocab_size
 
 
-def weight_bytes(source: ModelSource) -> WeightBytes | None:
+def read_weight_bytes(source: ModelSource) -> WeightBytes | None:
     """Read the bytes of a model's weights from the headers of its files; None where there are none.
 
     A tensor has a vocab axis if one of its first two axes is as long as the vocab. `trimserve inspect`

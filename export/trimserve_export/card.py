@@ -2,17 +2,22 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from trimserve.artefacts import sha256_file
-from trimserve.blocks import COLD_BLOCKS_NAME
-from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME
-from trimserve.folder import COLD_NAME, GENERATION_TASK, TEXT2TEXT_TASK, VOCAB_NAME, FileEntry, Manifest
+from trimserve.folder import (
+    COLD_NAME,
+    GENERATION_TASK,
+    TEXT2TEXT_TASK,
+    VOCAB_NAME,
+    FileEntry,
+    Manifest,
+    stored_weight_bytes,
+)
 from trimserve.report import human_bytes, percent
-from trimserve.sketch import SKETCH_FILES
 from trimserve.source import ModelSource
 from trimserve_export.layouts.segmentation import describe_segmentation
 
@@ -73,16 +78,9 @@ _WITHOUT_COLD = (
 def with_card(manifest: Manifest, source: ModelSource, folder: Path) -> Manifest:
     """Write a folder's model card and return the manifest that lists it."""
     path = folder / CARD_NAME
-    path.write_text(render_card(manifest, source, weight_bytes(manifest.files)), "utf-8")
+    path.write_text(render_card(manifest, source, stored_weight_bytes(manifest.files)), "utf-8")
     entry = FileEntry(path.stat().st_size, sha256_file(path))
     return dataclasses.replace(manifest, files=manifest.files | {CARD_NAME: entry})
-
-
-def weight_bytes(files: Mapping[str, FileEntry]) -> int:
-    """Bytes of the graph and its data, or of the trimmed checkpoint; never of vocab map or cold rows."""
-    ours = (VOCAB_NAME, COLD_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME, *SKETCH_FILES)
-    names = (name for name in files if name not in ours)
-    return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
 
 
 def render_card(manifest: Manifest, source: ModelSource, bytes_after: int) -> str:

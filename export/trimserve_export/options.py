@@ -6,7 +6,7 @@ from trimserve.errors import UsageError
 from trimserve_export.exporters import DEVICES, EXPORTERS
 from trimserve_export.quantize import SCHEMES
 from trimserve_export.serving.sketch import SKETCH_BITS
-from trimserve_export.tasks import TORCH_DTYPES
+from trimserve_export.tasks import TASKS, TORCH_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Options:
     sketch: str | None = None
 
     def __post_init__(self) -> None:
+        _check_choice("task", self.task, {"auto", *TASKS})
         _check_choice("layout", self.layout, {"runtime", "tokenizer", "graph"})
         _check_choice("exporter", self.exporter, {"auto", *EXPORTERS})
         _check_choice("dtype", self.dtype, set(TORCH_DTYPES))

@@ -1,18 +1,18 @@
 """Export a trimmed folder: trim the checkpoint, export it, make the graph servable, write the manifest."""
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimserve.finetune.restore import full_source
-from trimserve.folder import MANIFEST_NAME, staged_folder, write_manifest
+from trimserve.folder import MANIFEST_NAME, Manifest, staged_folder, stored_weight_bytes, write_manifest
+from trimserve.measuring import peak_resident
 from trimserve.profiling import Profile
 from trimserve.source import ModelSource, resolve_model
 from trimserve.vocab import VocabMap
-from trimserve_export.card import weight_bytes, with_card
+from trimserve_export.card import with_card
 from trimserve_export.checkpoint import check_vocab
 from trimserve_export.from_checkpoint import fill_from_checkpoint
 from trimserve_export.graph.road import check_road, fill_from_graph
@@ -141,41 +141,38 @@ def export(  # noqa: PLR0913 - the options are the public interface
             vocab = close_vocab(vocab, source, profile)
         plan = plan_export(source, vocab, options, sample) if source.graph is None else None
         with staged_folder(target, overwrite=overwrite) as staging:
-            if plan is not None:
-                filled = fill_from_checkpoint(plan, staging, progress=progress)
-            else:
-                filled = fill_from_graph(source, vocab, options, staging, (*TOKENIZER_FILES, *CONFIG_FILES))
-            manifest = with_card(filled, source, staging)
-            write_manifest(staging, manifest)
-            if wants_sketch(manifest, options.sketch):
-                manifest = add_sketch(staging, SKETCH_BITS[options.sketch or "int8"])
+            manifest = _fill(staging, source, vocab, options, plan, progress=progress)
+    return _result(target, manifest, plan, time.perf_counter() - start)
+
+
+def _fill(
+    folder: Path, source: ModelSource, vocab: VocabMap, options: Options, plan: Plan | None, *, progress: bool
+) -> Manifest:
+    """Write everything into an empty folder; a plan is there for a checkpoint, none for a graph."""
+    if plan is not None:
+        filled = fill_from_checkpoint(plan, folder, progress=progress)
+    else:
+        filled = fill_from_graph(source, vocab, options, folder, (*TOKENIZER_FILES, *CONFIG_FILES))
+    manifest = with_card(filled, source, folder)
+    write_manifest(folder, manifest)
+    if wants_sketch(manifest, options.sketch):
+        manifest = add_sketch(folder, SKETCH_BITS[options.sketch or "int8"])
+    return manifest
+
+
+def _result(target: Path, manifest: Manifest, plan: Plan | None, seconds: float) -> ExportResult:
     files = {name: entry.bytes for name, entry in manifest.files.items()}
-    seconds = round(time.perf_counter() - start, 3)
+    choice = None if plan is None else plan.choice
     return ExportResult(
         path=target,
-        kept=len(vocab),
-        vocab_size=vocab.vocab_size,
+        kept=manifest.kept,
+        vocab_size=manifest.vocab_size,
         bytes_before=manifest.bytes_before,
-        bytes_after=weight_bytes(manifest.files),
+        bytes_after=stored_weight_bytes(manifest.files),
         files=files | {MANIFEST_NAME: (target / MANIFEST_NAME).stat().st_size},
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
+        seconds=round(seconds, 3),
+        peak_rss_bytes=peak_resident(),
         segmentation=manifest.segmentation,
-        exporter=_described(plan),
+        exporter=None if choice is None else {"name": choice.name, "reason": choice.reason},
         head_rows=manifest.head_rows,
     )
-
-
-def _described(plan: Plan | None) -> dict[str, str] | None:
-    choice = None if plan is None else plan.choice
-    return None if choice is None else {"name": choice.name, "reason": choice.reason}
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trimserve.errors import UnsupportedModelError
+from trimserve.source import ModelSource
 
 Role = Literal["embedding", "head", "head_bias"]
 # A PreTrainedModel class or an AutoModelFor... class; they share `from_pretrained`, and no base.
@@ -64,9 +65,15 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
     """Read a model folder's config.json.
 
     Raises:
-        UnsupportedModelError: transformers does not know the model type, or it needs remote code.
+        MismatchError: it is not a JSON object.
+        UnsupportedModelError: there is none, transformers does not know the model type or cannot read its
+            config, or it needs remote code.
     """
-    raw, _ = PretrainedConfig.get_config_dict(path)
+    raw = ModelSource(str(path), None, path).config
+    if not raw:
+        raise UnsupportedModelError(
+            f"{path} has no config.json, which tells the model's class: fetch it again."
+        )
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING and "auto_map" in raw and not trust_remote_code:
         raise UnsupportedModelError(
@@ -78,7 +85,13 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
             f"{path}: transformers {transformers.__version__} does not know model type {model_type!r}, "
             "so its vocab tensors cannot be told: this model cannot be trimmed."
         )
-    config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} cannot read this {model_type!r} config "
+            f"({error}): fetch it again."
+        ) from error
     if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
         raise UnsupportedModelError(f"{path}: a {model_type!r} model has no vocab_size: nothing to trim.")
     return config

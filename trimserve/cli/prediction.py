@@ -16,13 +16,13 @@ def predict(profile: "Profile", vocab: "VocabMap", model: str | None) -> dict[st
     """
     from trimserve.dead import dead_ids
     from trimserve.forecast import cold_share
-    from trimserve.prize import weight_bytes
+    from trimserve.prize import read_weight_bytes
     from trimserve.profiledmodel import find_source
     from trimserve.vocab import Reason
 
     kept, source = len(vocab), find_source(profile, model)
     head_rows = None if vocab.output_ids is None else len(vocab.output_ids)
-    weights = None if source is None else weight_bytes(source)
+    weights = None if source is None else read_weight_bytes(source)
     by_frequency = (vocab.reason == Reason.PROFILE) | (vocab.reason == Reason.FILL)
     return {
         "cold_per_thousand": 1000 * (1 - vocab.rule["coverage"]),

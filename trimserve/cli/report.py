@@ -78,7 +78,7 @@ def _check_output(path: Path) -> None:
 def _inputs(args: argparse.Namespace) -> "Inputs":
     from trimserve.dead import dead_ids
     from trimserve.merging import check_same_model, check_vocab, merge
-    from trimserve.prize import weight_bytes
+    from trimserve.prize import read_weight_bytes
     from trimserve.profiledmodel import find_source
     from trimserve.reporting.facts import Inputs
     from trimserve.tokennames import TokenNames
@@ -97,7 +97,7 @@ def _inputs(args: argparse.Namespace) -> "Inputs":
         merged=merged,
         vocab=vocab,
         names=None if tokenizer is None else TokenNames(tokenizer),
-        weights=None if source is None else weight_bytes(source),
+        weights=None if source is None else read_weight_bytes(source),
         held_out=held_out,
         dead_ids=None if tokenizer is None else dead_ids(tokenizer),
         verification=verification,
