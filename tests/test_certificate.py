@@ -25,7 +25,7 @@ from trimserve.request import Block, Request
 from trimserve.rules import TokenRules
 from trimserve.sampling import Columns, History, SamplingParams, choose
 from trimserve.sketch import Sketch
-from trimserve.sketchrows import to_blocks, to_digits
+from trimserve.sketchrows import GROUP_ROWS, to_blocks, to_digits
 from trimserve.stats import ColdReads
 from trimserve_export.serving.sketch import add_sketch
 
@@ -286,6 +286,7 @@ PARAMS = (
     {"repetition_penalty": 0.7},
     {"temperature": 1.0, "presence_penalty": -2.0, "frequency_penalty": 0.5},
     {"temperature": 1.0, "top_p": 0.5, "min_p": 0.1},
+    {"temperature": 2.5, "top_p": 0.6},
     {"temperature": 1.0, "logit_bias": {1: -1.0, KEPT + 7: 3.0, KEPT + 9: -np.inf}},
     {"temperature": 0.5, "rules": TokenRules(suppress_tokens=(1, KEPT + 2, KEPT + 3))},
     {"repetition_penalty": 1.1, "rules": TokenRules(suppress_tokens=(1, KEPT + 2, KEPT + 3))},
@@ -306,10 +307,13 @@ def test_no_sampled_step_differs(cases, name, params):
     largest = orders[0].max(axis=1, keepdims=True)
     kept = largest + random.uniform(-4, 2, (len(hidden), 1)) + random.normal(-2, 2, (len(hidden), KEPT))
     kept = kept.astype(np.float32)
-    drafts = random.integers(0, size, len(hidden)).tolist()
     settled = 0
-    for seed in range(4):
+    for seed in range(2):
         request = Request(np.array([0, KEPT + 2], np.int32), SamplingParams(seed=seed, **params), 99)
+        drafts: list[int] = []
+        for logits, own in zip(orders[0], kept, strict=True):
+            history = History(request.prompt, np.array(drafts, np.int32))
+            drafts.append(choose(np.concatenate([own, logits]), columns, request.params, history))
         tokens = case.certificate.tokens(request, Block(drafts, kept, hidden))
         settled += sum(token is not None for token in tokens)
         for step, token in enumerate(tokens):
@@ -319,4 +323,29 @@ def test_no_sampled_step_differs(cases, name, params):
             for logits in orders:
                 full = np.concatenate([kept[step], logits[step]])
                 assert token == choose(full, columns, request.params, history), (step, seed)
-    assert settled >= 20
+    assert settled >= 10
+
+
+def test_masses_that_are_too_small_are_caught(cases, monkeypatch):
+    def forget(digits, count, _slope):
+        return sketch._maxima(digits), np.full((count, sketch._scales.size), 1e-3)
+
+    sketch = cases["11"].sketch
+    monkeypatch.setattr(sketch, "_maxima_and_masses", forget)
+    with pytest.raises(AssertionError):
+        test_no_sampled_step_differs(cases, "11", {"temperature": 1.0, "top_p": 0.8})
+
+
+@pytest.mark.parametrize("name", ["11", "whole", "bias", "2, int4", "70, int4"])
+def test_a_groups_mass_is_bounded_and_not_by_much(cases, name):
+    case = cases[name]
+    hidden = states_for(case)[3:]
+    for temperature in (0.5, 2.0):
+        product = case.sketch.product(hidden, temperature)
+        columns = np.searchsorted(case.cold_ids, case.sketch.ids)
+        logits = case.logits(hidden)[4][:, columns].reshape(len(hidden), -1, GROUP_ROWS).astype(np.float64)
+        peaks = product.upper / temperature
+        masses = np.exp(logits / temperature - peaks[..., None]).sum(axis=-1)
+        assert (masses <= product.alike * (1 + 1e-6)).all()
+        assert product.alike.min() >= 1
+        assert np.median(product.alike) < GROUP_ROWS / 2

@@ -91,14 +91,19 @@ class Allowed:
         may: bool (K,), kept ids that may be left: all others are excluded for sure.
         sure: bool (K,), kept ids that are left for sure.
         cut: a cold id whose score is below it is excluded for sure.
+        floor: an id whose score reaches it is left for sure: what is certain of a kept id is certain of what
+            is above it.
     """
 
     may: npt.NDArray[np.bool_]
     sure: npt.NDArray[np.bool_]
     cut: float
+    floor: float
 
 
-def allowed_kept(scores: Floats, params: SamplingParams, cold_scores: Doubles, rows: Doubles) -> Allowed:
+def allowed_kept(
+    scores: Floats, params: SamplingParams, cold_scores: Doubles, rows: Doubles, alike: Doubles | None = None
+) -> Allowed:
     """Apply the filters to kept ids, whatever the cold ids' scores are below their bounds.
 
     Cold ids only push kept ids out of top-k and raise the floor of min-p, which is relative to the largest
@@ -110,11 +115,12 @@ def allowed_kept(scores: Floats, params: SamplingParams, cold_scores: Doubles, r
         params: the filters.
         cold_scores: upper bounds (n,) of the scores of all cold ids.
         rows: how many ids a bound is of (n,).
+        alike: how many ids at that very bound would have at least their mass (n,); as many by default.
     """
     may = scores > -np.inf
     sure, cut = may, -np.inf
     peak = float(scores.max())
-    cold = _ColdAbove(cold_scores, rows, peak)
+    cold = _ColdAbove(cold_scores, rows, rows if alike is None else alike, peak)
     if params.top_k > 0:
         if params.top_k < scores.size:
             cut = float(np.partition(scores, scores.size - params.top_k)[scores.size - params.top_k])
@@ -130,19 +136,19 @@ def allowed_kept(scores: Floats, params: SamplingParams, cold_scores: Doubles, r
         may = may & (scores >= least)
         sure = sure & may & (scores > most + _MARGIN * abs(most) + 2.0**-20 * (abs(cold.largest) + 1))
         cut = max(cut, least)
-    return Allowed(may, sure, cut)
+    return Allowed(may, sure, cut, float(scores[sure].min(initial=np.inf)))
 
 
 class _ColdAbove:
     """How many cold ids, and how much of their mass, may lie at or above a score."""
 
-    def __init__(self, scores: Doubles, rows: Doubles, peak: float) -> None:
+    def __init__(self, scores: Doubles, rows: Doubles, alike: Doubles, peak: float) -> None:
         order = np.argsort(-scores)
         self.largest = float(scores.max(initial=-np.inf))
         self._falling = -scores[order]
         self._rows = np.concatenate([[0.0], np.cumsum(rows[order])])
         with np.errstate(over="ignore"):
-            mass = rows[order] * np.exp(scores[order] - peak)
+            mass = alike[order] * np.exp(scores[order] - peak)
         self._mass = np.concatenate([[0.0], np.cumsum(mass)]) * (1 + _MARGIN)
 
     @property

@@ -117,14 +117,18 @@ class ColdCertificate:
         nothing: list[int | None] = [None] * len(block.tokens)
         if request.params.logits_processor is not None or not self._sampled.asks():
             return nothing
-        product = self._product(block.hidden)
-        found = [
-            self._token(product, step, request, block.logits[step], block.tokens[:step])
-            for step in range(len(block.tokens))
-        ]
-        settled = sum(token is not None for token in found)
+        # Only the nucleus is about masses.
+        product = self._product(block.hidden, request.params.temperature if request.params.top_p < 1 else 0.0)
+        found = nothing
+        settled = judged = 0
+        for step, draft in enumerate(block.tokens):
+            judged += 1
+            found[step] = self._token(product, step, request, block.logits[step], block.tokens[:step])
+            settled += found[step] is not None
+            if found[step] not in (None, draft):
+                break  # drafts after one that falls are not looked at
         # Each open step costs a pass over all logits in the sampler, the first one the cold product, too.
-        self._sampled.note((settled / len(found) + (settled == len(found))) / 2)
+        self._sampled.note((settled / judged + (settled == judged)) / 2)
         self._reads.certified += settled
         return found
 
@@ -151,18 +155,24 @@ class ColdCertificate:
             return None
         sums = scores + gumbel_noise(params.seed, number, self._kept.ids)
         filtered = has_filters(params, self._kept.vocab_size)
-        cut = -np.inf
+        cut = floor = -np.inf
         if filtered:
-            counts = np.concatenate([np.full(groups.size, float(GROUP_ROWS)), np.ones(edited.size)])
-            allowed = allowed_kept(scores, params, np.concatenate([groups, edited]), counts)
+            single = np.ones(edited.size)
+            counts = np.concatenate([np.full(groups.size, float(GROUP_ROWS)), single])
+            alike = np.concatenate([step.product.alike[step.row], single])
+            allowed = allowed_kept(scores, params, np.concatenate([groups, edited]), counts, alike)
             sums[~allowed.may] = -np.inf
             if not allowed.sure[sums.argmax()]:
                 return None
-            cut = allowed.cut
+            cut, floor = allowed.cut, allowed.floor
         found = self._noisy_rivals(step, groups, params, number, float(sums.max()), cut)
         token = self._decide(found, sums)
-        # Whether a cold id would be left by the filters is not known.
-        return None if filtered and token is not None and not self._vocab.is_kept(token) else token
+        if found is None or token is None or self._vocab.is_kept(token):
+            return token
+        noise = gumbel_noise(params.seed, number, np.array([token], np.int32))
+        score = float((found.lower[found.ids == token] - noise).min()) - 1e-9
+        # A cold id may have won that the filters exclude.
+        return token if score >= floor else None
 
     def _scores(self, upper: Doubles, params: SamplingParams) -> Doubles:
         return scores_between(upper, params.temperature, 1)
@@ -248,9 +258,9 @@ class ColdCertificate:
         self._reads.bytes += places.size * self._reads.row_bytes
         return self._sketch.score(product, row, places)
 
-    def _product(self, hidden: Floats) -> SketchedProduct:
+    def _product(self, hidden: Floats, temperature: float = 0.0) -> SketchedProduct:
         self._reads.bytes += self._sketch.nbytes
-        return self._sketch.product(hidden)
+        return self._sketch.product(hidden, temperature)
 
     def _maxima(self, hidden: Floats) -> tuple[Floats, Ids]:
         self._reads.bytes += self._reads.full_bytes

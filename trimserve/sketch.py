@@ -27,6 +27,7 @@ product with the most extreme operands is compared when the sketch is opened.
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -42,14 +43,22 @@ from trimserve.sketchrows import BLOCKS, GROUP_ROWS, LEVELS, ZERO, Digits, to_bl
 from trimserve.tensorfile import map_tensor, read_header
 from trimserve.vocab import Ids
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
 # Scales, norms and the order; the integers and what ONNX Runtime packed them into; their graph.
 SKETCH_NAME = "cold_sketch.safetensors"
 SKETCH_DATA_NAME = "cold_sketch.onnx_data"
 SKETCH_GRAPH_NAME = "cold_sketch.onnx"
-SKETCH_FILES = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME)
+# The same product, with the mass of each group.
+SKETCH_MASS_NAME = "cold_sketch_mass.onnx"
+SKETCH_FILES = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME, SKETCH_MASS_NAME)
 SORTED_ROWS = 16_384
 # An export holds one run's integers, and a session packs them: the rows of a wide model make shorter runs.
 RUN_BYTES = 1 << 25
+# What float32 (the exponent, its argument, the sum) and float16 (what follows the head) round away is less.
+_MASS_MARGIN = 2.0**-7
+_STEEPEST = 1e30
 
 
 def run_rows(width: int) -> int:
@@ -63,6 +72,8 @@ class SketchedProduct:
 
     Attributes:
         upper: float64 (N, groups), above every logit of a group.
+        alike: float64 (N, groups), 1 to 64: so many ids with a logit of `upper` have at least the group's
+            mass, at the temperature that was asked for.
         hidden: float64 (N, H).
         distances: see `bounds.rounding_distance` (N,).
         slope: see `bounds.product_error` (N,).
@@ -70,6 +81,7 @@ class SketchedProduct:
     """
 
     upper: Doubles
+    alike: Doubles
     hidden: Doubles
     distances: Doubles
     slope: Doubles
@@ -121,17 +133,29 @@ class Sketch:
         self.ids: Ids = cold.head_cold_ids[self._order]
         self.arithmetic = arithmetic_of(folder, after_head)
         self._session = open_session(folder.file(SKETCH_GRAPH_NAME), threads=threads, prepack=True)
+        self._folder, self._threads = folder, threads
+        self._mass_session: ort.InferenceSession | None = None
+        self._slope = _slope_after(after_head) if SKETCH_MASS_NAME in folder.manifest.files else None
         stored = self._order.size * row_bytes(self._width, self.bits)
         # What is read is the packed form behind it, where there is one.
         self.nbytes = max(stored, data.stat().st_size - stored) + path.stat().st_size
         self._check(data)
 
-    def product(self, hidden: Floats) -> SketchedProduct:
-        """Bound all cold logits: hidden states (N, H), in the graph's dtype."""
+    def product(self, hidden: Floats, temperature: float = 0.0) -> SketchedProduct:
+        """Bound all cold logits: hidden states (N, H), in the graph's dtype.
+
+        Args:
+            hidden: the states.
+            temperature: bound the groups' masses at it, too, if it is above 0.
+        """
         values = hidden.astype(np.float64)
         digits = to_digits(values) if self.bits == 8 else to_blocks(values)
-        maxima = self._maxima(digits)
         count = len(values)
+        if temperature > 0 and self._slope is not None:
+            maxima, alike = self._maxima_and_masses(digits, count, self._slope / temperature)
+        else:
+            maxima = self._maxima(digits)
+            alike = np.full((count, maxima.shape[1]), float(GROUP_ROWS))
         upper = maxima[:count] * digits.scales[:count, None]
         upper[digits.steps[count:]] += maxima[count:] * digits.scales[count:, None]
         upper *= self._scales
@@ -142,7 +166,7 @@ class Sketch:
         upper += np.einsum("tn,tg->ng", factors, self._rests, optimize=False)
         upper += constant[:, None]
         return SketchedProduct(
-            self.arithmetic.bound(upper, self._bias, 1), values, distances, slope, constant
+            self.arithmetic.bound(upper, self._bias, 1), alike, values, distances, slope, constant
         )
 
     def score(
@@ -170,6 +194,23 @@ class Sketch:
         """The largest product of each digit with a group's rows, without their scales: (M, groups)."""
         (maxima,) = self._session.run(["maximum"], {"digits": digits.values})
         return np.asarray(maxima, np.float64)
+
+    def _maxima_and_masses(self, digits: Digits, count: int, slope: float) -> tuple[Doubles, Doubles]:
+        """As `_maxima`, and `SketchedProduct.alike` of the first `count` digits.
+
+        With p the products of a group and u its bound, its logits are at most u - s t (max p - p), so its
+        mass is at most exp(u) sum exp(-s t (max p - p)). What a second digit adds is in u.
+        """
+        if self._mass_session is None:
+            path = self._folder.file(SKETCH_MASS_NAME)
+            self._mass_session = open_session(path, threads=self._threads, prepack=True)
+        steepness = np.zeros((len(digits.values), self._scales.size), np.float32)
+        steps = slope * (1 - _MASS_MARGIN) * digits.scales[:count, None] * self._scales
+        steepness[:count] = np.minimum(steps, _STEEPEST)
+        fed = {"digits": digits.values, "steepness": steepness}
+        maxima, masses = self._mass_session.run(["maximum", "mass"], fed)
+        alike = np.asarray(masses[:count], np.float64) * (1 + _MASS_MARGIN)
+        return np.asarray(maxima, np.float64), np.minimum(alike, float(GROUP_ROWS))
 
     def _check(self, data: Path) -> None:
         """Compare a product with the most extreme operands: a kernel that saturates would show here."""
@@ -222,6 +263,18 @@ def bits_of(folder: TrimmedFolder) -> int:
             "--sketch none."
         )
     return int(bits)
+
+
+def _slope_after(after_head: AfterHead) -> float | None:
+    """The factor from a product to its logit; None where what follows is not linear."""
+    slope = 1.0
+    for operator, number in after_head:
+        if operator in ("Add", "Sub"):
+            continue
+        if operator not in ("Mul", "Div") or number is None:
+            return None
+        slope *= number if operator == "Mul" else 1 / number
+    return slope
 
 
 def arithmetic_of(folder: TrimmedFolder, after_head: AfterHead) -> HeadArithmetic:

@@ -22,7 +22,14 @@ from trimserve.cold import ColdRows
 from trimserve.coldhead import COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.errors import UsageError
 from trimserve.folder import FileEntry, Manifest, TrimmedFolder, open_folder, write_manifest
-from trimserve.sketch import SKETCH_DATA_NAME, SKETCH_FILES, SKETCH_GRAPH_NAME, SKETCH_NAME, run_rows
+from trimserve.sketch import (
+    SKETCH_DATA_NAME,
+    SKETCH_FILES,
+    SKETCH_GRAPH_NAME,
+    SKETCH_MASS_NAME,
+    SKETCH_NAME,
+    run_rows,
+)
 from trimserve.sketchrows import BLOCKS, GROUP_ROWS, block_spread, sketch_blocks, sketch_rows
 from trimserve.tensorfile import ArrayTensor, exhaust, map_tensor, write_tensors
 from trimserve.vocab import Ids
@@ -82,11 +89,12 @@ def add_sketch(path: Path, bits: int = 8) -> Manifest:
             runs.append(arrays)
     arrays = _concatenated(runs)
     exhaust(write_tensors(path / SKETCH_NAME, {name: ArrayTensor(array) for name, array in arrays.items()}))
-    graph = path / SKETCH_GRAPH_NAME
     sizes = [run["order"].size for run in runs]
-    onnx.save(sketch_graph(sizes, cold.width, bits), graph)
+    graphs = [path / SKETCH_GRAPH_NAME, path / SKETCH_MASS_NAME]
+    for graph, masses in zip(graphs, (False, True), strict=True):
+        onnx.save(sketch_graph(sizes, cold.width, bits, masses=masses), graph)
     parts = (sketch_graph(sizes, cold.width, bits, [number]) for number in range(len(sizes)))
-    store_packed([graph], path / SKETCH_DATA_NAME, parts)
+    store_packed(graphs, path / SKETCH_DATA_NAME, parts)
     return _add_to_manifest(folder, arrays, bits)
 
 

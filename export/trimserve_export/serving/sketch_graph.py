@@ -13,14 +13,19 @@ from trimserve.sketch import SKETCH_DATA_NAME, row_bytes
 from trimserve.sketchrows import BLOCKS, GROUP_ROWS, ZERO
 
 _OPSET = 20
-# Nothing overflows 32 bits below this width.
-_MAX_WIDTH = 1 << 17
+# No product, and no difference of two, overflows 32 bits up to this width.
+_MAX_WIDTH = 1 << 16
 _CONTRIB = "com.microsoft"
 _TYPES = onnx.TensorProto
 
 
 def sketch_graph(
-    runs: Sequence[int], width: int, bits: int, chosen: Sequence[int] | None = None
+    runs: Sequence[int],
+    width: int,
+    bits: int,
+    chosen: Sequence[int] | None = None,
+    *,
+    masses: bool = False,
 ) -> onnx.ModelProto:
     """Digits (M, H) -> the largest product with the rows of each group, (M, groups).
 
@@ -29,6 +34,8 @@ def sketch_graph(
         width: H.
         bits: 8, for uint8 digits and int32 products, or 4, for float32 and H padded to whole blocks.
         chosen: the runs whose groups it is about, all by default.
+        masses: add the output `mass`, float32 (M, groups): the sum of exp(steepness * (p - largest p)) over
+            the products p of a group, with the input `steepness`, float32 (M, groups).
     """
     if width > _MAX_WIDTH:
         raise ValueError(f"rows of {width} integers overflow a sum of 32 bits")
@@ -57,15 +64,37 @@ def sketch_graph(
     nodes.append(helper.make_node("Concat", largest, ["maximum"], axis=1))
     groups = sum(runs[number] for number in chosen) // GROUP_ROWS
     digits, found = (_TYPES.UINT8, _TYPES.INT32) if bits == 8 else (_TYPES.FLOAT, _TYPES.FLOAT)
-    graph = helper.make_graph(
-        nodes,
-        "cold_sketch",
-        [helper.make_tensor_value_info("digits", digits, ["digits", _columns(width, bits)])],
-        [helper.make_tensor_value_info("maximum", found, ["digits", groups])],
-        initializers,
-    )
+    info = helper.make_tensor_value_info
+    inputs = [info("digits", digits, ["digits", _columns(width, bits)])]
+    outputs = [info("maximum", found, ["digits", groups])]
+    if masses:
+        sizes = [runs[number] // GROUP_ROWS for number in chosen]
+        initializers.append(helper.make_tensor("sizes", _TYPES.INT64, [len(sizes)], sizes))
+        nodes += _mass_nodes(list(chosen))
+        inputs.append(info("steepness", _TYPES.FLOAT, ["digits", groups]))
+        outputs.append(info("mass", _TYPES.FLOAT, ["digits", groups]))
+    graph = helper.make_graph(nodes, "cold_sketch", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_CONTRIB, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="trimserve")
+
+
+def _mass_nodes(chosen: Sequence[int]) -> list[onnx.NodeProto]:
+    make = onnx.helper.make_node
+    nodes = [
+        make("Split", ["steepness", "sizes"], [f"steepness_{number}" for number in chosen], axis=1),
+    ]
+    for number in chosen:
+        nodes += [
+            make("Unsqueeze", [f"largest_{number}", "last_axis"], [f"top_{number}"]),
+            make("Sub", [f"grouped_{number}", f"top_{number}"], [f"below_{number}"]),
+            make("Cast", [f"below_{number}"], [f"float_{number}"], to=_TYPES.FLOAT),
+            make("Unsqueeze", [f"steepness_{number}", "last_axis"], [f"slope_{number}"]),
+            make("Mul", [f"float_{number}", f"slope_{number}"], [f"exponents_{number}"]),
+            make("Exp", [f"exponents_{number}"], [f"weights_{number}"]),
+            make("ReduceSum", [f"weights_{number}", "last_axis"], [f"mass_{number}"], keepdims=0),
+        ]
+    nodes.append(make("Concat", [f"mass_{number}" for number in chosen], ["mass"], axis=1))
+    return nodes
 
 
 def _columns(width: int, bits: int) -> int:
