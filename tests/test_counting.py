@@ -4,6 +4,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.tiny_tokenizers import KINDS
 from trimserve.chat import ChatTemplate
 from trimserve.corpus import Corpus, Document, Reading
 from trimserve.counting import encoders, wire
-from trimserve.counting.counter import DocumentCounter, _Presence, batches, encode_parts
+from trimserve.counting.counter import DocumentCounter, _Presence, encode_parts
 from trimserve.counting.encoders import Flat, PlainEncoder, choose_encoder, make_encoder
 from trimserve.counting.job import Job
 from trimserve.counting.joints import components, find_joint
@@ -197,10 +198,12 @@ def test_counts_do_not_depend_on_batches():
     documents = [Document(f"the cat {number % 3} sat", "x") for number in range(9)]
     documents[4] = documents[4]._replace(part=1, output=True)
     blocks = []
-    for characters in (1, 30, 10_000):
-        counter = DocumentCounter(word_encoder(tokenizer), 37)
-        for batch in batches(documents, characters):
-            counter.add(batch)
+    for characters, beside in product((1, 30, 10_000), (False, True)):
+        encoder = PlainEncoder(tokenizer)
+        encoder.batch_characters, encoder.beside = characters, beside
+        counter, called = DocumentCounter(encoder, 37), []
+        counter.add_all(documents, lambda called=called: called.append(None))
+        assert len(called) == {1: 9, 30: 3, 10_000: 1}[characters]
         blocks.append(counter.finish())
     for block in blocks[1:]:
         for name in ("counts", "document_counts", "output_counts", "texts", "characters"):
@@ -235,6 +238,29 @@ def test_every_character_beside_a_space_is_judged_rightly(data_dir, name):
     texts = [f"w{left} {right}é" for left, right in zip(characters, reversed(characters), strict=True)]
     texts = [text for text in texts[::41] if not re.search("[<>|]", text)]
     assert_equal(word_encoder(tokenizer).encode(texts), PlainEncoder(tokenizer).encode(texts))
+
+
+def test_words_are_not_looked_for_where_there_are_none():
+    tokenizer, chinese = TINY["byte_level_bpe"], "日本語のテキスト、中文全角。" * 20
+    chosen = [
+        choose_encoder(tokenizer, "", sample, 1).name for sample in (["the cat sat"] * 9, [chinese], [])
+    ]
+    assert chosen == ["words", "tokenizers", "words"]
+    assert choose_encoder(TINY["wordpiece"], "", [chinese], 1).name == "words"  # a character is a word
+
+
+def test_an_error_while_reading_ahead_comes_through():
+    def reading():
+        yield Document("the cat", "x")
+        yield Document("sat", "x")
+        raise UsageError("a bad row")
+
+    encoder = PlainEncoder(TINY["wordpiece"])
+    encoder.batch_characters, encoder.beside = 1, True
+    counter = DocumentCounter(encoder, 37)
+    with pytest.raises(UsageError, match="a bad row"):
+        counter.add_all(reading())
+    assert counter.finish().texts == 1  # whole batches alone
 
 
 def test_messages_between_processes_lose_nothing(tmp_path):

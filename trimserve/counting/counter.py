@@ -3,8 +3,9 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from trimserve.counting.encoders import Encoder, Flat
 
 # More documents a batch would only hold memory.
 _BATCH_TEXTS = 1 << 14
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 class DocumentCounter:
@@ -28,9 +31,29 @@ class DocumentCounter:
         self._presence = _Presence(rows)
         self._drop_cuts = newline_is_space(encoder)
 
-    def add(self, batch: Sequence[Document]) -> None:
-        """Count documents, whole or in parts; the parts of one in order, from batch to batch too."""
-        flat = encode_parts(self._encoder, batch, drop_cuts=self._drop_cuts)
+    def add_all(self, documents: Iterable[Document], after: Callable[[], None] = lambda: None) -> None:
+        """Count documents batch by batch, whole or in parts; the parts of one in order.
+
+        Where the encoder leaves the interpreter free, a batch is encoded while the next one is read.
+
+        Args:
+            documents: what to count.
+            after: called after each batch.
+        """
+        found = batches(documents, self._encoder.batch_characters)
+        encoded = (
+            _ahead(self._encode, found) if self._encoder.beside else (self._encode(batch) for batch in found)
+        )
+        with contextlib.closing(encoded):
+            for batch, flat in encoded:
+                self.add(batch, flat)
+                after()
+
+    def _encode(self, batch: list[Document]) -> tuple[list[Document], Flat]:
+        return batch, encode_parts(self._encoder, batch, drop_cuts=self._drop_cuts)
+
+    def add(self, batch: Sequence[Document], flat: Flat) -> None:
+        """Count documents by their ids."""
         begins = np.array([document.part == 0 for document in batch])
         outputs = np.repeat([document.output for document in batch], flat.lengths)
         with uninterrupted():
@@ -49,6 +72,21 @@ class DocumentCounter:
         else:
             self._block.document_counts = self._presence.finish()
         return self._block
+
+
+def _ahead(function: Callable[[_In], _Out], values: Iterable[_In]) -> Generator[_Out]:
+    """As `map`, with the next value fetched while a thread works on this one."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        running: Future[_Out] | None = None
+        for value in values:
+            before, running = running, pool.submit(function, value)
+            if before is not None:
+                yield before.result()
+        if running is not None:
+            yield running.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Every encoder gives id for id what `tokenizers` gives. The faster two are used o
 
 import itertools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -58,10 +59,12 @@ class Encoder(Protocol):
     Attributes:
         name: which engine it is.
         batch_characters: how much text to pass at a time.
+        beside: whether the interpreter is free while it encodes, and it may use more than one core.
     """
 
     name: Engine
     batch_characters: int
+    beside: bool
 
     def encode(self, texts: Sequence[str]) -> Flat:
         """Encode texts."""
@@ -72,10 +75,11 @@ class PlainEncoder:
     """The reference: `tokenizers` itself, on all its threads."""
 
     name: Engine = "tokenizers"
-    batch_characters = 1 << 20
+    batch_characters = 1 << 18
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.beside = _has_threads()
 
     def encode(self, texts: Sequence[str]) -> Flat:
         """Encode texts."""
@@ -90,7 +94,7 @@ class FastEncoder:
     """`fastokens`, which gives all ids of a batch in one buffer."""
 
     name: Engine = "fastokens"
-    batch_characters = 1 << 22
+    batch_characters = 1 << 19
 
     def __init__(self, tokenizer_json: str) -> None:
         """Load the tokenizer.
@@ -108,6 +112,7 @@ class FastEncoder:
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.beside = _has_threads()
 
     def encode(self, texts: Sequence[str]) -> Flat:
         """Encode texts."""
@@ -115,6 +120,10 @@ class FastEncoder:
         return Flat(
             np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64)).astype(np.int64)
         )
+
+
+def _has_threads() -> bool:
+    return os.environ.get("RAYON_NUM_THREADS") != "1"
 
 
 def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: str) -> Encoder:
@@ -140,6 +149,8 @@ def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[s
         sample: texts of the corpus.
         size: bytes of the corpus; a small one is counted sooner than fastokens has loaded a vocab.
     """
+    from trimserve.counting.words import WordEncoder
+
     plain = PlainEncoder(tokenizer)
     texts = [*_AWKWARD, *sample]
     engine: Engine
@@ -153,7 +164,10 @@ def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[s
         except (ImportError, UsageError) as error:
             log.info("engine %s: %s", engine, error)
             continue
-        if np.array_equal(found.ids, expected.ids) and np.array_equal(found.lengths, expected.lengths):
+        if not (np.array_equal(found.ids, expected.ids) and np.array_equal(found.lengths, expected.lengths)):
+            log.info("engine %s differs from tokenizers on the sample, so it is not used", engine)
+        elif isinstance(encoder, WordEncoder) and sample and not encoder.parts_most_of(sample):
+            log.info("engine words: the sample has hardly any spaces")
+        else:
             return encoder
-        log.info("engine %s differs from tokenizers on the sample, so it is not used", engine)
     return plain

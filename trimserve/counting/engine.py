@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from trimserve.corpus import Corpus, CorpusFile, CorpusSource, Document, Faults, Reading, Slice
 from trimserve.corpus.reader import SliceReader
 from trimserve.counting.blocks import Block
-from trimserve.counting.counter import DocumentCounter, batches, uninterrupted
+from trimserve.counting.counter import DocumentCounter, uninterrupted
 from trimserve.counting.encoders import Encoder, choose_encoder
 from trimserve.counting.job import Job
 from trimserve.counting.local import count_local
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["local", "ray"]
 SAMPLE_CHARACTERS = 1 << 18
-_SAMPLE_SHARE = 32
+_SAMPLE_SHARE = 64
 _SAMPLE_LEAST = 1 << 14
 _SAMPLE_PLACES = 16
 _HASH_BLOCK = 1 << 22
@@ -68,14 +68,24 @@ class Shard:
 
 
 def sample_texts(slices: Sequence[Slice], reading: Reading, size: int) -> list[str]:
-    """Beginnings of slices from all over the corpus, about `size` characters in all."""
+    """Beginnings of slices from all over the corpus, about `size` bytes in all."""
     places = sorted({round(place) for place in np.linspace(0, len(slices) - 1, _SAMPLE_PLACES)})
     texts: list[str] = []
     for number in places if slices else []:
         reader = SliceReader(slices[number], reading, Faults(skip=True))
         share = size // len(places)
-        texts += [document.text[:share] for document in head(reader.documents(), share)]
+        texts += cut_texts(reader.documents(), share)
     return texts
+
+
+def cut_texts(documents: Iterable[Document], size: int) -> Iterator[str]:
+    """The first `size` bytes of documents."""
+    for document in documents:
+        content = document.text[:size].encode("utf-8", "surrogatepass")
+        yield content[:size].decode("utf-8", "ignore")
+        size -= len(content)
+        if size <= 0:
+            return
 
 
 def head(documents: Iterable[Document], characters: int) -> Iterator[Document]:
@@ -173,7 +183,7 @@ class CorpusCounter:
             total = 1 << 62  # a stream may be of any length
         size = min(SAMPLE_CHARACTERS, max(total // _SAMPLE_SHARE, _SAMPLE_LEAST))
         sample = sample_texts(self.slices, self._corpus.options, size)
-        sample += [document.text for document in head(first, size)]
+        sample += cut_texts(first, size)
         encoder = choose_encoder(self._tokenizer, self._tokenizer_json, sample, total)
         log.info("engine %s", encoder.name)
         return encoder
@@ -201,11 +211,14 @@ class CorpusCounter:
         corpus, sums = self._corpus, self.sums
         counter = DocumentCounter(encoder, sums.total.counts.size)
         before = 0
+
+        def further() -> None:
+            nonlocal before
+            on_bytes(corpus.bytes_read - before)
+            before = corpus.bytes_read
+
         try:
-            for batch in batches(documents, encoder.batch_characters):
-                counter.add(batch)
-                on_bytes(corpus.bytes_read - before)
-                before = corpus.bytes_read
+            counter.add_all(documents, further)
         finally:
             with uninterrupted():
                 block = counter.finish()

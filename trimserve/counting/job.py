@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from trimserve.corpus import Faults, Reading, Slice
 from trimserve.corpus.reader import SliceReader
 from trimserve.counting.blocks import Block, OnBytes, ignore
-from trimserve.counting.counter import DocumentCounter, batches
+from trimserve.counting.counter import DocumentCounter
 from trimserve.counting.encoders import Encoder, Engine, make_encoder
 
 
@@ -45,9 +45,7 @@ class Job:
         faults = Faults(skip=self.reading.skip_bad)
         reader = SliceReader(piece, self.reading, faults)
         counter = DocumentCounter(encoder, self.rows)
-        for batch in batches(reader.documents(), encoder.batch_characters):
-            counter.add(batch)
-            on_bytes(reader.count)
+        counter.add_all(reader.documents(), lambda: on_bytes(reader.count))
         block = counter.finish(shared=piece.shared)
         block.skipped = faults.found
         block.sha256 = reader.sha256

@@ -18,13 +18,18 @@ from trimserve.counting.encoders import Engine, Flat, PlainEncoder
 from trimserve.counting.joints import components, find_joint
 
 _PROBES = ("a", "1", "Z.")
-_CJK = (
-    "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
-    "\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f"
+# What BertNormalizer takes for Chinese characters.
+_CJK_RANGES = (
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B920, 0x2CEAF),
+    (0x2F800, 0x2FA1F),
 )
-_HAS_CJK = re.compile(f"[{_CJK}]")
-_CJK_PIECES = re.compile(f"[{_CJK}]|[^ {_CJK}]+")
-_SPACES = str.maketrans("\t\n\r", "   ")  # BertNormalizer makes them spaces
+_LEAST_CJK = 0x3400
 _RARE_SPACES = 32
 _MAX_WORDS = 1 << 18
 _MAX_CHARACTERS = 1 << 23
@@ -108,6 +113,7 @@ class WordEncoder:
 
     name: Engine = "words"
     batch_characters = 1 << 21
+    beside = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Find out how texts may be parted.
@@ -143,25 +149,38 @@ class WordEncoder:
         self._encode_new(units)
         return _gather(words, units, per_text)
 
+    def parts_most_of(self, texts: Sequence[str]) -> bool:
+        """Whether most of the texts, by characters, are parted into words at all."""
+        whole = sum(len(text) for text in texts if self._joint != "any" and _hardly_spaced(text))
+        return 2 * whole < sum(map(len, texts))
+
     def _pieces(self, text: str) -> list[str]:
         if self._joint == "any":
-            text = text.translate(_SPACES)
-            if self._parts_cjk and not text.isascii() and _HAS_CJK.search(text):
-                return _CJK_PIECES.findall(text)  # what BertNormalizer's spaces around them do
-        elif len(text) > _RARE_SPACES * (text.count(" ") + 1):
-            return [text]  # a script without spaces: hardly a piece would be met again
+            for space in "\t\n\r":  # BertNormalizer makes them spaces
+                text = text.replace(space, " ")
+            if self._parts_cjk and not text.isascii():
+                text = _space_cjk(text)
+        elif _hardly_spaced(text):
+            return [text]
         return text.split(" ")
 
     def _judge(self) -> None:
         """Find out which new pieces begin and end with a character that leaves a space a joint."""
         unjudged = self._words.unjudged()
-        free = [self._added is None or self._added.search(piece) is None for piece in unjudged]
+        free = self._free_of_added(unjudged)
         if self._joint == "any":
             self._words.judge(unjudged, free, free)
             return
         begins = self._solid.among([piece[:1] for piece in unjudged])
         ends = self._solid.among([piece[-1:] for piece in unjudged])
         self._words.judge(unjudged, np.logical_and(begins, free), np.logical_and(ends, free))
+
+    def _free_of_added(self, pieces: list[str]) -> list[bool]:
+        """Whether no added token stands in each piece."""
+        # All at once, as there is hardly ever one: none holds a space (see `joints`).
+        if self._added is None or self._added.search(" ".join(pieces)) is None:
+            return [True] * len(pieces)
+        return [self._added.search(piece) is None for piece in pieces]
 
     def _units(self, index: Indices, pieces: list[str], counts: Indices) -> tuple[Indices, Indices]:
         """Join pieces where there is no joint between them: indices of the units, and their number a text."""
@@ -200,6 +219,34 @@ class WordEncoder:
         words.lengths[fresh] = encoded.lengths
         words.starts[fresh] = len(words.ids) + np.cumsum(encoded.lengths) - encoded.lengths
         words.ids = np.append(words.ids, encoded.ids.astype(np.int32))
+
+
+def _hardly_spaced(text: str) -> bool:
+    """Whether a text is in a script without spaces, as hardly a piece of it would be met again."""
+    return len(text) > _RARE_SPACES * (text.count(" ") + 1)
+
+
+def _cjk_table() -> npt.NDArray[np.bool_]:
+    table = np.zeros(_CJK_RANGES[-1][1] + 2, np.bool_)
+    for first, last in _CJK_RANGES:
+        table[first : last + 1] = True
+    return table
+
+
+_IS_CJK = _cjk_table()
+
+
+def _space_cjk(text: str) -> str:
+    """Part Chinese characters from their neighbours by a space, as BertNormalizer's spaces around them do."""
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    if characters.max(initial=0) < _LEAST_CJK:
+        return text
+    cjk = _IS_CJK[np.minimum(characters, len(_IS_CJK) - 1)]
+    parted = cjk.copy()
+    parted[1:] |= cjk[:-1]
+    spaced = np.full(len(characters) + np.count_nonzero(parted), ord(" "), np.uint32)
+    spaced[np.arange(len(characters)) + np.cumsum(parted)] = characters
+    return spaced.tobytes().decode("utf-32-le", "surrogatepass")
 
 
 def _gather(words: _Words, units: Indices, per_text: Indices) -> Flat:
