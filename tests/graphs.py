@@ -275,6 +275,16 @@ def qdq_by_token(s: Sketch) -> None:
     s.add("product = MatMul(hidden, head)")
 
 
+def qdq_one_scale(s: Sketch) -> None:
+    s.add(
+        "head = DequantizeLinear(head_q, head_scale, head_zero)",
+        head_q=s.bytes(s.H, s.V),
+        head_scale=np.float32(0.125),
+        head_zero=np.uint8(120),
+    )
+    s.add("product = MatMul(hidden, head)")
+
+
 def _integer(s: Sketch, weight: np.ndarray, zero: np.ndarray, scale: np.ndarray) -> None:
     s.add("q, q_scale, q_zero = DynamicQuantizeLinear(hidden)")
     s.add("whole = MatMulInteger(q, head, q_zero, head_zero)", head=weight, head_zero=zero)
@@ -379,6 +389,7 @@ HEADS: dict[str, Callable[[Sketch], None]] = {
         qdq_int4,
         qdq_uint4,
         qdq_by_token,
+        qdq_one_scale,
         integer,
         integer_by_token,
         integer_fused,

@@ -18,13 +18,16 @@ from tests.exports import open_graph, read_float32
 from tests.folders import make_vocab
 from tests.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, sketch, sketch_tied
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize
+from trimserve.coldhead import COLD_WEIGHTS_NAME
 from trimserve.decoder import AFTER_HEAD_KEY, apply_after_head
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME
 from trimserve.source import resolve_model
 from trimserve.tensorfile import map_tensor
+from trimserve_export.graph import graph_head
 from trimserve_export.graph.export import serve_full, trim_to_folder, write_generation_config
 from trimserve_export.graph.facts import infer_task
+from trimserve_export.serving import cold_graph
 
 pytestmark = pytest.mark.export
 
@@ -99,7 +102,7 @@ INTEGERS = (
 )
 BY_GRAPH = (
     *("nbits_2", "nbits_4_float_zeros", "nbits_4_bias", "nbits_4_g_idx", "bnb4", "gemm", "gemm_by_column"),
-    *("qdq_int4", "qdq_uint4", "qdq_by_token", *INTEGERS),
+    *("qdq_int4", "qdq_uint4", "qdq_by_token", "qdq_one_scale", *INTEGERS),
 )
 
 
@@ -110,7 +113,9 @@ BY_GRAPH = (
         *((head, True) for head in INTEGERS),
     ],
 )
-def test_cold_head_gives_the_full_graphs_logits(tmp_path, head, real):
+def test_cold_head_gives_the_full_graphs_logits(tmp_path, monkeypatch, head, real):
+    monkeypatch.setattr(graph_head, "_TILE_ROWS", 11)
+    monkeypatch.setattr(cold_graph, "_BLOCK_TILE_ROWS", 16)
     made = Sketch(H=48, real=real)
     EMBEDDINGS["blocks_int4"](made)
     middle(made)
@@ -131,7 +136,8 @@ def test_cold_head_gives_the_full_graphs_logits(tmp_path, head, real):
     np.testing.assert_allclose(cold.T, expected[0][:, VOCAB.cold_ids], rtol=rounding)
     largest = open_graph(tmp_path / "trimmed" / "cold_max.onnx").run(None, {"hidden_states": hidden})
     np.testing.assert_array_equal(largest[0].max(axis=0), cold.max(axis=0))
-    np.testing.assert_array_equal(largest[1][0], cold.argmax(axis=0))
+    best = largest[1][largest[0].argmax(axis=0), np.arange(hidden.shape[0])]
+    np.testing.assert_array_equal(best, cold.argmax(axis=0))
     if head in BLOCKS:
         scheme = BlockScheme.from_dict(result.quantization)
         assert scheme is not None
@@ -139,6 +145,30 @@ def test_cold_head_gives_the_full_graphs_logits(tmp_path, head, real):
         np.testing.assert_array_equal(hidden @ rows.T, cold.T)
     if head in BY_GRAPH:
         assert_rows_give(tmp_path / "trimmed", hidden, cold.T, rounded=head.startswith("qdq"))
+
+
+@pytest.mark.parametrize("own_scale", [False, True])
+def test_tied_integers_are_multiplied_as_the_graph_does(tmp_path, own_scale):
+    """As floats if the lookup scales by the same number; else ONNX Runtime rounds the hidden states, too."""
+    made = sketch_tied("tied_int8", H=48)
+    if own_scale:
+        made.lines[-3] = made.lines[-3].replace("scale", "own")
+        made.add("", own=np.float32(0.125))
+    assert ("own" in " ".join(made.lines)) == own_scale
+    source = resolve_model(save(made, tmp_path / "model"))
+    (tmp_path / "trimmed").mkdir()
+    trim_to_folder(source, VOCAB, tmp_path / "trimmed", task="text-generation-with-past")
+    assert (tmp_path / "trimmed" / COLD_WEIGHTS_NAME).exists() == own_scale
+    graph = tmp_path / "trimmed" / "cold_head.onnx"
+    (expected,) = open_graph(tmp_path / "model" / "model.onnx").run(["logits"], {"input_ids": IDS})
+    slotted = VOCAB.with_slots(IDS)
+    rows = read_float32(tmp_path / "trimmed" / COLD_NAME)["embedding"]
+    rows = rows[np.searchsorted(VOCAB.cold_ids, slotted.cold_ids)]
+    found = run(tmp_path / "trimmed" / "model.onnx", slotted.ids, rows)
+    limit = 2e-3 if own_scale else 0  # the kernel's incomplete tile; a rounded state changes logits by 1
+    np.testing.assert_allclose(found["logits"], expected[..., KEPT], rtol=0, atol=limit)
+    (cold,) = open_graph(graph).run(["logits"], {"hidden_states": found["hidden_states"][0]})
+    np.testing.assert_allclose(cold.T, expected[0][:, VOCAB.cold_ids], rtol=0, atol=limit)
 
 
 def assert_rows_give(folder: Path, hidden: np.ndarray, logits: np.ndarray, *, rounded: bool) -> None:

@@ -114,7 +114,8 @@ def test_exact_mode_gives_the_untrimmed_graphs_tokens(tmp_path, family, kind):
     full = FullSampler(serve_full(source, tmp_path / "full", task=FAMILIES[family].task), source.vocab_size)
     generator = open_generator(tmp_path / "trimmed")
     blocks = family == "llama" and kind in ("int4", "uint4")  # a tied head is a Transpose, which stays
-    by_graph = kind in ("int8", "int8_fused", "qdq")
+    # Of a tied int8 table ONNX Runtime makes floats, which the cold rows are, too.
+    by_graph = kind in ("int8", "int8_fused", "qdq") and family != "llama_tied"
     assert ("cold_head.onnx_data" in generator.folder.manifest.files) == blocks
     assert ("cold_head.onnx_weights" in generator.folder.manifest.files) == by_graph
     cold = 0

@@ -151,9 +151,33 @@ def has_plain_blocks(head: Head) -> bool:
     return packed and all(optional_input(head.product, index) is None for index in (4, 5))
 
 
-def multiplied_by_graph(head: Head) -> bool:
+def multiplied_by_graph(graph: ir.Graph, head: Head) -> bool:
     """Whether the head's own nodes, cut to the cold ids, make the cold logits."""
-    return not head.is_plain or (head.is_quantized and not has_plain_blocks(head))
+    own_nodes = not head.is_plain or (head.is_quantized and not has_plain_blocks(head))
+    return own_nodes and not _multiplies_floats(graph, head)
+
+
+def _multiplies_floats(graph: ir.Graph, head: Head) -> bool:
+    """Whether ONNX Runtime multiplies the hidden states with what a DequantizeLinear gives.
+
+    It makes MatMulNBits of such a product, which rounds the hidden states, too, but not where another node
+    reads the weight's scale, as the lookup of a tied table does. Equal numbers are one constant to it (found
+    by trying ONNX Runtime 1.31.1).
+    """
+    if head.scales is None or head.product.op_type not in ("MatMul", "FusedMatMul"):
+        return False
+    if len(list(head.scales.uses())) > 1:
+        return True
+    number = _single_number(head.scales)
+    scales = [node.inputs[1] for node in graph if node.op_type in ("DequantizeLinear", "QuantizeLinear")]
+    others = [scale for scale in scales if scale is not None and scale is not head.scales]
+    return number is not None and number in map(_single_number, others)
+
+
+def _single_number(value: ir.Value) -> tuple[ir.DataType, bytes] | None:
+    """What a constant with one entry holds."""
+    tensor = constant(value)
+    return None if tensor is None or tensor.size != 1 else (tensor.dtype, tensor.tobytes())
 
 
 def write_cold_blocks(head: Head, scheme: BlockScheme, vocab: VocabMap, folder: Path) -> BlockSpecs:

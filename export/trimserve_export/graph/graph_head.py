@@ -23,6 +23,7 @@ from trimserve_export.serving.flow import Head, find_output
 from trimserve_export.serving.last_logits import QUANTIZED_EXTRA
 from trimserve_export.serving.nodes import NodeWriter
 from trimserve_export.serving.packed import store_packed
+from trimserve_export.serving.values import tensor_of
 
 # A tile's logits of a block of steps stay in a core's cache.
 _TILE_ROWS = 8192
@@ -43,7 +44,8 @@ def write_graph_head(full: FullGraph, vocab: VocabMap, folder: Path) -> None:
     if full.head is None:
         raise UnsupportedModelError("the graph has no vocab head.")
     cold_ids = vocab.head.cold_ids
-    tiles = [cold_ids[start : start + _TILE_ROWS] for start in range(0, len(cold_ids), _TILE_ROWS)]
+    step = len(cold_ids) if _has_one_scale(full.head) else _TILE_ROWS
+    tiles = [cold_ids[start : start + step] for start in range(0, len(cold_ids), step)]
     models = [_tile(full, full.head, ids, vocab.vocab_size, number) for number, ids in enumerate(tiles)]
     stored = [
         value
@@ -63,7 +65,22 @@ def write_graph_head(full: FullGraph, vocab: VocabMap, folder: Path) -> None:
     paths = [folder / COLD_HEAD_NAME, folder / COLD_MAX_NAME]
     for path, reduced in zip(paths, (False, True), strict=True):
         ir.save(_joined(full, full.head, models, [len(ids) for ids in tiles], reduced=reduced), path)
-    store_packed(paths, folder / COLD_WEIGHTS_NAME)
+    parts = (
+        ir.to_proto(_joined(full, full.head, [model], [len(ids)], reduced=False))
+        for model, ids in zip(models, tiles, strict=True)
+    )
+    store_packed(paths, folder / COLD_WEIGHTS_NAME, parts)
+
+
+def _has_one_scale(head: Head) -> bool:
+    """Whether one number scales a weight that is dequantised before the product.
+
+    ONNX Runtime makes MatMulNBits of such a product unless its scale is read by another, and then it rounds
+    the hidden states, too. Tiles would share the scale, which the full graph's one product has for itself.
+    """
+    return head.product.op_type in ("MatMul", "FusedMatMul") and (
+        head.scales is not None and tensor_of(head.scales).size == 1
+    )
 
 
 def _tile(full: FullGraph, head: Head, ids: Ids, rows: int, number: int) -> ir.Model:
@@ -75,7 +92,7 @@ def _tile(full: FullGraph, head: Head, ids: Ids, rows: int, number: int) -> ir.M
     given = _given_integers(graph, head, hidden) if head.is_dynamic else {head.hidden: hidden}
     if head.flatten is not None and (shape := head.flatten[1].inputs[1]) is not None:
         # In the graph the shape may be made of the input ids'.
-        given[shape] = NodeWriter(graph, "unflatten").constant([1, -1, rows])
+        given[shape] = NodeWriter(graph, f"{graph.name}/unflatten").constant([1, -1, rows])
     copied, nodes, constants = copy_nodes(logits, given, f"tile_{number}/")
     graph.extend(nodes)
     for value in constants:
@@ -86,7 +103,29 @@ def _tile(full: FullGraph, head: Head, ids: Ids, rows: int, number: int) -> ir.M
     trim_graph(model, VocabMap(ids, np.full(len(ids), Reason.EXPLICIT, np.uint8), rows), has_head=True)
     if head.is_dynamic:
         _subtract_zero_points(graph, hidden, head)
+    _scale_each_token(graph, len(ids))
     return model
+
+
+def _scale_each_token(graph: ir.Graph, count: int) -> None:
+    """Give a tile scales and zero points of its own, an equal one for each token instead of one for all.
+
+    ONNX Runtime shares equal numbers between tiles, and a product whose scale is shared is none that it makes
+    MatMulNBits of: the full graph's is.
+    """
+    for node in graph:
+        scale = node.inputs[1] if node.op_type == "DequantizeLinear" else None
+        if scale is None or scale.const_value is None or scale.const_value.size != 1:
+            continue
+        matrix = node.inputs[0]
+        if matrix is None or matrix.producer() is not None or matrix.shape is None or len(matrix.shape) != 2:
+            continue
+        node.attributes.add(ir.AttrInt64("axis", list(matrix.shape).index(count)))
+        for index, value in enumerate(node.inputs[1:], 1):
+            if value is not None and value.const_value is not None:
+                numbers = np.full(count, value.const_value.numpy().reshape(()))
+                name = f"tile/scale_{index}/{node.name}"
+                node.replace_input_with(index, NodeWriter(graph, "tokens").array(name, numbers))
 
 
 def _width(head: Head) -> int:
@@ -104,7 +143,7 @@ def _given_integers(graph: ir.Graph, head: Head, hidden: ir.Value) -> dict[ir.Va
     """
     if head.quantizer is None:
         return {}
-    writer = NodeWriter(graph, "integers")
+    writer = NodeWriter(graph, f"{graph.name}/integers")
     axis = writer.constant([2])
     floats = writer.op("Slice", [hidden, writer.constant([0]), writer.constant([head.width]), axis])
     scale = writer.op(
@@ -122,7 +161,7 @@ def _subtract_zero_points(graph: ir.Graph, hidden: ir.Value, head: Head) -> None
     product = next(node for node in graph if node.op_type == "MatMulInteger")
     whole = product.outputs[0]
     uses = tuple(whole.uses())
-    writer = NodeWriter(graph, "zero_points")
+    writer = NodeWriter(graph, f"{graph.name}/zero_points")
     ends = [writer.constant([head.width + 1]), writer.constant([head.width + 2]), writer.constant([2])]
     zeros = writer.op("Cast", [writer.op("Slice", [hidden, *ends])], to=int(ir.DataType.INT32))
     ones = writer.array("ones", np.ones((1, 1, head.width), np.uint8))

@@ -69,7 +69,7 @@ def write_cold(full: FullGraph, served: Path, vocab: VocabMap, folder: Path, *, 
     write_cold_rows(full, vocab, folder / COLD_NAME)
     if full.head is None or not exact:
         return
-    if multiplied_by_graph(full.head):
+    if multiplied_by_graph(full.model.graph, full.head):
         write_graph_head(full, vocab, folder)
         return
     blocks = None

@@ -95,14 +95,18 @@ class ColdGraph:
         self._one = self._initial("one", ir.tensor(np.array([1], np.int64)))
         self._columns = None if tensors.blocks else self._op("Transpose", [self._hidden], perm=[1, 0])
 
-    def build(self, *, reduced: bool) -> ir.Model:
+    def build(self, *, reduced: bool, tile: slice | None = None) -> ir.Model:
         """Make the model: its outputs are `logits`, or `maximum` and `row` a tile, of one part.
+
+        Args:
+            reduced: the largest logits alone.
+            tile: the only rows to multiply, one of `tiles`; all of them by default.
 
         Raises:
             UnsupportedModelError: what stands between the head and `logits` cannot be repeated.
         """
         names = ["maximum", "row"] if reduced else ["logits"]
-        parts = self._parts()
+        parts = self._parts() if tile is None else [[tile]]
         outputs = self._choose(parts, 0, names)
         for name, value in zip(names, outputs, strict=True):
             value.name = name
@@ -117,12 +121,16 @@ class ColdGraph:
         rows = json.dumps([part[-1].stop - part[0].start for part in parts])
         return ir.Model(graph, ir_version=10, producer_name="trimserve", metadata_props={PARTS_KEY: rows})
 
+    @property
+    def tiles(self) -> list[slice]:
+        """The rows that are multiplied together."""
+        rows, width = self._tensors.shape
+        step = max(1, _TILE_BYTES // (4 * width)) if self._tensors.blocks is None else _BLOCK_TILE_ROWS
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
     def _parts(self) -> list[list[slice]]:
         """The tiles of each part."""
-        rows, width = self._tensors.shape
-        packed = self._tensors.blocks is not None
-        step = _BLOCK_TILE_ROWS if packed else max(1, _TILE_BYTES // (4 * width))
-        tiles = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        tiles, packed = self.tiles, self._tensors.blocks is not None
         # Packed matrices are stored for the main graph alone; their kernel divides its work by itself.
         count = 1 if packed else min(max(len(tiles) // _TILES_A_PART, 1), MOST_PARTS)
         ends = [len(tiles) * number // count for number in range(count + 1)]

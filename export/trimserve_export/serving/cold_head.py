@@ -37,11 +37,16 @@ def write_cold_head(graph_path: Path, cold_path: Path, blocks: BlockSpecs | None
     head = find_head(source.graph)
     tensors = _cold_tensors(head, cold_path, blocks)
     paths = [cold_path.parent / COLD_HEAD_NAME, cold_path.parent / COLD_MAX_NAME]
+
+    def graph() -> ColdGraph:
+        return ColdGraph(source.graph, head, tensors)
+
     for path, reduced in zip(paths, (False, True), strict=True):
-        ir.save(ColdGraph(source.graph, head, tensors).build(reduced=reduced), path)
+        ir.save(graph().build(reduced=reduced), path)
     if tensors.blocks is None:
         return COLD_HEAD_NAME, COLD_MAX_NAME
-    store_packed(paths, tensors.blocks.integers.path)
+    parts = (ir.to_proto(graph().build(reduced=False, tile=tile)) for tile in graph().tiles)
+    store_packed(paths, tensors.blocks.integers.path, parts)
     return COLD_HEAD_NAME, COLD_MAX_NAME, COLD_BLOCKS_NAME
 
 

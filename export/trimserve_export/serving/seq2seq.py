@@ -74,6 +74,8 @@ def add_cross_attention(encoder: ir.Model, first: ir.Model) -> None:
     outputs = [value for value in first.graph.outputs if ".encoder." in str(value.name)]
     if not outputs:
         raise UnsupportedModelError("the decoder makes no keys and values of the encoder's hidden states.")
+    for domain, version in first.opset_imports.items():
+        encoder.opset_imports.setdefault(domain, version)
     copier = _Copier(encoder.graph, hidden)
     encoder.graph.outputs.extend(copier.copy_output(value) for value in outputs)
     RemoveUnusedNodesPass()(encoder)
@@ -118,21 +120,30 @@ class _Copier:
             self._graph.register_initializer(copy)
             return copy
         node = value.producer()
-        if node is None or len(node.outputs) != 1:
+        if node is None:
             raise UnsupportedModelError(
                 f"the cross-attention's keys and values depend on {value.name}: not understood."
             )
-        inputs = [self._copy(operand) for operand in node.inputs if operand is not None]
-        return self._node(node.op_type, inputs, name=f"cross/{node.name}", like=node)
+        inputs = [None if operand is None else self._copy(operand) for operand in node.inputs]
+        made = self._nodes(node.op_type, inputs, name=f"cross/{node.name}", like=node)
+        self._copies.update(zip(node.outputs, made, strict=True))
+        return self._copies[value]
 
     def _node(
-        self, op_type: str, inputs: list[ir.Value], *, name: str, like: ir.Node | None = None
+        self, op_type: str, inputs: list[ir.Value | None], *, name: str, like: ir.Node | None = None
     ) -> ir.Value:
+        return self._nodes(op_type, inputs, name=name, like=like)[0]
+
+    def _nodes(
+        self, op_type: str, inputs: list[ir.Value | None], *, name: str, like: ir.Node | None
+    ) -> list[ir.Value]:
+        """Append a node, with the attributes and as many outputs as another has."""
         attributes = list(like.attributes.values()) if like else []
         domain = like.domain if like else ""
-        result = ir.Value(name=f"{name}_output")
-        self._graph.append(ir.Node(domain, op_type, inputs, attributes, outputs=[result], name=name))
-        return result
+        names = [f"cross/{output.name}" for output in like.outputs] if like else [f"{name}_output"]
+        results = [ir.Value(name=result) for result in names]
+        self._graph.append(ir.Node(domain, op_type, inputs, attributes, outputs=results, name=name))
+        return results
 
     def _constant(self, name: str, dims: Iterable[object]) -> ir.Value:
         sizes = [size if isinstance(size, int) else None for size in dims]
