@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import UsageError
-from trimserve.prize import weight_bytes
+from trimserve.prize import read_weight_bytes
 from trimserve.profiledmodel import Model, find_source
 from trimserve.profiles import Profile
 from trimserve.ranking import covering, round_up
@@ -45,7 +45,7 @@ def check_untied(profile: Profile, model: Model | None) -> None:
     source = find_source(profile, model)
     if source is None:
         return
-    weights = weight_bytes(source)
+    weights = read_weight_bytes(source)
     if source.tied or (weights is not None and 0 < weights.head == weights.rows):
         raise UsageError(
             f"{source.name} is tied: its head is its embedding, so both have the same rows. Leave "
