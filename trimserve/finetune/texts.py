@@ -71,4 +71,6 @@ def grow(
         vocab.vocab_size,
         vocab.tokenizer_sha256,
         vocab.rule | {"grown": int(joined.size)},
+        # As every explicit id, also in a head with fewer rows.
+        None if vocab.output_ids is None else np.union1d(vocab.output_ids, joined).astype(np.int32),
     )
