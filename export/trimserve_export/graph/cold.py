@@ -4,16 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, BlockSpecs, block_specs
+from trimserve.cold import table_name
 from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSource, exhaust, write_tensors
-from trimserve.vocab import VocabMap
+from trimserve.vocab import Ids, VocabMap
 from trimserve_export.graph.dequantized import DequantizedRows, scale_of
 from trimserve_export.graph.plan import constant, optional_input
-from trimserve_export.graph.rows import ComputedRows, StoredColumns, StoredRows, dtype_name
+from trimserve_export.graph.rows import ComputedRows, StoredColumns, StoredRows, dtype_name, looked_up
 from trimserve_export.graph.turned import Turned
 from trimserve_export.quantize import block_attributes_of
 from trimserve_export.serving.flow import Embedding, Head, describe, find_output
@@ -26,11 +26,22 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 @dataclass(frozen=True, slots=True)
 class FullGraph:
-    """An untrimmed graph, its embedding and, if it has one, its vocab head."""
+    """An untrimmed graph, the tables that it looks ids up in and, if it has one, its vocab head.
+
+    Attributes:
+        model: the graph.
+        embeddings: the token embedding, then further tables.
+        head: the vocab head.
+    """
 
     model: ir.Model
-    embedding: Embedding
+    embeddings: tuple[Embedding, ...]
     head: Head | None
+
+    @property
+    def embedding(self) -> Embedding:
+        """The token embedding."""
+        return self.embeddings[0]
 
     @property
     def bias(self) -> ir.TensorProtocol | None:
@@ -75,7 +86,11 @@ def write_cold_rows(full: FullGraph, vocab: VocabMap, path: Path) -> None:
     written here, see `write_cold_blocks`.
     """
     tied = is_tied(full.embedding, full.head)
-    tensors: dict[str, TensorSource] = {"embedding": embedding_rows(full, vocab.cold_ids, vocab.vocab_size)}
+    opsets = dict(full.model.graph.opset_imports)
+    tensors: dict[str, TensorSource] = {
+        table_name("embedding", table): embedding_rows(embedding, opsets, vocab.cold_ids)
+        for table, embedding in enumerate(full.embeddings)
+    }
     if full.head is not None and not tied and not has_plain_blocks(full.head):
         tensors["head"] = head_rows(full, vocab)
     if full.bias is not None:
@@ -111,16 +126,16 @@ def _same_dequantized(embedding: Embedding, head: Head) -> bool:
     return scale is not None and scale.size == 1 and tuple(maker.inputs[1:]) == tuple(other.inputs[1:])
 
 
-def embedding_rows(full: FullGraph, ids: np.ndarray, rows: int) -> TensorSource:
-    """Rows of the embedding as the graph reads them."""
-    embedding = full.embedding
+def embedding_rows(embedding: Embedding, opsets: dict[str, int], ids: Ids) -> TensorSource:
+    """Rows of a table as the untrimmed graph reads them for some ids."""
+    ids, rows = looked_up(embedding, opsets, ids), embedding.rows
     table = constant(embedding.table)
     plain = embedding.gather.op_type == "Gather" and embedding.output is embedding.gather.outputs[0]
     if plain and isinstance(table, Turned):
         return StoredColumns(table.source, ids)
     if plain and table is not None and table.dtype in _FLOATS:
         return StoredRows(table, rows, ids, embedding.width)
-    return ComputedRows(embedding, dict(full.model.graph.opset_imports), rows, ids)
+    return ComputedRows(embedding, opsets, rows, ids)
 
 
 def head_rows(full: FullGraph, vocab: VocabMap) -> TensorSource:

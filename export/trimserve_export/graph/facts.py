@@ -14,7 +14,7 @@ from trimserve_export.graph.rows import DTYPES
 from trimserve_export.graph.trim import LOGITS
 from trimserve_export.graph.turned import Turned
 from trimserve_export.quantize import block_attributes_of
-from trimserve_export.serving.flow import find_embedding
+from trimserve_export.serving.flow import find_embeddings
 
 _DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
@@ -47,7 +47,7 @@ def infer_task(graph: ir.Graph, rows: int) -> str:
 def cut_tensors(plan: VocabPlan, kept: int) -> tuple[CutTensor, ...]:
     """The constants that a plan cuts."""
     return tuple(
-        CutTensor(str(value.name), cut.axis, plan.rows, kept, _dtype_name(value))
+        CutTensor(str(value.name), cut.axis, plan.rows_of(value), plan.kept(value, kept), _dtype_name(value))
         for value, cut in plan.cuts.items()
     )
 
@@ -102,7 +102,7 @@ def quantization(model: ir.Model, *, has_head: bool) -> dict[str, Any] | None:
 def dtype(graph: ir.Graph) -> str:
     """The dtype of embedding rows, which is that of activations."""
     try:
-        found = find_embedding(graph).dtype
-    except UnsupportedModelError:  # several tables, or one that only other layouts take
+        found = find_embeddings(graph)[0].dtype
+    except UnsupportedModelError:  # a table that only other layouts take
         found = graph.outputs[0].dtype or ir.DataType.FLOAT
     return _DTYPES.get(found, found.name.lower())

@@ -28,25 +28,26 @@ _MIRRORED = {
 _WORD_TABLES = {"EmbedLayerNormalization": 2, "QEmbedLayerNormalization": 2}
 
 
-def follow_ids(plan: VocabPlan, ids: ir.Value) -> None:
+def follow_ids(plan: VocabPlan, ids: ir.Value, *, guarded: bool = False) -> None:
     """Cut every table that token ids are looked up in, and move the ids that they are compared with.
 
     Args:
         plan: collects the cuts.
         ids: the graph's input, or a value made of it that holds the same ids.
+        guarded: the graph has replaced some of the ids, so that a table may have no rows for the last ones.
 
     Raises:
         UnsupportedModelError: a node computes with ids in a way that is not understood.
     """
     for node, index in ids.uses():
         if _is_same_ids(node, index):
-            follow_ids(plan, node.outputs[0])
+            follow_ids(plan, node.outputs[0], guarded=guarded)
         elif node.op_type in _COMPARISONS:
             _compared(plan, node, index)
         elif node.op_type == "Where" and index > 0:
             _chosen(plan, node, index)
         elif node.op_type not in _BLIND:
-            _looked_up(plan, node, index)
+            _looked_up(plan, node, index, guarded=guarded)
 
 
 def _is_same_ids(node: ir.Node, index: int) -> bool:
@@ -56,9 +57,12 @@ def _is_same_ids(node: ir.Node, index: int) -> bool:
     return index == 0 and (node.op_type in _SAME_IDS or node.op_type == "Gather")
 
 
-def _looked_up(plan: VocabPlan, node: ir.Node, index: int) -> None:
+def _looked_up(plan: VocabPlan, node: ir.Node, index: int, *, guarded: bool) -> None:
     if node.op_type == "Gather" and index == 1:
-        follow_weight(plan, node, 0, int_attribute(node, "axis", 0))
+        axis, table = int_attribute(node, "axis", 0), constant(node.inputs[0])
+        if guarded and table is not None and node.inputs[0] is not None:
+            plan.shorten(node.inputs[0], int(table.shape.numpy()[axis]))
+        follow_weight(plan, node, 0, axis)
     elif node.op_type == "GatherBlockQuantized" and index == 1:
         _quantized_rows(plan, node)
     elif node.op_type in _WORD_TABLES and index == 0:
@@ -100,13 +104,47 @@ def _compared(plan: VocabPlan, node: ir.Node, index: int) -> None:
 def _chosen(plan: VocabPlan, node: ir.Node, index: int) -> None:
     """Where(condition, ids, id): the other side is ids as well."""
     other = 3 - index
-    array = _id_constant(node, other)
+    array = _filled_with(node, other)
     plan.edit(
-        lambda vocab: replace_constant(
-            node, other, _compact(vocab, array, node, fed=True).astype(array.dtype)
-        )
+        lambda vocab: _fill_with(node, other, _compact(vocab, array, node, fed=True).astype(array.dtype))
     )
-    follow_ids(plan, node.outputs[0])
+    follow_ids(plan, node.outputs[0], guarded=True)
+
+
+def _filled_with(node: ir.Node, index: int) -> np.ndarray:
+    """The ids at an input of a node: a constant, or a shape filled with one."""
+    value = optional_input(node, index)
+    maker = None if value is None else value.producer()
+    if maker is not None and maker.op_type == "ConstantOfShape":
+        filling = maker.attributes.get("value")
+        return np.zeros(1, np.float32) if filling is None else filling.as_tensor().numpy()
+    if maker is not None and maker.op_type == "Expand":
+        return _id_constant(maker, 0)
+    return _id_constant(node, index)
+
+
+def _fill_with(node: ir.Node, index: int, array: np.ndarray) -> None:
+    value = optional_input(node, index)
+    maker = None if value is None else value.producer()
+    if maker is None:
+        replace_constant(node, index, array)
+        return
+    copy = ir.Node(
+        maker.domain,
+        maker.op_type,
+        maker.inputs,
+        list(maker.attributes.values()),
+        outputs=[ir.Value(name=f"trimserve/{maker.outputs[0].name}", type=maker.outputs[0].type)],
+        name=f"trimserve/{maker.name}",
+    )
+    if not isinstance(node.graph, ir.Graph):
+        raise UnsupportedModelError(f"{describe(node)} has no graph.")
+    node.graph.insert_before(node, copy)
+    if copy.op_type == "Expand":
+        replace_constant(copy, 0, array)
+    else:
+        copy.attributes.add(ir.AttrTensor("value", ir.tensor(array)))
+    node.replace_input_with(index, copy.outputs[0])
 
 
 def _id_constant(node: ir.Node, index: int) -> np.ndarray:

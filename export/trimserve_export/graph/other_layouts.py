@@ -16,7 +16,7 @@ from trimserve_export.graph.saving import LinkingWriter, Writer, write_copy, wri
 from trimserve_export.graph.trim import IDS, LOGITS, trim_graph
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.layouts.remap import write_drop_in
-from trimserve_export.serving.flow import find_embedding
+from trimserve_export.serving.flow import find_embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,8 @@ class PartJob:
         if self.cold and takes_ids:
             cold_path = self._cold_path(path, writer)
             cold_path.parent.mkdir(exist_ok=True)
-            embedding = find_embedding(untrimmed.graph)
-            write_cold_rows(FullGraph(untrimmed, embedding, None), self.vocab, cold_path)
+            tables = find_embeddings(untrimmed.graph)
+            write_cold_rows(FullGraph(untrimmed, tables, None), self.vocab, cold_path)
         write_drop_in(
             trimmed,
             path,

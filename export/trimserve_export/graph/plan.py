@@ -43,6 +43,8 @@ class VocabPlan:
         self._followed: set[tuple[ir.Node, int]] = set()
         self._outputs: set[ir.Value] = set()
         self._edits: list[Callable[[VocabMap], None]] = []
+        # Rows of tables that have none for the last ids.
+        self._shorter: dict[ir.Value, int] = {}
 
     def operand(self, node: ir.Node, index: int) -> ir.Value:
         """An input of a node; from now on it is known what the node does with it.
@@ -55,6 +57,20 @@ class VocabPlan:
             raise UnsupportedModelError(f"{describe(node)} has no input {index}: the graph is damaged.")
         self._followed.add((node, index))
         return value
+
+    def shorten(self, value: ir.Value, rows: int) -> None:
+        """Note that a constant has entries for the first `rows` ids alone, of which there are V at most."""
+        if rows < self.rows:
+            self._shorter[value] = rows
+
+    def rows_of(self, value: ir.Value) -> int:
+        """How many ids a constant has entries for."""
+        return self._shorter.get(value, self.rows)
+
+    def kept(self, value: ir.Value, kept: int) -> int:
+        """How many of `kept` ids a constant has entries for, once it is cut."""
+        tensor = value.const_value if value in self._shorter else None
+        return kept if tensor is None else int(tensor.shape.numpy()[self.cuts[value].axis])
 
     def carry(self, value: ir.Value, axis: int) -> bool:
         """Note that a value has one entry a token along `axis`; tell whether that is news.
@@ -81,10 +97,10 @@ class VocabPlan:
         Raises:
             UnsupportedModelError: it has another number of entries.
         """
-        shape = tuple(tensor.shape.numpy())
-        if not -len(shape) <= axis < len(shape) or shape[axis] != self.rows:
+        shape, rows = tuple(tensor.shape.numpy()), self.rows_of(value)
+        if not -len(shape) <= axis < len(shape) or shape[axis] != rows:
             raise UnsupportedModelError(
-                f"{describe(owner)}: expected {value.name} to have {self.rows:,} entries along axis {axis}, "
+                f"{describe(owner)}: expected {value.name} to have {rows:,} entries along axis {axis}, "
                 f"found shape {shape}."
             )
         axis %= len(shape)
@@ -140,7 +156,9 @@ class VocabPlan:
         """Change the graph in place."""
         for value, cut in self.cuts.items():
             if value.const_value is not None:
-                kept = KeptEntries(value.const_value, cut, self.rows, vocab.kept_ids)
+                rows = self.rows_of(value)
+                ids = vocab.kept_ids[vocab.kept_ids < rows]
+                kept = KeptEntries(value.const_value, cut, rows, ids)
                 value.const_value, value.shape = kept, ir.Shape(kept.shape.numpy())
         for value, axis in self._carriers.items():
             if value not in self.cuts:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError, require
@@ -146,17 +147,31 @@ class ComputedRows:
 
     def read(self, ids: Ids) -> np.ndarray:
         """Compute rows (n, H)."""
-        model = _copied_lookup(self.embedding, self.opsets)
-        reason = np.full(len(ids), Reason.EXPLICIT, np.uint8)
-        trim_graph(model, VocabMap(ids, reason, self.rows), has_head=False)
-        runtime = require("onnxruntime", extra="cpu", purpose="trimming a quantised graph")
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        session = runtime.InferenceSession(
-            ir.to_proto(inline(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        (rows,) = session.run(None, {"input_ids": np.arange(len(ids))})
-        return np.asarray(rows)
+        embedding = self.embedding
+        model = _copied(embedding.output, embedding.ids, embedding.dtype, self.opsets)
+        # A guard gives many ids the same row.
+        distinct, places = np.unique(ids, return_inverse=True)
+        reason = np.full(len(distinct), Reason.EXPLICIT, np.uint8)
+        trim_graph(model, VocabMap(distinct, reason, self.rows), has_head=False)
+        return _run(model, places)
+
+
+def looked_up(embedding: Embedding, opsets: dict[str, int], ids: Ids) -> Ids:
+    """The rows of its table that a lookup reads for token ids: other ones where the graph replaces ids."""
+    if not embedding.is_guarded:
+        return ids
+    return _run(_copied(embedding.ids, embedding.fed, ir.DataType.INT64, opsets), ids)
+
+
+def _run(model: ir.Model, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+    runtime = require("onnxruntime", extra="cpu", purpose="trimming this graph")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(
+        ir.to_proto(inline(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (made,) = session.run(None, {"input_ids": ids.astype(np.int64)})
+    return np.asarray(made)
 
 
 def inline(model: ir.Model) -> ir.Model:
@@ -167,11 +182,11 @@ def inline(model: ir.Model) -> ir.Model:
     return model
 
 
-def _copied_lookup(embedding: Embedding, opsets: dict[str, int]) -> ir.Model:
-    """The nodes from the token ids to the rows in a graph of their own: `input_ids` (n,) -> rows (n, H)."""
+def _copied(made: ir.Value, given: ir.Value, dtype: ir.DataType, opsets: dict[str, int]) -> ir.Model:
+    """The nodes that make a value of token ids, in their own graph: `input_ids` (n,) -> (n, ...)."""
     ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
-    output, nodes, constants = copy_nodes(embedding.output, {embedding.ids: ids})
-    output.type = ir.TensorType(embedding.dtype)
+    output, nodes, constants = copy_nodes(made, {given: ids})
+    output.type = ir.TensorType(dtype)
     graph = ir.Graph(
         [ids], [output], nodes=nodes, initializers=constants, opset_imports=opsets, name="lookup"
     )

@@ -1,7 +1,7 @@
 """Trimmed graphs for this runtime: serving passes, cold rows, and for generators the cold head."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,9 +21,9 @@ from trimserve_export.graph.turned import turn_tables
 from trimserve_export.quantize import scheme_of
 from trimserve_export.serving import GRAPH_NAME, apply_passes, serve
 from trimserve_export.serving.cold_head import write_cold_head
-from trimserve_export.serving.flow import find_embedding, find_head
+from trimserve_export.serving.flow import Embedding, find_embeddings, find_head
 from trimserve_export.serving.seq2seq import DECODER_NAME, ENCODER_NAME, add_cross_attention, save_sharing
-from trimserve_export.serving.tied_head import same_tables
+from trimserve_export.serving.tied_head import same_tables, tables_of
 from trimserve_export.serving.unfused_head import unfuse_head
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ def full_graph(model: ir.Model, *, has_head: bool) -> FullGraph:
     """An untrimmed graph with its embedding and head found, the head taken apart if it is a fused one."""
     if has_head:
         unfuse_head(model.graph)
-    return FullGraph(model, find_embedding(model.graph), find_head(model.graph) if has_head else None)
+    head = find_head(model.graph) if has_head else None
+    return FullGraph(model, tables_of(model.graph, head), head)
 
 
 def write_servable(
@@ -162,11 +163,11 @@ def write_seq2seq(
         for model in models.values():
             turn_tables(model.graph)
     full = full_graph(untrimmed[LATER], has_head=True)
-    encoder = find_embedding(untrimmed[ENCODER].graph)
-    if cold and not same_tables(encoder.table, full.embedding.table):
+    tables = find_embeddings(untrimmed[ENCODER].graph)
+    if cold and not _same_rows(tables, full.embeddings):
         raise UnsupportedModelError(
-            f"encoder and decoder look ids up in different tables ({encoder.table.name} and "
-            f"{full.embedding.table.name}): one cold row cannot be fed to both."
+            f"encoder and decoder look ids up in different tables ({_names(tables)} and "
+            f"{_names(full.embeddings)}): one cold row cannot be fed to both."
         )
     plans = [
         trim_graph(trimmed[name], vocab, has_head=has_head)
@@ -177,6 +178,15 @@ def write_seq2seq(
     if cold:
         write_cold(full, folder / DECODER_NAME, vocab, folder, exact=True)
     return {"encoder": ENCODER_NAME, "decoder": DECODER_NAME}, cut
+
+
+def _same_rows(first: Sequence[Embedding], second: Sequence[Embedding]) -> bool:
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(same_tables(one.table, other.table) for one, other in pairs)
+
+
+def _names(tables: Sequence[Embedding]) -> str:
+    return ", ".join(str(embedding.table.name) for embedding in tables)
 
 
 def serve_seq2seq(

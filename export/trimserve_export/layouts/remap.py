@@ -9,7 +9,7 @@ rows there is no row to feed, and no other one is read in its place: the lookup'
 Runtime refuses on a CPU; for devices that do not check their index such a row is NaN.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -18,23 +18,23 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from trimserve.cold import COLD_INPUT, table_name
 from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.vocab import VocabMap
 from trimserve_export.graph.turned import turn_tables
-from trimserve_export.serving import GRAPH_NAME, write_copy
+from trimserve_export.serving import GRAPH_NAME, check_table, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import (
     Embedding,
     check_opset,
-    describe,
-    find_embedding,
+    find_embeddings,
     find_head,
     find_input,
     find_output,
 )
 from trimserve_export.serving.nodes import NodeWriter, take_over
-from trimserve_export.serving.tied_head import tie_head
+from trimserve_export.serving.tied_head import tables_of, tie_head
 
 # What ONNX Runtime names when it refuses a cold id.
 LOOKUP_NAME: Final = "trimserve/token_id_without_a_row"
@@ -70,7 +70,8 @@ def save_tied(source: Path, output: Path) -> Path:
         output: see `save_plain`.
     """
     model = ir.load(source.resolve())
-    tie_head(model, find_embedding(model.graph), find_head(model.graph))
+    head = find_head(model.graph)
+    tie_head(model, tables_of(model.graph, head)[0], head)
     RemoveUnusedNodesPass()(model)
     path = output / GRAPH_NAME
     write_copy(model, path)
@@ -125,29 +126,27 @@ def write_drop_in(
         UnsupportedModelError: see `make_drop_in`.
     """
     check_opset(model)
-    spec = read_header(cold_path)[0]["embedding"] if cold_path and vocab.cold_ids.size else None
+    specs = read_header(cold_path)[0] if cold_path and vocab.cold_ids.size else {}
     if takes_ids:
-        _take_ids(model.graph, vocab, slots=spec is not None)
+        _take_ids(model.graph, vocab, slots=bool(specs))
     if has_head:
         _expand_logits(model.graph, vocab)
     RemoveUnusedNodesPass()(model)
     write(model, path)
-    if spec is not None:
-        _bind_cold_rows(path, spec)
+    if specs:
+        _bind_cold_rows(path, specs)
 
 
 def _take_ids(graph: ir.Graph, vocab: VocabMap, *, slots: bool) -> None:
     turn_tables(graph)
-    embedding = find_embedding(graph)
-    if embedding.rows != len(vocab):
-        raise UnsupportedModelError(
-            f"{describe(embedding.gather)} has a table of {embedding.rows:,} rows where {len(vocab):,} were "
-            "expected: the exporter did not export the trimmed checkpoint's vocab there."
-        )
+    embeddings = find_embeddings(graph)
+    for embedding in embeddings:
+        check_table(embedding, len(vocab))
     if slots:
-        add_cold_slots(graph, embedding)
+        add_cold_slots(graph, embeddings, len(vocab))
     else:
-        _mark_missing_rows(graph, embedding)
+        for table, embedding in enumerate(embeddings):
+            _mark_missing_rows(graph, embedding, table)
     _map_input(graph, vocab, slots=slots)
 
 
@@ -184,12 +183,12 @@ def _redirect(uses: Iterable[tuple[ir.Node, int]], value: ir.Value) -> None:
         node.replace_input_with(index, value)
 
 
-def _mark_missing_rows(graph: ir.Graph, embedding: Embedding) -> None:
+def _mark_missing_rows(graph: ir.Graph, embedding: Embedding, table: int) -> None:
     """Give an id without a row NaN on devices whose lookup does not check its index."""
-    embedding.gather.name = LOOKUP_NAME
+    embedding.gather.name = table_name(LOOKUP_NAME, table)
     found = embedding.output
     uses = tuple(found.uses())
-    writer = NodeWriter(graph, "missing_rows")
+    writer = NodeWriter(graph, table_name("missing_rows", table))
     ids = writer.op("Cast", [embedding.ids], to=int(ir.DataType.INT64))
     kept = writer.op("Less", [ids, writer.constant(embedding.rows)])
     mask = writer.op("Unsqueeze", [kept, writer.constant([-1])])
@@ -222,10 +221,17 @@ def _expand_logits(graph: ir.Graph, vocab: VocabMap) -> None:
     expanded.shape = ir.Shape([*axes[:-1], vocab.vocab_size])
 
 
-def _bind_cold_rows(path: Path, spec: TensorSpec) -> None:
-    """Turn the input `cold_rows` of a written graph into the tensor of `cold_rows.safetensors`."""
+def _bind_cold_rows(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Turn the inputs `cold_rows`, ... of a written graph into the tensors of `cold_rows.safetensors`."""
     model = ir.load(path)
-    rows = find_input(model.graph, "cold_rows")
+    inputs = [value for value in model.graph.inputs if str(value.name).partition(".")[0] == COLD_INPUT]
+    for table, rows in enumerate(inputs):
+        name = table_name(COLD_TENSOR, table)
+        _bind(model.graph, rows, specs[table_name("embedding", table)], path.parent, name)
+    ir.save(model, path)
+
+
+def _bind(graph: ir.Graph, rows: ir.Value, spec: TensorSpec, folder: Path, name: str) -> None:
     (lookup,) = rows.consumers()
     stored = _DTYPES[spec.dtype]
     tensor = ir.ExternalTensor(
@@ -234,23 +240,22 @@ def _bind_cold_rows(path: Path, spec: TensorSpec) -> None:
         spec.nbytes,
         stored,
         shape=ir.Shape(spec.shape),
-        name=COLD_TENSOR,
-        base_dir=path.parent,
+        name=name,
+        base_dir=folder,
     )
     constant = ir.Value(name=tensor.name, type=ir.TensorType(stored), shape=tensor.shape, const_value=tensor)
-    model.graph.register_initializer(constant)
+    graph.register_initializer(constant)
     lookup.replace_input_with(0, constant)
-    model.graph.inputs.remove(rows)
+    graph.inputs.remove(rows)
     if stored != rows.dtype and rows.dtype is not None:
-        _cast_after(model.graph, lookup, rows.dtype)
-    ir.save(model, path)
+        _cast_after(graph, lookup, rows.dtype, name)
 
 
-def _cast_after(graph: ir.Graph, lookup: ir.Node, dtype: ir.DataType) -> None:
+def _cast_after(graph: ir.Graph, lookup: ir.Node, dtype: ir.DataType, name: str) -> None:
     found = lookup.outputs[0]
     uses = tuple(found.uses())
     found.type = None  # inferred for the graph's dtype, not for the one that is stored
-    writer = NodeWriter(graph, "cold_dtype")
+    writer = NodeWriter(graph, f"{name.removeprefix('trimserve/')}/dtype")
     cast = writer.op("Cast", [found], to=int(dtype))
     writer.insert_after(lookup)
     _redirect(uses, cast)

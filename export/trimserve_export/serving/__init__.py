@@ -16,13 +16,21 @@ from trimserve.decoder import AFTER_HEAD_KEY, SHARED_KV_KEY
 from trimserve.errors import UnsupportedModelError
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving.cold_slots import add_cold_slots
-from trimserve_export.serving.flow import check_opset, describe, find_embedding, find_head
+from trimserve_export.serving.flow import Embedding, check_opset, describe, find_head
 from trimserve_export.serving.last_logits import slice_before_head
 from trimserve_export.serving.shapes import fix_shapes
-from trimserve_export.serving.tied_head import tie_head
+from trimserve_export.serving.tied_head import tables_of, tie_head
 from trimserve_export.serving.unfused_head import unfuse_head
 
-__all__ = ["ALIGNMENT", "GRAPH_NAME", "ServableGraph", "apply_passes", "make_servable", "serve"]
+__all__ = [
+    "ALIGNMENT",
+    "GRAPH_NAME",
+    "ServableGraph",
+    "apply_passes",
+    "check_table",
+    "make_servable",
+    "serve",
+]
 
 GRAPH_NAME = "model.onnx"
 # Large tensors start on a boundary at which every system can map them.
@@ -117,19 +125,21 @@ def apply_passes(model: ir.Model, *, rows: int, has_head: bool, head_rows: int |
     """
     check_opset(model)
     _check_untouched(model.graph)
-    embedding = find_embedding(model.graph)
-    _check_rows(embedding.gather, embedding.rows, rows)
-    tied = False
     if has_head:
         unfuse_head(model.graph)
-        head = find_head(model.graph)
+    head = find_head(model.graph) if has_head else None
+    embeddings = tables_of(model.graph, head)
+    for embedding in embeddings:
+        check_table(embedding, rows)
+    tied = False
+    if head is not None:
         _check_rows(head.product, head.rows, head_rows or rows)
         model.metadata_props[AFTER_HEAD_KEY] = json.dumps(head.after)
         slice_before_head(model.graph, head)
-        tied = tie_head(model, embedding, head)
+        tied = tie_head(model, embeddings[0], head)
     if any(node.op_type == "GroupQueryAttention" for node in model.graph):
         model.metadata_props[SHARED_KV_KEY] = "true"
-    add_cold_slots(model.graph, embedding)
+    add_cold_slots(model.graph, embeddings, rows)
     fix_shapes(model.graph)
     RemoveUnusedNodesPass()(model)
     return tied
@@ -151,6 +161,16 @@ def _check_untouched(graph: ir.Graph) -> None:
         raise UnsupportedModelError(
             f"the graph already has {', '.join(sorted(map(str, taken)))}: was it made servable before?"
         )
+
+
+def check_table(embedding: Embedding, expected: int) -> None:
+    """Refuse a table of other rows than K; fewer are right where the graph replaces ids beyond them.
+
+    Raises:
+        UnsupportedModelError: see above.
+    """
+    if not embedding.is_guarded or embedding.rows > expected:
+        _check_rows(embedding.gather, embedding.rows, expected)
 
 
 def _check_rows(node: ir.Node, found: int, expected: int) -> None:

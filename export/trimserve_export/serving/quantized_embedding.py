@@ -20,7 +20,7 @@ from trimserve.tensorfile import (
     write_tensors,
 )
 from trimserve_export.quantize import quantize_rows
-from trimserve_export.serving.flow import find_embedding
+from trimserve_export.serving.flow import find_embeddings
 
 _SLICE_BYTES = 16 << 20
 _DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16"}
@@ -89,7 +89,7 @@ def round_cold_embedding(graph_path: Path, cold_path: Path) -> bool:
         return False
     specs, metadata = read_header(cold_path)
     tensors: dict[str, TensorSource] = {name: WholeTensor(spec) for name, spec in specs.items()}
-    dtype = _DTYPES[find_embedding(graph).dtype]
+    dtype = _DTYPES[find_embeddings(graph)[0].dtype]
     tensors["embedding"] = RoundedRows(specs["embedding"], lookup_scheme(lookup), dtype)
     rounded = cold_path.with_name(f".{cold_path.name}.part")
     exhaust(write_tensors(rounded, tensors, metadata))

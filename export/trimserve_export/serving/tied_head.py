@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from trimserve_export.serving.flow import Embedding, Head
+from trimserve_export.serving.flow import Embedding, Head, find_embeddings
 from trimserve_export.serving.nodes import NodeWriter, take_over
 
 _CONTRIB = "com.microsoft"
@@ -32,6 +32,22 @@ def tie_head(model: ir.Model, embedding: Embedding, head: Head) -> bool:
     model.graph.remove(head.product, safe=True)
     model.opset_imports.setdefault(_CONTRIB, 1)
     return True
+
+
+def tables_of(graph: ir.Graph, head: Head | None) -> tuple[Embedding, ...]:
+    """The tables that token ids are looked up in, one that is the head's first: cold rows of it serve both.
+
+    Raises:
+        UnsupportedModelError: see `find_embeddings`.
+    """
+    found = find_embeddings(graph)
+    if head is None or len(found) == 1:
+        return found
+    return tuple(sorted(found, key=lambda embedding: not _is_heads(embedding.table, head)))
+
+
+def _is_heads(table: ir.Value, head: Head) -> bool:
+    return head.weight is table or same_numbers(table, head)
 
 
 def same_numbers(table: ir.Value, head: Head) -> bool:
