@@ -1,6 +1,7 @@
 """How long `import trimserve` and `trimserve --version` take in a fresh process.
 
-The target is 0.3 s for the import; numpy alone is most of it.
+The target is 0.3 s for the import. Public names are imported when they are first used, numpy with them, so the
+two that most programs use are measured as well.
 """
 
 import sys
@@ -13,7 +14,7 @@ from trimserve.report import table
 _TIMED_IMPORT = """
 import json, time
 begin = time.perf_counter_ns()
-import {module}
+{statement}
 print(json.dumps({{"ms": (time.perf_counter_ns() - begin) / 1e6}}))
 """
 _TIMED_COMMAND = """
@@ -23,8 +24,15 @@ subprocess.run([sys.executable, "-m", "trimserve", "--version"], check=True, std
 print(json.dumps({"ms": (time.perf_counter_ns() - begin) / 1e6}))
 """
 VARIANTS = {
-    "import numpy": ["-c", _TIMED_IMPORT.format(module="numpy")],
-    "import trimserve": ["-c", _TIMED_IMPORT.format(module="trimserve")],
+    **{
+        statement: ["-c", _TIMED_IMPORT.format(statement=statement)]
+        for statement in (
+            "import numpy",
+            "import trimserve",
+            "from trimserve import load",
+            "from trimserve import profile",
+        )
+    },
     "trimserve --version": ["-c", _TIMED_COMMAND],
 }
 

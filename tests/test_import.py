@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import trimserve
+
 HEAVY = (
     "torch",
     "transformers",
@@ -32,9 +36,15 @@ def test_import_leaves_heavy_packages_unloaded():
     assert loaded_after("import trimserve").isdisjoint(HEAVY)
 
 
-def test_public_names_are_resolvable_lazily():
-    # A lazy attribute must not drag the export toolchain in when it is only looked up.
-    assert loaded_after("import trimserve\ndir(trimserve)").isdisjoint(HEAVY)
+def test_public_names_are_imported_when_they_are_used():
+    assert loaded_after("import trimserve\ndir(trimserve)").isdisjoint({*HEAVY, "numpy", "tokenizers"})
+    # Nor does any of them drag the export toolchain in.
+    loaded = loaded_after("import trimserve\n[getattr(trimserve, name) for name in trimserve.__all__]")
+    assert {"numpy", "tokenizers"} <= loaded
+    assert loaded.isdisjoint(HEAVY)
+    assert set(trimserve._MODULES) < set(trimserve.__all__) <= set(dir(trimserve))
+    with pytest.raises(AttributeError, match="'trimserve' has no attribute 'nothing'"):
+        _ = trimserve.nothing
 
 
 def test_help_of_every_command_leaves_heavy_packages_unloaded():

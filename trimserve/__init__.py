@@ -9,10 +9,10 @@ Example:
     >>> print(*model.stream("Summarise: …", max_new_tokens=64), sep="")  # doctest: +SKIP
 """
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.difference import Difference, diff
 from trimserve.errors import (
     MismatchError,
     MissingExtraError,
@@ -22,13 +22,14 @@ from trimserve.errors import (
     UsageError,
     require,
 )
-from trimserve.loading import load
-from trimserve.merging import merge
-from trimserve.profiling import Profile, profile
-from trimserve.selection import select
-from trimserve.vocab import Reason, VocabMap
 
 if TYPE_CHECKING:
+    from trimserve.difference import Difference, diff
+    from trimserve.loading import load
+    from trimserve.merging import merge
+    from trimserve.profiling import Profile, profile
+    from trimserve.selection import select
+    from trimserve.vocab import Reason, VocabMap
     from trimserve_export.inspection import Inspection
     from trimserve_export.pipeline import ExportResult
     from trimserve_export.verify import VerifyResult
@@ -56,8 +57,33 @@ __all__ = [
     "verify",
 ]
 
+# Public name -> its module, imported when the name is first used (PEP 562).
+_MODULES = {
+    "Difference": "trimserve.difference",
+    "Profile": "trimserve.profiling",
+    "Reason": "trimserve.vocab",
+    "VocabMap": "trimserve.vocab",
+    "diff": "trimserve.difference",
+    "load": "trimserve.loading",
+    "merge": "trimserve.merging",
+    "profile": "trimserve.profiling",
+    "select": "trimserve.selection",
+}
 
-def export(model: str | Path, vocab: VocabMap, output: str | Path, **options: Any) -> "ExportResult":  # noqa: ANN401 - see pipeline.export
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def export(model: str | Path, vocab: "VocabMap", output: str | Path, **options: Any) -> "ExportResult":  # noqa: ANN401 - see pipeline.export
     """Make a trimmed folder; needs ``pip install 'trimserve[export]'``.
 
     Args:
