@@ -67,7 +67,7 @@ def test_version_and_no_command(capsys):
         (UnsupportedModelError("say it."), 1, "say it."),
         (UnknownIdError("say it."), 1, "say it."),
         (TrimserveError("say it."), 1, "say it."),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was written."),
+        (KeyboardInterrupt(), 130, "interrupted; no file was written."),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 1, "No such file: a.txt."),
         (PermissionError(errno.EACCES, "Permission denied", "b"), 1, "Permission denied: b."),
         (

@@ -210,7 +210,7 @@ def test_ctrl_c_before_anything_is_counted_leaves_nothing(here, call, monkeypatc
         monkeypatch.setattr(tensorfile.os, "write", interrupted)
     before = listing(here)
     code, out, err = call("profile", "a.txt", "-m", "model", "-o", "p")
-    assert (code, out, err) == (130, "", "trimserve: interrupted; nothing was written.\n")
+    assert (code, out, err) == (130, "", "trimserve: interrupted; no file was written.\n")
     assert listing(here) == before
 
 
@@ -392,7 +392,7 @@ def test_a_real_ctrl_c_in_a_fresh_process(here):
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, b"")
     assert re.fullmatch(
-        rb"trimserve: interrupted; (nothing was written|p holds .* stdin cannot be resumed)\.\n", err
+        rb"trimserve: interrupted; (no file was written|p holds .* stdin cannot be resumed)\.\n", err
     )
     if b"holds" in err:
         counted = Profile.load("p")

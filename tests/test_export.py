@@ -271,6 +271,13 @@ def test_task_that_the_model_is_not_for_is_refused(bert, vocab, tmp_path, task, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_was_trimmed_already_is_refused(bert, vocab, tmp_path):
+    export(bert, vocab, tmp_path / "once", to="safetensors", progress=False)
+    with pytest.raises(UsageError, match=rf"trimmed already: .*{re.escape(str(bert))}"):
+        export(tmp_path / "once", vocab, tmp_path / "twice")
+    assert [path.name for path in tmp_path.iterdir()] == ["once"]
+
+
 def test_model_that_the_exporter_refuses(vocab, tmp_path):
     # optimum-onnx takes all heads of Phi for key-value heads.
     model = save_model("phi", tmp_path / "model", rows=V, num_key_value_heads=1)

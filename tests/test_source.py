@@ -43,6 +43,11 @@ def test_vocab_size_from_the_weights_then_from_the_tokenizer(tmp_path):
     assert resolve_model(folder).vocab_size == 41
 
 
+def test_a_local_folder_has_no_revisions(model_folders):
+    with pytest.raises(UsageError, match="leave --revision out"):
+        resolve_model(model_folders["wordpiece"], revision="main")
+
+
 def test_tokenizer_neither_cuts_nor_pads(model_folders):
     # The saved WordPiece tokenizer cuts and pads to 8 tokens, as all-MiniLM's does to 128.
     tokenizer = resolve_model(model_folders["wordpiece"]).tokenizer()

@@ -273,6 +273,11 @@ class Generator:
         max_block = options.get("max_block", MAX_BLOCK)
         if max_block < 1:
             raise UsageError(f"max_block should be 1 or more, found {max_block}.")
+        if mode == "exact" and options.get("report_mass"):
+            raise UsageError(
+                "report_mass tells what compact mode gives up, and exact mode gives up nothing: leave it "
+                "out, or choose compact mode."
+            )
         if mode == "compact" and not options.get("report_mass"):
             return None
         head = self._cold_head(f"{mode} mode" if mode == "exact" else "report_mass")

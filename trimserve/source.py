@@ -111,7 +111,11 @@ class ModelSource:
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer, with padding and truncation off."""
-        return load_tokenizer(self.tokenizer_path)
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        if "vocab_size" not in self.__dict__ and self._model_rows() is None:
+            # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
+            self.__dict__["vocab_size"] = _end_of_ids(tokenizer)
+        return tokenizer
 
     @cached_property
     def vocab_size(self) -> int:
@@ -119,14 +123,16 @@ class ModelSource:
 
         It may exceed the tokenizer's ids (padding rows) or fall short of them.
         """
+        return self._model_rows() or _end_of_ids(load_tokenizer(self.tokenizer_path))
+
+    def _model_rows(self) -> int | None:
+        """V by the config, else by the weights; None where neither tells it."""
         for config in self.text_configs():
             if isinstance(size := config.get("vocab_size"), int) and size > 0:
                 return size
         embeddings = (spec for spec in self._matrices() if _EMBEDDING.search(spec.name))
-        if (spec := next(embeddings, None)) is not None:
-            return spec.shape[0]
-        ids: dict[str, int] = self.tokenizer().get_vocab(with_added_tokens=True)
-        return max(ids.values()) + 1
+        spec = next(embeddings, None)
+        return None if spec is None else spec.shape[0]
 
     def text_configs(self) -> Iterator[dict[str, Any]]:
         """Yield the config and the sub-configs that can describe the language model, outermost first."""
@@ -261,6 +267,12 @@ def _folder_of(graph: Path) -> Path:
     )
 
 
+def _end_of_ids(tokenizer: Tokenizer) -> int:
+    """The least number above all ids of a tokenizer."""
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return max(ids.values()) + 1
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, with padding and truncation off.
 
@@ -288,16 +300,19 @@ def resolve_model(
         weights: fetch the weights as well; tokenizer and configs always come. Never pickle or code.
 
     Raises:
-        UsageError: no such folder, and no such model on the hub or no way to reach it.
+        UsageError: no such folder, and no such model on the hub or no way to reach it; or a revision of a
+            local folder.
         MissingExtraError: a hub id, and huggingface_hub is not installed.
     """
     if isinstance(name, ModelSource):
         return name
     path = Path(name)
+    if path.exists() and revision is not None:
+        raise UsageError(f"{name} is a local path, which has no revisions: leave --revision out.")
     if path.is_dir():
-        return ModelSource(str(name), revision, path)
+        return ModelSource(str(name), None, path)
     if path.suffix == ".onnx" and path.is_file():
-        return ModelSource(str(name), revision, _folder_of(path), path)
+        return ModelSource(str(name), None, _folder_of(path), path)
     if path.exists():
         raise UsageError(f"{name} is a file: pass the folder that holds the model's files.")
     if not _HUB_ID.fullmatch(str(name)):

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrimserveError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written.", 130)
+        return _fail("interrupted; no file was written.", 130)
     except BrokenPipeError:
         # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from typing import Any
 from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.errors import UsageError
-from trimserve.folder import VOCAB_NAME, Manifest, list_files
+from trimserve.folder import VOCAB_NAME, Manifest, is_trimmed, list_files, read_manifest
 from trimserve.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.vocab import VocabMap
 from trimserve_export.checkpoint import check_vocab
@@ -122,8 +122,14 @@ def check_road(source: ModelSource, options: Options) -> None:
     """Refuse options that only the other kind of source has.
 
     Raises:
-        UsageError: a checkpoint's option for a graph, or a graph's for a checkpoint.
+        UsageError: a checkpoint's option for a graph, or a graph's for a checkpoint; or a model that was
+            trimmed for this runtime, whose graph takes compact ids.
     """
+    if is_trimmed(source.path) and (manifest := read_manifest(source.path)).layout == "runtime":
+        raise UsageError(
+            f"{source.name} was trimmed already: name the model that it was made from "
+            f"({manifest.source.name}), or one trimmed with --layout tokenizer."
+        )
     if source.graph is None:
         if options.link or options.variant is not None:
             raise UsageError(f"{source.name} has no ONNX graph to trim: leave --link and --variant out.")

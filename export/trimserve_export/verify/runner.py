@@ -77,7 +77,7 @@ def verify(
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    source = resolve_model(model or manifest.source.name, revision=revision or manifest.source.revision)
+    source = _full_model(model, revision, manifest)
     if variant := manifest.exporter.get("variant"):
         source = dataclasses.replace(source, variant=variant)
     try:
@@ -92,6 +92,16 @@ def verify(
         if store and "files" not in result.failed:
             _store(context, result)
     return result
+
+
+def _full_model(
+    model: str | Path | ModelSource | None, revision: str | None, manifest: Manifest
+) -> ModelSource:
+    """The model that was named, else the folder's source; without a revision, the one it was made from."""
+    name = model or manifest.source.name
+    if revision is None and not (isinstance(name, str | Path) and Path(name).exists()):
+        revision = manifest.source.revision
+    return resolve_model(name, revision=revision)
 
 
 def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
