@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import certificate_tables, decode_tables, encoder, harness, plot, profile_tables, tables
+from bench import certificate_tables, decode_tables, encoder, harness, plot, profile_tables, tables, targets
 from bench.finetune_tables import banking_table, finetune_table
 from bench.matrix_table import matrix_table
 from trimserve.report import human_bytes
@@ -111,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream": stream_table,
     "trim": trim_table,
     **tables.TABLES,
+    "targets": targets.table,
     **profile_tables.TABLES,
     "finetune": finetune_table,
     "finetune_banking": banking_table,
