@@ -44,7 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk is reported without a name
@@ -53,7 +53,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that files and folders are made without."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,12 +1,9 @@
-"""A trimmed folder: `trimserve.json`, the hashes of its files, and writing it all or not at all."""
+"""A trimmed folder: `trimserve.json`, the hashes of its files, and what does not fit together."""
 
-import contextlib
 import dataclasses
 import json
-import shutil
-import tempfile
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import UnionType
@@ -283,75 +280,6 @@ def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
     """Bytes of the graphs and their data, or of the trimmed checkpoint; never of vocab map or cold rows."""
     names = (name for name in files if name != VOCAB_NAME and not name.startswith(COLD_PREFIX))
     return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
-
-
-@contextlib.contextmanager
-def staged_folder(target: Path, *, overwrite: bool = False, ours: str = MANIFEST_NAME) -> Iterator[Path]:
-    """Give a temporary folder beside `target`, moved in its place when the block ends without an error.
-
-    Args:
-        target: the folder to make.
-        overwrite: replace a folder that trimserve made (one that holds `ours`).
-        ours: the file that marks a folder as made by trimserve.
-
-    Raises:
-        UsageError: `target` exists, is not empty, and may not be replaced.
-    """
-    check_target(target, overwrite=overwrite, ours=ours)
-    target = target.resolve()  # "." has neither a name nor a parent
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    except OSError as error:
-        error.filename = str(target.parent)  # the temporary name says nothing to a user
-        raise
-    staging.chmod(0o755)
-    try:
-        yield staging
-        check_target(target, overwrite=overwrite, ours=ours)  # another process may have filled it meanwhile
-        _swap(staging, target)
-    except OSError as error:
-        error.filename = error.filename or str(target)  # a full disk is reported without a name
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_target(target: Path, *, overwrite: bool, ours: str = MANIFEST_NAME) -> None:
-    """Refuse a target that cannot be written without losing something that is not ours.
-
-    Raises:
-        UsageError: `target` is a file, or a non-empty folder that may not be replaced.
-    """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UsageError(f"{target} is a file: choose a folder that does not exist yet.")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(f"{target} is not empty: choose another folder or pass --overwrite.")
-    if not (target / ours).is_file():
-        raise UsageError(
-            f"{target} holds no {ours}, so it was not made by trimserve and --overwrite will not "
-            "replace it: choose another folder."
-        )
-
-
-def _swap(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    # A folder cannot be replaced in one step: keep the old one until the new one stands.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old / target.name)
-    try:
-        staging.rename(target)
-    except BaseException:  # Ctrl-C too must not leave the target missing
-        (old / target.name).rename(target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

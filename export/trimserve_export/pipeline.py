@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.finetune.restore import full_source
-from trimserve.folder import MANIFEST_NAME, Manifest, staged_folder, stored_weight_bytes, write_manifest
+from trimserve.folder import MANIFEST_NAME, Manifest, stored_weight_bytes, write_manifest
 from trimserve.measuring import peak_resident
 from trimserve.profiling import Profile
 from trimserve.source import ModelSource, resolve_model
+from trimserve.staging import staged_folder
 from trimserve.vocab import VocabMap
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint import check_vocab

@@ -78,8 +78,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
     from trimserve.finetune.restore import full_source
-    from trimserve.folder import check_target
     from trimserve.source import resolve_model
+    from trimserve.staging import check_target
 
     options = selection_options(args)
     if args.vocab is not None and any(options.values()):

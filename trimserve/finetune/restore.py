@@ -19,9 +19,10 @@ import numpy.typing as npt
 from trimserve.artefacts import load_vocab
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.finetune.provenance import PROVENANCE_NAME, Provenance, StoredCut, check_base
-from trimserve.folder import VOCAB_NAME, staged_folder
+from trimserve.folder import VOCAB_NAME
 from trimserve.report import progress as progress_bar
 from trimserve.source import INDEX_NAME, ModelSource, resolve_model
+from trimserve.staging import staged_folder
 from trimserve.tensorfile import (
     CHUNK_BYTES,
     STORAGE_DTYPES,
