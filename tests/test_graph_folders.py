@@ -12,8 +12,6 @@ import pytest
 pytest.importorskip("torch")
 
 import onnx_ir as ir
-import transformers
-from optimum.exporters.onnx import onnx_export_from_model
 
 from tests.folders import make_vocab
 from tests.graphs import run, sketch
@@ -29,7 +27,6 @@ from trimserve.folder import open_folder, read_manifest
 from trimserve.loading import load
 from trimserve.source import ModelSource, resolve_model
 from trimserve_export import export
-from trimserve_export.exporters.optimum import quiet
 from trimserve_export.graph.export import trim_to_folder
 from trimserve_export.graph.parts import find_parts, one_variant
 from trimserve_export.verify import verify
@@ -172,16 +169,10 @@ def test_checkpoints_have_neither_links_nor_variants(translators, tmp_path):
 
 
 @pytest.fixture(scope="module", params=["t5", "bart"])
-def seq2seq(request, translators, tmp_path_factory):
+def seq2seq(request, translators):
     """An encoder-decoder as optimum-onnx leaves it, and the same made from its checkpoint."""
     made = translators(request.param)
-    folder = tmp_path_factory.mktemp("onnx") / "model"
-    with quiet():
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(made.source).eval()  # it is changed
-        onnx_export_from_model(model, folder, task=TASK, do_validation=False)
-    for name in ("tokenizer.json", "config.json", "generation_config.json"):
-        shutil.copy(made.source / name, folder / name)
-    return made, folder
+    return made, made.onnx
 
 
 @pytest.mark.parametrize("merged", [False, True])

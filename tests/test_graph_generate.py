@@ -47,7 +47,7 @@ def save_graph(root, family: str, kind: str, **options):
     elif kind in ("int8", "int8_fused"):
         _quantize_dynamic(graph)
     if kind == "int8_fused":
-        _fuse(graph)
+        fuse(graph)
     return resolve_model(root / "onnx")
 
 
@@ -71,7 +71,7 @@ def _quantize_dynamic(graph):
     whole.unlink()
 
 
-def _fuse(graph):
+def fuse(graph):
     """As ONNX Runtime's optimiser stores a graph: integer products and their scales are one operator."""
     whole = graph.rename(graph.with_name("whole.onnx"))
     options = ort.SessionOptions()

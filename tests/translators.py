@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 import transformers
+from optimum.exporters.onnx import onnx_export_from_model
 
 from tests.folders import make_vocab
 from tests.models import with_random_weights
@@ -26,6 +27,7 @@ from trimserve.loading import load
 from trimserve.sampling import Columns, History, SamplingParams, choose
 from trimserve.source import resolve_model
 from trimserve.text2text import Text2TextGenerator
+from trimserve_export.exporters.optimum import quiet
 from trimserve_export.pipeline import export, export_full
 
 V, HIDDEN = 37, 16
@@ -81,6 +83,17 @@ class Translator:
         model = load(self.path)
         assert isinstance(model, Text2TextGenerator)
         return model
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The model as optimum-onnx exports it: an encoder, two decoders and the two merged."""
+        folder = self.source.parent / "onnx"
+        with quiet():
+            model = transformers.AutoModelForSeq2SeqLM.from_pretrained(self.source).eval()  # it is changed
+            onnx_export_from_model(model, folder, task=TASK, do_validation=False)
+        for name in ("tokenizer.json", "config.json", "generation_config.json"):
+            shutil.copy(self.source / name, folder / name)
+        return folder
 
     @cached_property
     def torch_model(self) -> transformers.PreTrainedModel:
