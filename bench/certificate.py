@@ -44,6 +44,8 @@ DECODING: dict[str, dict[str, Any]] = {
 }
 # Those that are also measured with the cold files dropped before every check.
 DROPPED = ("plain", "certified")
+# Of a row ``certificate``, what the figure of these two shows: a row of a file of its own.
+_PAGES = ("model", "cold_dtype", "threads", "tokens", "token_ms", "dropped_token_ms", "others_cpu_share")
 
 
 def decode(args: argparse.Namespace, name: str, work: Path) -> dict[str, Any]:
@@ -228,6 +230,8 @@ def main() -> int:
         with harness.scratch_folder("certificate", args.work) as work:
             row = measure(args, subject, work)
         harness.save_row(kind, row, quick=args.quick)
+        if kind == "certificate":
+            harness.save_row("certificate_pages", {key: row[key] for key in _PAGES}, quick=args.quick)
         print(describe(row), file=sys.stderr)
         rows.append(harness.without_samples(row))
     harness.report("", {"rows": rows})

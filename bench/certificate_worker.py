@@ -80,15 +80,15 @@ class Dropper:
         self._files = files
         self.seconds = 0.0
 
-    def before(self, action: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def before(self, action: Callable[..., Any]) -> Callable[..., Any]:
         """The same action, after the files were dropped."""
         return partial(self._run, action)
 
-    def _run(self, action: Callable[[Any], Any], argument: Any) -> Any:  # noqa: ANN401
+    def _run(self, action: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
         start = time.perf_counter()
         drop_pages(self._files)
         self.seconds += time.perf_counter() - start
-        return action(argument)
+        return action(*arguments)
 
 
 def serve(folder: Path, threads: int) -> None:
@@ -97,10 +97,10 @@ def serve(folder: Path, threads: int) -> None:
     head = model._head = ColdHead(model.folder, threads=threads)
     certificate = model._cold_certificate(head)
     dropper = Dropper(_cold_files(folder))
-    head.maxima = dropper.before(head.maxima)  # type: ignore[method-assign,assignment]
+    head.maxima = dropper.before(head.maxima)  # type: ignore[method-assign]
     if certificate is not None:
         sketch = certificate._sketch
-        sketch.product = dropper.before(sketch.product)  # type: ignore[method-assign,assignment]
+        sketch.product = dropper.before(sketch.product)  # type: ignore[method-assign]
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

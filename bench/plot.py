@@ -74,6 +74,12 @@ FIGURES = {
         certificate_tables.draw,
         "How far the largest kept logit is above the largest cold one, and how wide the bound is",
     ),
+    "certificate_pages": Figure(
+        {"certificate_pages": ("model", "cold_dtype")},
+        (9, 3.4),
+        certificate_tables.draw_pages,
+        "Milliseconds a token of exact mode, plain and certified, with cold files cached and dropped",
+    ),
     "profile_scaling": Figure(
         {"profile_scaling": ()},
         (9.5, 3.8),

@@ -19,7 +19,11 @@ from trimserve.report import human_bytes
 
 PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
 # Result files that are not named after the module that writes them.
-_COMMANDS = {"profile_scaling": "profile --scaling", "profile_memory": "profile --memory"}
+_COMMANDS = {
+    "profile_scaling": "profile --scaling",
+    "profile_memory": "profile --memory",
+    "certificate_pages": "certificate",
+}
 MARKERS = re.compile(r"<!-- (measured|plot): (\w+) -->")
 _BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -118,6 +122,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "certificate": certificate_tables.decode_table,
     "certificate_proof": certificate_tables.proof_table,
     "certificate_products": certificate_tables.products_table,
+    "certificate_cascade": certificate_tables.cascade_table,
+    "certificate_targets": certificate_tables.targets_table,
 }
 
 

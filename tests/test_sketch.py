@@ -14,6 +14,7 @@ import onnx
 
 from tests.folders import make_folder
 from tests.generators import FullSampler, make_pair, open_generator
+from tests.models import GENERATE
 from trimserve.cold import ColdRows
 from trimserve.coldhead import ColdHead
 from trimserve.errors import MismatchError, UsageError
@@ -21,6 +22,8 @@ from trimserve.folder import list_files, open_folder, write_manifest
 from trimserve.sampling import SamplingParams
 from trimserve.sketch import SKETCH_FILES, SKETCH_NAME, Sketch
 from trimserve.sketchrows import GROUP_ROWS
+from trimserve.source import resolve_model
+from trimserve_export.pipeline import export, export_full
 from trimserve_export.serving import packed
 from trimserve_export.serving import sketch as exported
 from trimserve_export.serving.sketch import add_sketch, wants_sketch
@@ -159,6 +162,28 @@ def test_a_sketch_of_quantised_rows(quantized, params):
         (found,) = generator.generate(text, max_new_tokens=24, **params)
         assert list(found.ids) == sampler.run(ids, SamplingParams(**params), 24, generator.stop_ids)
     assert generator.stats.cold_reads.certified > 10
+
+
+def test_a_sketch_of_float16_rows(pair, tmp_path):
+    """Certified ids are those of the full model in float16, and every logit is within its bounds."""
+    vocab = pair.generator.folder.vocab
+    export(pair.model_path, vocab, tmp_path / "trimmed", dtype="fp16", progress=False)
+    (tmp_path / "full").mkdir()
+    full = export_full(resolve_model(str(pair.model_path)), tmp_path / "full", GENERATE, "fp16", None)
+    generator = open_generator(tmp_path / "trimmed")
+    sampler = FullSampler(full, pair.vocab_size)
+    for text in TEXTS:
+        ids = generator.codec.encode([text])[0]
+        (found,) = generator.generate(text, max_new_tokens=24)
+        assert list(found.ids) == sampler.run(ids, SamplingParams(), 24, generator.stop_ids)
+    assert generator.stats.cold_reads.certified > 10
+    cold = ColdRows(generator.folder)
+    sketch = Sketch(generator.folder, cold, generator._decoder.after_head)
+    hidden = np.random.default_rng(0).standard_normal((9, cold.width)).astype(np.float16)
+    logits = ColdHead(generator.folder).logits(hidden)
+    places = np.searchsorted(generator.folder.vocab.cold_ids, sketch.ids)
+    largest = logits[:, places].astype(np.float64).reshape(9, -1, GROUP_ROWS).max(axis=2)
+    assert (largest <= sketch.product(hidden).upper).all()
 
 
 def test_a_quantised_kernel_stays_within_its_bounds(quantized):
