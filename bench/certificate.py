@@ -164,18 +164,18 @@ def _products(case: Case, work: Path) -> dict[str, dict[str, dict[str, list[floa
 
 
 def _with_four_bits(trimmed: Path, folder: Path) -> Path:
-    """The same folder with a sketch of 4 bits; the other files are hard links where that is possible."""
+    """The same folder with a sketch of 4 bits; what that leaves alone is hard-linked where possible."""
     from trimserve_export.serving.sketch import add_sketch
 
     folder.mkdir()
     for path in trimmed.iterdir():
-        if path.name == MANIFEST_NAME:
+        if path.name in (MANIFEST_NAME, *SKETCH_FILES):
             shutil.copyfile(path, folder / path.name)
-        elif path.name not in SKETCH_FILES:
-            try:
-                os.link(path, folder / path.name)
-            except OSError:  # another file system
-                shutil.copyfile(path, folder / path.name)
+            continue
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # another file system
+            shutil.copyfile(path, folder / path.name)
     add_sketch(folder, 4)
     return folder
 
