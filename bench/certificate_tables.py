@@ -54,7 +54,8 @@ def proof_table() -> str:
         "with rows read",
         "rows read",
         "width",
-        "bytes",
+        "bytes, blocks of 32",
+        "blocks of 1",
     )
     lines = []
     for row in rows:
@@ -62,12 +63,13 @@ def proof_table() -> str:
         for sketch, found in (("int8", row), ("int4", row["int4"])):
             true = f"{row['compact_is_true']:.2%}" if sketch == "int8" else ""
             width = found.get("median_width") or _median(found["width_quantiles"])
-            settled, read, share = "", "", ""
+            settled, read, share, single = "", "", "", ""
             if "settled" in found:
                 settled, read = f"{found['settled']:.2%}", f"{found['rows_per_position']:,.1f}"
             if "bytes_per_position" in found:
                 share = f"{found['bytes_per_position'] / row['plain_bytes_per_position']:.2f}"
-            cells = (true, sketch, f"{found['proven']:.2%}", settled, read, f"{width:.2f}", share)
+                single = f"{_single_share(row, found):.2f}"
+            cells = (true, sketch, f"{found['proven']:.2%}", settled, read, f"{width:.2f}", share, single)
             lines.append((label if sketch == "int8" else "", *cells))
     caption = (
         f"multidomain-qwen2 at coverage {rows[-1]['coverage']}, on documents that were not profiled, in "
@@ -76,6 +78,13 @@ def proof_table() -> str:
         f"{tables.where(rows[-1])}."
     )
     return tables.markdown(header, lines) + f"\n{caption}\n"
+
+
+def _single_share(row: Mapping[str, Any], found: Mapping[str, Any]) -> float:
+    """Bytes of the cold files in blocks of one step, where no other open step shares the product."""
+    full = row["plain_bytes_per_position"] * row["block"]
+    rows = found["rows_per_position"] / (row["vocab_size"] - row["kept"])
+    return float(found["sketch_bytes"] / full + 1 - found["settled"] + rows)
 
 
 def cascade_table() -> str:
