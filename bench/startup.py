@@ -1,6 +1,6 @@
 """How long `import trimserve` and `trimserve --version` take in a fresh process.
 
-The target is 0.3 s for the import. Public names are imported when they are first used, numpy with them, so the
+The target is 0.3 s for the import. Public names are imported when they are first used, numpy with them: the
 two that most programs use are measured as well.
 """
 
