@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForFeatureExtraction, ORTModelForMaskedLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
@@ -31,6 +34,7 @@ from trimserve.selection import select
 from trimserve.source import resolve_model
 from trimserve.vocab import VocabMap
 from trimserve_export import export
+from trimserve_export.exporters import GraphJob, optimum
 from trimserve_export.layouts.remap import LOOKUP_NAME, id_table, make_drop_in
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.verify import verify
@@ -306,24 +310,91 @@ def test_onnxruntime_genai_generates(folders, full, model, layout):
     assert compared > TOKENS
 
 
-@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
-def test_transformers_js_generates(folders, full, model, layout):
+def by_transformers_js(folder: Path, options: object, prompts: Iterable[str]) -> list[tuple[list, list]]:
+    """Ids of each prompt and what follows, as transformers.js under Node gives them, up to the end."""
     scripts = Path(__file__).parent / "js"
     node = shutil.which("node")
     if node is None or not (scripts / "node_modules").is_dir():
         pytest.skip("transformers.js is not installed: make test-js")
-    expected = {prompt: expected_ids(folders / layout, full, model, prompt) for prompt in PROMPTS}
-    expected = {prompt: ids for prompt, ids in expected.items() if ids is not None}
-    command = [node, str(scripts / "generate.mjs"), str(folders), layout, str(TOKENS), *expected]
+    settings = [str(folder.parent), folder.name, str(TOKENS), json.dumps(options)]
+    command = [node, str(scripts / "generate.mjs"), *settings, *prompts]
     done = subprocess.run(command, capture_output=True, check=True, timeout=120)
-    end = full.config.eos_token_id
-    if layout == "tokenizer":
-        end = int(open_folder(folders / layout).vocab.to_compact(end))
-    found = [
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    return [
         (result["ids"], [id_ for id_ in result["made"] if id_ != end]) for result in json.loads(done.stdout)
     ]
-    assert found == list(expected.values())
-    assert len(found) >= 2
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_transformers_js_generates(folders, full, model, layout):
+    expected = {prompt: expected_ids(folders / layout, full, model, prompt) for prompt in PROMPTS}
+    expected = {prompt: ids for prompt, ids in expected.items() if ids is not None}
+    beside = {"subfolder": "", "use_external_data_format": True, "dtype": "fp32"}
+    assert by_transformers_js(folders / layout, beside, expected) == list(expected.values())
+    assert len(expected) >= 2
+
+
+# transformers.js' dtype -> what it ends a file's name with.
+VARIANTS = {"fp32": "", "q4": "_q4", "int8": "_int8", "q8": "_quantized"}
+
+
+@pytest.fixture(scope="module")
+def variants(model, tmp_path_factory) -> Path:
+    """One model in four precisions, laid out for transformers.js; the weights of one lie beside its graph."""
+    folder = tmp_path_factory.mktemp("variants") / "model"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    exported = optimum.export_checkpoint(
+        resolve_model(model).path, folder / "onnx", GraphJob("text-generation-with-past")
+    )
+    blocks = MatMulNBitsQuantizer(str(exported), block_size=16, is_symmetric=True)
+    blocks.process()
+    blocks.model.save_model_to_file(str(folder / "onnx" / "model_q4.onnx"), True)
+    for dtype, kind in (("int8", QuantType.QInt8), ("q8", QuantType.QUInt8)):
+        quantize_dynamic(exported, folder / "onnx" / f"model{VARIANTS[dtype]}.onnx", weight_type=kind)
+    return folder
+
+
+def by_graph(graph: Path, ids: list[int], allowed: np.ndarray, end: int) -> list[int]:
+    """The largest allowed logit of a graph as it was exported, a token at a time, up to the end."""
+    session = ort.InferenceSession(str(graph))
+    feeds = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    known = {value.name for value in session.get_inputs()}
+    made: list[int] = []
+    while len(made) < TOKENS and end not in made:
+        fed = np.array([made[-1:] or ids])
+        count = len(ids) + len(made)
+        feeds |= {"input_ids": fed, "attention_mask": np.ones((1, count), np.int64)}
+        feeds["position_ids"] = np.arange(count - fed.size, count)[None]
+        names = [value.name for value in session.get_outputs()]
+        found = session.run(names, {name: array for name, array in feeds.items() if name in known})
+        outputs = dict(zip(names, found, strict=True))
+        made.append(int(allowed[outputs.pop("logits")[0, -1, allowed].argmax()]))
+        feeds |= {name.replace("present", "past_key_values"): array for name, array in outputs.items()}
+    return [id_ for id_ in made if id_ != end]
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_transformers_js_loads_each_variant(variants, counted, vocab, full, model, tmp_path, layout):
+    export(variants, vocab, tmp_path / "out", layout=layout, profile=counted)
+    kept = open_folder(tmp_path / "out").vocab
+    tokenizer, end = AutoTokenizer.from_pretrained(model), full.config.eos_token_id
+    prompts = [p for p in PROMPTS if layout == "graph" or kept.is_kept(tokenizer(p)["input_ids"]).all()]
+    expected = []
+    for suffix in VARIANTS.values():
+        for ids in (tokenizer(prompt)["input_ids"] for prompt in prompts):
+            made = by_graph(variants / "onnx" / f"model{suffix}.onnx", ids, kept.kept_ids, end)
+            moved = (ids, made) if layout == "graph" else (kept.to_compact(ids), kept.to_compact(made))
+            expected.append(tuple(list(map(int, part)) for part in moved))
+    # One file of weights beside the graph of q4, and one of cold rows beside each drop-in.
+    files = {dtype: (dtype == "q4") + (layout == "graph") for dtype in VARIANTS}
+    options = [{"dtype": dtype, "use_external_data_format": count} for dtype, count in files.items()]
+    assert by_transformers_js(tmp_path / "out", options, prompts) == expected
+    assert len({tuple(made) for _, made in expected}) > len(prompts), "the variants all say the same"
+    assert len(prompts) >= 2
 
 
 @pytest.mark.parametrize(
