@@ -8,7 +8,8 @@ from safetensors.numpy import save_file
 
 from tests.tiny_tokenizers import save_model_folder
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.source import ModelSource, load_tokenizer, resolve_model
+from trimserve.folder import Source
+from trimserve.source import ModelSource, load_tokenizer, resolve_model, resolve_source
 
 V, H = 37, 8
 
@@ -46,6 +47,15 @@ def test_vocab_size_from_the_weights_then_from_the_tokenizer(tmp_path):
 def test_a_local_folder_has_no_revisions(model_folders):
     with pytest.raises(UsageError, match="leave --revision out"):
         resolve_model(model_folders["wordpiece"], revision="main")
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_a_folder_was_made_from_may_lie_elsewhere(model_folders):
+    made_from = Source("owner/model", "v1", {})
+    assert resolve_source(made_from).revision == "v1"
+    assert resolve_source(made_from, revision="v2").revision == "v2"
+    local = resolve_source(made_from, model_folders["wordpiece"])
+    assert (local.path, local.revision) == (model_folders["wordpiece"], None)
 
 
 def test_tokenizer_neither_cuts_nor_pads(model_folders):

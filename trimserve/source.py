@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
-from trimserve.folder import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
+from trimserve.folder import GRAPH_FOLDER, TOKENIZER_NAME, Source, check_plain_name
 from trimserve.tensorfile import TensorSpec, read_header
 
 CONFIG_NAME = "config.json"
@@ -318,6 +318,25 @@ def resolve_model(
     if not _HUB_ID.fullmatch(str(name)):
         raise UsageError(f"{name} is neither a folder nor a hub id (owner/model): check the path.")
     return ModelSource(str(name), revision, _fetch(str(name), revision, weights))
+
+
+def resolve_source(
+    made_from: Source, model: str | Path | ModelSource | None = None, revision: str | None = None
+) -> ModelSource:
+    """Find the files of the model that a trimmed folder was made from.
+
+    Args:
+        made_from: what the folder's manifest says.
+        model: where that model is found, if elsewhere.
+        revision: of a hub id; by default the one that the folder was made from.
+
+    Raises:
+        TrimserveError: see `resolve_model`.
+    """
+    name = model or made_from.name
+    if revision is None and not (isinstance(name, str | Path) and Path(name).exists()):
+        revision = made_from.revision
+    return resolve_model(name, revision=revision)
 
 
 def _fetch(name: str, revision: str | None, weights: bool) -> Path:

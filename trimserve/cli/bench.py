@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.cli.numbers import positive
 from trimserve.cli.output import emit
 from trimserve.errors import UsageError, require
 from trimserve.report import human_bytes, percent, table
@@ -27,21 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--texts", metavar="FILE", help="a batch (encoders) or prompts (generators), one a line; - for stdin"
     )
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="processes a variant (3)")
-    parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="timed steps a process (10)")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="processes a variant (3)")
+    parser.add_argument("--steps", type=positive, default=10, metavar="N", help="timed steps a process (10)")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N", help="tokens an answer (64)"
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens an answer (64)"
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads of one operator")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of one operator")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run")
     parser.add_argument("--low-memory", action="store_true", help="use mapped weights in place")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("should be at least 1")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.folder import open_folder
     from trimserve.loading import check_runnable
     from trimserve.session import available_cpus, providers
-    from trimserve.source import resolve_model
+    from trimserve.source import resolve_source
 
     begin = time.perf_counter()
     runtime = require("onnxruntime", extra="cpu", purpose="trimserve bench")
@@ -61,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     untrimmed = require("trimserve_export.untrimmed", extra="export", purpose="trimserve bench")
     texts = _ordinary_texts() if args.texts is None else read_lines(args.texts)
     manifest = trimmed.manifest
-    source = resolve_model(
-        args.model or manifest.source.name, revision=args.revision or manifest.source.revision
-    )
+    source = resolve_source(manifest.source, args.model, args.revision)
     settings = Settings(
         args.rounds,
         args.steps,

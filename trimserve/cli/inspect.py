@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from trimserve.cli.numbers import positive
 from trimserve.cli.output import emit
 from trimserve.errors import require
 from trimserve.report import human_bytes, percent, table
@@ -13,15 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="model folder or hub id, trimmed folder, or ONNX file")
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument(
-        "--kept", type=_positive, default=16_384, metavar="K", help="rows to compute the prize for (16,384)"
+        "--kept", type=positive, default=16_384, metavar="K", help="rows to compute the prize for (16,384)"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("should be at least 1")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

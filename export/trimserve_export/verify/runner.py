@@ -20,7 +20,7 @@ from trimserve.folder import (
 )
 from trimserve.loading import ENCODER_TASKS
 from trimserve.report import progress as progress_bar
-from trimserve.source import ModelSource, resolve_model
+from trimserve.source import ModelSource, resolve_source
 from trimserve_export.card import with_card
 from trimserve_export.reference import export_full
 from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs
@@ -77,7 +77,7 @@ def verify(
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    source = _full_model(model, revision, manifest)
+    source = resolve_source(manifest.source, model, revision)
     if variant := manifest.exporter.get("variant"):
         source = dataclasses.replace(source, variant=variant)
     try:
@@ -92,16 +92,6 @@ def verify(
         if store and "files" not in result.failed:
             _store(context, result)
     return result
-
-
-def _full_model(
-    model: str | Path | ModelSource | None, revision: str | None, manifest: Manifest
-) -> ModelSource:
-    """The model that was named, else the folder's source; without a revision, the one it was made from."""
-    name = model or manifest.source.name
-    if revision is None and not (isinstance(name, str | Path) and Path(name).exists()):
-        revision = manifest.source.revision
-    return resolve_model(name, revision=revision)
 
 
 def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
