@@ -104,6 +104,16 @@ def test_numbers_are_those_of_plain_counting(inputs):
     assert report.completions.tokens == (first.counts // 2).sum() + (second.counts // 2).sum()
 
 
+def test_a_head_with_fewer_rows_is_told_and_counted(inputs):
+    of_head = inputs.vocab.kept_ids[::2]
+    report = gather(dataclasses.replace(inputs, vocab=dataclasses.replace(inputs.vocab, output_ids=of_head)))
+    spoken = inputs.merged.output_counts
+    assert report.completions.head_rows == len(of_head)
+    assert report.completions.head_coverage == pytest.approx(spoken[of_head].sum() / spoken.sum())
+    assert report.choice.decode_ratio == inputs.weights.decode_ratio(len(of_head))
+    assert f"<td>{len(of_head):,}</td>" in render(report, "Title").split("Rows of the head", 1)[1]
+
+
 def test_json_terminal_and_page_agree(inputs):
     report = gather(inputs)
     document = json.loads(json.dumps(report.to_dict()))
