@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 EMBEDDING_TASK = "feature-extraction"
-_INPUTS = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "position_ids", "logits_to_keep"}
-)
+_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "logits_to_keep"})
 _ID_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Padded tokens fed at a time on a CPU: activations grow with them (a MiniLM process took 400 MB for 32
 # texts of 234 tokens, 150 MB for 1,024 tokens), and more of them only cost cache misses.
