@@ -17,12 +17,12 @@ from trimserve.source import ModelSource
 from trimserve.vocab import VocabMap
 from trimserve_export.graph.cold import is_tied
 from trimserve_export.graph.facts import (
+    constant_bytes,
     cut_tensors,
     dtype,
     file_hashes,
     infer_task,
     quantization,
-    weight_bytes,
 )
 from trimserve_export.graph.loading import load_graph
 from trimserve_export.graph.other_layouts import PartJob
@@ -117,7 +117,7 @@ def trim_to_folder(
         graphs=graphs,
         cut=cut,
         dtype=dtype(model.graph),
-        bytes_before=weight_bytes(loaded.values()),
+        bytes_before=constant_bytes(loaded.values()),
         source=Source(
             source.name, source.revision, {name: sha for files in hashes for name, sha in files.items()}
         ),

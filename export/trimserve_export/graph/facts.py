@@ -59,7 +59,7 @@ def _dtype_name(value: ir.Value) -> str:
     return DTYPES.get(value.const_value.dtype, value.const_value.dtype.name)
 
 
-def weight_bytes(models: Iterable[ir.Model]) -> int:
+def constant_bytes(models: Iterable[ir.Model]) -> int:
     """Bytes of all constants, one that is stored once counted once."""
     sizes = {}
     for model in models:
