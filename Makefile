@@ -47,7 +47,7 @@ test-slow: $(READY)  ## the slow tests
 # The transformers 5 environment: what needs no optimum-onnx.
 NEXT := .venv-next
 NEXT_TESTS := tests/test_cut_checkpoint.py tests/test_tokenizer_cut.py tests/test_checkpoint.py \
-	tests/test_configs.py tests/test_vocab_axes.py tests/test_exporters.py tests/test_matrix.py \
+	tests/test_configs.py tests/test_vocab_axes.py tests/test_per_layer.py tests/test_exporters.py tests/test_matrix.py \
 	tests/test_finetune.py tests/test_finetune_defects.py tests/test_finetune_restore.py
 
 $(NEXT)/.ready: pyproject.toml constraints-next.txt

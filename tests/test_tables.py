@@ -1,6 +1,7 @@
 """Graphs that look token ids up in several tables (per-layer embeddings): each is cut, and fed cold rows."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ pytest.importorskip("torch")
 
 import onnx_ir as ir
 
+import trimserve
 from tests import graphs
 from tests.exports import open_graph, read_float32
 from tests.folders import make_vocab
@@ -267,16 +269,12 @@ def test_batches_beams_and_scores(decoder, tmp_path):
 def test_a_folder_without_cold_rows(decoder, tmp_path):
     source, _ = decoder
     export(source, vocab_of(source), tmp_path / "trimmed", cold=False)
-    import trimserve
-
     generator = trimserve.load(tmp_path / "trimmed")
     assert generator.generate("the cat sat", max_new_tokens=5, mode="compact")[0].ids
 
 
 @pytest.mark.parametrize("table", ["embedding", "embedding.1"])
 def test_verify_finds_shifted_cold_rows(decoder, tmp_path, table):
-    import shutil
-
     _, made = decoder
     folder = tmp_path / "trimmed"
     shutil.copytree(made, folder)

@@ -91,7 +91,7 @@ def test_positions_counted_from_the_pad_id_are_noticed(family, tables):
     assert len(axes.pad_moves_positions) == tables
 
 
-def test_second_vocab_table_is_refused():
+def test_per_layer_embeddings_are_a_second_table():
     layers = {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -104,8 +104,11 @@ def test_second_vocab_table_is_refused():
         "laurel_rank": 4,
         "activation_sparsity_pattern": [0.0, 0.0],
     }
-    with pytest.raises(UnsupportedModelError, match=r"embed_tokens_per_layer.*vocab_size_per_layer_input"):
-        axes_of("Gemma3nForCausalLM", vocab_size=V, vocab_size_per_layer_input=V, **layers, **sizes, **more)
+    given = {"vocab_size": V, "vocab_size_per_layer_input": V - 5, "pad_token_id": 0}
+    axes = axes_of("Gemma3nForCausalLM", **given, **layers, **sizes, **more)
+    assert [(tensor.role, tensor.axis) for tensor in axes.tensors] == [("embedding", 0), ("embedding.1", 0)]
+    assert axes.get("embedding.1").names == ("model.embed_tokens_per_layer.weight",)
+    assert axes.pad_moves_positions == ()
 
 
 def test_head_of_two_parts_is_refused():

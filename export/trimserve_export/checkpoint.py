@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from trimserve.artefacts import sha256_file
@@ -23,6 +25,7 @@ from trimserve.tensorfile import (
     TensorSource,
     TensorSpec,
     WholeTensor,
+    map_tensor,
     read_header,
     write_tensors,
 )
@@ -30,11 +33,12 @@ from trimserve.vocab import Ids, VocabMap
 from trimserve_export.configs import write_compact_configs
 from trimserve_export.output_ids import check_untied
 from trimserve_export.stored_vocab import StoredVocab, axes_of, find_stored_vocab, read_specs
-from trimserve_export.vocab_axes import ModelClass, Role, VocabAxes, load_config
+from trimserve_export.vocab_axes import PER_LAYER, ModelClass, Role, VocabAxes, load_config
 
 _MANIFEST_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _FLOATS = frozenset({"F64", *_MANIFEST_DTYPES})
-_ROLES: tuple[Role, ...] = ("embedding", "head", "head_bias")
+_ROLES: tuple[Role, ...] = ("embedding", PER_LAYER, "head", "head_bias")
+_TABLES = ("embedding", PER_LAYER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,8 @@ def stream_tensors(
 def _kept(spec: TensorSpec, stored: StoredVocab, kept_ids: Ids) -> TensorSource:
     if spec.name not in stored.cut:
         return WholeTensor(spec)
-    return TensorRows(spec, kept_ids, stored.cut[spec.name][1])
+    axis = stored.cut[spec.name][1]
+    return TensorRows(spec, kept_ids[kept_ids < spec.shape[axis]], axis)
 
 
 def _write_cold(path: Path, stored: StoredVocab, vocab: VocabMap) -> Iterator[int]:
@@ -187,9 +192,39 @@ def _write_cold(path: Path, stored: StoredVocab, vocab: VocabMap) -> Iterator[in
             spec, axis = stored.cut[stored.roles[role]]
             # A bias may be stored as (1, V): in the cold file every tensor begins with its rows.
             rows_first = dataclasses.replace(spec, shape=spec.shape[axis:])
-            ids = vocab.cold_ids if role == "embedding" else vocab.head.cold_ids
-            tensors[role] = TensorRows(rows_first, ids)
+            ids = vocab.cold_ids if role in _TABLES else vocab.head.cold_ids
+            tensors[role] = GuardedRows(rows_first, ids) if role == PER_LAYER else TensorRows(rows_first, ids)
     return write_tensors(path, tensors, {"tied": str(stored.tied).lower()})
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedRows:
+    """Rows of per-layer embeddings: an id beyond the table reads its first row, as the model does (Gemma 3n).
+
+    Attributes:
+        spec: the stored tensor.
+        ids: int array (n,), strictly increasing.
+    """
+
+    spec: TensorSpec
+    ids: Ids
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Stored shape with as many rows as ids."""
+        return (len(self.ids), *self.spec.shape[1:])
+
+    def write_to(self, file: IO[bytes]) -> Iterator[int]:
+        """Append the rows' bytes to an unbuffered file; yield their sizes."""
+        inside = self.ids[self.ids < self.spec.shape[0]]
+        yield from TensorRows(self.spec, inside).write_to(file)
+        first = np.asarray(map_tensor(self.spec)[0]).tobytes()
+        yield file.write(first * (len(self.ids) - len(inside)))
 
 
 def _write_index(source: ModelSource, target: Path) -> None:
@@ -213,7 +248,13 @@ def _run(steps: Iterator[int], total: int, *, progress: bool) -> int:
 def _cut_tensors(stored: StoredVocab, vocab: VocabMap) -> tuple[CutTensor, ...]:
     heads = {stored.roles.get("head"), stored.roles.get("head_bias")}
     return tuple(
-        CutTensor(name, axis, spec.shape[axis], len(vocab.head if name in heads else vocab), spec.dtype)
+        CutTensor(
+            name,
+            axis,
+            spec.shape[axis],
+            int((vocab.head if name in heads else vocab).kept_ids.searchsorted(spec.shape[axis])),
+            spec.dtype,
+        )
         for name, (spec, axis) in stored.cut.items()
     )
 

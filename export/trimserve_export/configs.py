@@ -3,16 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from transformers import PretrainedConfig
 
+from trimserve.errors import UnsupportedModelError
 from trimserve.vocab import VocabMap
 
 # What a JSON entry holds.
 Json: TypeAlias = Any
 
+# The rows of per-layer embeddings (Gemma 3n, Gemma 4).
+PER_LAYER_KEY: Final = "vocab_size_per_layer_input"
 # Keys that hold token ids without saying so by their ending.
 _FLAT_KEYS = frozenset({"suppress_tokens", "begin_suppress_tokens", "image_token_index"})
 _PHRASE_KEYS = frozenset({"bad_words_ids", "force_words_ids"})  # lists of token sequences
@@ -79,13 +82,30 @@ def write_compact_configs(source: Path, target: Path, config: PretrainedConfig, 
     """
     stored = json.loads((source / "config.json").read_text("utf-8"))
     compact = compact_config(dict(_default_ids(config)) | stored, vocab)
-    _text_section(compact, config)["vocab_size"] = len(vocab)
+    section = _text_section(compact, config)
+    section["vocab_size"] = len(vocab)
+    if PER_LAYER_KEY in config.get_text_config().to_dict():
+        section[PER_LAYER_KEY] = compact_rows(getattr(config.get_text_config(), PER_LAYER_KEY), vocab)
     _write_json(target / "config.json", compact)
     generation = source / "generation_config.json"
     if generation.is_file():
         _write_json(
             target / generation.name, compact_config(json.loads(generation.read_text("utf-8")), vocab)
         )
+
+
+def compact_rows(rows: int, vocab: VocabMap) -> int:
+    """How many of a table's first `rows` rows are kept.
+
+    Raises:
+        UnsupportedModelError: ids beyond the table read its first row, which is not kept.
+    """
+    if rows < vocab.vocab_size and vocab.kept_ids[0] != 0:
+        raise UnsupportedModelError(
+            f"ids beyond the {rows:,} rows of the per-layer embeddings read the first row, which "
+            "this vocab does not keep: select with --keep-ids 0."
+        )
+    return int(np.searchsorted(vocab.kept_ids, rows))
 
 
 def _default_ids(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from trimserve.source import ModelSource
 from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.tensornames import stored_names
 from trimserve_export.vocab_axes import (
+    PER_LAYER,
     ModelClass,
     Role,
     VocabAxes,
@@ -77,7 +78,7 @@ def find_stored_vocab(specs: Mapping[str, TensorSpec], axes: list[VocabAxes], vo
     Args:
         specs: the checkpoint's tensors.
         axes: the class that the weights will be loaded in first, then the checkpoint's own.
-        vocab_size: V; a stored tensor may have more rows, never fewer.
+        vocab_size: V; a stored tensor may have more rows, never fewer, unless it is per-layer embeddings.
 
     Raises:
         UnsupportedModelError: the embedding or the head of the first class is not stored.
@@ -88,18 +89,20 @@ def find_stored_vocab(specs: Mapping[str, TensorSpec], axes: list[VocabAxes], vo
     prefixes = [found.prefix for found in axes]
     for found in axes:
         for tensor in found.tensors:
-            names = [name for name in stored_names(tensor.names, prefixes) if name in specs]
+            known = (*tensor.names, *found.stored_as(tensor.names))
+            names = [name for name in stored_names(known, prefixes) if name in specs]
             cut |= {name: (specs[name], tensor.axis) for name in names}
             if names:
                 roles.setdefault(tensor.role, names[0])
-    for role in ("embedding", "head"):
+    for role in ("embedding", PER_LAYER, "head"):
         tensor_of = axes[0].get(role)
         if tensor_of is not None and role not in roles:
             raise UnsupportedModelError(
                 f"the checkpoint has no {tensor_of.names[0]}, which this task needs: choose another task."
             )
     for spec, axis in cut.values():
-        if spec.shape[axis] < vocab_size:
+        # The model itself replaces ids that its per-layer embeddings have no row for.
+        if spec.shape[axis] < vocab_size and spec.name != roles.get(PER_LAYER):
             raise MismatchError(
                 f"{spec.name} has {spec.shape[axis]:,} rows but the model's vocab_size is {vocab_size:,}: "
                 "the config does not belong to these weights."

@@ -5,10 +5,11 @@ a Linear's width). So the class is built twice, with V and with V + 1 rows and w
 changes its shape has a vocab axis, and parameter identity tells which of these are one tied tensor.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 import transformers
@@ -18,8 +19,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trimserve.errors import UnsupportedModelError
 from trimserve.source import ModelSource
+from trimserve_export.configs import PER_LAYER_KEY
 
-Role = Literal["embedding", "head", "head_bias"]
+Role = Literal["embedding", "embedding.1", "head", "head_bias"]
+# The second table that token ids are looked up in: per-layer embeddings (see `trimserve.cold.table_name`).
+PER_LAYER: Final = "embedding.1"
 # A PreTrainedModel class or an AutoModelFor... class; they share `from_pretrained`, and no base.
 ModelClass: TypeAlias = Any
 
@@ -49,12 +53,23 @@ class VocabAxes:
         prefix: the class's `base_model_prefix`: a checkpoint may leave it out or put it in.
         pad_moves_positions: names of tables other than the token embedding that are indexed from the
             pad id (RoBERTa counts positions from it), so that the pad id must keep its number.
+        renames: how names begin in a checkpoint, and the parameters' own that they stand for (Gemma 3n).
     """
 
     tensors: tuple[VocabTensor, ...]
     tied: bool
     prefix: str
     pad_moves_positions: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def stored_as(self, names: Iterable[str]) -> list[str]:
+        """The names that the class saves parameters by, beside their own."""
+        return [
+            stored + name.removeprefix(own)
+            for name in names
+            for stored, own in self.renames
+            if name.startswith(f"{own}.")
+        ]
 
     def get(self, role: Role) -> VocabTensor | None:
         """Return the tensor of a role, or None."""
@@ -116,14 +131,15 @@ def find_vocab_axes(
             "cannot be trimmed yet."
         )
     model = build_on_meta(config, model_class, trust_remote_code=trust_remote_code)
-    axes = _changed_axes(config, model, model_class, trust_remote_code)
-    tensors = tuple(_vocab_tensors(model, axes))
+    axes, per_layer = _changed_axes(config, model, model_class, trust_remote_code)
+    tensors = tuple(_vocab_tensors(model, axes, per_layer))
     head, embedding = _head_of(model), model.get_input_embeddings()
     return VocabAxes(
         tensors=tensors,
         tied=head is not None and head.weight is embedding.weight,
         prefix=model.base_model_prefix,
-        pad_moves_positions=tuple(_pad_indexed_tables(model, embedding)),
+        pad_moves_positions=tuple(_pad_indexed_tables(model, embedding, axes)),
+        renames=tuple(_renames(model)),
     )
 
 
@@ -158,26 +174,29 @@ def architecture_class(config: PretrainedConfig) -> type[PreTrainedModel] | None
 
 def _changed_axes(
     config: PretrainedConfig, model: PreTrainedModel, model_class: ModelClass, trust_remote_code: bool
-) -> dict[str, int]:
-    """Tensor name -> the one axis whose length follows a vocab size."""
+) -> tuple[dict[str, int], frozenset[str]]:
+    """Tensor name -> the one axis whose length follows a vocab size; and names of per-layer embeddings."""
     shapes = {name: tensor.shape for name, tensor in _named_tensors(model)}
     axes: dict[str, int] = {}
+    per_layer: set[str] = set()
     for key in _vocab_size_keys(config):
         larger = _with_one_more(config, key)
         other = build_on_meta(larger, model_class, trust_remote_code=trust_remote_code)
         for name, tensor in _named_tensors(other):
             changed = [axis for axis, size in enumerate(shapes[name]) if size != tensor.shape[axis]]
-            if changed and key != "vocab_size":
+            if changed and key == PER_LAYER_KEY:
+                per_layer.add(name)
+            elif changed and key != "vocab_size":
                 raise UnsupportedModelError(
                     f"{name} is a second vocab table (its rows follow {key}), which cannot be trimmed yet."
                 )
             if changed:
                 axes[name] = changed[0]
-    return axes
+    return axes, frozenset(per_layer)
 
 
 def _vocab_size_keys(config: PretrainedConfig) -> list[str]:
-    # vocab_size_per_layer_input (Gemma 3n) has its own table; type_vocab_size counts segments, not tokens.
+    # type_vocab_size counts segments, not tokens.
     text = config.get_text_config().to_dict()
     return [key for key, value in text.items() if key.startswith("vocab_size") and isinstance(value, int)]
 
@@ -195,7 +214,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _vocab_tensors(model: PreTrainedModel, axes: dict[str, int]) -> Iterator[VocabTensor]:
+def _vocab_tensors(
+    model: PreTrainedModel, axes: dict[str, int], per_layer: frozenset[str]
+) -> Iterator[VocabTensor]:
     groups = _by_identity(model, axes)
     embedding = model.get_input_embeddings().weight
     head = getattr(_head_of(model), "weight", None)
@@ -205,6 +226,8 @@ def _vocab_tensors(model: PreTrainedModel, axes: dict[str, int]) -> Iterator[Voc
             yield VocabTensor("embedding", names, axes[names[0]])
         elif tensor is head:
             yield VocabTensor("head", names, axes[names[0]])
+        elif per_layer.issuperset(names):
+            yield VocabTensor(PER_LAYER, names, axes[names[0]])
         elif names[0].endswith("bias") and tensor.numel() == tensor.shape[axes[names[0]]]:
             biases.append(VocabTensor("head_bias", names, axes[names[0]]))
         else:
@@ -233,11 +256,21 @@ def _by_identity(model: nn.Module, axes: Iterable[str]) -> list[tuple[torch.Tens
     return [(named[names[0]], tuple(names)) for names in groups.values()]
 
 
-def _pad_indexed_tables(model: nn.Module, embedding: nn.Module) -> Iterator[str]:
+def _renames(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """What transformers 4 writes in the place of a beginning of names, where it has no other rule for it."""
+    mapping: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    for stored, own in mapping.items():
+        plain = stored.removeprefix("^")
+        if re.fullmatch(r"[\w.]+", plain) and re.fullmatch(r"[\w.]+", own):
+            yield plain, own
+
+
+def _pad_indexed_tables(model: nn.Module, embedding: nn.Module, axes: Iterable[str]) -> Iterator[str]:
     # RoBERTa, XLM-R, CamemBERT, MPNet: nn.Embedding(positions, padding_idx=pad); Marian, M2M100 and
     # the like compute a sinusoid table in a class of their own, which keeps the same attribute.
     for name, module in model.named_modules():
         is_table = isinstance(module, nn.Embedding) or "Positional" in type(module).__name__
+        is_table = is_table and f"{name}.weight" not in axes  # per-layer embeddings are of tokens, too
         if is_table and module is not embedding and getattr(module, "padding_idx", None) is not None:
             is_token_table = getattr(module, "weight", None) is embedding.weight
             if not is_token_table:

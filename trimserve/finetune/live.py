@@ -66,6 +66,11 @@ def find_live_vocab(model: "PreTrainedModel", vocab: VocabMap) -> LiveVocab:
         )
     config = copy.deepcopy(model.config)
     axes = axes_module.find_vocab_axes(config, type(model))
+    if axes.get("embedding.1") is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has per-layer embeddings, a second vocab table: partial_vocab cuts "
+            "models with one table alone."
+        )
     checkpoint.check_pad(config, axes, vocab)
     tensors = tuple(
         found for declared in axes.tensors for found in _by_identity(model, declared.names, declared.axis)
