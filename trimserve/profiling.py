@@ -14,10 +14,12 @@ from trimserve.chat import ChatTemplate
 from trimserve.corpus import Corpus, Reading, Unit
 from trimserve.counting import Counts, Engine, How, Interrupted, Shard, Tally, count_corpus, limit_threads
 from trimserve.errors import MismatchError, UsageError
+from trimserve.heap import release_free_memory
 from trimserve.profiles import Profile
 from trimserve.report import progress as progress_bar
 from trimserve.source import ModelSource, resolve_model
 from trimserve.structural import newline_ids, structural_ids
+from trimserve.vocab import Ids
 
 __all__ = ["Profile", "ProfileInterrupted", "ProfileOptions", "profile"]
 
@@ -93,15 +95,17 @@ def profile(
     if workers is not None:
         limit_threads(workers)
     tokenizer, content = source.tokenizer(), source.tokenizer_path.read_text("utf-8")
+    structural = structural_ids(source, tokenizer)
+    release_free_memory()  # of parsing the tokenizer, more than counting takes
     with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:
         try:
             tally = count_corpus(
                 read, tokenizer, content, source.vocab_size, how, before=before, on_bytes=bar.update
             )
         except Interrupted as stop:
-            raise ProfileInterrupted(_profile_of(stop.tally, source, tokenizer)) from None
+            raise ProfileInterrupted(_profile_of(stop.tally, source, structural)) from None
     _warn_without_newlines(tally.counts, tokenizer)
-    return _profile_of(tally, source, tokenizer)
+    return _profile_of(tally, source, structural)
 
 
 def reading_of(source: ModelSource, options: ProfileOptions) -> Reading:
@@ -119,14 +123,14 @@ def reading_of(source: ModelSource, options: ProfileOptions) -> Reading:
     )
 
 
-def _profile_of(tally: Tally, source: ModelSource, tokenizer: Tokenizer) -> Profile:
+def _profile_of(tally: Tally, source: ModelSource, structural: Ids) -> Profile:
     facts = {entry.name: getattr(tally, entry.name) for entry in fields(tally) if entry.name != "state"}
     return Profile(
         **facts,
         unfinished=tally.state,
         tokenizer_sha256=sha256_file(source.tokenizer_path),
         tokenizer_name=source.name,
-        structural=structural_ids(source, tokenizer),
+        structural=structural,
         linear_widths=tuple(sorted(source.linear_widths())),
         row_bytes=source.row_bytes(),
     )

@@ -32,6 +32,8 @@ _CJK_RANGES = (
 _LEAST_CJK = 0x3400
 _RARE_SPACES = 32
 _MAX_WORDS = 1 << 18
+# Encoded at a time: what tokenizers gives takes many times the text until its ids are read.
+_NEW_CHARACTERS = 1 << 17
 _MAX_CHARACTERS = 1 << 23
 
 Indices = npt.NDArray[np.int64]
@@ -112,7 +114,7 @@ class WordEncoder:
     """Looks words up, and encodes only those that are met for the first time."""
 
     name: Engine = "words"
-    batch_characters = 1 << 21
+    batch_characters = 1 << 20
     beside = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -210,9 +212,15 @@ class WordEncoder:
 
     def _encode_new(self, units: Indices) -> None:
         words = self._words
-        fresh = np.unique(units[words.lengths[units] < 0])
-        if not fresh.size:
-            return
+        new = np.unique(units[words.lengths[units] < 0])
+        lengths = (len(words.keys[number]) for number in new.tolist())
+        ends = np.cumsum(np.fromiter(lengths, np.int64, len(new)))
+        cuts = np.flatnonzero(np.diff(ends // _NEW_CHARACTERS)) + 1
+        for fresh in np.split(new, cuts) if new.size else ():
+            self._encode_words(fresh)
+
+    def _encode_words(self, fresh: Indices) -> None:
+        words = self._words
         keys = [words.keys[number] for number in fresh.tolist()]
         texts = [key[1:] if key.startswith(" ") else self._lead + key for key in keys]
         encoded = self._plain.encode(texts)
