@@ -77,8 +77,9 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     _check_pad_is_kept(config, task, vocab)
     if options.layout != "runtime" and options.to == "onnx" and task == TEXT2TEXT_TASK:
         raise UnsupportedModelError(
-            f"layout {options.layout} is not built for graphs of encoder-decoders yet: use --layout runtime, "
-            "or --layout tokenizer with --to safetensors."
+            f"layout {options.layout} takes one graph of a checkpoint, and an encoder-decoder is exported as "
+            "several: use --layout runtime, --layout tokenizer with --to safetensors, or pass -m the folder "
+            "that optimum-onnx makes of the full model."
         )
     if options.quantize and options.dtype == "bf16" and options.writes_cold:
         raise UnsupportedModelError(
