@@ -134,7 +134,7 @@ class CompactScores:
         self._folder = open_folder(folder)
         session = open_session(self._folder.file(self._folder.manifest.graphs["model"]), threads=threads)
         self._decoder = Decoder(session)
-        self._cold = ColdRows(self._folder)
+        self._cold = ColdRows(self._folder, widths=[rows.shape[1] for rows in self._decoder.no_rows])
 
     def score(self, ids: Ids) -> tuple[float, int]:
         """Nats of the kept tokens after the first, and how many of those tokens are kept."""
