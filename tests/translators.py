@@ -16,7 +16,6 @@ import numpy as np
 import onnxruntime as ort
 import torch
 import transformers
-from optimum.exporters.onnx import onnx_export_from_model
 
 from tests.folders import make_vocab
 from tests.models import with_random_weights
@@ -27,7 +26,6 @@ from trimserve.loading import load
 from trimserve.sampling import Columns, History, SamplingParams, choose
 from trimserve.source import resolve_model
 from trimserve.text2text import Text2TextGenerator
-from trimserve_export.exporters.optimum import quiet
 from trimserve_export.pipeline import export, export_full
 
 V, HIDDEN = 37, 16
@@ -87,6 +85,11 @@ class Translator:
     @cached_property
     def onnx(self) -> Path:
         """The model as optimum-onnx exports it: an encoder, two decoders and the two merged."""
+        # Here, as the rest of this module is also imported beside transformers 5, which optimum-onnx refuses.
+        from optimum.exporters.onnx import onnx_export_from_model
+
+        from trimserve_export.exporters.optimum import quiet
+
         folder = self.source.parent / "onnx"
         with quiet():
             model = transformers.AutoModelForSeq2SeqLM.from_pretrained(self.source).eval()  # it is changed

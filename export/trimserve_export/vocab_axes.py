@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -102,7 +103,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"{path}: transformers {transformers.__version__} cannot read this {model_type!r} config "
             f"({error}): fetch it again."
