@@ -249,3 +249,26 @@ def test_servable_graph_is_not_made_servable_twice(tmp_path):
     (tmp_path / "twice").mkdir()
     with pytest.raises(UnsupportedModelError, match="made servable before"):
         make_servable(served.path, tmp_path / "twice", rows=K, has_head=True)
+
+
+def test_constants_in_external_data_are_kept(tmp_path):
+    # What torch writes for a graph over 2 GB.
+    onnx = pytest.importorskip("onnx")
+    body = HIDDEN.replace("MatMul(sum, square)", "MatMul(sum, constant)")
+    model = parse(body + "logits = MatMul(hidden, head)")
+    constant = ir.Node(
+        "", "Constant", [], [ir.AttrTensor("value", ir.tensor(WEIGHTS["square"], name="constant"))]
+    )
+    constant.outputs[0].name = "constant"
+    sums = next(node for node in model.graph if node.op_type == "MatMul")
+    model.graph.insert_before(sums, constant)
+    proto = ir.to_proto(model)
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "model.onnx"
+    onnx.save_model(
+        proto, path, save_as_external_data=True, location="weights", size_threshold=0, convert_attribute=True
+    )
+    served = make_servable(path, tmp_path / "out", rows=K, has_head=True)
+    (tmp_path / "in" / "weights").unlink()
+    ids = [[3, 1, 10]]
+    np.testing.assert_allclose(run(served.path, ids)["logits"], reference(ids)[1], rtol=1e-5, atol=1e-5)

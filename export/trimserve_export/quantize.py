@@ -27,6 +27,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from trimserve.blocks import BlockScheme, BlockSpecs, block_specs
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.tensorfile import TensorSpec, map_tensor, to_float32
+from trimserve_export.exported import read_exported
 from trimserve_export.serving import ALIGNMENT
 from trimserve_export.serving.flow import describe, find_head
 from trimserve_export.serving.nodes import NodeWriter, take_over
@@ -101,7 +102,7 @@ def quantize_graph(source: Path, output: Path, scheme: BlockScheme, *, has_head:
     Raises:
         UnsupportedModelError: see `quantize_products`.
     """
-    model = ir.load(source.resolve())
+    model = read_exported(source)
     quantize_products(model, scheme, has_head=has_head)
     path = output / source.name
     ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)

@@ -22,6 +22,7 @@ from trimserve.cold import COLD_INPUT, table_name
 from trimserve.errors import UnsupportedModelError
 from trimserve.tensorfile import TensorSpec, read_header
 from trimserve.vocab import VocabMap
+from trimserve_export.exported import read_exported
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving import GRAPH_NAME, check_table, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
@@ -56,7 +57,7 @@ def save_plain(source: Path, output: Path) -> Path:
         The path of the graph.
     """
     path = output / GRAPH_NAME
-    write_copy(ir.load(source.resolve()), path)
+    write_copy(read_exported(source), path)
     return path
 
 
@@ -69,7 +70,7 @@ def save_tied(source: Path, output: Path) -> Path:
         source: the exporter's graph; it has a vocab head.
         output: see `save_plain`.
     """
-    model = ir.load(source.resolve())
+    model = read_exported(source)
     head = find_head(model.graph)
     tie_head(model, tables_of(model.graph, head)[0], head)
     RemoveUnusedNodesPass()(model)
@@ -97,7 +98,7 @@ def make_drop_in(
         UnsupportedModelError: the embedding is not found, or the logits have another width than K.
     """
     path = output / GRAPH_NAME
-    write_drop_in(ir.load(source.resolve()), path, vocab, has_head=has_head, cold_path=cold_path)
+    write_drop_in(read_exported(source), path, vocab, has_head=has_head, cold_path=cold_path)
     return path
 
 

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from trimserve.decoder import AFTER_HEAD_KEY, SHARED_KV_KEY
 from trimserve.errors import UnsupportedModelError
+from trimserve_export.exported import read_exported
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving.cold_slots import add_cold_slots
 from trimserve_export.serving.flow import Embedding, check_opset, describe, find_head
@@ -68,7 +69,7 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
         UnsupportedModelError: the embedding or the head is not found, or has other rows; nothing is
             written then.
     """
-    model = ir.load(source.resolve())
+    model = read_exported(source)
     turn_tables(model.graph)
     return serve(model, output, rows=rows, has_head=has_head)
 

@@ -18,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
+from trimserve_export.exported import read_exported
 from trimserve_export.quantize import quantize_products
 from trimserve_export.serving import ALIGNMENT, apply_passes
 from trimserve_export.serving.flow import describe, find_output
@@ -52,9 +53,9 @@ def make_seq2seq_servable(
     Raises:
         UnsupportedModelError: a part of a graph is not understood; nothing is written then.
     """
-    encoder = ir.load((source / ENCODER_NAME).resolve())
-    decoder = ir.load((source / _LATER_NAME).resolve())
-    add_cross_attention(encoder, ir.load((source / _FIRST_NAME).resolve()))
+    encoder = read_exported(source / ENCODER_NAME)
+    decoder = read_exported(source / _LATER_NAME)
+    add_cross_attention(encoder, read_exported(source / _FIRST_NAME))
     apply_passes(encoder, rows=rows, has_head=False)
     apply_passes(decoder, rows=rows, has_head=True)
     if scheme is not None:
