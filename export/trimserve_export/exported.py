@@ -23,6 +23,6 @@ def read_exported(path: Path) -> ir.Model:
     return model
 
 
-def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
+def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     # A copy, so that the mapped file can go.
     return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
