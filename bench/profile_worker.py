@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from bench.profile_data import DATA
 from trimserve.corpus import Corpus
-from trimserve.counting import How, encoders
+from trimserve.counting import How, choosing
+from trimserve.counting.encoders import FastEncoder
 from trimserve.counting.engine import CorpusCounter
 from trimserve.source import load_tokenizer
 
@@ -29,14 +30,14 @@ clock = time.process_time if os.environ.get("BENCH_CPU_TIME") == "1" else time.p
 
 
 class FastokensLoads:
-    """Stands in for `encoders.FastEncoder`: loads a tokenizer once, or says that the package is missing."""
+    """Stands in for `choosing.FastEncoder`: loads a tokenizer once, or says that the package is missing."""
 
     def __init__(self) -> None:
-        self._encoder = encoders.FastEncoder
-        self._loaded: dict[str, encoders.FastEncoder] = {}
+        self._encoder = FastEncoder
+        self._loaded: dict[str, FastEncoder] = {}
         self.missing = False
 
-    def __call__(self, content: str) -> encoders.FastEncoder:
+    def __call__(self, content: str) -> FastEncoder:
         """Give the encoder.
 
         Raises:
@@ -106,7 +107,7 @@ def measure(name: str, order: int, files: list[Path]) -> dict[str, dict[str, flo
     tokenizer.encode_batch_fast(["warm", "up"])
     loads = FastokensLoads()
     loads.warm(content)
-    setattr(encoders, "FastEncoder", loads)  # noqa: B010 - a class to mypy
+    setattr(choosing, "FastEncoder", loads)  # noqa: B010 - a class to mypy
     result = {}
     for path in files:
         seconds: dict[str, float] = {}

@@ -17,7 +17,7 @@ from trimserve import tensorfile
 from trimserve.artefacts import load_vocab
 from trimserve.cli.main import main
 from trimserve.corpus import documents, slices
-from trimserve.counting import encoders, local
+from trimserve.counting import local
 from trimserve.counting.counter import DocumentCounter
 from trimserve.counting.sums import Sums
 from trimserve.errors import UsageError
@@ -315,7 +315,6 @@ def test_processes_count_like_one(here, call, monkeypatch, engine):
         local._Process, "__init__", lambda self, job: (started.append(job), start(self, job))[1]
     )
     if engine == "tokenizers":
-        monkeypatch.setattr(encoders, "WordEncoder", None, raising=False)
         monkeypatch.setattr("trimserve.counting.words.find_joint", refuse)
     assert call(*arguments, "two")[0] == 0
     assert [job.engine for job in started] == [engine] * 2

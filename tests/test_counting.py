@@ -16,9 +16,10 @@ from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS
 from trimserve.chat import ChatTemplate
 from trimserve.corpus import Corpus, Document, Reading
-from trimserve.counting import encoders, wire
+from trimserve.counting import choosing, wire
+from trimserve.counting.choosing import choose_encoder, make_encoder
 from trimserve.counting.counter import DocumentCounter, _Presence, encode_parts
-from trimserve.counting.encoders import Flat, PlainEncoder, choose_encoder, make_encoder
+from trimserve.counting.encoders import Flat, PlainEncoder
 from trimserve.counting.job import Job
 from trimserve.counting.joints import components, find_joint
 from trimserve.counting.words import WordEncoder
@@ -128,7 +129,7 @@ def test_an_engine_that_differs_on_the_sample_is_not_used(monkeypatch):
     tokenizer = TINY["byte_level_bpe"]
     plain = make_encoder
     monkeypatch.setattr(
-        encoders,
+        choosing,
         "make_encoder",
         lambda *given: Wrong(tokenizer) if given[0] == "fastokens" else plain(*given),
     )

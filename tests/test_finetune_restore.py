@@ -20,6 +20,7 @@ from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.finetune import find_outside, grow, partial_vocab, restore
+from trimserve.finetune.restore import full_source
 from trimserve.selection import Reason
 from trimserve.source import resolve_model
 from trimserve.vocab import VocabMap
@@ -268,6 +269,12 @@ def test_growing_keeps_reasons_and_rounds_with_the_lowest_ids():
     assert grown.tokenizer_sha256 == "hash"
     assert [found.index for found in find_outside([[2], [9, 30], []], vocab)] == [1]
     assert find_outside([[2], [9, 30], []], grown) == []
+
+
+def test_a_full_model_needs_no_base(tmp_path):
+    base, _, _ = saved(tmp_path, "llama")
+    with pytest.raises(UsageError, match="needs no base"), full_source(resolve_model(base), base):
+        pass
 
 
 @pytest.mark.slow

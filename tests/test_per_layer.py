@@ -90,6 +90,15 @@ def test_checkpoints_with_per_layer_embeddings(tmp_path, name, without):
     }
 
 
+@needs_transformers_5
+@pytest.mark.parametrize("layout", ["tokenizer", "graph"])
+def test_other_layouts(tmp_path, layout):
+    source = save_gemma(tmp_path / "model", "Gemma3nForCausalLM", without_layers=21)
+    export(source, vocab_of(source), tmp_path / "trimmed", layout=layout)
+    result = verify(tmp_path / "trimmed", source, texts=TEXTS)
+    assert result.ok, result.to_dict()
+
+
 def test_trimmed_checkpoint_has_rows_of_both_tables(tmp_path):
     source = save_gemma(tmp_path / "model", "Gemma3nForCausalLM", without_layers=21)
     vocab = vocab_of(source)

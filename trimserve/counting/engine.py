@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from trimserve.corpus import Corpus, CorpusFile, CorpusSource, Document, Faults, Reading, Slice
 from trimserve.corpus.reader import SliceReader
 from trimserve.counting.blocks import Block
+from trimserve.counting.choosing import choose_encoder
 from trimserve.counting.counter import DocumentCounter, uninterrupted
-from trimserve.counting.encoders import Encoder, choose_encoder
+from trimserve.counting.encoders import Encoder
 from trimserve.counting.job import Job
 from trimserve.counting.local import count_local
 from trimserve.counting.sums import Sums, plan_hash

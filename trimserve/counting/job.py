@@ -7,8 +7,9 @@ from tokenizers import Tokenizer
 from trimserve.corpus import Faults, Reading, Slice
 from trimserve.corpus.reader import SliceReader
 from trimserve.counting.blocks import Block, OnBytes, ignore
+from trimserve.counting.choosing import make_encoder
 from trimserve.counting.counter import DocumentCounter
-from trimserve.counting.encoders import Encoder, Engine, make_encoder
+from trimserve.counting.encoders import Encoder, Engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.artefacts import load_vocab
-from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.finetune.provenance import PROVENANCE_NAME, Provenance, StoredCut, check_base
 from trimserve.folder import VOCAB_NAME
 from trimserve.report import progress as progress_bar
@@ -157,9 +157,14 @@ def full_source(
         near: the folder to make the temporary one in; the system's by default.
 
     Raises:
+        UsageError: a base is given for a model that needs none.
         TrimserveError: see `restore`.
     """
     if not is_compact(source.path):
+        if base is not None:
+            raise UsageError(
+                f"{source.name} is no compact checkpoint, so it needs no base: leave --base out."
+            )
         yield source
         return
     beside = near if near is not None and near.is_dir() else None
