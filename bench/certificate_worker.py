@@ -12,13 +12,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trimserve.coldhead import ColdHead
+from trimserve.exact import ExactChecker
 from trimserve.folder import COLD_NAME
 from trimserve.generator import Generator
 from trimserve.loading import load
@@ -73,34 +73,10 @@ def products(
     return found
 
 
-class Dropper:
-    """Drops files before an action, and counts the time of that."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
-        self.seconds = 0.0
-
-    def before(self, action: Callable[..., Any]) -> Callable[..., Any]:
-        """The same action, after the files were dropped."""
-        return partial(self._run, action)
-
-    def _run(self, action: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
-        start = time.perf_counter()
-        drop_pages(self._files)
-        self.seconds += time.perf_counter() - start
-        return action(*arguments)
-
-
 def serve(folder: Path, threads: int) -> None:
     """Answer requests for greedy tokens until stdin ends."""
     model = _load(folder, threads)
-    head = model._head = ColdHead(model.folder, threads=threads)
-    certificate = model._cold_certificate(head)
     dropper = Dropper(_cold_files(folder))
-    head.maxima = dropper.before(head.maxima)  # type: ignore[method-assign]
-    if certificate is not None:
-        sketch = certificate._sketch
-        sketch.product = dropper.before(sketch.product)  # type: ignore[method-assign]
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -109,6 +85,25 @@ def serve(folder: Path, threads: int) -> None:
         every = _generate(model, dropper, request["prompt"], {**options, "max_new_tokens": request["tokens"]})
         ids = every[1]
         print(json.dumps({"ms": every[0] - first[0], "tokens": len(ids), "ids": ids}), flush=True)
+
+
+class Dropper:
+    """Drops files before every check of this process, and counts the time of that.
+
+    Outside of what `ExactChecker` measures: block sizes follow the checks' own times.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.seconds = 0.0
+        check = ExactChecker.check
+
+        def dropped_check(checker: ExactChecker, *given: Any) -> list[list[int]]:  # noqa: ANN401
+            start = time.perf_counter()
+            drop_pages(files)
+            self.seconds += time.perf_counter() - start
+            return check(checker, *given)
+
+        setattr(ExactChecker, "check", dropped_check)  # noqa: B010 - a method to mypy
 
 
 def _generate(
