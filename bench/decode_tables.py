@@ -10,7 +10,7 @@ from trimserve.report import human_bytes
 
 def decode_table() -> str:
     """Full, compact and exact decoding: the newest row of each model, format and share of standing drafts."""
-    rows = _decode_rows()
+    rows = decode_rows()
     header = (
         "model",
         "V",
@@ -46,7 +46,7 @@ def decode_table() -> str:
 
 def decode_cost_table() -> str:
     """What a token of exact mode costs by part, beside the cost model's sum of parts measured apart."""
-    rows = [row for row in _decode_rows() if "parts_ms" in row]
+    rows = [row for row in decode_rows() if "parts_ms" in row]
     if not rows:
         return "Not measured yet: `python -m bench.decode`.\n"
     header = ("model", "body", "compact head", "cold product", "wasted steps", "sum", "measured", "own code")
@@ -90,14 +90,10 @@ def cold_head_table() -> str:
     return f"{markdown(header, lines)}\nMilliseconds of one product. {where(rows[-1])}.\n"
 
 
-def _decode_rows() -> list[dict[str, Any]]:
-    """The newest rows; those of a model that was measured for several shares of standing drafts together."""
+def decode_rows() -> list[dict[str, Any]]:
+    """The newest row of each model, format and share of standing drafts; most drafts stand in the first."""
     rows = harness.newest_rows("decode", "model", "quantize", "stand")
-    measured = {(row["model"], row["quantize"]) for row in rows if row.get("stand") is not None}
-    found = [
-        row for row in rows if row.get("stand") is not None or (row["model"], row["quantize"]) not in measured
-    ]
-    return sorted(found, key=lambda row: -row.get("stand", 1.0))
+    return sorted(rows, key=lambda row: -row["stand"])
 
 
 def _median(row: Mapping[str, Any], way: str) -> str:

@@ -77,7 +77,7 @@ def _horizontal_bars(
 
 def decode(figure: "Figure", rows: Mapping[str, Sequence[Row]], theme: Theme) -> None:
     """Milliseconds a token of full, compact and exact decoding."""
-    found = rows["decode"]
+    found = [row for row in rows["decode"] if row["stand"] >= 0.99]
     axes = figure.subplots()
     names = [f"{row['model']}\n{row['quantize'] or 'fp32'}, K = {row['kept']:,}" for row in found]
     colours = {"full": theme.full, "compact": theme.compact, "exact": theme.exact}

@@ -45,7 +45,7 @@ class Figure:
 
 FIGURES = {
     "decode": Figure(
-        {"decode": ("model", "quantize")},
+        {"decode": ("model", "quantize", "stand")},
         (8, 4.2),
         figures.decode,
         "Milliseconds a token of the full model, compact mode and exact mode",
