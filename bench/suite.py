@@ -46,7 +46,7 @@ SUITE = (
     # These two read what `make demo` wrote.
     Entry("encoder", 1, quick=False, needs_data=False),
     Entry("translate", 0.5, quick=False, needs_data=False),
-    Entry("encoder_grid", 8, ("--rounds", "3", "--seconds", "3", "--most-tokens", "1024"), on_device=True),
+    Entry("encoder_grid", 7, ("--rounds", "3", "--seconds", "3", "--most-tokens", "1024"), on_device=True),
     Entry(
         "decode",
         9,
@@ -54,7 +54,7 @@ SUITE = (
         quick_needs_data=False,
         on_device=True,
     ),
-    Entry("serving", 7, ("--steps", "3"), needs_data=False, on_device=True),
+    Entry("serving", 9, ("--steps", "2"), needs_data=False, on_device=True),
     Entry("memory", 1.5, quick_needs_data=False),
     Entry("scale", 3, ("--seconds", "0.5"), on_device=True),
     Entry("paper", 3),
