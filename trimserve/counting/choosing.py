@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from trimserve.counting.encoders import Encoder, Engine, FastEncoder, PlainEncoder
+from trimserve.counting.encoders import Encoder, Engine, FastEncoder, Flat, PlainEncoder
 from trimserve.counting.words import WordEncoder
 from trimserve.errors import UsageError
 
@@ -58,21 +58,22 @@ def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[s
     """
     plain = PlainEncoder(tokenizer)
     texts = [*_AWKWARD, *sample]
+    expected: Flat | None = None
     engine: Engine
-    expected = plain.encode(texts)
     # fastokens knows BPE alone; trying others would cost the parsing of their vocab.
     fast = size >= _WORTH_LOADING and isinstance(tokenizer.model, BPE)
     for engine in ("fastokens", "words") if fast else ("words",):
         try:
             encoder = make_encoder(engine, tokenizer, tokenizer_json)
+            if isinstance(encoder, WordEncoder) and sample and not encoder.parts_most_of(sample):
+                log.info("engine words: the sample has hardly any spaces")
+                continue
             found = encoder.encode(texts)
         except (ImportError, UsageError) as error:
             log.info("engine %s: %s", engine, error)
             continue
-        if not (np.array_equal(found.ids, expected.ids) and np.array_equal(found.lengths, expected.lengths)):
-            log.info("engine %s differs from tokenizers on the sample, so it is not used", engine)
-        elif isinstance(encoder, WordEncoder) and sample and not encoder.parts_most_of(sample):
-            log.info("engine words: the sample has hardly any spaces")
-        else:
+        expected = expected or plain.encode(texts)
+        if np.array_equal(found.ids, expected.ids) and np.array_equal(found.lengths, expected.lengths):
             return encoder
+        log.info("engine %s differs from tokenizers on the sample, so it is not used", engine)
     return plain
