@@ -16,7 +16,7 @@ from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve import tensorfile
 from trimserve.artefacts import load_vocab
 from trimserve.cli.main import main
-from trimserve.corpus import documents, slices
+from trimserve.corpus import documents, reader, slices
 from trimserve.counting import local
 from trimserve.counting.counter import DocumentCounter
 from trimserve.counting.sums import Sums
@@ -300,6 +300,18 @@ def test_shards_add_up_to_the_whole(here, call, caplog):
         assert (code, "from 1/N to N/N" in err) == (2, True)
     code, _, err = call("profile", "-", "-m", "model", "-o", "p", "--shard", "1/2")
     assert (code, "cannot be shared out" in err) == (2, True)
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_lines_are_numbered_for_messages_only(here, call, monkeypatch):
+    """A slice would have to read all of the file before it, for every row."""
+    monkeypatch.setattr(reader, "_places", lambda *_: lambda line: pytest.fail(f"numbered line {line}"))
+    rows = [json.dumps({"t": f"a cat {i} é"}, ensure_ascii=i % 2 == 0) + "\n" for i in range(400)]
+    (here / "rows.jsonl").write_text("".join(rows), "utf-8")
+    (here / "lines.txt").write_text("the cat sat\n" * 800, "utf-8")
+    assert call("profile", "rows.jsonl", "--text-column", "t", "-m", "bert", "-o", "rows")[0] == 0
+    assert call("profile", "lines.txt", "-m", "bert", "-o", "lines")[0] == 0
+    assert (Profile.load("rows").texts, Profile.load("lines").texts) == (400, 1)
 
 
 @pytest.mark.usefixtures("small_slices")

@@ -149,6 +149,14 @@ def test_tokenizers_itself_is_used_where_nothing_else_is_proven(monkeypatch):
     assert choose_encoder(tokenizer, tokenizer.to_str(), ["a"], 1 << 30).name == "tokenizers"
 
 
+def test_a_sample_without_spaces_is_not_encoded_to_choose(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    monkeypatch.setattr(PlainEncoder, "encode", lambda *_: pytest.fail("encoded"))
+    tokenizer = KINDS["byte_level_bpe"]()
+    chosen = choose_encoder(tokenizer, tokenizer.to_str(), ["日本語のテキスト" * 9], 1 << 19)
+    assert chosen.name == "tokenizers"
+
+
 @pytest.mark.parametrize("kind", ["byte_level_bpe", "sentencepiece_bpe"])
 def test_fastokens_gives_the_same_ids(kind):
     pytest.importorskip("fastokens")
@@ -180,7 +188,7 @@ def test_a_part_is_encoded_behind_its_context():
     encoder = PlainEncoder(TINY["sentencepiece_bpe"])
     text = "The cat<|end|>\nsat on the mat"
     (whole,) = [encoder.encode([text]).ids]
-    parts = [Document("The cat<|end|>\n", "x"), Document("sat on the mat", "x", 1, "The cat<|end|>\n")]
+    parts = [Document("The cat<|end|>\n"), Document("sat on the mat", 1, "The cat<|end|>\n")]
     assert encode_parts(encoder, parts).ids.tolist() == whole.tolist()
     assert encoder.encode([part.text for part in parts]).ids.tolist() != whole.tolist()
 
@@ -188,7 +196,7 @@ def test_a_part_is_encoded_behind_its_context():
 def test_a_token_across_context_and_part_is_not_counted():
     # Behind "th" the model's answer "e" is its own token, though "the" would be one.
     encoder = PlainEncoder(TINY["byte_level_bpe"])
-    torn = encode_parts(encoder, [Document("th", "x"), Document("e cat", "x", 1, "th"), Document("a", "x")])
+    torn = encode_parts(encoder, [Document("th"), Document("e cat", 1, "th"), Document("a")])
     expected = [*encoder.encode(["th"]).ids, *encoder.encode(["e cat"]).ids, *encoder.encode(["a"]).ids]
     assert torn.ids.tolist() == expected
     assert torn.lengths.sum() == len(expected)
@@ -196,7 +204,7 @@ def test_a_token_across_context_and_part_is_not_counted():
 
 def test_counts_do_not_depend_on_batches():
     tokenizer = TINY["wordpiece"]
-    documents = [Document(f"the cat {number % 3} sat", "x") for number in range(9)]
+    documents = [Document(f"the cat {number % 3} sat") for number in range(9)]
     documents[4] = documents[4]._replace(part=1, output=True)
     blocks = []
     for characters, beside in product((1, 30, 10_000), (False, True)):
@@ -252,8 +260,8 @@ def test_words_are_not_looked_for_where_there_are_none():
 
 def test_an_error_while_reading_ahead_comes_through():
     def reading():
-        yield Document("the cat", "x")
-        yield Document("sat", "x")
+        yield Document("the cat")
+        yield Document("sat")
         raise UsageError("a bad row")
 
     encoder = PlainEncoder(TINY["wordpiece"])

@@ -280,7 +280,7 @@ CHAT = [
 
 def test_a_conversation_is_prompts_and_completions_in_turn():
     template = ChatTemplate(CHAT_TEMPLATE, {})
-    turns = list(conversation(template, CHAT, "x"))
+    turns = list(conversation(template, CHAT))
     assert [(turn.text, turn.output) for turn in turns] == [
         ("<|turn|>user\nHi<|end|>\n<|turn|>assistant\n", False),
         ("Hello!<|end|>\n", True),
@@ -290,7 +290,7 @@ def test_a_conversation_is_prompts_and_completions_in_turn():
     assert "".join(turn.text for turn in turns) == template.render(CHAT, add_generation_prompt=False)
     assert [turn.part for turn in turns] == [0, 1, 2, 3]
     assert turns[1].context.endswith("<|turn|>assistant\n")
-    (open_,) = conversation(template, CHAT[:1], "x")
+    (open_,) = conversation(template, CHAT[:1])
     assert open_.text == template.render(CHAT[:1])
 
 
@@ -305,7 +305,7 @@ def test_a_template_that_forgets_earlier_thoughts_shows_what_each_turn_adds():
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d"},
     ]
-    turns = [(turn.text, turn.output) for turn in conversation(ChatTemplate(source, {}), messages, "x")]
+    turns = [(turn.text, turn.output) for turn in conversation(ChatTemplate(source, {}), messages)]
     # The second prompt is another one than the first answer continued: it is counted whole.
     assert turns == [
         ("[user]a[assistant]", False),

@@ -128,7 +128,7 @@ def _lines(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             raise UsageError(f"{path} holds records: name the field of their text with --text-column.")
         for document in Corpus([path], args.text_column if records else None).documents():
             if records:
-                yield document.origin, document.text
+                yield document.origin(), document.text
             else:
                 yield from ((path, line) for line in document.text.splitlines())
 

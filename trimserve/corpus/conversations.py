@@ -8,7 +8,7 @@ from trimserve.corpus.documents import Document
 _CONTEXT_CHARACTERS = 64
 
 
-def conversation(template: ChatTemplate, messages: Sequence[Message], origin: str) -> Iterator[Document]:
+def conversation(template: ChatTemplate, messages: Sequence[Message]) -> Iterator[Document]:
     """Yield what each turn of a conversation adds: its prompt, then the assistant's completion.
 
     The prompt of a turn is what the template makes of the messages before it, with the opening of the
@@ -18,7 +18,6 @@ def conversation(template: ChatTemplate, messages: Sequence[Message], origin: st
     Args:
         template: the model's own.
         messages: the row's messages, oldest first.
-        origin: file and line.
 
     Raises:
         UsageError: the template refuses the messages.
@@ -37,16 +36,16 @@ def conversation(template: ChatTemplate, messages: Sequence[Message], origin: st
         seen = answered
     if not messages or messages[-1].get("role") != "assistant":
         pieces.append((_added(template.render(messages), seen), False))
-    yield from _chained(pieces, origin)
+    yield from _chained(pieces)
 
 
 def _added(text: str, before: str) -> str:
     return text.removeprefix(before)
 
 
-def _chained(pieces: Sequence[tuple[str, bool]], origin: str) -> Iterator[Document]:
+def _chained(pieces: Sequence[tuple[str, bool]]) -> Iterator[Document]:
     context, part = "", 0
     for text, output in pieces:
         if text or part == 0:
-            yield Document(text, origin, part, context, output)
+            yield Document(text, part, context, output)
             context, part = (context + text)[-_CONTEXT_CHARACTERS:], part + 1

@@ -26,20 +26,21 @@ class Document(NamedTuple):
 
     Attributes:
         text: the characters, newlines as they stand in the file.
-        origin: where it begins, for messages: file, or file and line.
         part: 0 for the beginning of a document, counted up for its further parts.
         context: end of what stands before a further part; it decides how the part's first token reads,
             and its own tokens are not counted.
         output: whether the part is a completion.
         cut: whether the text ends in a newline at which a long document was cut.
+        origin: tells where the document begins: file, or file and line. In a slice of a file that takes a
+            reading of all before it, so it is for messages.
     """
 
     text: str
-    origin: str
     part: int = 0
     context: str = ""
     output: bool = False
     cut: bool = False
+    origin: Callable[[], str] = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +170,15 @@ def _joined(lines: list[str]) -> Iterator[str]:
 
 
 def cut_documents(
-    pieces: Iterable[str], origin: str, *, first_part: int = 0, cut: bool = False
+    pieces: Iterable[str], *, first_part: int = 0, cut: bool = False, origin: Callable[[], str] = str
 ) -> Iterator[Document]:
     """Join the pieces of one document and cut it where it grows too long.
 
     Args:
         pieces: the text, cut anywhere.
-        origin: for messages.
         first_part: the number of its first part; not 0 where the text continues a document.
         cut: whether a further text continues it, behind the newline that it ends in.
+        origin: see `Document`.
     """
     text, part, searched = "", first_part, 0
     for piece in pieces:
@@ -187,14 +188,14 @@ def cut_documents(
             if end == 0:
                 searched = len(text) - 1  # a cut needs one character behind it
                 break
-            yield _part(text[:end], origin, part, cut=True)
+            yield _part(text[:end], part, cut=True, origin=origin)
             text, part, searched = text[end:], part + 1, 0
     if text or part == 0:
-        yield _part(text, origin, part, cut=cut)
+        yield _part(text, part, cut=cut, origin=origin)
 
 
-def _part(text: str, origin: str, part: int, *, cut: bool) -> Document:
-    return Document(text, origin, part, CUT_CONTEXT if part else "", cut=cut)
+def _part(text: str, part: int, *, cut: bool, origin: Callable[[], str]) -> Document:
+    return Document(text, part, CUT_CONTEXT if part else "", cut=cut, origin=origin)
 
 
 def _cut_position(text: str, searched: int) -> int:

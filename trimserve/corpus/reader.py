@@ -128,12 +128,12 @@ def read_stream(
     elif format_ in ("csv", "tsv"):
         yield from read_csv(stream, "\t" if format_ == "tsv" else ",", place, reading, faults)
     else:
-        origin = place(1).rpartition(", ")[0]
+        origin = lambda: place(1).rpartition(", ")[0]  # noqa: E731
         pieces = decode(iter(lambda: stream.read(_BLOCK_BYTES), b""), place, faults)
         if reading.unit == "document":
-            yield from cut_documents(pieces, origin, first_part=bounds.first_part, cut=bounds.cut)
+            yield from cut_documents(pieces, first_part=bounds.first_part, cut=bounds.cut, origin=origin)
         else:
-            yield from (Document(unit, origin) for unit in split_units(pieces, reading.unit))
+            yield from (Document(unit, origin=origin) for unit in split_units(pieces, reading.unit))
 
 
 class TextsReader:
@@ -152,14 +152,13 @@ class TextsReader:
     def documents(self) -> Iterator[Document]:
         """Yield the documents in order; an empty text is one."""
         for number, text in enumerate(self._texts, 1):
-            origin = f"text {number:,}"
-            if encodable(text, lambda: origin, self._faults) is None:  # noqa: B023
+            if encodable(text, lambda: f"text {number:,}", self._faults) is None:  # noqa: B023
                 continue
             encoded = text.encode()
             for block in (len(encoded).to_bytes(8, "little"), encoded):
                 self._digest.update(block)
                 self.count += len(block)
             if self._reading.unit == "document":
-                yield from cut_documents([text], origin)
+                yield from cut_documents([text])
             else:
-                yield from (Document(unit, origin) for unit in split_units([text], self._reading.unit))
+                yield from map(Document, split_units([text], self._reading.unit))

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import IO, Any
 
 from trimserve.corpus.conversations import conversation
@@ -38,10 +39,10 @@ def read_jsonl(stream: Iterable[bytes], place: Place, reading: Reading, faults: 
         if plain is not None and type(record) is dict:
             text = record.get(plain)
             if type(text) is str and text and text.isascii() and len(text) <= MAX_CHARACTERS:
-                yield Document(text, place(number))
+                yield Document(text, origin=partial(place, number))
                 continue
         if record is not None:
-            yield from row_documents(record, reading, lambda: place(number), faults)  # noqa: B023
+            yield from row_documents(record, reading, partial(place, number), faults)
 
 
 def _record(line: bytes, number: int, place: Place, faults: Faults) -> object | None:
@@ -73,7 +74,7 @@ def read_csv(
             faults.meet(Faults.BROKEN, lambda: f"{place(line)}: broken csv ({reason}): mend the file.")  # noqa: B023
             continue
         line = rows.line_num
-        yield from row_documents(row, reading, lambda: place(line), faults)  # noqa: B023
+        yield from row_documents(row, reading, partial(place, line), faults)
 
 
 def read_parquet(
@@ -90,7 +91,7 @@ def read_parquet(
         batches = file.iter_batches(batch_size=256, row_groups=list(groups), columns=roots)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, row in enumerate(rows, before + 1):
-            yield from row_documents(row, reading, lambda: place(number), faults)  # noqa: B023
+            yield from row_documents(row, reading, partial(place, number), faults)
 
 
 def _root(column: str, names: list[str]) -> str:
@@ -116,7 +117,7 @@ def row_documents(
     if text is None:
         return
     if reading.unit != "document":
-        yield from (Document(unit, origin()) for unit in split_units([text], reading.unit))
+        yield from (Document(unit, origin=origin) for unit in split_units([text], reading.unit))
         return
     output = None
     if reading.output_column is not None:
@@ -124,9 +125,9 @@ def row_documents(
         output = None if given is None else _text(given, reading.output_column, origin, faults)
         if output is None:
             return
-    yield from cut_documents([text], origin())
+    yield from cut_documents([text], origin=origin)
     if output is not None:
-        yield Document(output, origin(), 1, "", output=True)
+        yield Document(output, 1, output=True, origin=origin)
 
 
 def _turns(
@@ -141,7 +142,7 @@ def _turns(
         )
         return
     try:
-        turns = list(conversation(reading.template, messages, origin()))
+        turns = list(conversation(reading.template, messages))
         for turn in turns:
             turn.text.encode()
     except UsageError as error:
