@@ -12,7 +12,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import certificate_tables, decode_tables, encoder, harness, plot, profile_tables, tables, targets
+from bench import (
+    certificate_tables,
+    decode_tables,
+    encoder,
+    harness,
+    peer_tables,
+    plot,
+    profile_tables,
+    tables,
+    targets,
+)
 from bench.finetune_tables import banking_table, finetune_table
 from bench.matrix_table import matrix_table
 from trimserve.report import human_bytes
@@ -23,6 +33,7 @@ _COMMANDS = {
     "profile_scaling": "profile --scaling",
     "profile_memory": "profile --memory",
     "certificate_pages": "certificate",
+    "race": "peers",
 }
 MARKERS = re.compile(r"<!-- (measured|plot): (\w+) -->")
 _BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -115,6 +126,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream": stream_table,
     "trim": trim_table,
     **tables.TABLES,
+    **peer_tables.TABLES,
     "targets": targets.table,
     **profile_tables.TABLES,
     "finetune": finetune_table,

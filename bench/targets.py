@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench import harness, memory
+from bench import harness, memory, peers
 from bench.decode_tables import decode_rows
 from bench.tables import interval, markdown, quiet
 from trimserve.report import human_bytes
@@ -17,6 +17,7 @@ _STAND = 0.99
 def table() -> str:
     """The project's targets beside the newest rows."""
     lines = [line for row in decode_rows() for line in _decode_targets(row)]
+    lines += _peer_targets()
     lines += _memory_targets()
     for row in harness.newest_rows("encoder_grid", "model"):
         saved = row["saved_share"]
@@ -60,6 +61,18 @@ def _decode_targets(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     allowed = row["moved_bytes"]["trimmed"] + _MEMORY_ALLOWANCE
     sizes = (f"<= {human_bytes(allowed)}", human_bytes(anonymous))
     yield (f"{name}: anonymous memory", *sizes, _met(anonymous <= allowed))
+
+
+def _peer_targets() -> list[tuple[str, ...]]:
+    """Time a token beside onnxruntime-genai's on the untrimmed model in the same number format."""
+    lines: list[tuple[str, ...]] = []
+    for row in harness.newest_rows("peers", "precision"):
+        for name, tool in row["tools"].items():
+            if name.startswith("trimserve") and name != peers.UNTRIMMED and peers.GENAI in tool["time_to"]:
+                ratio = tool["time_to"][peers.GENAI]
+                label = f"{row['model']}, {row['precision']}: {name}, time to genai's on the untrimmed model"
+                lines.append((label, "<= 1", interval(ratio), _met(ratio["value"] <= 1)))
+    return lines
 
 
 def _memory_targets() -> list[tuple[str, ...]]:
