@@ -6,7 +6,6 @@ from typing import Any
 from bench import harness, peers, segmentation
 from bench.tables import markdown, where
 
-
 _NOTICED = ("tool", "ms a token", "ms to the first", "anonymous", "same ids")
 
 
