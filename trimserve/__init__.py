@@ -22,6 +22,7 @@ from trimserve.errors import (
     UsageError,
     require,
 )
+from trimserve.version import __version__
 
 if TYPE_CHECKING:
     from trimserve.difference import Difference, diff
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from trimserve_export.inspection import Inspection
     from trimserve_export.pipeline import ExportResult
     from trimserve_export.verify import VerifyResult
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Difference",

@@ -6,7 +6,6 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.blocks import BlockScheme
 from trimserve.folder import (
@@ -21,6 +20,7 @@ from trimserve.folder import (
     list_files,
 )
 from trimserve.source import GENAI_NAME
+from trimserve.version import __version__
 from trimserve.vocab import VocabMap
 from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.exporters.choice import Choice

@@ -9,8 +9,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from trimserve import __version__
 from trimserve.errors import TrimserveError
+from trimserve.version import __version__
 
 # subcommand -> its one-line help; trimserve/cli/<subcommand>.py has add_arguments(parser) and run(args).
 COMMANDS = {

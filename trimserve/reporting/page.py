@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-from trimserve import __version__
 from trimserve.report import human_bytes
 from trimserve.reporting import sections
 from trimserve.reporting.charts import share_text
 from trimserve.reporting.facts import Report
 from trimserve.reporting.markup import per_thousand, safe, tile, times
+from trimserve.version import __version__
 
 _SECTIONS = (
     sections.coverage,

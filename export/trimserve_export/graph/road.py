@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trimserve import __version__
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.errors import UsageError
 from trimserve.folder import VOCAB_NAME, Manifest, is_trimmed, list_files, read_manifest
 from trimserve.source import CONFIG_NAME, GENAI_NAME, ModelSource
+from trimserve.version import __version__
 from trimserve.vocab import VocabMap
 from trimserve_export.checkpoint import check_vocab
 from trimserve_export.configs import compact_config
