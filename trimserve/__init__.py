@@ -46,6 +46,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "VocabMap",
+    "__version__",
     "diff",
     "export",
     "inspect",
