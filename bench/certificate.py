@@ -54,7 +54,7 @@ def decode(args: argparse.Namespace, name: str, work: Path) -> dict[str, Any]:
     case = make_case(args, name, None, _made(args, name) or work, float32=float32)
     trimmed = case.folders["trimmed"]
     neighbours = harness.Neighbours()
-    samples, dropped = _answers(case, args.steps)
+    samples, dropped = _answers(case, args.steps, work)
     token_ms = {variant: _token_ms(found) for variant, found in samples.items()}
     dropped_ms = {variant: _token_ms(found) for variant, found in dropped.items()}
     exact = [samples[variant] for variant in DECODING if variant != "compact"] + list(dropped.values())
@@ -108,12 +108,15 @@ def _made(args: argparse.Namespace, name: str) -> Path | None:
 _Answers = dict[str, list[dict[str, Any]]]
 
 
-def _answers(case: Case, steps: int) -> tuple[_Answers, _Answers]:
-    """The answers of each variant, with cached pages and with the files dropped before each check."""
+def _answers(case: Case, steps: int, work: Path) -> tuple[_Answers, _Answers]:
+    """The answers of each variant, with cached pages and with the files dropped before each check.
+
+    These are a copy: pages that another process has mapped stay in the page cache.
+    """
     samples: _Answers = {variant: [] for variant in DECODING}
     dropped: _Answers = {variant: [] for variant in DROPPED}
-    folder = str(case.folders["trimmed"].resolve())
-    words = ["-m", "bench.certificate_worker", folder, "--threads", str(case.threads)]
+    copy = shutil.copytree(case.folders["trimmed"], work / "dropped", dirs_exist_ok=True)
+    words = ["-m", "bench.certificate_worker", str(copy), "--threads", str(case.threads)]
     with case.start("trimmed") as worker, harness.Worker(words) as dropper:
         for number in range(-1, steps):
             asked = [

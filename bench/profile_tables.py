@@ -55,7 +55,7 @@ def scaling_table() -> str:
     """Seconds of the whole command by size and workers, from bench/profile.py --scaling."""
     row = harness.last_row("profile_scaling")
     others = row["others_cpu_share"]
-    busy = "" if others is None else f" Other processes had {others:.0%} of the CPUs."
+    busy = "" if others is None else f" Other processes, Ray's among them, had {others:.0%} of the CPUs."
     caption = (
         "The whole command, start and, for Ray, the start and end of a cluster on this machine included. "
         f"Texts of all corpora, which begin again beyond 57 MB.{busy} {tables.where(row)}."
