@@ -167,7 +167,7 @@ def decode_table() -> str:
         for row in rows
     ]
     ratios = "; ".join(
-        f"{row['model']}: certified to plain {tables.interval(row['ratio']['blocks'])}, at block size 1 "
+        f"{row['model']}{_cold(row)}: certified to plain {tables.interval(row['ratio']['blocks'])}, at block size 1 "
         f"{tables.interval(row['ratio'][', block 1'])}"
         for row in rows
     )
@@ -196,7 +196,7 @@ def products_table() -> str:
                 )
                 lines.append((label, *(f"{times[size]:.1f}" for size in sizes)))
     disk = "; ".join(
-        f"{row['model']} {human_bytes(row['folder_bytes'])} with the sketch, "
+        f"{row['model']}{_cold(row)}: {human_bytes(row['folder_bytes'])} with the sketch, "
         f"{human_bytes(row['folder_bytes_without'])} without (cold rows {human_bytes(row['cold_row_bytes'])})"
         for row in rows
     )
