@@ -167,8 +167,8 @@ def decode_table() -> str:
         for row in rows
     ]
     ratios = "; ".join(
-        f"{row['model']}{_cold(row)}: certified to plain {tables.interval(row['ratio']['blocks'])}, at block size 1 "
-        f"{tables.interval(row['ratio'][', block 1'])}"
+        f"{row['model']}{_cold(row)}: certified to plain {tables.interval(row['ratio']['blocks'])}, at block "
+        f"size 1 {tables.interval(row['ratio'][', block 1'])}"
         for row in rows
     )
     caption = f"Milliseconds a token, medians. {ratios}. {_circumstances(rows[-1])}"
