@@ -133,8 +133,10 @@ def targets_table() -> str:
         reads = row["reads"]
         share = reads["certified"]["bytes_per_token"] / reads["plain"]["bytes_per_token"]
         ratios = row["ratio"]
+        # Meant for text: how often drafts of random weights fall decides what their blocks read.
+        limit = "0.30" if row["model"] == "multidomain-qwen2" else ""
         lines += [
-            ("cold bytes a token", label, "0.30", f"{share:.2f}"),
+            ("cold bytes a token", label, limit, f"{share:.2f}"),
             ("time a token", label, "1", tables.interval(ratios["blocks"])),
             ("time a token, cold files dropped", label, "1", tables.interval(ratios["dropped"])),
             (
