@@ -25,6 +25,7 @@ from trimserve.counting.job import Job
 from trimserve.counting.local import count_local
 from trimserve.counting.sums import Sums, plan_hash
 from trimserve.errors import UsageError
+from trimserve.heap import release_free_memory
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,7 @@ class CorpusCounter:
         sample = sample_texts(self.slices, self._corpus.options, size)
         sample += cut_texts(first, size)
         encoder = choose_encoder(self._tokenizer, self._tokenizer_json, sample, total)
+        release_free_memory()  # of the tokenizer's components, read as JSON
         log.info("engine %s", encoder.name)
         return encoder
 
