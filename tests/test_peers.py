@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bench import arena, memory, peer_environments, peer_tools, peers, segmentation, tables
+from bench import arena, memory, peer_environments, peer_tables, peer_tools, peers, segmentation
 from bench.peer_environments import CannotRunError, Environment
 
 
@@ -91,7 +91,7 @@ def test_a_reason_of_one_number_format_names_it():
         {"precision": "fp32", "cannot_run": {"a": "needs a GPU"}},
         {"precision": "int4", "cannot_run": {"a": "needs a GPU", "b": "cuts no blocks"}},
     ]
-    assert tables._reasons(rows) == {"a": ["needs a GPU"], "b": ["int4: cuts no blocks"]}
+    assert peer_tables._reasons(rows) == {"a": ["needs a GPU"], "b": ["int4: cuts no blocks"]}
 
 
 def test_segments_are_compared_with_the_original_tokenizers():
