@@ -13,8 +13,9 @@ from trimserve.errors import UsageError
 
 Unit = Literal["document", "line", "paragraph"]
 UNITS: tuple[Unit, ...] = ("document", "line", "paragraph")
-# A long document is cut into parts of this length, so that all cores share it.
-MAX_CHARACTERS = 1 << 18
+# A long document is cut into parts of this length, so that all cores share it, and because encoding a text
+# takes many times its bytes (bench.profile --memory).
+MAX_CHARACTERS = 1 << 16
 # Where a long document may be cut: after a lone newline with a letter or digit behind it. The
 # pre-tokenizers of the byte-level BPE families all end a piece there, so no token spans the cut.
 CUT = re.compile(r"(?<=\S)\n(?=\w)")

@@ -20,7 +20,7 @@ from trimserve.heap import release_free_memory
 _BATCH_TEXTS = 1 << 14
 # How often free memory goes back to the system: what the tokenizer's threads free lies scattered, and without
 # this the heap would grow for some 100 MB of text. It takes milliseconds.
-_RELEASE_CHARACTERS = 1 << 22
+_RELEASE_CHARACTERS = 1 << 21
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
