@@ -14,13 +14,9 @@ from trimserve.corpus import Document
 from trimserve.corpus.documents import CUT_CONTEXT
 from trimserve.counting.blocks import Block, Counts
 from trimserve.counting.encoders import Encoder, Flat
-from trimserve.heap import release_free_memory
 
 # More documents a batch would only hold memory.
 _BATCH_TEXTS = 1 << 14
-# How often free memory goes back to the system: what the tokenizer's threads free lies scattered, and without
-# this the heap would grow for some 100 MB of text. It takes milliseconds.
-_RELEASE_BATCHES = 4
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -34,7 +30,6 @@ class DocumentCounter:
         self._block = Block.empty(rows)
         self._presence = _Presence(rows)
         self._drop_cuts = newline_is_space(encoder)
-        self._batches = 0
 
     def add_all(self, documents: Iterable[Document], after: Callable[[], None] = lambda: None) -> None:
         """Count documents batch by batch, whole or in parts; the parts of one in order.
@@ -69,9 +64,6 @@ class DocumentCounter:
             self._presence.add(flat, begins)
             block.texts += int(np.count_nonzero(begins))
             block.characters += sum(len(document.text) for document in batch)
-        self._batches += 1
-        if self._batches % _RELEASE_BATCHES == 0:
-            release_free_memory()
 
     def finish(self, *, shared: bool = False) -> Block:
         """The sums; `shared` where all of it was one document, of which there are further parts elsewhere."""

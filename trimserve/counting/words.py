@@ -31,10 +31,10 @@ _CJK_RANGES = (
 )
 _LEAST_CJK = 0x3400
 _RARE_SPACES = 32
-_MAX_WORDS = 1 << 17
+_MAX_WORDS = 1 << 18
 # Encoded at a time: what tokenizers gives takes many times the text until its ids are read.
-_NEW_CHARACTERS = 1 << 15
-_MAX_CHARACTERS = 1 << 22
+_NEW_CHARACTERS = 1 << 17
+_MAX_CHARACTERS = 1 << 23
 
 Indices = npt.NDArray[np.int64]
 
@@ -114,7 +114,7 @@ class WordEncoder:
     """Looks words up, and encodes only those that are met for the first time."""
 
     name: Engine = "words"
-    batch_characters = 1 << 18
+    batch_characters = 1 << 20
     beside = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
