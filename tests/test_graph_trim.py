@@ -72,7 +72,8 @@ def test_any_sizes(data):
         made = sketch(
             data.draw(SEVERAL(sorted(EMBEDDINGS))), data.draw(SEVERAL(sorted(HEADS))), after, **sizes
         )
-    kept = data.draw(st.sets(st.integers(0, V - 1), min_size=1))
+    # A head of one row is a matrix times a vector to ONNX Runtime, which adds in another order.
+    kept = data.draw(st.sets(st.integers(0, V - 1), min_size=2))
     vocab = make_vocab(sorted(kept), V)
     compact = np.random.default_rng(1).integers(0, len(vocab), (1, 5))
     (full,) = run(made.model(), {"input_ids": vocab.to_original(compact).astype(np.int64)})
