@@ -72,15 +72,16 @@ def test_any_sizes(data):
         made = sketch(
             data.draw(SEVERAL(sorted(EMBEDDINGS))), data.draw(SEVERAL(sorted(HEADS))), after, **sizes
         )
-    # A head of one row is a matrix times a vector to ONNX Runtime, which adds in another order.
-    kept = data.draw(st.sets(st.integers(0, V - 1), min_size=2))
+    kept = data.draw(st.sets(st.integers(0, V - 1), min_size=1))
     vocab = make_vocab(sorted(kept), V)
     compact = np.random.default_rng(1).integers(0, len(vocab), (1, 5))
     (full,) = run(made.model(), {"input_ids": vocab.to_original(compact).astype(np.int64)})
     model = made.model()
     trim_graph(model, vocab, has_head=True)
     (found,) = run(model, {"input_ids": compact})
-    np.testing.assert_array_equal(found, full[..., vocab.kept_ids])
+    # Not bit for bit, as above: for a few rows ONNX Runtime takes other kernels, which add in another order.
+    size = np.abs(full[np.abs(full) < 1e30]).max(initial=1)
+    np.testing.assert_allclose(found, full[..., vocab.kept_ids], rtol=0, atol=H * 2.0**-22 * size)
 
 
 def test_width_that_is_no_multiple_of_the_block():
