@@ -79,9 +79,13 @@ def test_any_sizes(data):
     model = made.model()
     trim_graph(model, vocab, has_head=True)
     (found,) = run(model, {"input_ids": compact})
-    # Not bit for bit, as above: for a few rows ONNX Runtime takes other kernels, which add in another order.
+    expected = full[..., vocab.kept_ids]
+    if len(vocab) > 1:
+        np.testing.assert_array_equal(found, expected)
+        return
+    # A head of one row is a matrix times a vector to ONNX Runtime, which adds in another order.
     size = np.abs(full[np.abs(full) < 1e30]).max(initial=1)
-    np.testing.assert_allclose(found, full[..., vocab.kept_ids], rtol=0, atol=H * 2.0**-22 * size)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=H * 2.0**-22 * size)
 
 
 def test_width_that_is_no_multiple_of_the_block():
