@@ -194,7 +194,7 @@ def gemm(s: Sketch) -> None:
 def gemm_by_column(s: Sketch) -> None:
     """The shape is put together when the graph runs."""
     _flattened(s, "scored = Gemm(lines, head)")
-    s.add("shape = Shape<start = 0, end = 2>(input_ids)\nwhole = Concat<axis = 0>(shape, last)")
+    s.add("rows_shape = Shape<start = 0, end = 2>(input_ids)\nwhole = Concat<axis = 0>(rows_shape, last)")
     s.add("product = Reshape(scored, whole)", head=s.floats(s.H, s.V), last=np.array([s.V], np.int64))
 
 
