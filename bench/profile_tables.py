@@ -1,6 +1,6 @@
 """The tables of the benchmarks of profiling, as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench import harness, tables
@@ -11,7 +11,7 @@ from trimserve.report import human_bytes
 def throughput_header(_: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of `throughput_lines`."""
     after = ("without fastokens", "to the loop", "without fastokens")
-    return ("MB/s", "loop", "its encode alone", "profile", *after)
+    return ("MB/s", "loop", "its encode alone", "fastokens alone", "profile", *after)
 
 
 def throughput_lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -20,10 +20,14 @@ def throughput_lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name, corpora in row["mb_per_s"].items():
         for corpus, rates in corpora.items():
             ratio = row["ratio"][name][corpus]
-            cells = [f"{harness.spread(rates[variant]).median:.1f}" for variant in VARIANTS]
-            shown = [f"{ratio[variant]['value']:.1f} x" for variant in VARIANTS[2:]]
+            cells = [_median(rates.get(variant, [])) for variant in VARIANTS]
+            shown = [f"{ratio[variant]['value']:.1f} x" for variant in VARIANTS[3:]]
             lines.append((f"{name}, {corpus}", *cells, *shown))
     return lines
+
+
+def _median(rates: Sequence[float]) -> str:
+    return f"{harness.spread(rates).median:.1f}" if rates else "-"
 
 
 def throughput_table() -> str:
@@ -31,7 +35,8 @@ def throughput_table() -> str:
     row = harness.last_row("profile")
     caption = (
         "Median MB/s of text, tokenizers loaded. Loop: `encode_batch` and a Counter; encode alone: "
-        f"`encode_batch_fast` without looking at its ids. {tables.where(row)}."
+        "`encode_batch_fast` without looking at its ids; fastokens alone: the same of fastokens, which knows "
+        f"BPE only. {tables.where(row)}."
     )
     return tables.markdown(throughput_header(row), throughput_lines(row)) + f"\n{caption}\n"
 

@@ -184,6 +184,18 @@ def test_documents_with_an_id_are_counted_across_batches(documents, size):
     assert presence.finish().tolist() == [expected[id_] for id_ in range(10)]
 
 
+@pytest.mark.parametrize(("rows", "documents"), [(37, 9000), (1 << 20, 300)])
+def test_documents_with_an_id_are_counted_where_slots_of_the_hash_table_collide(rows, documents):
+    random = np.random.default_rng(0)
+    lengths = random.integers(0, 60 if rows == 37 else 3000, documents)
+    # More ids than slots; multiples of a power of two meet often.
+    ids = random.integers(0, rows, lengths.sum()) // 16 * 16
+    presence = _Presence(rows)
+    presence.add(Flat(ids.astype(np.uint32), lengths), np.ones(documents, np.bool_))
+    pairs = np.unique(np.stack([np.repeat(np.arange(documents), lengths), ids]), axis=1)
+    assert np.array_equal(presence.finish(), np.bincount(pairs[1], minlength=rows))
+
+
 def test_a_part_is_encoded_behind_its_context():
     encoder = PlainEncoder(TINY["sentencepiece_bpe"])
     text = "The cat<|end|>\nsat on the mat"

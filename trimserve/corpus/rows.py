@@ -38,7 +38,7 @@ def read_jsonl(stream: Iterable[bytes], place: Place, reading: Reading, faults: 
         record = _record(line, number, place, faults)
         if plain is not None and type(record) is dict:
             text = record.get(plain)
-            if type(text) is str and text and text.isascii() and len(text) <= MAX_CHARACTERS:
+            if type(text) is str and text and len(text) <= MAX_CHARACTERS and _unspelt(text) is None:
                 yield Document(text, origin=partial(place, number))
                 continue
         if record is not None:
@@ -186,21 +186,28 @@ def _text(value: object, column: str, origin: Callable[[], str], faults: Faults)
 
 def encodable(text: str, origin: Callable[[], str], faults: Faults) -> str | None:
     """The text if UTF-8 can spell it; JSON can hold half a surrogate pair, which it cannot."""
-    if text.isascii():
+    error = _unspelt(text)
+    if error is None:
         return text
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code, reason = ord(text[error.start]), str(error)
-        if 0xDC80 <= code <= 0xDCFF:  # what "surrogateescape" makes of a byte
-            faults.meet(Faults.UNDECODABLE, lambda: undecodable(origin(), code & 0xFF))
-        else:
-            faults.meet(
-                Faults.UNDECODABLE,
-                lambda: f"{origin()}: holds half a surrogate pair ({reason}): mend the text.",
-            )
-        return None
-    return text
+    code = ord(text[error.start])
+    if 0xDC80 <= code <= 0xDCFF:  # what "surrogateescape" makes of a byte
+        faults.meet(Faults.UNDECODABLE, lambda: undecodable(origin(), code & 0xFF))
+    else:
+        faults.meet(
+            Faults.UNDECODABLE,
+            lambda: f"{origin()}: holds half a surrogate pair ({error}): mend the text.",
+        )
+    return None
+
+
+def _unspelt(text: str) -> UnicodeEncodeError | None:
+    """Why UTF-8 cannot spell a text, if it cannot."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return error
+    return None
 
 
 def is_table(format_: Format) -> bool:

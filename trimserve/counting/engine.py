@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["local", "ray"]
 SAMPLE_CHARACTERS = 1 << 18
-_SAMPLE_SHARE = 64
+_SAMPLE_SHARE = 128
 _SAMPLE_LEAST = 1 << 14
 _SAMPLE_PLACES = 16
 _HASH_BLOCK = 1 << 22
