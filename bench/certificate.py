@@ -26,7 +26,7 @@ import numpy as np
 from bench import harness
 from bench.certificate_proof import CORPORA, proof_summary, prove
 from bench.certificate_worker import SIZES
-from bench.decode import REAL_MODEL, Case, make_case
+from bench.decode_case import REAL_MODEL, Case, make_case
 from bench.decode_models import SHAPES
 from trimserve.folder import COLD_NAME, MANIFEST_NAME
 from trimserve.report import human_bytes, table

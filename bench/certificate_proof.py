@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from bench.decode import REAL_MODEL
+from bench.decode_case import REAL_MODEL
 from bench.decode_models import float32_copy
 from trimserve.certified import ColdCertificate
 from trimserve.coldhead import ColdHead

@@ -21,87 +21,18 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench import harness
+from bench.decode_case import REAL_MODEL, WAYS, Case, Way, make_case
 from bench.decode_models import SHAPES
-from trimserve.report import human_bytes, table
+from bench.decode_rows import make_row, summary
 from trimserve.sketch import SKETCH_NAME
 
 SIZES = (1, 2, 4, 8, 16, 32)
-REAL_MODEL = "multidomain-qwen2"
 _WARM_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A way to generate: the folder, the mode asked for, and whether checks may use the sketch."""
-
-    folder: str
-    mode: str | None = None
-    certify: bool = False
-
-    def ask(self, workers: Mapping[str, harness.Worker], request: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a request in this mode to the worker of this folder."""
-        asked = {**request, "mode": self.mode, "certify": self.certify}
-        return workers[self.folder].ask(json.dumps(asked))
-
-
-WAYS = {
-    "full": Way("full"),
-    "compact": Way("trimmed", "compact"),
-    "exact": Way("trimmed", "exact"),
-    "certified": Way("trimmed", "exact", certify=True),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One model in one number format, exported."""
-
-    name: str
-    quantize: str | None
-    folders: Mapping[str, Path]
-    prompts: Sequence[str]
-    tokens: int
-    stand: float
-    threads: int
-    device: str
-
-    def start(self, folder: str) -> harness.Worker:
-        """A worker with the full or the trimmed folder."""
-        path = str(self.folders[folder].resolve())
-        words = [path, "--threads", str(self.threads), "--device", self.device]
-        return harness.Worker(["-m", "bench.decode_worker", *words])
-
-    def request(self, number: int) -> dict[str, Any]:
-        """The request for the prompt of a step."""
-        return {"prompt": self.prompts[number % len(self.prompts)], "tokens": self.tokens}
-
-
-def make_case(
-    args: Any,  # noqa: ANN401
-    name: str,
-    quantize: str | None,
-    work: Path,
-    *,
-    float32: bool = False,
-) -> Case:
-    """Export a model in a process of its own; `float32` is for the trained model's stored rows."""
-    stand = args.coverage if name == REAL_MODEL else args.stand
-    words = ["-m", "bench.decode_models", name, "--work", str(work), "--stand", str(stand)]
-    words += ["--prompt-tokens", str(args.prompt_tokens)]
-    words += ["--quantize", quantize] if quantize else []
-    words += ["--layers", str(args.layers)] if args.layers else []
-    words += ["--float32"] if float32 else []
-    made = harness.fresh_process(words)
-    folders = {folder: Path(made[folder]) for folder in ("full", "trimmed")}
-    return Case(name, quantize, folders, made["prompts"], args.tokens, stand, args.threads, args.device)
 
 
 def measure(case: Case, steps: int, scratch: Path) -> dict[str, Any]:
@@ -124,7 +55,7 @@ def measure(case: Case, steps: int, scratch: Path) -> dict[str, Any]:
             "trimmed": trimmed.ask(json.dumps(_terms_request(parts["trimmed"], context))),
         }
     others = {"others_cpu_share": neighbours.share(), "load_average": os.getloadavg()[0]}
-    return _row(case, answers, terms, parts, resident) | others
+    return make_row(case, answers, terms, parts, resident) | others
 
 
 def _ways(case: Case) -> dict[str, Way]:
@@ -150,162 +81,6 @@ def _resident(case: Case) -> dict[str, dict[str, int]]:
             request = case.request(0) | {"tokens": min(case.tokens, _WARM_TOKENS)}
             found[name] = way.ask({way.folder: worker}, request)["memory"]
     return found
-
-
-def _row(
-    case: Case,
-    answers: Mapping[str, Sequence[dict[str, Any]]],
-    terms: Mapping[str, dict[str, Any]],
-    parts: Mapping[str, dict[str, Any]],
-    resident: Mapping[str, dict[str, int]],
-) -> dict[str, Any]:
-    token_ms = {
-        name: [answer["ms"] / max(answer["tokens"] - 1, 1) for answer in found]
-        for name, found in answers.items()
-    }
-    pairs = [
-        ("compact", "full"),
-        *((way, other) for way in _exact_ways(answers) for other in ("full", "compact")),
-    ]
-    speed = {
-        f"{one}_to_{other}": asdict(harness.ratio(token_ms[other], token_ms[one])) for one, other in pairs
-    }
-    moved = {name: parts[name]["body_bytes"] + parts[name]["head_bytes"] for name in parts}
-    per_second = harness.bandwidth(case.threads)
-    return {
-        "model": case.name,
-        "quantize": case.quantize,
-        "stand": case.stand,
-        **_sizes(case.folders["trimmed"]),
-        "threads": case.threads,
-        "tokens": case.tokens,
-        "token_ms": {name: asdict(harness.spread(found)) for name, found in token_ms.items()},
-        "token_ms_samples": token_ms,
-        "speed": speed,
-        "ceiling": moved["full"] / moved["trimmed"],
-        "moved_bytes": moved,
-        "copy_bytes_per_s": per_second,
-        "ceiling_ms": {name: 1e3 * moved[name] / per_second for name in moved},
-        **_outcome(answers, "exact"),
-        **({"certified": _outcome(answers, "certified")} if "certified" in answers else {}),
-        "terms_ms": terms,
-        "cost_model": _cost_model(answers["exact"], terms["trimmed"]),
-        "parts_ms": {name: _part_ms(found) for name, found in answers.items()},
-        "memory": resident,
-    }
-
-
-def _exact_ways(answers: Mapping[str, Any]) -> list[str]:
-    return [name for name in answers if WAYS[name].mode == "exact"]
-
-
-def _outcome(answers: Mapping[str, Sequence[dict[str, Any]]], way: str) -> dict[str, Any]:
-    return {"same_ids": _same(answers["full"], answers[way]), "drafts": _drafts(answers[way])}
-
-
-def _same(full: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
-    """Share of answers with the full model's ids."""
-    equal = sum(bool(a["ids"] == b["ids"]) for a, b in zip(full, other, strict=True))
-    return equal / len(full)
-
-
-def _sizes(folder: Path) -> dict[str, Any]:
-    manifest = json.loads((folder / "trimserve.json").read_text("utf-8"))
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    return {
-        "vocab_size": manifest["vocab_size"],
-        "kept": manifest["kept"],
-        "hidden_size": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "folder_bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-        "cold_bytes": sum(
-            entry["bytes"] for name, entry in manifest["files"].items() if name.startswith("cold_")
-        ),
-    }
-
-
-def _drafts(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of all judged drafts the share that stood; drafts a token; tokens a check."""
-    tokens, drafted, rejected = (
-        sum(answer[key] for answer in answers) for key in ("tokens", "drafted", "rejected")
-    )
-    checks = sum(sum(answer["checks"].values()) for answer in answers)
-    return {
-        "stood": 1 - rejected / tokens,
-        "per_token": drafted / tokens,
-        "tokens_per_check": tokens / max(checks, 1),
-        "cold_tokens": sum(answer["cold_tokens"] for answer in answers) / tokens,
-    }
-
-
-def _cost_model(answers: Sequence[dict[str, Any]], terms: Mapping[str, Any]) -> dict[str, float]:
-    """Milliseconds a token of exact mode from terms measured apart, and what was measured."""
-    decoded = sum(answer["tokens"] - 1 for answer in answers)
-    tokens = sum(answer["tokens"] for answer in answers)
-    wasted = sum(answer["drafted"] for answer in answers) / tokens - 1
-    sizes = np.array([int(size) for size in terms["cold"]])
-    costs = np.array(list(terms["cold"].values()))
-    checks = [(int(size), count) for answer in answers for size, count in answer["checks"].items()]
-    cold = sum(count * float(np.interp(size, sizes, costs)) for size, count in checks) / tokens
-    model = {
-        "body": terms["body"],
-        "compact_head": terms["head"],
-        "cold": cold,
-        "wasted": wasted * (terms["body"] + terms["head"]),
-    }
-    measured = sum(answer["ms"] for answer in answers) / decoded
-    predicted = sum(model.values())
-    return model | {"predicted": predicted, "measured": measured, "excess": measured / predicted - 1}
-
-
-def _part_ms(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds a token by part, prompts included, and the share that is not spent in ONNX Runtime."""
-    tokens = sum(answer["tokens"] for answer in answers)
-    names = answers[0]["part_ms"]
-    parts = {name: sum(answer["part_ms"][name] for answer in answers) / tokens for name in names}
-    run = sum(answer["run_ms"] for answer in answers) / tokens
-    own = sum(parts.values()) - run - parts["cold_head"]
-    return parts | {"own_share": own / sum(parts.values())}
-
-
-def summary(row: Mapping[str, Any]) -> str:
-    """One row for people."""
-    title = f"{row['model']} {row['quantize'] or 'fp32'}, {row['layers']} layers, K = {row['kept']:,} of "
-    title += f"V = {row['vocab_size']:,} x {row['hidden_size']}, {row['threads']} threads"
-    times, memory = row["token_ms"], row["memory"]
-    lines = [
-        ("ms a token", *(f"{value['median']:.2f}" for value in times.values())),
-        ("tokens/s", *(f"{1e3 / value['median']:.1f}" for value in times.values())),
-        ("anonymous memory", *(human_bytes(memory[name]["anonymous"] or 0) for name in times)),
-        ("file pages", *(human_bytes(memory[name]["file"] or 0) for name in times)),
-    ]
-    cost = row["cost_model"]
-    speeds = [
-        f"{name.replace('_', ' ')} {value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
-        for name, value in row["speed"].items()
-    ]
-    outcomes = {"exact": row} | ({"certified": row["certified"]} if "certified" in row else {})
-    own = [f"{name} {found['own_share']:.1%}" for name, found in row["parts_ms"].items()]
-    return "\n".join(
-        [
-            title,
-            table(("", *times), lines),
-            f"speed: {', '.join(speeds)}; ceiling of compact to full {row['ceiling']:.2f} by bytes moved",
-            *(
-                f"{name}: {found['drafts']['stood']:.1%} of drafts stood, "
-                f"{found['drafts']['per_token']:.2f} a token, "
-                f"{found['drafts']['tokens_per_check']:.1f} tokens a cold product; ids equal those of full "
-                f"in {found['same_ids']:.0%} of answers"
-                for name, found in outcomes.items()
-            ),
-            f"cost model of exact, ms a token: body {cost['body']:.2f} + compact head "
-            f"{cost['compact_head']:.2f} + cold product {cost['cold']:.2f} + wasted steps "
-            f"{cost['wasted']:.2f} = {cost['predicted']:.2f}; measured {cost['measured']:.2f} "
-            f"({cost['excess']:+.0%})",
-            f"our own code: {', '.join(own)}; other processes had {row['others_cpu_share'] or 0:.0%} of the "
-            "CPUs",
-        ]
-    )
 
 
 def main() -> int:

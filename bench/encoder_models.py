@@ -122,8 +122,8 @@ def texts_of_length(tokenizer: Tokenizer, corpus: str, length: int, count: int) 
 def make(name: str, data: Path, work: Path) -> dict[str, Any]:
     """Export one model full and trimmed; returns the folders and texts by length."""
     from trimserve.profiling import profile
+    from trimserve.resolving import resolve_model
     from trimserve.selection import select
-    from trimserve.source import resolve_model
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed
 

@@ -160,8 +160,8 @@ def make_ours(work: Path, precision: str) -> None:
     """Export the model trimmed and untrimmed, in the process that calls it."""
     from trimserve.folder import open_folder
     from trimserve.profiling import profile
+    from trimserve.resolving import resolve_model
     from trimserve.selection import select
-    from trimserve.source import resolve_model
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed
 

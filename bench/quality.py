@@ -214,8 +214,8 @@ def _unseen(profiled: Profile, size: int) -> list[int]:
 def make(work: Path, kept: Sequence[int]) -> dict[str, Any]:
     """Export the full model and both layouts at each K; returns the folders."""
     from trimserve.profiling import profile
+    from trimserve.resolving import resolve_model
     from trimserve.selection import select
-    from trimserve.source import resolve_model
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed
 

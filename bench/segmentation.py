@@ -48,8 +48,8 @@ SUBJECTS = {MODEL: Subject("gsm8k-en", 0.99, trained=True), ENCODER: Subject("la
 def make(work: Path, name: str) -> dict[str, Any]:
     """Profile a subject and cut it by the tokenizer layout; returns its model folder and K."""
     from trimserve.profiling import profile
+    from trimserve.resolving import resolve_model
     from trimserve.selection import select
-    from trimserve.source import resolve_model
     from trimserve_export import export
 
     subject, data = SUBJECTS[name], harness.data_folder()

@@ -64,7 +64,7 @@ def worker(mode: str, folder: Path, kept: int) -> dict[str, Any]:
 
     if mode == "import":
         return {"peak": harness.memory().peak}
-    from trimserve.source import resolve_model
+    from trimserve.resolving import resolve_model
 
     source, vocab, out = resolve_model(folder / "source"), _vocab(kept), _empty(folder / "out")
     begin = time.perf_counter()

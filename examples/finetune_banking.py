@@ -169,7 +169,7 @@ def in_process(variant: str, data: Path, vocab: Path, texts: int, tests: int | N
 def outside_share(path: Path, vocab: trimserve.VocabMap) -> float:
     """Share of the texts with an id that was not trained."""
     from trimserve.finetune import find_outside
-    from trimserve.source import resolve_model
+    from trimserve.resolving import resolve_model
 
     texts = read_csv(path)[0]
     encoded = resolve_model(minilm()).tokenizer().encode_batch_fast(texts)

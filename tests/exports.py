@@ -17,7 +17,7 @@ import transformers
 from tests.folders import make_vocab
 from tests.models import FAMILIES, save_model
 from trimserve.folder import COLD_NAME, TrimmedFolder, open_folder
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.tensorfile import map_tensor, read_header, to_float32
 from trimserve.vocab import VocabMap
 from trimserve_export import export, export_full

@@ -19,9 +19,9 @@ from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder
 from trimserve.folder import open_folder
 from trimserve.generator import Generator
+from trimserve.resolving import resolve_model
 from trimserve.sampling import Columns, History, SamplingParams, choose
 from trimserve.session import open_session
-from trimserve.source import resolve_model
 from trimserve.structural import structural_ids
 from trimserve.text import Codec
 from trimserve_export.pipeline import export, export_full

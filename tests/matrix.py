@@ -24,8 +24,9 @@ from trimserve.cold import ColdRows
 from trimserve.errors import UnsupportedModelError
 from trimserve.folder import GENERATION_TASK, TEXT2TEXT_TASK, TrimmedFolder, open_folder
 from trimserve.loading import load
+from trimserve.resolving import resolve_model
 from trimserve.session import open_session
-from trimserve.source import ModelSource, resolve_model
+from trimserve.source import ModelSource
 from trimserve.structural import structural_ids
 from trimserve.vocab import Ids, Reason, VocabMap
 from trimserve_export import reference

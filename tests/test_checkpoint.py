@@ -18,7 +18,7 @@ from tests.folders import make_vocab
 from tests.models import save_model
 from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UnsupportedModelError
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.tensorfile import exhaust
 from trimserve_export.checkpoint import stream_tensors, trim_checkpoint
 from trimserve_export.stored_vocab import stored_vocab

@@ -22,7 +22,7 @@ from trimserve.counting.counter import DocumentCounter
 from trimserve.counting.sums import Sums
 from trimserve.errors import UsageError
 from trimserve.profiling import Profile, profile
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 
 WORDS = "the cat sat on the mat. la latte! " * 40
 

@@ -16,7 +16,7 @@ from tests.tiny_tokenizers import CHAT_TEMPLATE
 from trimserve.artefacts import sha256_file
 from trimserve.cli.main import main
 from trimserve.loading import load
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.structural import structural_ids
 from trimserve_export.pipeline import export
 

@@ -11,7 +11,7 @@ from trimserve.artefacts import load_vocab
 from trimserve.cli.main import main
 from trimserve.dead import dead_ids
 from trimserve.profiling import profile
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 
 
 @pytest.fixture(scope="module")

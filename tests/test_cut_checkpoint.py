@@ -14,8 +14,9 @@ from tests.models import save_model
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import CHAT_TEMPLATE, TEXT
 from trimserve.profiling import profile
+from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import ModelSource, resolve_model
+from trimserve.source import ModelSource
 from trimserve.vocab import VocabMap
 from trimserve_export.checkpoint import trim_checkpoint
 from trimserve_export.layouts.closure import close_vocab

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from trimserve.dead import dead_ids
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 
 WORDS = ["".join(word) for size in range(1, 8) for word in itertools.product("ab", repeat=size)]
 

@@ -22,7 +22,7 @@ from trimserve.folder import Pooling
 from trimserve.heads import label_scores
 from trimserve.loading import load
 from trimserve.pooling import pool
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.structural import structural_ids
 from trimserve_export.pipeline import export
 

@@ -349,7 +349,7 @@ def test_exact_mode_without_cold_rows_is_refused(tmp_path):
     from tests.generators import open_generator
     from tests.models import save_model
     from trimserve.artefacts import sha256_file
-    from trimserve.source import resolve_model
+    from trimserve.resolving import resolve_model
     from trimserve_export.pipeline import export
 
     source = resolve_model(str(save_model("llama_tied", tmp_path / "model", tokenizer="byte_level_bpe")))

@@ -19,8 +19,8 @@ from tests.generators import open_generator
 from trimserve.artefacts import sha256_file
 from trimserve.generator import Generator
 from trimserve.profiling import profile
+from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import resolve_model
 from trimserve_export.pipeline import export
 
 pytestmark = [pytest.mark.export, pytest.mark.realdata]

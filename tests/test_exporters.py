@@ -22,7 +22,7 @@ from trimserve.artefacts import sha256_file
 from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
 from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.structural import structural_ids
 from trimserve_export import export
 from trimserve_export.exporters import EXPORTERS, GraphJob, choice, load_exporter

@@ -21,8 +21,8 @@ from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.finetune import find_outside, grow, partial_vocab, restore
 from trimserve.finetune.restore import full_source
+from trimserve.resolving import resolve_model
 from trimserve.selection import Reason
-from trimserve.source import resolve_model
 from trimserve.vocab import VocabMap
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]

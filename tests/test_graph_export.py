@@ -22,7 +22,7 @@ from trimserve.coldhead import COLD_WEIGHTS_NAME
 from trimserve.decoder import AFTER_HEAD_KEY, apply_after_head
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import COLD_NAME
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.tensorfile import map_tensor
 from trimserve_export.graph import graph_head
 from trimserve_export.graph.export import serve_full, trim_to_folder, write_generation_config

@@ -25,7 +25,8 @@ from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder import open_folder, read_manifest
 from trimserve.loading import load
-from trimserve.source import ModelSource, resolve_model
+from trimserve.resolving import resolve_model
+from trimserve.source import ModelSource
 from trimserve_export import export
 from trimserve_export.graph.export import trim_to_folder
 from trimserve_export.graph.parts import find_parts, one_variant

@@ -20,8 +20,9 @@ from tests.models import FAMILIES, save_model
 from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UsageError
 from trimserve.folder import open_folder
+from trimserve.resolving import resolve_model
 from trimserve.sampling import SamplingParams
-from trimserve.source import load_tokenizer, resolve_model
+from trimserve.source import load_tokenizer
 from trimserve.structural import structural_ids
 from trimserve.vocab import Reason, VocabMap
 from trimserve_export import export

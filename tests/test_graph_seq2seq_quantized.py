@@ -19,7 +19,7 @@ from tests.test_graph_generate import fuse
 from tests.translators import KEPT, TASK, Translator
 from trimserve.artefacts import sha256_file
 from trimserve.loading import load
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve_export import export
 from trimserve_export.verify import verify
 

@@ -7,8 +7,8 @@ import pytest
 from trimserve.errors import MismatchError, UsageError
 from trimserve.keepfile import KeepList, read_keep_file
 from trimserve.profiling import profile
+from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import resolve_model
 from trimserve.vocab import Reason
 
 

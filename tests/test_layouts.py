@@ -30,8 +30,8 @@ from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
 from trimserve.loading import load
 from trimserve.profiling import profile
+from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import resolve_model
 from trimserve.vocab import VocabMap
 from trimserve_export import export
 from trimserve_export.exporters import GraphJob, optimum

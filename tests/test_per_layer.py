@@ -16,7 +16,7 @@ from tests.tiny_tokenizers import KINDS, tokenizer_config
 from trimserve.artefacts import sha256_file
 from trimserve.errors import UnsupportedModelError
 from trimserve.folder import COLD_NAME
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.structural import structural_ids
 from trimserve.tensorfile import read_header
 from trimserve.vocab import Reason, VocabMap

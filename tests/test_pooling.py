@@ -12,7 +12,7 @@ from tests.folders import make_vocab
 from tests.models import save_model
 from trimserve.errors import UnsupportedModelError
 from trimserve.folder import Pooling, open_folder
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve_export import export
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
 

@@ -16,7 +16,7 @@ from trimserve.corpus import Corpus, CorpusSource, documents
 from trimserve.errors import MismatchError, UsageError
 from trimserve.merging import merge
 from trimserve.profiling import Profile, profile
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.tensorfile import read_header
 
 HOSTILE = [

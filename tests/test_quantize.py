@@ -26,8 +26,8 @@ from trimserve.coldhead import COLD_MAX_NAME, ColdHead
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
 from trimserve.heads import cold_logits
+from trimserve.resolving import resolve_model
 from trimserve.sampling import SamplingParams
-from trimserve.source import resolve_model
 from trimserve.tensorfile import read_header
 from trimserve_export.pipeline import Options, export, export_full
 from trimserve_export.quantize import SCHEMES, quantize_graph, quantize_rows

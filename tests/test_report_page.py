@@ -22,8 +22,8 @@ from trimserve.profiling import Profile, profile
 from trimserve.reporting.facts import Inputs, gather
 from trimserve.reporting.page import render
 from trimserve.reporting.terminal import summarise
+from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import resolve_model
 from trimserve.tokennames import TokenNames
 
 HOSTILE = [

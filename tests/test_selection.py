@@ -15,8 +15,8 @@ from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.merging import merge
 from trimserve.profiling import Profile, profile
 from trimserve.ranking import coverage_curve
+from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import resolve_model
 from trimserve.vocab import Reason
 
 V = 37

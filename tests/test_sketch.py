@@ -19,10 +19,10 @@ from trimserve.cold import ColdRows
 from trimserve.coldhead import ColdHead
 from trimserve.errors import MismatchError, UsageError
 from trimserve.folder import list_files, open_folder, write_manifest
+from trimserve.resolving import resolve_model
 from trimserve.sampling import SamplingParams
 from trimserve.sketch import SKETCH_FILES, SKETCH_NAME, Sketch
 from trimserve.sketchrows import GROUP_ROWS
-from trimserve.source import resolve_model
 from trimserve_export.pipeline import export, export_full
 from trimserve_export.serving import packed
 from trimserve_export.serving import sketch as exported

@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 from tests.tiny_tokenizers import save_model_folder
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder import Source
-from trimserve.source import ModelSource, load_tokenizer, resolve_model, resolve_source
+from trimserve.resolving import resolve_model, resolve_source
+from trimserve.source import ModelSource, load_tokenizer
 
 V, H = 37, 8
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from tests.tiny_tokenizers import CHAT_TEMPLATE, KINDS, byte_level_bpe, save_model_folder
 from trimserve.errors import MismatchError
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.structural import (
     PAD_POSITION_MODELS,
     byte_ids,

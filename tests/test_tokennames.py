@@ -1,6 +1,6 @@
 import pytest
 
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.tokennames import TokenNames, kind_of
 
 

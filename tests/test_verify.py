@@ -17,7 +17,7 @@ from tests.models import FAMILIES, save_model
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.cli.main import main
 from trimserve.folder import COLD_NAME, VOCAB_NAME, list_files, open_folder, read_manifest, write_manifest
-from trimserve.source import resolve_model
+from trimserve.resolving import resolve_model
 from trimserve.structural import structural_ids
 from trimserve.tensorfile import read_header
 from trimserve.vocab import VocabMap

@@ -23,8 +23,8 @@ from tests.tiny_tokenizers import KINDS
 from trimserve.artefacts import sha256_file
 from trimserve.folder import list_files, read_manifest, write_manifest
 from trimserve.loading import load
+from trimserve.resolving import resolve_model
 from trimserve.sampling import Columns, History, SamplingParams, choose
-from trimserve.source import resolve_model
 from trimserve.text2text import Text2TextGenerator
 from trimserve_export.pipeline import export, export_full
 

@@ -8,7 +8,8 @@ from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError
 from trimserve.folder import TOKENIZER_NAME
 from trimserve.profiles import Profile
-from trimserve.source import ModelSource, resolve_model
+from trimserve.resolving import resolve_model
+from trimserve.source import ModelSource
 
 Model = str | Path | ModelSource
 

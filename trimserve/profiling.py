@@ -17,7 +17,8 @@ from trimserve.errors import MismatchError, UsageError
 from trimserve.heap import release_free_memory
 from trimserve.profiles import Profile
 from trimserve.report import progress as progress_bar
-from trimserve.source import ModelSource, resolve_model
+from trimserve.resolving import resolve_model
+from trimserve.source import ModelSource
 from trimserve.structural import newline_ids, structural_ids
 from trimserve.vocab import Ids
 

@@ -1,4 +1,4 @@
-"""What `-m/--model` names: a local folder of a model's files, or a hub id that is fetched into one."""
+"""A model's files in a local folder: its configs, tokenizer, graphs and the headers of its weights."""
 
 import glob
 import json
@@ -11,18 +11,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
-from trimserve.folder import GRAPH_FOLDER, TOKENIZER_NAME, Source, check_plain_name
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.folder import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
 from trimserve.tensorfile import TensorSpec, read_header
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GENAI_NAME = "genai_config.json"
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# Everything but weights in pickle (*.bin, *.pt) and code (*.py).
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
-_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data", "*.onnx.data")
 # Sub-configs that can hold the language model's sizes in a composite model.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
 _EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
@@ -257,16 +253,6 @@ def find_graph(folder: Path, named: str | None = None, variant: str | None = Non
     return graphs[0] if graphs else None
 
 
-def _folder_of(graph: Path) -> Path:
-    """The folder that belongs to a graph: transformers.js keeps graphs in `onnx/`, below the tokenizer."""
-    above = graph.parent.parent
-    return (
-        above
-        if not (graph.parent / TOKENIZER_NAME).is_file() and (above / TOKENIZER_NAME).is_file()
-        else (graph.parent)
-    )
-
-
 def _end_of_ids(tokenizer: Tokenizer) -> int:
     """The least number above all ids of a tokenizer."""
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
@@ -287,66 +273,3 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def resolve_model(
-    name: str | Path | ModelSource, *, revision: str | None = None, weights: bool = True
-) -> ModelSource:
-    """Find a model's files.
-
-    Args:
-        name: a local folder, else a hub id; a `ModelSource` is returned as it is.
-        revision: hub branch, tag or commit.
-        weights: fetch the weights as well; tokenizer and configs always come. Never pickle or code.
-
-    Raises:
-        UsageError: no such folder, and no such model on the hub or no way to reach it; or a revision of a
-            local folder.
-        MissingExtraError: a hub id, and huggingface_hub is not installed.
-    """
-    if isinstance(name, ModelSource):
-        return name
-    path = Path(name)
-    if path.exists() and revision is not None:
-        raise UsageError(f"{name} is a local path, which has no revisions: leave --revision out.")
-    if path.is_dir():
-        return ModelSource(str(name), None, path)
-    if path.suffix == ".onnx" and path.is_file():
-        return ModelSource(str(name), None, _folder_of(path), path)
-    if path.exists():
-        raise UsageError(f"{name} is a file: pass the folder that holds the model's files.")
-    if not _HUB_ID.fullmatch(str(name)):
-        raise UsageError(f"{name} is neither a folder nor a hub id (owner/model): check the path.")
-    return ModelSource(str(name), revision, _fetch(str(name), revision, weights))
-
-
-def resolve_source(
-    made_from: Source, model: str | Path | ModelSource | None = None, revision: str | None = None
-) -> ModelSource:
-    """Find the files of the model that a trimmed folder was made from.
-
-    Args:
-        made_from: what the folder's manifest says.
-        model: where that model is found, if elsewhere.
-        revision: of a hub id; by default the one that the folder was made from.
-
-    Raises:
-        TrimserveError: see `resolve_model`.
-    """
-    name = model or made_from.name
-    if revision is None and not (isinstance(name, str | Path) and Path(name).exists()):
-        revision = made_from.revision
-    return resolve_model(name, revision=revision)
-
-
-def _fetch(name: str, revision: str | None, weights: bool) -> Path:
-    hub = require("huggingface_hub", extra="export", purpose=f"fetching {name}")
-    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
-    try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"{name} is no local folder and could not be fetched from the hub ({reason}): check the name, "
-            "the revision and the connection, or pass a folder."
-        ) from error

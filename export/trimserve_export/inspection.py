@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from trimserve.errors import UsageError, require
 from trimserve.folder import COLD_NAME, is_trimmed, read_manifest
 from trimserve.prize import WeightBytes
-from trimserve.source import ModelSource, resolve_model
+from trimserve.resolving import resolve_model
+from trimserve.source import ModelSource
 
 if TYPE_CHECKING:
     from trimserve.tensorfile import TensorSpec

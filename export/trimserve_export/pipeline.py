@@ -10,7 +10,8 @@ from trimserve.finetune.restore import full_source
 from trimserve.folder import MANIFEST_NAME, Manifest, stored_weight_bytes, write_manifest
 from trimserve.measuring import peak_resident
 from trimserve.profiling import Profile
-from trimserve.source import ModelSource, resolve_model
+from trimserve.resolving import resolve_model
+from trimserve.source import ModelSource
 from trimserve.staging import staged_folder
 from trimserve.vocab import VocabMap
 from trimserve_export.card import with_card

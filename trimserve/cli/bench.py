@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.cli.verify import read_lines
     from trimserve.folder import open_folder
     from trimserve.loading import check_runnable
+    from trimserve.resolving import resolve_source
     from trimserve.session import available_cpus, providers
-    from trimserve.source import resolve_source
 
     begin = time.perf_counter()
     runtime = require("onnxruntime", extra="cpu", purpose="trimserve bench")

@@ -78,7 +78,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
     from trimserve.finetune.restore import full_source
-    from trimserve.source import resolve_model
+    from trimserve.resolving import resolve_model
     from trimserve.staging import check_target
 
     options = selection_options(args)

@@ -71,7 +71,7 @@ def _restore(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from trimserve.artefacts import check_output, load_vocab, save_vocab
     from trimserve.finetune.texts import find_outside, grow
-    from trimserve.source import resolve_model
+    from trimserve.resolving import resolve_model
 
     if args.grow is not None:
         check_output(args.grow, "vocab")

@@ -21,7 +21,8 @@ from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.finetune.provenance import PROVENANCE_NAME, Provenance, StoredCut, check_base
 from trimserve.folder import VOCAB_NAME
 from trimserve.report import progress as progress_bar
-from trimserve.source import INDEX_NAME, ModelSource, resolve_model
+from trimserve.resolving import resolve_model
+from trimserve.source import INDEX_NAME, ModelSource
 from trimserve.staging import staged_folder
 from trimserve.tensorfile import (
     CHUNK_BYTES,

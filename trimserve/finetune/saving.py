@@ -10,7 +10,8 @@ from trimserve.finetune.ids import MovedIds
 from trimserve.finetune.live import LiveVocab
 from trimserve.finetune.provenance import Provenance, StoredCut, describe_base
 from trimserve.folder import VOCAB_NAME, Source
-from trimserve.source import INDEX_NAME, WEIGHTS_NAME, ModelSource, resolve_model
+from trimserve.resolving import resolve_model
+from trimserve.source import INDEX_NAME, WEIGHTS_NAME, ModelSource
 from trimserve.vocab import VocabMap
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from trimserve.folder import (
 )
 from trimserve.loading import ENCODER_TASKS
 from trimserve.report import progress as progress_bar
-from trimserve.source import ModelSource, resolve_source
+from trimserve.resolving import resolve_source
+from trimserve.source import ModelSource
 from trimserve_export.card import with_card
 from trimserve_export.reference import export_full
 from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs
