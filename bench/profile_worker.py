@@ -35,10 +35,10 @@ class FastokensLoads:
 
     def __init__(self) -> None:
         self._encoder = FastEncoder
-        self._loaded: dict[str, FastEncoder] = {}
+        self._loaded: dict[bytes, FastEncoder] = {}
         self.missing = False
 
-    def __call__(self, content: str) -> FastEncoder:
+    def __call__(self, content: bytes) -> FastEncoder:
         """Give the encoder.
 
         Raises:
@@ -50,7 +50,7 @@ class FastokensLoads:
             self._loaded[content] = self._encoder(content)
         return self._loaded[content]
 
-    def warm(self, content: str) -> FastEncoder | None:
+    def warm(self, content: bytes) -> FastEncoder | None:
         """Load a tokenizer before the clock runs, if fastokens knows its kind, and a second one beside it."""
         try:
             self(content)
@@ -91,7 +91,7 @@ def encode_alone(encode: Callable[[list[str]], object], path: Path) -> float:
     return seconds
 
 
-def count(tokenizer: Tokenizer, content: str, path: Path) -> Any:  # noqa: ANN401
+def count(tokenizer: Tokenizer, content: bytes, path: Path) -> Any:  # noqa: ANN401
     """Counts of `trimserve profile`, int64 (rows,), with the tokens around each text."""
     counter = CorpusCounter(Corpus([str(path)], "text"), tokenizer, content, _ROWS, How())
     counter.count(lambda _: None)
@@ -106,7 +106,7 @@ def measure(name: str, order: int, files: list[Path]) -> dict[str, dict[str, flo
         AssertionError: the counts differ from the loop's.
     """
     file = DATA / "tokenizers" / name / "tokenizer.json"
-    tokenizer, content = load_tokenizer(file), file.read_text("utf-8")
+    tokenizer, content = load_tokenizer(file), file.read_bytes()
     tokenizer.encode_batch_fast(["warm", "up"])
     loads = FastokensLoads()
     # Of its own, as fastokens remembers the words it met.

@@ -5,6 +5,7 @@ import sys
 import unicodedata
 from collections import Counter
 from itertools import product
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,6 +52,14 @@ def test_distinct_words_encode_like_texts(texts, kind):
     encoder = word_encoder(TINY[kind])
     assert_equal(encoder.encode(texts), PlainEncoder(TINY[kind]).encode(texts))
     assert_equal(encoder.encode(texts[::-1]), PlainEncoder(TINY[kind]).encode(texts[::-1]))  # by its memory
+
+
+@settings(max_examples=60)
+@given(texts=TEXTS, kind=st.sampled_from(sorted(KINDS)), size=st.integers(1, 9))
+def test_long_texts_are_parted_piece_by_piece(texts, kind, size):
+    sizes = {"_SEGMENT_CHARACTERS": size, "_MOST_PIECES": 3}
+    with mock.patch.multiple("trimserve.counting.words", **sizes):
+        assert_equal(word_encoder(TINY[kind]).encode(texts), PlainEncoder(TINY[kind]).encode(texts))
 
 
 def test_words_are_forgotten_before_they_fill_the_memory(monkeypatch):
@@ -133,7 +142,7 @@ def test_an_engine_that_differs_on_the_sample_is_not_used(monkeypatch):
         "make_encoder",
         lambda *given: Wrong(tokenizer) if given[0] == "fastokens" else plain(*given),
     )
-    content = tokenizer.to_str()
+    content = tokenizer.to_str().encode()
     assert choose_encoder(tokenizer, content, ["a horse"], 1 << 30).name == "fastokens"
     assert choose_encoder(tokenizer, content, ["a zebra"], 1 << 30).name == "words"
     assert choose_encoder(tokenizer, content, ["a horse"], 1 << 19).name == "words"  # not worth loading
@@ -146,14 +155,14 @@ def test_tokenizers_itself_is_used_where_nothing_else_is_proven(monkeypatch):
     from tokenizers import pre_tokenizers
 
     tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("x")
-    assert choose_encoder(tokenizer, tokenizer.to_str(), ["a"], 1 << 30).name == "tokenizers"
+    assert choose_encoder(tokenizer, tokenizer.to_str().encode(), ["a"], 1 << 30).name == "tokenizers"
 
 
 def test_a_sample_without_spaces_is_not_encoded_to_choose(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     monkeypatch.setattr(PlainEncoder, "encode", lambda *_: pytest.fail("encoded"))
     tokenizer = KINDS["byte_level_bpe"]()
-    chosen = choose_encoder(tokenizer, tokenizer.to_str(), ["日本語のテキスト" * 9], 1 << 19)
+    chosen = choose_encoder(tokenizer, tokenizer.to_str().encode(), ["日本語のテキスト" * 9], 1 << 19)
     assert chosen.name == "tokenizers"
 
 
@@ -161,7 +170,7 @@ def test_a_sample_without_spaces_is_not_encoded_to_choose(monkeypatch):
 def test_fastokens_gives_the_same_ids(kind):
     pytest.importorskip("fastokens")
     texts = ["The cat sat.\nOn the mat", "", "日本 a  b", "<|turn|>user\n"]
-    fast = make_encoder("fastokens", TINY[kind], TINY[kind].to_str())
+    fast = make_encoder("fastokens", TINY[kind], TINY[kind].to_str().encode())
     assert_equal(fast.encode(texts), PlainEncoder(TINY[kind]).encode(texts))
 
 
@@ -264,10 +273,10 @@ def test_every_character_beside_a_space_is_judged_rightly(data_dir, name):
 def test_words_are_not_looked_for_where_there_are_none():
     tokenizer, chinese = TINY["byte_level_bpe"], "日本語のテキスト、中文全角。" * 20
     chosen = [
-        choose_encoder(tokenizer, "", sample, 1).name for sample in (["the cat sat"] * 9, [chinese], [])
+        choose_encoder(tokenizer, b"", sample, 1).name for sample in (["the cat sat"] * 9, [chinese], [])
     ]
     assert chosen == ["words", "tokenizers", "words"]
-    assert choose_encoder(TINY["wordpiece"], "", [chinese], 1).name == "words"  # a character is a word
+    assert choose_encoder(TINY["wordpiece"], b"", [chinese], 1).name == "words"  # a character is a word
 
 
 def test_an_error_while_reading_ahead_comes_through():
@@ -291,7 +300,7 @@ def test_messages_between_processes_lose_nothing(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     reading = Reading("t", template=ChatTemplate("{{ 'é' }}", {"bos_token": "<s>"}), skip_bad=True)
-    job = Job(tokenizer.to_str(), "tokenizers", 5, reading)
+    job = Job(tokenizer.to_str().encode(), "tokenizers", 5, reading)
     assert wire.read_job(through_pipe(wire.job_message(job))) == job
     plain = dataclasses.replace(job, reading=Reading("t", skip_bad=True))
     assert wire.read_job(wire.job_message(plain)) == plain

@@ -95,7 +95,7 @@ def profile(
     before = None if resume is None else _tally_of(resume, source)
     if workers is not None:
         limit_threads(workers)
-    tokenizer, content = source.tokenizer(), source.tokenizer_path.read_text("utf-8")
+    tokenizer, content = source.tokenizer(), source.tokenizer_path.read_bytes()
     structural = structural_ids(source, tokenizer)
     release_free_memory()  # of parsing the tokenizer, more than counting takes
     with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:

@@ -56,7 +56,7 @@ class Interrupted(KeyboardInterrupt):
 def count_corpus(
     corpus: Corpus,
     tokenizer: Tokenizer,
-    tokenizer_json: str,
+    tokenizer_json: bytes,
     vocab_size: int,
     how: How,
     *,
@@ -68,7 +68,8 @@ def count_corpus(
     Args:
         corpus: what to read.
         tokenizer: with padding and truncation off.
-        tokenizer_json: the content of its file, for other processes and libraries.
+        tokenizer_json: the content of its file, for other processes and libraries; bytes, as a str of it
+            takes up to four times as much memory.
         vocab_size: V, rows of the model's embedding.
         how: engine, workers, shard.
         before: an interrupted count of the same corpus, to go on with.

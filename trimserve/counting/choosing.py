@@ -37,7 +37,7 @@ _AWKWARD = (
 )
 
 
-def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: str) -> Encoder:
+def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: bytes) -> Encoder:
     """Make an encoder of a given engine.
 
     Raises:
@@ -49,7 +49,7 @@ def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: str) -> E
     return WordEncoder(tokenizer) if engine == "words" else PlainEncoder(tokenizer)
 
 
-def choose_encoder(tokenizer: Tokenizer, tokenizer_json: str, sample: Sequence[str], size: int) -> Encoder:
+def choose_encoder(tokenizer: Tokenizer, tokenizer_json: bytes, sample: Sequence[str], size: int) -> Encoder:
     """The fastest encoder that gives id for id what `tokenizers` gives on the sample and on awkward texts.
 
     Args:

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,12 +15,15 @@ from trimserve.corpus import Document
 from trimserve.corpus.documents import CUT_CONTEXT
 from trimserve.counting.blocks import Block, Counts
 from trimserve.counting.encoders import Encoder, Flat
+from trimserve.heap import release_free_memory
 
 # More documents a batch would only hold memory.
 _BATCH_TEXTS = 1 << 14
 # Slots of 4 bytes that still fit a core's cache; more than documents in a batch.
 _SLOT_BITS = 18
 _GOLDEN = 0x278DD  # odd, near 2^18 over the golden ratio (Knuth, TAOCP 3, 6.4): neighbours lie far apart
+# Between batches the heap keeps some 50 MB of holes; giving them back takes a hundredth of a second.
+_RELEASE_SECONDS = 1.0
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -47,10 +51,14 @@ class DocumentCounter:
         encoded = (
             _ahead(self._encode, found) if self._encoder.beside else (self._encode(batch) for batch in found)
         )
+        released = time.monotonic()
         with contextlib.closing(encoded):
             for batch, flat in encoded:
                 self.add(batch, flat)
                 after()
+                if time.monotonic() - released > _RELEASE_SECONDS:
+                    release_free_memory()
+                    released = time.monotonic()
 
     def _encode(self, batch: list[Document]) -> tuple[list[Document], Flat]:
         return batch, encode_parts(self._encoder, batch, drop_cuts=self._drop_cuts)

@@ -71,7 +71,7 @@ class FastEncoder:
     name: Engine = "fastokens"
     batch_characters = 1 << 19
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: bytes) -> None:
         """Load the tokenizer.
 
         Raises:
@@ -80,7 +80,7 @@ class FastEncoder:
         """
         fastokens = require("fastokens", extra="fast", purpose="the engine fastokens")
         try:
-            self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json)
+            self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json.decode())
         except Exception as error:  # the library names no exception of its own
             raise UsageError(
                 f"fastokens cannot read this tokenizer ({error}): take another engine."

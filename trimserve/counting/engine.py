@@ -129,7 +129,7 @@ class CorpusCounter:
     """
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, tokenizer_json: str, rows: int, how: How
+        self, corpus: Corpus, tokenizer: Tokenizer, tokenizer_json: bytes, rows: int, how: How
     ) -> None:
         """Plan the count.
 

@@ -23,7 +23,7 @@ class Job:
         reading: how rows of files become documents.
     """
 
-    tokenizer_json: str
+    tokenizer_json: bytes
     engine: Engine
     rows: int
     reading: Reading
@@ -53,9 +53,9 @@ class Job:
         return block
 
 
-def parse_tokenizer(content: str) -> Tokenizer:
+def parse_tokenizer(content: bytes) -> Tokenizer:
     """A tokenizer with padding and truncation off, as `trimserve.source.load_tokenizer` gives it."""
-    tokenizer = Tokenizer.from_str(content)
+    tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -32,7 +32,7 @@ class Message(NamedTuple):
 
 def job_message(job: Job) -> Message:
     """A job to send."""
-    return Message(json.dumps(asdict(job)))
+    return Message(json.dumps(asdict(job) | {"tokenizer_json": job.tokenizer_json.decode()}))
 
 
 def read_job(message: Message) -> Job:
@@ -41,7 +41,8 @@ def read_job(message: Message) -> Job:
     reading = facts.pop("reading")
     if (template := reading.pop("template")) is not None:
         template = ChatTemplate(**template)
-    return Job(**facts, reading=Reading(**reading, template=template))
+    tokenizer_json = facts.pop("tokenizer_json").encode()
+    return Job(**facts, tokenizer_json=tokenizer_json, reading=Reading(**reading, template=template))
 
 
 def slice_message(piece: Slice) -> Message:

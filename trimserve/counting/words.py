@@ -8,7 +8,7 @@ import itertools
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,14 @@ _CJK_RANGES = (
 )
 _LEAST_CJK = 0x3400
 _RARE_SPACES = 32
-_MAX_WORDS = 1 << 18
+_MAX_WORDS = 1 << 17
 # Encoded at a time: what tokenizers gives takes many times the text until its ids are read.
 _NEW_CHARACTERS = 1 << 17
-_MAX_CHARACTERS = 1 << 23
+_MAX_CHARACTERS = 1 << 22
+
+# Pieces to hold as strings, and characters to part at once: a text may be a book without a line end.
+_MOST_PIECES = 1 << 14
+_SEGMENT_CHARACTERS = 1 << 16
 
 Indices = npt.NDArray[np.int64]
 
@@ -139,15 +143,9 @@ class WordEncoder:
         words = self._words
         if len(words.index) > _MAX_WORDS or words.characters > _MAX_CHARACTERS:
             self._words = words = _Words()
-        pieces: list[str] = []
-        counts = np.empty(len(texts), np.int64)
-        for number, text in enumerate(texts):
-            parted = self._pieces(text)
-            counts[number] = len(parted)
-            pieces += parted
-        index = words.look_up(pieces)
+        index, counts = self._look_up(texts)
         self._judge()
-        units, per_text = self._units(index, pieces, counts)
+        units, per_text = self._units(index, counts)
         self._encode_new(units)
         return _gather(words, units, per_text)
 
@@ -156,15 +154,34 @@ class WordEncoder:
         whole = sum(len(text) for text in texts if self._joint != "any" and _hardly_spaced(text))
         return 2 * whole < sum(map(len, texts))
 
-    def _pieces(self, text: str) -> list[str]:
+    def _look_up(self, texts: Sequence[str]) -> tuple[Indices, Indices]:
+        """Indices of the pieces of texts, and their number a text."""
+        found = [np.empty(0, np.int64)]
+        counts = np.zeros(len(texts), np.int64)
+        waiting: list[str] = []
+        for number, text in enumerate(texts):
+            for pieces in self._pieces(text):
+                counts[number] += len(pieces)
+                waiting += pieces
+                if len(waiting) > _MOST_PIECES:
+                    found.append(self._words.look_up(waiting))
+                    waiting = []
+        return np.concatenate([*found, self._words.look_up(waiting)]), counts
+
+    def _pieces(self, text: str) -> Iterator[list[str]]:
         if self._joint == "any":
             for space in "\t\n\r":  # BertNormalizer makes them spaces
                 text = text.replace(space, " ")
             if self._parts_cjk and not text.isascii():
                 text = _space_cjk(text)
         elif _hardly_spaced(text):
-            return [text]
-        return text.split(" ")
+            yield [text]
+            return
+        start = 0
+        while (end := text.find(" ", start + _SEGMENT_CHARACTERS)) >= 0:
+            yield text[start:end].split(" ")
+            start = end + 1
+        yield text[start:].split(" ")
 
     def _judge(self) -> None:
         """Find out which new pieces begin and end with a character that leaves a space a joint."""
@@ -184,7 +201,7 @@ class WordEncoder:
             return [True] * len(pieces)
         return [self._added.search(piece) is None for piece in pieces]
 
-    def _units(self, index: Indices, pieces: list[str], counts: Indices) -> tuple[Indices, Indices]:
+    def _units(self, index: Indices, counts: Indices) -> tuple[Indices, Indices]:
         """Join pieces where there is no joint between them: indices of the units, and their number a text."""
         words = self._words
         text_starts = np.cumsum(counts) - counts
@@ -200,10 +217,10 @@ class WordEncoder:
         leads[first] = ""
         literal = lengths > 1
         literal[first] = True
-        bounds = zip(
-            starts[literal].tolist(), lengths[literal].tolist(), leads[literal].tolist(), strict=True
-        )
-        keys = [f" {lead}{' '.join(pieces[start : start + length])}" for start, length, lead in bounds]
+        ends = starts + lengths
+        bounds = zip(starts[literal].tolist(), ends[literal].tolist(), leads[literal].tolist(), strict=True)
+        piece = words.keys.__getitem__
+        keys = [f" {lead}{' '.join(map(piece, index[start:end].tolist()))}" for start, end, lead in bounds]
         units[literal] = words.look_up(keys)
         unjudged = words.unjudged()
         words.judge(unjudged, [False] * len(unjudged), [False] * len(unjudged))
