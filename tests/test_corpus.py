@@ -25,9 +25,9 @@ def test_text_file_is_one_document_with_its_newlines(tmp_path):
 
 def test_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
-    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"t": "two"}\n')
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"t": "two"}\n\xef\xbb\xbf{"t": "three"}\n')
     texts = [document.text for document in read(tmp_path / "a.txt", tmp_path / "b.jsonl", text_column="t")]
-    assert texts == ["one\n", "two"]
+    assert texts == ["one\n", "two", "three"]
 
 
 def test_records_are_documents_and_blank_lines_are_not(tmp_path):
@@ -134,6 +134,8 @@ def test_the_place_to_cut_does_not_depend_on_the_blocks(tmp_path, monkeypatch):
         ("a.jsonl", b'{"x": "a"}\n', "a.jsonl, line 1: no field 't' .found 'x'."),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: no field 't' .found list."),
         ("a.jsonl", b'{"t": null}\n', "a.jsonl, line 1, field 't': is empty .NoneType"),
+        ("a.jsonl", b'{"t": "\xed\xa0\xbd"}\n', "a.jsonl, line 1: byte 0xed is not UTF-8"),
+        ("a.jsonl", b'{"t": null, "\\u00e9": 1}\n', "a.jsonl, line 1, field 't': is empty .NoneType"),
         ("a.jsonl", b'{"t": 7}\n', "a.jsonl, line 1, field 't': should be text but is int"),
         ("a.jsonl", b'{"t": "\\ud83d"}\n', "a.jsonl, line 1, field 't': holds half a surrogate pair"),
         ("a.txt", b"", "holds no text"),

@@ -36,18 +36,22 @@ def read_jsonl(stream: Iterable[bytes], place: Place, reading: Reading, faults: 
         if line.isspace():
             continue
         record = _record(line, number, place, faults)
-        if plain is not None and type(record) is dict:
-            text = record.get(plain)
-            if type(text) is str and text and len(text) <= MAX_CHARACTERS and _unspelt(text) is None:
-                yield Document(text, origin=partial(place, number))
-                continue
-        if record is not None:
+        text = record.get(plain) if plain is not None and type(record) is dict else None
+        if type(text) is str and _is_plain(text, line):
+            yield Document(text, origin=partial(place, number))
+        elif record is not None:
             yield from row_documents(record, reading, partial(place, number), faults)
+
+
+def _is_plain(text: str, line: bytes) -> bool:
+    # Only an escape spells half a surrogate pair, as the line itself is UTF-8.
+    return 0 < len(text) <= MAX_CHARACTERS and (b"\\u" not in line or _unspelt(text) is None)
 
 
 def _record(line: bytes, number: int, place: Place, faults: Faults) -> object | None:
     try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)  # type: ignore[no-any-return]
+        # Files with a byte order mark may have been joined.
+        return json.loads(line.decode().removeprefix("\ufeff"))  # type: ignore[no-any-return]
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(number), byte))

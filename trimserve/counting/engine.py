@@ -25,13 +25,12 @@ from trimserve.counting.job import Job
 from trimserve.counting.local import count_local
 from trimserve.counting.sums import Sums, plan_hash
 from trimserve.errors import UsageError
-from trimserve.heap import release_free_memory
 
 log = logging.getLogger(__name__)
 
 Engine = Literal["local", "ray"]
 SAMPLE_CHARACTERS = 1 << 18
-_SAMPLE_SHARE = 128
+_SAMPLE_SHARE = 256
 _SAMPLE_LEAST = 1 << 14
 _SAMPLE_PLACES = 16
 _HASH_BLOCK = 1 << 22
@@ -187,7 +186,6 @@ class CorpusCounter:
         sample = sample_texts(self.slices, self._corpus.options, size)
         sample += cut_texts(first, size)
         encoder = choose_encoder(self._tokenizer, self._tokenizer_json, sample, total)
-        release_free_memory()  # of the tokenizer's components, read as JSON
         log.info("engine %s", encoder.name)
         return encoder
 
