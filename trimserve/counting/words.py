@@ -118,7 +118,7 @@ class WordEncoder:
     """Looks words up, and encodes only those that are met for the first time."""
 
     name: Engine = "words"
-    batch_characters = 1 << 20
+    batch_characters = 1 << 19
     beside = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
