@@ -10,8 +10,8 @@ from trimserve.report import human_bytes
 
 def throughput_header(_: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of `throughput_lines`."""
-    after = ("without fastokens", "to the loop", "without fastokens")
-    return ("MB/s", "loop", "its encode alone", "fastokens alone", "profile", *after)
+    alone, ratio = ("encode alone", "fastokens alone"), ("profile to loop", "without fastokens to loop")
+    return ("MB/s", "loop", *alone, "profile", "profile without fastokens", *ratio)
 
 
 def throughput_lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:

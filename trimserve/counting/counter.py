@@ -22,7 +22,7 @@ _BATCH_TEXTS = 1 << 14
 # Slots of 4 bytes that still fit a core's cache; more than documents in a batch.
 _SLOT_BITS = 18
 _GOLDEN = 0x278DD  # odd, near 2^18 over the golden ratio (Knuth, TAOCP 3, 6.4): neighbours lie far apart
-# Between batches the heap keeps some 50 MB of holes; giving them back takes a hundredth of a second.
+# Between batches the heap keeps some 50 MB of holes; giving them back takes time, so not after each.
 _RELEASE_SECONDS = 1.0
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -223,7 +223,7 @@ class _Presence:
         self.open_ids[flat.ids[end:]] = True
 
     def _once(self, ids: npt.NDArray[np.int64], documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The ids, each as often as documents hold it; a third of the time that sorting takes.
+        """The ids, each as often as documents hold it, without sorting.
 
         Each place writes its number into a slot of a hash table, and the last one to do so is the one that
         counts. The table is never cleared, as it is only read where it was just written.
