@@ -225,6 +225,8 @@ def main() -> int:
         "--made", type=Path, metavar="FOLDER", help="where `bench.decode --prepare --work` left its models"
     )
     args = parser.parse_args()
+    if args.quick:
+        args.corpus, args.model, args.positions, args.steps = args.corpus[:1], ["tiny"], 512, 2
     rows = []
     jobs: list[tuple[str, Any, Any, str]]
     jobs = [("certificate_proof", prove, proof_summary, corpus) for corpus in args.corpus]

@@ -44,24 +44,24 @@ class Entry:
 SUITE = (
     Entry("startup", 0.5, needs_data=False),
     # These two read what `make demo` wrote.
-    Entry("encoder", 1, quick=False, needs_data=False),
+    Entry("encoder", 2.5, ("--rounds", "5"), quick=False, needs_data=False),
     Entry("translate", 0.5, quick=False, needs_data=False),
-    Entry("encoder_grid", 7, ("--rounds", "3", "--seconds", "3", "--most-tokens", "1024"), on_device=True),
+    Entry("encoder_grid", 8, ("--rounds", "3", "--seconds", "3", "--most-tokens", "1024"), on_device=True),
     Entry(
         "decode",
         9,
-        ("--rounds", "6", "--model", "multidomain-qwen2", "gemma-3-270m"),
+        ("--rounds", "5", "--model", "multidomain-qwen2", "gemma-3-270m"),
         quick_needs_data=False,
         on_device=True,
     ),
-    Entry("serving", 9, ("--steps", "2"), needs_data=False, on_device=True),
+    Entry("serving", 12, ("--steps", "2"), needs_data=False, on_device=True),
     Entry("memory", 1.5, quick_needs_data=False),
-    Entry("scale", 3, ("--seconds", "0.5"), on_device=True),
-    Entry("paper", 3),
+    Entry("scale", 1.5, ("--seconds", "0.5"), on_device=True),
+    Entry("paper", 2),
     Entry("quality", 5, ("--texts", "16")),
     Entry("stream", 1.5, ("--rounds", "3"), quick=False, needs_data=False),
     # The largest model alone takes as long as the two before it.
-    Entry("trim", 5, ("--rounds", "1", "--models", "0.27B", "0.6B"), quick=False, needs_data=False),
+    Entry("trim", 2.5, ("--rounds", "1", "--models", "0.27B", "0.6B"), quick=False, needs_data=False),
     Entry("profile", 3, quick=False),
     # The environments of the other tools are five minutes more, once.
     Entry("peers", 5, quick=False),
