@@ -20,7 +20,7 @@ def throughput_lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name, corpora in row["mb_per_s"].items():
         for corpus, rates in corpora.items():
             ratio = row["ratio"][name][corpus]
-            cells = [_median(rates.get(variant, [])) for variant in VARIANTS]
+            cells = [_median(rates[variant]) for variant in VARIANTS]
             shown = [f"{ratio[variant]['value']:.1f} x" for variant in VARIANTS[3:]]
             lines.append((f"{name}, {corpus}", *cells, *shown))
     return lines

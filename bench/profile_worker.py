@@ -109,8 +109,10 @@ def measure(name: str, order: int, files: list[Path]) -> dict[str, dict[str, flo
     tokenizer, content = load_tokenizer(file), file.read_bytes()
     tokenizer.encode_batch_fast(["warm", "up"])
     loads = FastokensLoads()
+    encoders: dict[str, Callable[[list[str]], object]] = {"encode alone": tokenizer.encode_batch_fast}
     # Of its own, as fastokens remembers the words it met.
-    alone = loads.warm(content)
+    if (fast := loads.warm(content)) is not None:
+        encoders["fastokens alone"] = fast.encode
     setattr(choosing, "FastEncoder", loads)  # noqa: B010 - a class to mypy
     result = {}
     for path in files:
@@ -118,12 +120,9 @@ def measure(name: str, order: int, files: list[Path]) -> dict[str, dict[str, flo
         counts: dict[str, Any] = {}
         for variant in VARIANTS[:: 1 if order % 2 == 0 else -1]:
             loads.missing = variant.endswith("fastokens")
-            if variant == "encode alone":
-                seconds[variant] = encode_alone(tokenizer.encode_batch_fast, path)
-                continue
-            if variant == "fastokens alone":
-                if alone is not None:
-                    seconds[variant] = encode_alone(alone.encode, path)
+            if variant in encoders:
+                seconds[variant] = encode_alone(encoders[variant], path)
+            if variant.endswith("alone"):
                 continue
             begin = clock()
             counts[variant] = loop(tokenizer, path) if variant == "loop" else count(tokenizer, content, path)

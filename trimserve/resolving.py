@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trimserve.errors import UsageError, require
 from trimserve.folder import TOKENIZER_NAME, Source
+from trimserve.hub import fetch_snapshot
 from trimserve.source import ModelSource
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -66,21 +67,18 @@ def resolve_source(
 def _folder_of(graph: Path) -> Path:
     """The folder that belongs to a graph: transformers.js keeps graphs in `onnx/`, below the tokenizer."""
     above = graph.parent.parent
-    return (
-        above
-        if not (graph.parent / TOKENIZER_NAME).is_file() and (above / TOKENIZER_NAME).is_file()
-        else (graph.parent)
-    )
+    belongs_above = not (graph.parent / TOKENIZER_NAME).is_file() and (above / TOKENIZER_NAME).is_file()
+    return above if belongs_above else graph.parent
 
 
 def _fetch(name: str, revision: str | None, weights: bool) -> Path:
     hub = require("huggingface_hub", extra="export", purpose=f"fetching {name}")
     patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
-    try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"{name} is no local folder and could not be fetched from the hub ({reason}): check the name, "
-            "the revision and the connection, or pass a folder."
-        ) from error
+    return fetch_snapshot(
+        hub,
+        name,
+        refused=f"{name} is no local folder and",
+        otherwise=", or pass a folder",
+        revision=revision,
+        allow_patterns=patterns,
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from trimserve.errors import UsageError, require
+from trimserve.hub import fetch_snapshot
 
 STDIN = "-"
 HUB = "hf://"
@@ -126,17 +127,9 @@ def _hub_files(name: str) -> Iterator[CorpusFile]:
         if files
         else [f"*{suffix}{end}" for suffix in _FORMATS for end in ("", ".gz", ".zst")]
     )
-    try:
-        path = hub.snapshot_download(
-            repo, repo_type="dataset", revision=match["revision"], allow_patterns=wanted
-        )
-    except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"{name} could not be fetched from the hub ({reason}): check the name, the revision and the "
-            "connection."
-        ) from error
-    root = Path(path)
+    root = fetch_snapshot(
+        hub, repo, refused=name, repo_type="dataset", revision=match["revision"], allow_patterns=wanted
+    )
     matched = sorted(root.glob(files)) if files else [root]
     if not matched:
         raise UsageError(f"{name}: the dataset has no such file. Look at its list of files on the hub.")

@@ -199,7 +199,7 @@ class _Presence:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._counts = np.zeros(rows, np.int64)
-        self._owners = np.empty(0, np.int32)
+        self._owners = np.empty(1 << _SLOT_BITS, np.int32)
         self.open_ids = np.zeros(rows, np.bool_)
 
     def add(self, flat: Flat, begins: npt.NDArray[np.bool_]) -> None:
@@ -228,8 +228,6 @@ class _Presence:
         Each place writes its number into a slot of a hash table, and the last one to do so is the one that
         counts. The table is never cleared, as it is only read where it was just written.
         """
-        if not self._owners.size:
-            self._owners = np.empty(1 << _SLOT_BITS, np.int32)
         # Odd, so documents below 2^_SLOT_BITS differ in it, and an id meets itself in one of them only.
         slots = documents * _GOLDEN
         slots += ids

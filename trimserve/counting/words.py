@@ -35,7 +35,6 @@ _MAX_WORDS = 1 << 17
 # Encoded at a time: what tokenizers gives takes many times the text until its ids are read.
 _NEW_CHARACTERS = 1 << 17
 _MAX_CHARACTERS = 1 << 22
-
 # Pieces to hold as strings, and characters to part at once: a text may be a book without a line end.
 _MOST_PIECES = 1 << 14
 _SEGMENT_CHARACTERS = 1 << 16
