@@ -19,7 +19,7 @@ import numpy as np
 
 from trimserve.coldhead import ColdHead
 from trimserve.exact import ExactChecker
-from trimserve.folder import COLD_NAME
+from trimserve.folder.names import COLD_NAME
 from trimserve.generator import Generator
 from trimserve.loading import load
 from trimserve.session import open_session

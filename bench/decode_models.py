@@ -25,7 +25,8 @@ import ml_dtypes
 import numpy as np
 
 from bench import harness
-from trimserve.tensorfile import (
+from trimserve.arrays import Ids
+from trimserve.files.tensors import (
     ArrayTensor,
     TensorSource,
     exhaust,
@@ -34,7 +35,7 @@ from trimserve.tensorfile import (
     to_float32,
     write_tensors,
 )
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 
 KEPT = 16_384
 PROMPTS = 12

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from bench.harness import memory
+from trimserve.arrays import Ids
 from trimserve.coldhead import ColdHead
 from trimserve.decoder import Decoder, Floats
 from trimserve.generator import Generator
 from trimserve.loading import load
 from trimserve.session import DEVICES, open_session
-from trimserve.vocab import Ids
 
 REPEATS = 15
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from trimserve.folder import read_manifest
+from trimserve.folder.manifest import read_manifest
 from trimserve.report import human_bytes, table
-from trimserve.vocab import Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 
 BATCH_SIZE = 32
 WARM_UP, STEPS = 3, 30

@@ -22,7 +22,7 @@ import numpy as np
 
 from bench import harness
 from bench.encoder_models import LENGTHS, MODELS, TEXTS
-from trimserve.folder import read_manifest, stored_weight_bytes
+from trimserve.folder.manifest import read_manifest, stored_weight_bytes
 from trimserve.report import human_bytes, table
 
 BATCHES = (1, 8, 32)

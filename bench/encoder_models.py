@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from bench import harness
 from bench.decode_models import ConstantTensor, NormalTensor
-from trimserve.folder import open_folder
-from trimserve.tensorfile import TensorSource, exhaust, write_tensors
+from trimserve.files.tensors import TensorSource, exhaust, write_tensors
+from trimserve.folder.opening import open_folder
 
 COVERAGE = 0.999
 LENGTHS = (16, 128, 512)
@@ -121,8 +121,8 @@ def texts_of_length(tokenizer: Tokenizer, corpus: str, length: int, count: int) 
 
 def make(name: str, data: Path, work: Path) -> dict[str, Any]:
     """Export one model full and trimmed; returns the folders and texts by length."""
+    from trimserve.model.resolve import resolve_model
     from trimserve.profiling import profile
-    from trimserve.resolving import resolve_model
     from trimserve.selection import select
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed

@@ -23,7 +23,7 @@ from bench import harness
 from examples.finetune_banking import BATCH, HEADER, forget_peak, lines, peak_bytes
 from examples.finetune_banking import compare as compare_banking
 from trimserve.report import human_bytes, table
-from trimserve.vocab import Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 
 VARIANTS = ("full", "partial")
 # Adam holds a parameter, its gradient and two moments: four fp32 numbers.

@@ -121,7 +121,7 @@ class Workshop:
 
     def _onnxsim(self) -> Contender:
         """The optimum graph, pruned to our kept ids by onnxsim."""
-        from trimserve.folder import open_folder
+        from trimserve.folder.opening import open_folder
 
         if self.precision != "fp32":
             raise CannotRunError("does not cut a quantised head")
@@ -158,9 +158,9 @@ def corpus() -> Path:
 
 def make_ours(work: Path, precision: str) -> None:
     """Export the model trimmed and untrimmed, in the process that calls it."""
-    from trimserve.folder import open_folder
+    from trimserve.folder.opening import open_folder
+    from trimserve.model.resolve import resolve_model
     from trimserve.profiling import profile
-    from trimserve.resolving import resolve_model
     from trimserve.selection import select
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed

@@ -119,7 +119,7 @@ def measure(work: Path, precision: str, args: argparse.Namespace) -> dict[str, A
     """The race in one number format; returns the row for the result file."""
     from tokenizers import Tokenizer
 
-    from trimserve.folder import read_manifest
+    from trimserve.folder.manifest import read_manifest
 
     harness.fresh_process(["-m", "bench.peers", "--make", str(work), "--format", precision])
     tokenizer = Tokenizer.from_file(str(model() / "tokenizer.json"))

@@ -69,7 +69,7 @@ def check(names: Sequence[str]) -> None:
         AssertionError: they differ.
     """
     from trimserve.profiling import profile
-    from trimserve.source import load_tokenizer
+    from trimserve.text.tokenizer import load_tokenizer
 
     for name in names:
         folder = DATA / "tokenizers" / name

@@ -21,7 +21,7 @@ from trimserve.counting import How, choosing
 from trimserve.counting.encoders import FastEncoder
 from trimserve.counting.engine import CorpusCounter
 from trimserve.errors import TrimserveError
-from trimserve.source import load_tokenizer
+from trimserve.text.tokenizer import load_tokenizer
 
 VARIANTS = ("loop", "encode alone", "fastokens alone", "profile", "profile without fastokens")
 _BATCH = 1000

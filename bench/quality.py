@@ -24,16 +24,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bench import harness
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Floats
-from trimserve.folder import open_folder, read_manifest
+from trimserve.folder.manifest import read_manifest
+from trimserve.folder.opening import open_folder
 from trimserve.generator import Generator
 from trimserve.loading import load
 from trimserve.profiling import Profile
 from trimserve.report import table
 from trimserve.scoring import log_sum_exp
 from trimserve.session import open_session
-from trimserve.vocab import Ids
 
 MODEL = "multidomain-qwen2"
 DOMAINS = {"in the domain": "gsm8k-en", "another domain": "law-en-uscode"}
@@ -213,8 +214,8 @@ def _unseen(profiled: Profile, size: int) -> list[int]:
 
 def make(work: Path, kept: Sequence[int]) -> dict[str, Any]:
     """Export the full model and both layouts at each K; returns the folders."""
+    from trimserve.model.resolve import resolve_model
     from trimserve.profiling import profile
-    from trimserve.resolving import resolve_model
     from trimserve.selection import select
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed

@@ -27,7 +27,7 @@ from bench import harness
 from trimserve.profiling import profile
 from trimserve.report import table
 from trimserve.session import open_session
-from trimserve.vocab import Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 
 ROWS = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
 WIDTHS = (256, 640, 1024, 2048)

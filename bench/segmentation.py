@@ -47,8 +47,8 @@ SUBJECTS = {MODEL: Subject("gsm8k-en", 0.99, trained=True), ENCODER: Subject("la
 
 def make(work: Path, name: str) -> dict[str, Any]:
     """Profile a subject and cut it by the tokenizer layout; returns its model folder and K."""
+    from trimserve.model.resolve import resolve_model
     from trimserve.profiling import profile
-    from trimserve.resolving import resolve_model
     from trimserve.selection import select
     from trimserve_export import export
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench import harness
-from trimserve.folder import open_folder
+from trimserve.folder.opening import open_folder
 from trimserve.report import table
 from trimserve.session import available_cpus, open_session
 

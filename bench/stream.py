@@ -18,9 +18,9 @@ import numpy as np
 
 from bench import harness
 from bench.random_tensors import RandomTensor, random_block
+from trimserve.files.tensors import TensorSource, exhaust, write_tensors
 from trimserve.report import human_bytes, table
-from trimserve.tensorfile import TensorSource, exhaust, write_tensors
-from trimserve.vocab import Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 
 MEMORY_TARGET = 300e6
 TIME_TARGET = 1.5
@@ -64,7 +64,7 @@ def worker(mode: str, folder: Path, kept: int) -> dict[str, Any]:
 
     if mode == "import":
         return {"peak": harness.memory().peak}
-    from trimserve.resolving import resolve_model
+    from trimserve.model.resolve import resolve_model
 
     source, vocab, out = resolve_model(folder / "source"), _vocab(kept), _empty(folder / "out")
     begin = time.perf_counter()

@@ -22,7 +22,7 @@ import numpy as np
 from bench import harness
 from bench.trim_models import SHAPES, make_checkpoint, make_graph
 from trimserve.report import human_bytes, table
-from trimserve.vocab import Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 
 MEMORY_TARGET = 200e6
 # What is measured, and of which its `cp` is a copy.

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from bench.random_tensors import RandomTensor, random_block
-from trimserve.tensorfile import TensorSource, exhaust, write_tensors
+from trimserve.files.tensors import TensorSource, exhaust, write_tensors
 
 DATA_NAME = "model.onnx_data"
 

@@ -16,10 +16,11 @@ import transformers
 
 from tests.folders import make_vocab
 from tests.models import FAMILIES, save_model
-from trimserve.folder import COLD_NAME, TrimmedFolder, open_folder
-from trimserve.resolving import resolve_model
-from trimserve.tensorfile import map_tensor, read_header, to_float32
-from trimserve.vocab import VocabMap
+from trimserve.files.tensors import map_tensor, read_header, to_float32
+from trimserve.folder.names import COLD_NAME
+from trimserve.folder.opening import TrimmedFolder, open_folder
+from trimserve.model.resolve import resolve_model
+from trimserve.vocab.map import VocabMap
 from trimserve_export import export, export_full
 
 V = 37

@@ -11,7 +11,7 @@ import transformers
 
 from tests.folders import make_vocab
 from tests.models import with_random_weights
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 V, K, H = 37, 11, 8
 # Ids 0..5 stay in place because positions of RoBERTa's kind are counted from their pad id; 36 moves.

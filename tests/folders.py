@@ -6,20 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trimserve.artefacts import save_vocab, sha256_file
-from trimserve.folder import (
-    COLD_NAME,
-    TOKENIZER_NAME,
-    VOCAB_NAME,
-    Manifest,
-    Pooling,
-    Source,
-    TrimmedFolder,
-    list_files,
-    open_folder,
-    write_manifest,
-)
-from trimserve.vocab import Reason, VocabMap
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.manifest import Manifest, Pooling, Source, write_manifest
+from trimserve.folder.names import COLD_NAME, TOKENIZER_NAME, VOCAB_NAME
+from trimserve.folder.opening import TrimmedFolder, list_files, open_folder
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import Reason, VocabMap
 
 
 def make_vocab(kept_ids: Sequence[int], vocab_size: int, tokenizer_sha256: str = "") -> VocabMap:

@@ -19,16 +19,18 @@ from tokenizers.models import WordLevel
 
 from tests.models import FAMILIES, save_model
 from tests.translators import save_translator
-from trimserve.artefacts import sha256_file
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import GENERATION_TASK, TEXT2TEXT_TASK, TrimmedFolder, open_folder
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.opening import TrimmedFolder, open_folder
+from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.loading import load
-from trimserve.resolving import resolve_model
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
+from trimserve.model.structural import structural_ids
 from trimserve.session import open_session
-from trimserve.source import ModelSource
-from trimserve.structural import structural_ids
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import reference
 from trimserve_export.exporters import EXPORTERS, Exporter, GraphJob, choice, load_exporter
 from trimserve_export.graph.export import serve_full

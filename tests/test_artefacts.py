@@ -10,18 +10,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from trimserve import tensorfile
-from trimserve.artefacts import (
-    atomic_path,
-    check_output,
-    load_artefact,
-    load_vocab,
-    save_artefact,
-    save_vocab,
-    sha256_file,
-)
 from trimserve.errors import MismatchError, UsageError
-from trimserve.vocab import Reason, VocabMap
+from trimserve.files import tensors as tensorfile
+from trimserve.files.artefact import check_output, load_artefact, save_artefact
+from trimserve.files.atomic import atomic_path
+from trimserve.files.hashes import sha256_file
+from trimserve.vocab.file import load_vocab, save_vocab
+from trimserve.vocab.map import Reason, VocabMap
 
 VOCAB = VocabMap(
     np.array([0, 5, 36]),

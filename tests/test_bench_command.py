@@ -10,7 +10,7 @@ from trimserve import benchmark
 from trimserve.benchmark import Comparison, Measured, Settings, compare
 from trimserve.cli.main import main
 from trimserve.errors import UsageError
-from trimserve.folder import open_folder
+from trimserve.folder.opening import open_folder
 from trimserve.measuring import Memory, spread
 
 

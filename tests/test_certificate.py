@@ -93,7 +93,7 @@ def make_case(path, rows, *, after_head=(), bias=None, half=False, bits=8):
 
 
 def open_case(path, after_head=(), half=False):
-    from trimserve.folder import open_folder
+    from trimserve.folder.opening import open_folder
 
     folder = open_folder(path)
     cold = ColdRows(folder)

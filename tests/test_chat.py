@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("jinja2")
 
 from tests.folders import make_folder
-from trimserve.chat import find_template, render_chat
 from trimserve.errors import UsageError
+from trimserve.text.chat import find_template, render_chat
 
 # Written for these tests after the formats that the models' makers document.
 QWEN = """{%- if tools %}

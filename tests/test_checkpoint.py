@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.folders import make_vocab
 from tests.models import save_model
-from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UnsupportedModelError
-from trimserve.resolving import resolve_model
-from trimserve.tensorfile import exhaust
+from trimserve.files.hashes import sha256_file
+from trimserve.files.tensors import exhaust
+from trimserve.model.resolve import resolve_model
 from trimserve_export.checkpoint import stream_tensors, trim_checkpoint
 from trimserve_export.stored_vocab import stored_vocab
 

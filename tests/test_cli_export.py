@@ -8,9 +8,10 @@ pytest.importorskip("torch")
 
 from tests.folders import make_vocab
 from tests.models import save_model
-from trimserve.artefacts import load_vocab, save_vocab, sha256_file
 from trimserve.cli.main import main
-from trimserve.folder import open_folder
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.opening import open_folder
+from trimserve.vocab.file import load_vocab, save_vocab
 
 pytestmark = pytest.mark.export
 

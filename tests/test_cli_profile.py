@@ -13,16 +13,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.tiny_tokenizers import TEXT, save_model_folder
-from trimserve import tensorfile
-from trimserve.artefacts import load_vocab
 from trimserve.cli.main import main
 from trimserve.corpus import documents, reader, slices
 from trimserve.counting import local
 from trimserve.counting.counter import DocumentCounter
 from trimserve.counting.sums import Sums
 from trimserve.errors import UsageError
+from trimserve.files import tensors as tensorfile
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import Profile, profile
-from trimserve.resolving import resolve_model
+from trimserve.vocab.file import load_vocab
 
 WORDS = "the cat sat on the mat. la latte! " * 40
 

@@ -13,11 +13,11 @@ pytest.importorskip("torch")
 from tests.folders import make_vocab
 from tests.models import save_model
 from tests.tiny_tokenizers import CHAT_TEMPLATE
-from trimserve.artefacts import sha256_file
 from trimserve.cli.main import main
+from trimserve.files.hashes import sha256_file
 from trimserve.loading import load
-from trimserve.resolving import resolve_model
-from trimserve.structural import structural_ids
+from trimserve.model.resolve import resolve_model
+from trimserve.model.structural import structural_ids
 from trimserve_export.pipeline import export
 
 pytestmark = pytest.mark.export

@@ -7,11 +7,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.tiny_tokenizers import save_model_folder
-from trimserve.artefacts import load_vocab
 from trimserve.cli.main import main
-from trimserve.dead import dead_ids
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import profile
-from trimserve.resolving import resolve_model
+from trimserve.text.dead_ids import dead_ids
+from trimserve.vocab.file import load_vocab
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from tests.exports import read_float32
 from trimserve.coldhead import PARTS_KEY, PartedGraph
 from trimserve.errors import MismatchError
-from trimserve.folder import COLD_NAME
+from trimserve.folder.names import COLD_NAME
 from trimserve_export.serving import cold_graph
 from trimserve_export.serving.cold_head import write_cold_head
 

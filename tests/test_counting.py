@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS
-from trimserve.chat import ChatTemplate
 from trimserve.corpus import Corpus, Document, Reading
 from trimserve.counting import choosing, wire
 from trimserve.counting.choosing import choose_encoder, make_encoder
@@ -25,7 +24,8 @@ from trimserve.counting.job import Job
 from trimserve.counting.joints import components, find_joint
 from trimserve.counting.words import WordEncoder
 from trimserve.errors import UsageError
-from trimserve.source import load_tokenizer
+from trimserve.text.chat import ChatTemplate
+from trimserve.text.tokenizer import load_tokenizer
 
 TINY = {kind: make() for kind, make in KINDS.items()}
 for tokenizer in TINY.values():

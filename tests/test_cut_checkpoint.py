@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.models import save_model
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import CHAT_TEMPLATE, TEXT
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 from trimserve.profiling import profile
-from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint import trim_checkpoint
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from tests.realdata import TOKENIZERS, corpus_slices
-from trimserve.dead import dead_ids
-from trimserve.resolving import resolve_model
+from trimserve.model.resolve import resolve_model
+from trimserve.text.dead_ids import dead_ids
 
 WORDS = ["".join(word) for size in range(1, 8) for word in itertools.product("ab", repeat=size)]
 

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.test_profiling import make_profile
-from trimserve.artefacts import save_vocab
 from trimserve.cli.main import main
 from trimserve.difference import diff, js_distance
 from trimserve.errors import MismatchError, UsageError
 from trimserve.profiling import Profile, profile
 from trimserve.selection import select
+from trimserve.vocab.file import save_vocab
 
 counts = hnp.arrays(np.int64, 6, elements=st.integers(0, 50)).filter(lambda array: array.sum() > 0)
 

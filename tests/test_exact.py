@@ -326,8 +326,10 @@ def test_a_wrong_cold_row_is_noticed_by_these_tests(tiny, tmp_path):
     import shutil
 
     from tests.generators import open_generator
-    from trimserve.folder import COLD_NAME, list_files, read_manifest, write_manifest
-    from trimserve.tensorfile import read_header
+    from trimserve.files.tensors import read_header
+    from trimserve.folder.manifest import read_manifest, write_manifest
+    from trimserve.folder.names import COLD_NAME
+    from trimserve.folder.opening import list_files
 
     broken = tmp_path / "broken"
     shutil.copytree(tiny.generator.folder.path, broken)
@@ -348,8 +350,8 @@ def test_exact_mode_without_cold_rows_is_refused(tmp_path):
     from tests.folders import make_vocab
     from tests.generators import open_generator
     from tests.models import save_model
-    from trimserve.artefacts import sha256_file
-    from trimserve.resolving import resolve_model
+    from trimserve.files.hashes import sha256_file
+    from trimserve.model.resolve import resolve_model
     from trimserve_export.pipeline import export
 
     source = resolve_model(str(save_model("llama_tied", tmp_path / "model", tokenizer="byte_level_bpe")))

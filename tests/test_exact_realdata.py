@@ -16,10 +16,10 @@ import transformers
 
 from tests.folders import make_vocab
 from tests.generators import open_generator
-from trimserve.artefacts import sha256_file
+from trimserve.files.hashes import sha256_file
 from trimserve.generator import Generator
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import profile
-from trimserve.resolving import resolve_model
 from trimserve.selection import select
 from trimserve_export.pipeline import export
 

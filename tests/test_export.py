@@ -16,11 +16,12 @@ from safetensors.numpy import load_file
 from tests.exports import KEPT, V, open_graph, read_float32, run
 from tests.folders import make_vocab
 from tests.models import FAMILIES, save_model
-from trimserve.artefacts import load_vocab, sha256_file
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.folder import open_folder
-from trimserve.tensorfile import read_header
-from trimserve.vocab import VocabMap
+from trimserve.files.hashes import sha256_file
+from trimserve.files.tensors import read_header
+from trimserve.folder.opening import open_folder
+from trimserve.vocab.file import load_vocab
+from trimserve.vocab.map import VocabMap
 from trimserve_export import card, export, from_checkpoint
 from trimserve_export.exporters import optimum
 from trimserve_export.tasks import infer_task

@@ -18,12 +18,13 @@ import transformers
 
 from tests.folders import make_vocab
 from tests.models import GENERATE, save_model
-from trimserve.artefacts import sha256_file
 from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
-from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
-from trimserve.resolving import resolve_model
-from trimserve.structural import structural_ids
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.opening import list_files, open_folder
+from trimserve.model.resolve import resolve_model
+from trimserve.model.structural import structural_ids
 from trimserve_export import export
 from trimserve_export.exporters import EXPORTERS, GraphJob, choice, load_exporter
 from trimserve_export.exporters.choice import choose_exporter, is_installed

@@ -7,10 +7,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests.folders import make_vocab
 from tests.tiny_tokenizers import KINDS
 from trimserve.errors import UnknownIdError
-from trimserve.fallback import Fallback
-from trimserve.source import ModelSource, load_tokenizer
-from trimserve.streaming import is_byte_token, special_ids
-from trimserve.structural import structural_ids
+from trimserve.model.source import ModelSource
+from trimserve.model.structural import structural_ids
+from trimserve.text.fallback import Fallback
+from trimserve.text.tokenizer import is_byte_token, load_tokenizer, special_ids
 
 REAL = ("bert-uncased", "gpt2", "mbert-cased", "phi3", "qwen2", "t5-small", "xlm-roberta")
 

@@ -16,14 +16,15 @@ from tests.finetuning import COLD, KEPT, VOCAB, K, V, assert_same_state, make_mo
 from tests.folders import make_vocab
 from tests.models import save_model
 from tests.tiny_tokenizers import save_model_folder
-from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.files.hashes import sha256_file
 from trimserve.finetune import find_outside, grow, partial_vocab, restore
 from trimserve.finetune.restore import full_source
-from trimserve.resolving import resolve_model
+from trimserve.model.resolve import resolve_model
 from trimserve.selection import Reason
-from trimserve.vocab import VocabMap
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 

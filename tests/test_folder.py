@@ -4,23 +4,22 @@ import json
 import pytest
 
 from tests.folders import make_folder
-from trimserve import folder as folder_module
 from trimserve.errors import MismatchError, UsageError
-from trimserve.folder import (
+from trimserve.folder import opening as folder_module
+from trimserve.folder.manifest import (
     CutTensor,
     FileEntry,
     Manifest,
     Pooling,
     Source,
-    check_plain_name,
     is_trimmed,
-    list_files,
-    open_folder,
     read_manifest,
     stored_weight_bytes,
     with_verification,
     write_manifest,
 )
+from trimserve.folder.names import check_plain_name
+from trimserve.folder.opening import list_files, open_folder
 
 MANIFEST = Manifest(
     source=Source("owner/model", "main", {"model.safetensors": "a" * 64}),

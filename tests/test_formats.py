@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_tokenizers import CHAT_TEMPLATE
-from trimserve.chat import ChatTemplate
 from trimserve.corpus import Corpus, Faults, Reading
 from trimserve.corpus.conversations import conversation
 from trimserve.corpus.documents import split_units
 from trimserve.corpus.reader import SliceReader
 from trimserve.corpus.slices import plan_slices
 from trimserve.errors import MissingExtraError, UsageError
+from trimserve.text.chat import ChatTemplate
 
 ROWS = [
     {"text": 'one, "two"\nthree', "answer": "yes"},

@@ -21,12 +21,13 @@ from tests.test_graph_generate import save_graph, vocab_of
 from tests.test_graph_verify import accept_files, shift_rows
 from tests.translators import KEPT as KEPT_WORDS
 from tests.translators import TASK
-from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.folder import open_folder, read_manifest
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.manifest import read_manifest
+from trimserve.folder.opening import open_folder
 from trimserve.loading import load
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 from trimserve_export import export
 from trimserve_export.graph.export import trim_to_folder
 from trimserve_export.graph.parts import find_parts, one_variant

@@ -17,14 +17,14 @@ import trimserve
 from tests.exports import open_graph
 from tests.generators import FullSampler, open_generator
 from tests.models import FAMILIES, save_model
-from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UsageError
-from trimserve.folder import open_folder
-from trimserve.resolving import resolve_model
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.opening import open_folder
+from trimserve.model.resolve import resolve_model
+from trimserve.model.structural import structural_ids
 from trimserve.sampling import SamplingParams
-from trimserve.source import load_tokenizer
-from trimserve.structural import structural_ids
-from trimserve.vocab import Reason, VocabMap
+from trimserve.text.tokenizer import load_tokenizer
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import export
 from trimserve_export.exporters import GraphJob, optimum
 from trimserve_export.graph.export import serve_full

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import trimserve
 from tests.exports import open_graph
 from tests.folders import make_vocab
-from trimserve.folder import open_folder
+from trimserve.folder.opening import open_folder
 from trimserve.selection import select
 from trimserve_export import export
 from trimserve_export.graph import load_graph, trim_graph

@@ -17,9 +17,9 @@ from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize
 from tests.folders import make_vocab
 from tests.test_graph_generate import fuse
 from tests.translators import KEPT, TASK, Translator
-from trimserve.artefacts import sha256_file
+from trimserve.files.hashes import sha256_file
 from trimserve.loading import load
-from trimserve.resolving import resolve_model
+from trimserve.model.resolve import resolve_model
 from trimserve_export import export
 from trimserve_export.verify import verify
 

@@ -10,8 +10,10 @@ pytest.importorskip("torch")
 import onnx_ir as ir
 
 from tests.test_graph_generate import save_graph, vocab_of
-from trimserve.folder import COLD_NAME, list_files, open_folder, read_manifest, write_manifest
-from trimserve.tensorfile import read_header
+from trimserve.files.tensors import read_header
+from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.names import COLD_NAME
+from trimserve.folder.opening import list_files, open_folder
 from trimserve_export import export
 from trimserve_export.verify import verify
 

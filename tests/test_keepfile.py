@@ -6,10 +6,10 @@ import pytest
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.keepfile import KeepList, read_keep_file
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import profile
-from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.vocab import Reason
+from trimserve.vocab.map import Reason
 
 
 def write(tmp_path, name: str, content: str):

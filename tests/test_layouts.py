@@ -27,12 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from tests.models import save_model
 from tests.tiny_tokenizers import CHAT_TEMPLATE, TEXT
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
+from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.opening import list_files, open_folder
 from trimserve.loading import load
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import profile
-from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export import export
 from trimserve_export.exporters import GraphJob, optimum
 from trimserve_export.layouts.remap import LOOKUP_NAME, id_table, make_drop_in

@@ -16,7 +16,7 @@ from tests.folders import make_folder
 from tests.tiny_tokenizers import KINDS
 from trimserve.encoder import Encoder
 from trimserve.errors import MismatchError, MissingExtraError, UnsupportedModelError, UsageError
-from trimserve.folder import read_manifest, write_manifest
+from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.loading import load
 
 pytestmark = pytest.mark.export

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from bench import harness
 from tests.matrix import CELLS, FOLDERS, LAYOUTS, Cell, Workbench, compare, folder_outcome, is_in_ci, is_quick
-from trimserve.folder import open_folder
+from trimserve.folder.opening import open_folder
 from trimserve_export.exporters import EXPORTERS
 from trimserve_export.exporters.choice import is_installed
 

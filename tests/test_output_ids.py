@@ -15,13 +15,15 @@ from tests.folders import make_vocab
 from tests.generators import FullSampler, greedy_by_torch, make_pair, open_generator
 from tests.models import GENERATE, save_model
 from tests.test_graph_generate import save_graph
-from trimserve.artefacts import load_vocab, save_vocab
 from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.folder import COLD_NAME, list_files, open_folder, read_manifest, write_manifest
+from trimserve.files.tensors import read_header
+from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.names import COLD_NAME
+from trimserve.folder.opening import list_files, open_folder
 from trimserve.sampling import SamplingParams
 from trimserve.scoring import log_sum_exp
-from trimserve.tensorfile import read_header
+from trimserve.vocab.file import load_vocab, save_vocab
 from trimserve_export import export
 from trimserve_export.graph.export import serve_full
 from trimserve_export.verify.runner import verify

@@ -9,14 +9,14 @@ from safetensors.numpy import save_file
 
 from tests.test_profiling import make_profile
 from tests.tiny_tokenizers import save_model_folder
-from trimserve.artefacts import load_vocab
 from trimserve.cli.main import main
 from trimserve.cli.prediction import predict
 from trimserve.errors import UsageError
 from trimserve.merging import merge
-from trimserve.prize import WeightBytes
+from trimserve.model.prize import WeightBytes
 from trimserve.profiling import profile
 from trimserve.selection import select
+from trimserve.vocab.file import load_vocab
 
 COUNTS = [0, 50, 30, 10, 5, 3, 1, 1, 0]  # id 0 is structural
 

@@ -13,13 +13,13 @@ from tests.exports import read_float32
 from tests.models import with_random_weights
 from tests.test_exporters import needs_transformers_5
 from tests.tiny_tokenizers import KINDS, tokenizer_config
-from trimserve.artefacts import sha256_file
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import COLD_NAME
-from trimserve.resolving import resolve_model
-from trimserve.structural import structural_ids
-from trimserve.tensorfile import read_header
-from trimserve.vocab import Reason, VocabMap
+from trimserve.files.hashes import sha256_file
+from trimserve.files.tensors import read_header
+from trimserve.folder.names import COLD_NAME
+from trimserve.model.resolve import resolve_model
+from trimserve.model.structural import structural_ids
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import export
 from trimserve_export.checkpoint import trim_checkpoint
 from trimserve_export.configs import PER_LAYER_KEY, compact_rows

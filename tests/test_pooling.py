@@ -11,8 +11,9 @@ pytest.importorskip("torch")
 from tests.folders import make_vocab
 from tests.models import save_model
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import Pooling, open_folder
-from trimserve.resolving import resolve_model
+from trimserve.folder.manifest import Pooling
+from trimserve.folder.opening import open_folder
+from trimserve.model.resolve import resolve_model
 from trimserve_export import export
 from trimserve_export.pooling import is_sentence_transformers, read_pooling
 

@@ -7,8 +7,8 @@ pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
 
 from tests.models import save_model
-from trimserve.prize import read_weight_bytes
-from trimserve.resolving import resolve_model
+from trimserve.model.prize import read_weight_bytes
+from trimserve.model.resolve import resolve_model
 from trimserve_export.inspection import inspect
 
 pytestmark = pytest.mark.export

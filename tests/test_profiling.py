@@ -14,10 +14,10 @@ from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS, TEXT, save_model_folder
 from trimserve.corpus import Corpus, CorpusSource, documents
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.tensors import read_header
 from trimserve.merging import merge
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import Profile, profile
-from trimserve.resolving import resolve_model
-from trimserve.tensorfile import read_header
 
 HOSTILE = [
     "",

@@ -19,16 +19,18 @@ from tests.folders import make_vocab
 from tests.generators import FullSampler, make_pair, open_generator
 from tests.models import save_model
 from tests.translators import save_translator
-from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, dequantize, round_activations
 from trimserve.cli.main import main
 from trimserve.cold import ColdRows
 from trimserve.coldhead import COLD_MAX_NAME, ColdHead
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.folder import list_files, open_folder, read_manifest, write_manifest
+from trimserve.files.quantized import BlockScheme, dequantize, round_activations
+from trimserve.files.tensors import read_header
+from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.names import COLD_BLOCKS_NAME
+from trimserve.folder.opening import list_files, open_folder
 from trimserve.heads import cold_logits
-from trimserve.resolving import resolve_model
+from trimserve.model.resolve import resolve_model
 from trimserve.sampling import SamplingParams
-from trimserve.tensorfile import read_header
 from trimserve_export.pipeline import Options, export, export_full
 from trimserve_export.quantize import SCHEMES, quantize_graph, quantize_rows
 from trimserve_export.verify import verify

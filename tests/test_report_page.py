@@ -11,20 +11,20 @@ import pytest
 from tests.browser import find_browser, probe, run
 from tests.test_profiling import make_profile
 from tests.tiny_tokenizers import TEXT, save_model_folder
-from trimserve.artefacts import save_vocab
 from trimserve.cli.main import main
-from trimserve.dead import dead_ids
 from trimserve.difference import js_distance
-from trimserve.folder import Manifest, Source, write_manifest
+from trimserve.folder.manifest import Manifest, Source, write_manifest
 from trimserve.merging import merge
-from trimserve.prize import WeightBytes
+from trimserve.model.prize import WeightBytes
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import Profile, profile
 from trimserve.reporting.facts import Inputs, gather
 from trimserve.reporting.page import render
 from trimserve.reporting.terminal import summarise
-from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.tokennames import TokenNames
+from trimserve.text.dead_ids import dead_ids
+from trimserve.text.names import TokenNames
+from trimserve.vocab.file import save_vocab
 
 HOSTILE = [
     "<script>alert(1)</script> & \"quotes\" 'too'",

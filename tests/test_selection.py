@@ -13,11 +13,11 @@ from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.corpus import CorpusSource
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.merging import merge
+from trimserve.model.resolve import resolve_model
 from trimserve.profiling import Profile, profile
 from trimserve.ranking import coverage_curve
-from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.vocab import Reason
+from trimserve.vocab.map import Reason
 
 V = 37
 STRUCTURAL = [0, 1, 30]

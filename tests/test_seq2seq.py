@@ -28,9 +28,9 @@ from tests.translators import (
 )
 from trimserve.cli.main import main
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import COLD_NAME
+from trimserve.files.tensors import read_header
+from trimserve.folder.names import COLD_NAME
 from trimserve.loading import load
-from trimserve.tensorfile import read_header
 from trimserve.text2text import Text2TextGenerator
 from trimserve_export import export
 from trimserve_export.exporters import optimum

@@ -18,8 +18,9 @@ from tests.models import GENERATE
 from trimserve.cold import ColdRows
 from trimserve.coldhead import ColdHead
 from trimserve.errors import MismatchError, UsageError
-from trimserve.folder import list_files, open_folder, write_manifest
-from trimserve.resolving import resolve_model
+from trimserve.folder.manifest import write_manifest
+from trimserve.folder.opening import list_files, open_folder
+from trimserve.model.resolve import resolve_model
 from trimserve.sampling import SamplingParams
 from trimserve.sketch import SKETCH_FILES, SKETCH_NAME, Sketch
 from trimserve.sketchrows import GROUP_ROWS

@@ -8,9 +8,10 @@ from safetensors.numpy import save_file
 
 from tests.tiny_tokenizers import save_model_folder
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.folder import Source
-from trimserve.resolving import resolve_model, resolve_source
-from trimserve.source import ModelSource, load_tokenizer
+from trimserve.folder.manifest import Source
+from trimserve.model.resolve import resolve_model, resolve_source
+from trimserve.model.source import ModelSource
+from trimserve.text.tokenizer import load_tokenizer
 
 V, H = 37, 8
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trimserve.errors import UsageError
-from trimserve.staging import staged_folder
+from trimserve.folder.staging import staged_folder
 
 
 def write(target, text="new", **options):

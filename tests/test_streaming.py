@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders
 
 from tests.tiny_tokenizers import KINDS
 from trimserve.errors import UsageError
-from trimserve.source import load_tokenizer
-from trimserve.streaming import _CONTEXT, StopStrings, StreamDecoder
+from trimserve.text.stops import StopStrings
+from trimserve.text.streaming import _CONTEXT, StreamDecoder
+from trimserve.text.tokenizer import load_tokenizer
 
 HARD = (
     "the cat 😀😀 👨‍👩‍👧‍👦 世界你好 مرحبا بالعالم नमस्ते naïve saßen  two  spaces\n\n\ttab "

@@ -6,17 +6,16 @@ from tokenizers import Tokenizer
 
 from tests.tiny_tokenizers import CHAT_TEMPLATE, KINDS, byte_level_bpe, save_model_folder
 from trimserve.errors import MismatchError
-from trimserve.resolving import resolve_model
-from trimserve.structural import (
+from trimserve.model.resolve import resolve_model
+from trimserve.model.structural import (
     PAD_POSITION_MODELS,
-    byte_ids,
     config_ids,
-    newline_ids,
     pad_position_ids,
     structural_ids,
     template_ids,
     template_literals,
 )
+from trimserve.text.tokenizer import byte_ids, newline_ids
 
 
 def structural(folder):

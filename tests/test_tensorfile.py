@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from trimserve import tensorfile
 from trimserve.errors import MismatchError
-from trimserve.tensorfile import (
+from trimserve.files import tensors as tensorfile
+from trimserve.files.tensors import (
     ArrayTensor,
     TensorRows,
     WholeTensor,

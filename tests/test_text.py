@@ -7,12 +7,14 @@ from safetensors.numpy import save
 
 from tests.folders import make_folder
 from tests.tiny_tokenizers import KINDS, save_model_folder
-from trimserve.artefacts import save_vocab
-from trimserve.batching import join
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
-from trimserve.folder import VOCAB_NAME, list_files, open_folder, read_manifest, write_manifest
-from trimserve.text import Codec, shorten
-from trimserve.vocab import VocabMap
+from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.names import VOCAB_NAME
+from trimserve.folder.opening import list_files, open_folder
+from trimserve.text.batching import join
+from trimserve.text.codec import Codec, shorten
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
 
 TEXTS = ["The cat sat on the mat.", "", "a", "latte? 😀 世界 مرحبا\n\n  done", "The dog " * 40]
 

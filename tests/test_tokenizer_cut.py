@@ -15,11 +15,11 @@ from tests.folders import make_vocab
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS, TEXT, save_model_folder
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 from trimserve.profiling import profile
-from trimserve.resolving import resolve_model
 from trimserve.selection import select
-from trimserve.source import ModelSource
-from trimserve.vocab import Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.layouts.closure import CLOSED_KEY, MergeTrees, close_vocab, read_content
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import cut_tokenizer, write_cut_tokenizer

@@ -1,7 +1,7 @@
 import pytest
 
-from trimserve.resolving import resolve_model
-from trimserve.tokennames import TokenNames, kind_of
+from trimserve.model.resolve import resolve_model
+from trimserve.text.names import TokenNames, kind_of
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,16 @@ import onnx_ir as ir
 import torch
 
 from tests.models import FAMILIES, save_model
-from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.cli.main import main
-from trimserve.folder import COLD_NAME, VOCAB_NAME, list_files, open_folder, read_manifest, write_manifest
-from trimserve.resolving import resolve_model
-from trimserve.structural import structural_ids
-from trimserve.tensorfile import read_header
-from trimserve.vocab import VocabMap
+from trimserve.files.hashes import sha256_file
+from trimserve.files.tensors import read_header
+from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.names import COLD_NAME, VOCAB_NAME
+from trimserve.folder.opening import list_files, open_folder
+from trimserve.model.resolve import resolve_model
+from trimserve.model.structural import structural_ids
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
 from trimserve_export import export
 from trimserve_export.verify import verify
 
@@ -176,7 +179,7 @@ def test_another_tokenizer_is_found_although_every_hash_was_renewed(copied):
 
 
 def open_vocab(folder: Path) -> VocabMap:
-    from trimserve.artefacts import load_vocab
+    from trimserve.vocab.file import load_vocab
 
     return load_vocab(folder / VOCAB_NAME)
 

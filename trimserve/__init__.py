@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trimserve.merging import merge
     from trimserve.profiling import Profile, profile
     from trimserve.selection import select
-    from trimserve.vocab import Reason, VocabMap
+    from trimserve.vocab.map import Reason, VocabMap
     from trimserve_export.inspection import Inspection
     from trimserve_export.pipeline import ExportResult
     from trimserve_export.verify import VerifyResult
@@ -61,8 +61,8 @@ __all__ = [
 _MODULES = {
     "Difference": "trimserve.difference",
     "Profile": "trimserve.profiling",
-    "Reason": "trimserve.vocab",
-    "VocabMap": "trimserve.vocab",
+    "Reason": "trimserve.vocab.map",
+    "VocabMap": "trimserve.vocab.map",
     "diff": "trimserve.difference",
     "load": "trimserve.loading",
     "merge": "trimserve.merging",

@@ -23,7 +23,7 @@ from trimserve.errors import NoTokenError, UsageError
 from trimserve.feeding import Feeder
 from trimserve.request import DraftSlots, Request
 from trimserve.sampling import Columns, History, edit_logits
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 EarlyStopping = bool | Literal["never"]
 _OUT = np.float32(-1e9)  # the score of what cannot be chosen, as in transformers

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from trimserve.errors import UsageError
-from trimserve.folder import COLD_NAME, GENERATOR_TASKS, TrimmedFolder, open_folder, stored_weight_bytes
+from trimserve.folder.manifest import stored_weight_bytes
+from trimserve.folder.names import COLD_NAME
+from trimserve.folder.opening import TrimmedFolder, open_folder
+from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve.measuring import Memory, Ratio, Spread, Worker, alternately, paired_ratio, spread
 
 FULL = "full"

@@ -45,8 +45,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.blocks import BlockScheme, round_activations
 from trimserve.decoder import AfterHead
+from trimserve.files.quantized import BlockScheme, round_activations
 
 Doubles = npt.NDArray[np.float64]
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.bounds import Doubles
 from trimserve.decoder import Floats
 from trimserve.sampling import SamplingParams
-from trimserve.vocab import Ids
 
 # float64 sums of at most 2^20 weights, in any order, differ by far less.
 _MARGIN = 1e-9

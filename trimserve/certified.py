@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.bounds import Doubles
 from trimserve.bracket import Rivals, allowed_kept, has_filters, scores_between
 from trimserve.coldhead import ColdHead
@@ -34,7 +35,7 @@ from trimserve.sampling import (
 from trimserve.sketch import Sketch, SketchedProduct
 from trimserve.sketchrows import GROUP_ROWS
 from trimserve.stats import ColdReads
-from trimserve.vocab import Ids, VocabMap
+from trimserve.vocab.map import VocabMap
 
 # Groups of a step whose rows are read: first those with the largest bounds, then what is still open.
 _FIRST_GROUPS = 4

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs, dequantize, round_activations
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError
-from trimserve.folder import COLD_NAME, TrimmedFolder
-from trimserve.tensorfile import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
-from trimserve.vocab import Ids
+from trimserve.files.quantized import BlockScheme, block_specs, dequantize, round_activations
+from trimserve.files.tensors import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
+from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
+from trimserve.folder.opening import TrimmedFolder
 
 if TYPE_CHECKING:
     import onnxruntime as ort

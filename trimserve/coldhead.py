@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.blocks import COLD_BLOCKS_NAME
+from trimserve.arrays import Ids
 from trimserve.decoder import Floats
 from trimserve.errors import MismatchError
-from trimserve.folder import TrimmedFolder
+from trimserve.folder.names import COLD_BLOCKS_NAME
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.session import available_cpus, open_session
-from trimserve.vocab import Ids
 
 COLD_MAX_NAME = "cold_max.onnx"
 COLD_HEAD_NAME = "cold_head.onnx"

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.cold import COLD_INPUT, Rows, cold_widths
 from trimserve.errors import UnsupportedModelError
 from trimserve.kv import GrowingCache, KVCache, KVLayout, SharedCache
-from trimserve.vocab import Ids
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.batching import Encoded, join
+from trimserve.arrays import Ids
 from trimserve.cold import COLD_INPUT, ColdRows, cold_widths
+from trimserve.encoder.limits import longest_input
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import Pooling, TrimmedFolder
+from trimserve.folder.manifest import Pooling
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.heads import Candidate, full_logits, top_candidates
 from trimserve.pooling import Floats, Mask, normalize_rows, pool
-from trimserve.text import Codec, longest_input, shorten
-from trimserve.vocab import Ids
+from trimserve.text.batching import Encoded, join
+from trimserve.text.codec import Codec, shorten
 
 if TYPE_CHECKING:
     import onnxruntime as ort

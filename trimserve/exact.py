@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from trimserve.arrays import Ids
 from trimserve.blocksize import BlockSize
 from trimserve.coldhead import ColdHead
 from trimserve.decoder import Floats
@@ -20,7 +21,7 @@ from trimserve.request import Block, Request
 from trimserve.rules import Verdict
 from trimserve.sampling import Columns, choose, obey
 from trimserve.stats import ColdReads, Timing
-from trimserve.vocab import Ids, VocabMap
+from trimserve.vocab.map import VocabMap
 
 # Steps whose logits over the full vocab exist at the same time: 16 x 262,144 float32 are 17 MB.
 _STEPS_AT_ONCE = 16

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
 from trimserve.decoder import Decoder, Step
 from trimserve.kv import KVCache
 from trimserve.request import Request
 from trimserve.sampling import Columns
 from trimserve.stats import Timing
-from trimserve.vocab import Ids, VocabMap
+from trimserve.vocab.map import VocabMap
 
 
 class Feeder:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.estimates import Shares, expected_unseen
 from trimserve.profiling import Profile
-from trimserve.vocab import Ids
 
 _CURVE_POINTS = 24
 

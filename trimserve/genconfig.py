@@ -4,11 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from trimserve.arrays import Ids
 from trimserve.errors import UsageError
-from trimserve.folder import TrimmedFolder
+from trimserve.folder.opening import TrimmedFolder, read_json
 from trimserve.rules import TokenRules, as_ids
-from trimserve.text import read_json
-from trimserve.vocab import Ids
 
 
 class GenerationConfig:

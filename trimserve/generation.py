@@ -19,7 +19,7 @@ from trimserve.kv import KVCache
 from trimserve.request import Block, DraftSlots, Request
 from trimserve.sampling import Columns
 from trimserve.stats import Timing
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 
 class Checker(Protocol):

@@ -4,16 +4,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
+from trimserve.arrays import Ids
 from trimserve.beam import BeamParams, BeamSearch, EarlyStopping
 from trimserve.blocksize import MAX_BLOCK, BlockSize
 from trimserve.certified import ColdCertificate
-from trimserve.chat import Message, render_chat
 from trimserve.cold import ColdRows
 from trimserve.coldhead import COLD_MAX_NAME, ColdHead
 from trimserve.decoder import Decoder
 from trimserve.errors import UsageError
 from trimserve.exact import ExactChecker
-from trimserve.folder import TrimmedFolder
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.genconfig import GenerationConfig
 from trimserve.generation import Checker, GenerationLoop
 from trimserve.reading import Generation, Reader
@@ -22,8 +22,8 @@ from trimserve.sampling import LogitsProcessor, SamplingParams
 from trimserve.scoring import MassMeter, Score, Scorer
 from trimserve.sketch import Sketch, can_be_certified
 from trimserve.stats import ColdReads, GeneratorStats
-from trimserve.text import Codec
-from trimserve.vocab import Ids
+from trimserve.text.chat import Message, render_chat
+from trimserve.text.codec import Codec
 
 Mode = Literal["exact", "compact"]
 MODES: tuple[Mode, ...] = ("exact", "compact")

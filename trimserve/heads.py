@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
+from trimserve.files.tensors import to_float32
 from trimserve.pooling import Floats
-from trimserve.tensorfile import to_float32
-from trimserve.vocab import Ids, VocabMap
+from trimserve.vocab.map import VocabMap
 
 # Cold rows are multiplied a tile at a time, so that a quarter of a million of them never lie in memory.
 _TILE_ROWS = 8192

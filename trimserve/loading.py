@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from trimserve.cold import COLD_INPUT, ColdRows, cold_widths
 from trimserve.encoder import Encoder
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK, TrimmedFolder, open_folder
+from trimserve.folder.opening import TrimmedFolder, open_folder
+from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.heap import release_free_memory
 from trimserve.session import open_session, prepacks
-from trimserve.text import Codec
+from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
     import onnxruntime as ort

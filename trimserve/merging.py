@@ -11,7 +11,7 @@ import numpy as np
 from trimserve.counting import Counts
 from trimserve.errors import MismatchError, UsageError
 from trimserve.profiling import Profile
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 log = logging.getLogger(__name__)
 

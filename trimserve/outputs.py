@@ -3,13 +3,14 @@
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.errors import UsageError
-from trimserve.prize import read_weight_bytes
+from trimserve.model.prize import read_weight_bytes
 from trimserve.profiledmodel import Model, find_source
 from trimserve.profiles import Profile
 from trimserve.ranking import covering, round_up
 from trimserve.rule import Rule
-from trimserve.vocab import Ids, Reason
+from trimserve.vocab.map import Reason
 
 
 def output_ids(profile: Profile, rule: Rule, reason: npt.NDArray[np.int8]) -> Ids | None:

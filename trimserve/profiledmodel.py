@@ -4,12 +4,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError
-from trimserve.folder import TOKENIZER_NAME
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 from trimserve.profiles import Profile
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
 
 Model = str | Path | ModelSource
 

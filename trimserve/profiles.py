@@ -8,12 +8,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.artefacts import load_artefact, save_artefact
+from trimserve.arrays import Ids
 from trimserve.corpus import CorpusSource
 from trimserve.counting import Counts
 from trimserve.errors import MismatchError
 from trimserve.estimates import guaranteed_bound, likely_bound
-from trimserve.vocab import Ids
+from trimserve.files.artefact import load_artefact, save_artefact
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value

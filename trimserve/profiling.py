@@ -9,18 +9,19 @@ from typing import TypedDict, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.artefacts import sha256_file
-from trimserve.chat import ChatTemplate
+from trimserve.arrays import Ids
 from trimserve.corpus import Corpus, Reading, Unit
 from trimserve.counting import Counts, Engine, How, Interrupted, Shard, Tally, count_corpus, limit_threads
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.hashes import sha256_file
 from trimserve.heap import release_free_memory
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
+from trimserve.model.structural import structural_ids
 from trimserve.profiles import Profile
 from trimserve.report import progress as progress_bar
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
-from trimserve.structural import newline_ids, structural_ids
-from trimserve.vocab import Ids
+from trimserve.text.chat import ChatTemplate
+from trimserve.text.tokenizer import newline_ids
 
 __all__ = ["Profile", "ProfileInterrupted", "ProfileOptions", "profile"]
 

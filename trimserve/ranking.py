@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.errors import UsageError
 from trimserve.profiles import Profile
-from trimserve.vocab import Ids
 
 Mask = npt.NDArray[np.bool_]
 Mass = npt.NDArray[np.int64] | npt.NDArray[np.float64]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trimserve.request import Request
-from trimserve.streaming import StopStrings
-from trimserve.text import Codec
+from trimserve.text.codec import Codec
+from trimserve.text.stops import StopStrings
 
 Stopped = Literal["eos", "stop", "length"]
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
 from trimserve.decoder import AfterHead, Floats, apply_after_head
 from trimserve.rules import TokenRules, Verdict
 from trimserve.sampling import Columns, History, SamplingParams, choose, join_columns
-from trimserve.vocab import Ids
 
 # Cold ids of one request that may be drafted; each costs one row of the head a step.
 MAX_SLOTS = 64

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from trimserve.vocab import Ids
+from trimserve.arrays import Ids
 
 _NO_IDS: Ids = np.zeros(0, np.int32)
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.errors import NoTokenError, UsageError
 from trimserve.rules import TokenRules, Verdict
-from trimserve.vocab import Ids
 
 Floats = npt.NDArray[np.float32]
 # (token ids of prompt and output, logits over the full vocab (V,)) -> logits (V,); must be a pure function.

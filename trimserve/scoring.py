@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
 from trimserve.coldhead import ColdHead
 from trimserve.decoder import Decoder, Floats
 from trimserve.request import Block, Request
 from trimserve.stats import Timing
-from trimserve.vocab import Ids, VocabMap
+from trimserve.vocab.map import VocabMap
 
 # Positions whose logits exist at the same time: 16 x 262,144 float32 are 17 MB.
 _POSITIONS = 16

@@ -11,17 +11,18 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from trimserve.dead import dead_ids
+from trimserve.arrays import Ids
 from trimserve.errors import UnknownIdError, UsageError
 from trimserve.keepfile import KeepList, check_named, read_keep_file
 from trimserve.merging import merge
+from trimserve.model.source import ModelSource
 from trimserve.outputs import check_untied, output_ids
 from trimserve.profiledmodel import Model, find_source, tokenizer_of
 from trimserve.profiles import Profile
 from trimserve.ranking import Mass, affordable, covering, occurrences, ranked, round_up
 from trimserve.rule import Rule
-from trimserve.source import ModelSource
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.text.dead_ids import dead_ids
+from trimserve.vocab.map import Reason, VocabMap
 
 Profiles = Profile | Sequence[Profile] | Mapping[str, Profile]
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def select(  # noqa: PLR0913 - the options are the public interface
     join them by `coverage` (0.999 by default), `top_k`, `max_bytes` or `min_count`; K is then rounded up to
     a multiple of `multiple_of` with the next most frequent ids that the tokenizer has, and moved up further
     while it equals the width of a linear layer. Equally frequent ids: the lower one first, but dead ones
-    (`trimserve.dead`) last.
+    (`trimserve.text.dead_ids`) last.
 
     Args:
         profiles: one profile, or several of one model, which are added up; by name where there are floors.

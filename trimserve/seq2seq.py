@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows, cold_widths
 from trimserve.decoder import Decoder
 from trimserve.errors import UnsupportedModelError
 from trimserve.generation import Checker
 from trimserve.kv import GrowingCache, KVLayout, Mask
 from trimserve.request import Block, Request
-from trimserve.text import Codec
-from trimserve.vocab import Ids
+from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
     import onnxruntime as ort

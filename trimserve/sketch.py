@@ -32,16 +32,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.blocks import BlockScheme
+from trimserve.arrays import Ids
 from trimserve.bounds import X86, Doubles, HeadArithmetic, norms, product_error, rounding_distance
 from trimserve.cold import ColdRows
 from trimserve.decoder import AfterHead, Floats
 from trimserve.errors import MismatchError
-from trimserve.folder import TrimmedFolder
+from trimserve.files.quantized import BlockScheme
+from trimserve.files.tensors import map_tensor, read_header
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.session import open_session
 from trimserve.sketchrows import BLOCKS, GROUP_ROWS, LEVELS, ZERO, Digits, to_blocks, to_digits, unpacked
-from trimserve.tensorfile import map_tensor, read_header
-from trimserve.vocab import Ids
 
 if TYPE_CHECKING:
     import onnxruntime as ort

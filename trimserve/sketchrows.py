@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.blocks import BlockScheme, dequantize
 from trimserve.bounds import Doubles, block_magnitude, norms, product_error, round_up, rounding_distance
+from trimserve.files.quantized import BlockScheme, dequantize
 
 GROUP_ROWS = 64
 LEVELS = 127

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trimserve.request import Request
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trimserve.arrays import Ids
 from trimserve.errors import UsageError
 from trimserve.exact import ExactChecker
 from trimserve.generation import Checker
@@ -11,7 +12,6 @@ from trimserve.generator import GenerationOptions, Generator
 from trimserve.request import Request
 from trimserve.scoring import Score, Scorer
 from trimserve.seq2seq import InStep
-from trimserve.vocab import Ids
 
 
 class Text2TextGenerator(Generator):

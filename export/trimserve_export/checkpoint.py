@@ -14,12 +14,10 @@ from typing import IO
 import numpy as np
 from transformers import PretrainedConfig
 
-from trimserve.artefacts import sha256_file
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnsupportedModelError
-from trimserve.folder import CutTensor
-from trimserve.report import progress as progress_bar
-from trimserve.source import INDEX_NAME, ModelSource
-from trimserve.tensorfile import (
+from trimserve.files.hashes import sha256_file
+from trimserve.files.tensors import (
     STORAGE_DTYPES,
     TensorRows,
     TensorSource,
@@ -29,7 +27,10 @@ from trimserve.tensorfile import (
     read_header,
     write_tensors,
 )
-from trimserve.vocab import Ids, VocabMap
+from trimserve.folder.manifest import CutTensor
+from trimserve.model.source import INDEX_NAME, ModelSource
+from trimserve.report import progress as progress_bar
+from trimserve.vocab.map import VocabMap
 from trimserve_export.configs import write_compact_configs
 from trimserve_export.output_ids import check_untied
 from trimserve_export.stored_vocab import StoredVocab, axes_of, find_stored_vocab, read_specs

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 # What a JSON entry holds.
 Json: TypeAlias = Any

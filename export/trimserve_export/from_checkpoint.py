@@ -6,22 +6,16 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trimserve.artefacts import save_vocab, sha256_file
-from trimserve.blocks import BlockScheme
-from trimserve.folder import (
-    COLD_NAME,
-    GENERATION_TASK,
-    GENERATOR_TASKS,
-    TEXT2TEXT_TASK,
-    VOCAB_NAME,
-    FileEntry,
-    Manifest,
-    Source,
-    list_files,
-)
-from trimserve.source import GENAI_NAME
+from trimserve.files.hashes import sha256_file
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.manifest import FileEntry, Manifest, Source
+from trimserve.folder.names import COLD_NAME, VOCAB_NAME
+from trimserve.folder.opening import list_files
+from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
-from trimserve.vocab import VocabMap
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.exporters.choice import Choice
 from trimserve_export.graph.loading import load_graph

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import UsageError, require
-from trimserve.folder import COLD_NAME, is_trimmed, read_manifest
-from trimserve.prize import WeightBytes
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
+from trimserve.folder.manifest import is_trimmed, read_manifest
+from trimserve.folder.names import COLD_NAME
+from trimserve.model.prize import WeightBytes
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 
 if TYPE_CHECKING:
-    from trimserve.tensorfile import TensorSpec
+    from trimserve.files.tensors import TensorSpec
     from trimserve_export.stored_vocab import StoredVocab
 
 # A K that most single-domain profiles stay below.

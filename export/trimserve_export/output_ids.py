@@ -3,8 +3,8 @@
 import numpy as np
 
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import GENERATION_TASK
-from trimserve.vocab import VocabMap
+from trimserve.folder.tasks import GENERATION_TASK
+from trimserve.vocab.map import VocabMap
 
 _ADVICE = "select without --separate-output."
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.finetune.restore import full_source
-from trimserve.folder import MANIFEST_NAME, Manifest, stored_weight_bytes, write_manifest
+from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
+from trimserve.folder.names import MANIFEST_NAME
+from trimserve.folder.staging import staged_folder
 from trimserve.measuring import peak_resident
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 from trimserve.profiling import Profile
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
-from trimserve.staging import staged_folder
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint import check_vocab
 from trimserve_export.from_checkpoint import fill_from_checkpoint

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import TEXT2TEXT_TASK, Pooling
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.manifest import Pooling
+from trimserve.folder.tasks import TEXT2TEXT_TASK
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
 from trimserve_export.exporters import GraphJob
 from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.layouts.segmentation import Sample

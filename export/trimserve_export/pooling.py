@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import Pooling
-from trimserve.source import ModelSource
+from trimserve.folder.manifest import Pooling
+from trimserve.model.source import ModelSource
 
 MODULES_NAME = "modules.json"
 _MODES = {

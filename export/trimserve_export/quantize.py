@@ -24,9 +24,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve.blocks import BlockScheme, BlockSpecs, block_specs
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.tensorfile import TensorSpec, map_tensor, to_float32
+from trimserve.files.quantized import BlockScheme, BlockSpecs, block_specs
+from trimserve.files.tensors import TensorSpec, map_tensor, to_float32
 from trimserve_export.exported import read_exported
 from trimserve_export.serving import ALIGNMENT
 from trimserve_export.serving.flow import describe, find_head

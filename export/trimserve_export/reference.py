@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from trimserve.blocks import BlockScheme
-from trimserve.source import ModelSource
+from trimserve.files.quantized import BlockScheme
+from trimserve.model.source import ModelSource
 from trimserve_export.exporters import GraphJob, load_exporter
 from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.graph.export import serve_full

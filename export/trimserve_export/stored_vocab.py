@@ -7,9 +7,9 @@ import transformers
 from transformers import PretrainedConfig
 
 from trimserve.errors import MismatchError, UnsupportedModelError
-from trimserve.source import ModelSource
-from trimserve.tensorfile import TensorSpec, read_header
-from trimserve.tensornames import stored_names
+from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.model.source import ModelSource
+from trimserve.model.tensor_names import stored_names
 from trimserve_export.vocab_axes import (
     PER_LAYER,
     ModelClass,

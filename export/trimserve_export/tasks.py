@@ -7,7 +7,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve_export.vocab_axes import ModelClass
 
 # Each with the class that loads it.

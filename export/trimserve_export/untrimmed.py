@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from trimserve.folder import TrimmedFolder
-from trimserve.source import ModelSource
-from trimserve.vocab import Reason, VocabMap
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.pipeline import ExportResult, export
 from trimserve_export.quantize import SCHEMES
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.source import ModelSource
+from trimserve.model.source import ModelSource
 from trimserve_export.configs import PER_LAYER_KEY
 
 Role = Literal["embedding", "embedding.1", "head", "head_bias"]

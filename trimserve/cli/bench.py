@@ -14,8 +14,8 @@ from trimserve.report import human_bytes, percent, table
 
 if TYPE_CHECKING:
     from trimserve.benchmark import Comparison, Measured
-    from trimserve.folder import TrimmedFolder
-    from trimserve.source import ModelSource
+    from trimserve.folder.opening import TrimmedFolder
+    from trimserve.model.source import ModelSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
     """Export the full model into a temporary folder, measure both, report."""
     from trimserve.benchmark import Settings, compare
     from trimserve.cli.verify import read_lines
-    from trimserve.folder import open_folder
+    from trimserve.folder.opening import open_folder
     from trimserve.loading import check_runnable
-    from trimserve.resolving import resolve_source
+    from trimserve.model.resolve import resolve_source
     from trimserve.session import available_cpus, providers
 
     begin = time.perf_counter()

@@ -11,7 +11,7 @@ from trimserve.report import percent, table
 
 if TYPE_CHECKING:
     from trimserve.profiling import Profile
-    from trimserve.tokennames import TokenNames
+    from trimserve.text.names import TokenNames
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _coverages(path: Path, *profiles: "Profile") -> list[float]:
-    from trimserve.artefacts import load_vocab
     from trimserve.merging import check_vocab
+    from trimserve.vocab.file import load_vocab
 
     vocab = load_vocab(path)
     for profile in profiles:

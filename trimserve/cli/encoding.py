@@ -15,10 +15,11 @@ from trimserve.cli.verify import read_lines
 from trimserve.corpus import JSONL_SUFFIXES, iter_documents
 from trimserve.encoder import EMBEDDING_TASK, Encoder
 from trimserve.errors import UsageError
+from trimserve.folder.opening import read_json
 from trimserve.heads import label_scores
 from trimserve.pooling import Floats, normalize_rows
 from trimserve.report import progress, table
-from trimserve.text import read_json, shorten
+from trimserve.text.codec import shorten
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from trimserve.errors import UsageError, require
 
 if TYPE_CHECKING:
     from trimserve.corpus import CorpusSource, Reading
+    from trimserve.model.source import ModelSource
     from trimserve.profiling import Profile
-    from trimserve.source import ModelSource
-    from trimserve.vocab import VocabMap
+    from trimserve.vocab.map import VocabMap
     from trimserve_export.layouts.segmentation import Sample
 
 
@@ -78,8 +78,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
     from trimserve.finetune.restore import full_source
-    from trimserve.resolving import resolve_model
-    from trimserve.staging import check_target
+    from trimserve.folder.staging import check_target
+    from trimserve.model.resolve import resolve_model
 
     options = selection_options(args)
     if args.vocab is not None and any(options.values()):
@@ -118,7 +118,7 @@ def _check_reading(args: argparse.Namespace) -> None:
 def _own_vocab(source: "ModelSource", options: dict[str, Any]) -> Path:
     """A compact checkpoint brings its vocab along; for any other model it has to be said which ids stay."""
     from trimserve.finetune.restore import is_compact
-    from trimserve.folder import VOCAB_NAME
+    from trimserve.folder.names import VOCAB_NAME
 
     if not is_compact(source.path) or any(options.values()):
         raise UsageError(
@@ -130,8 +130,8 @@ def _own_vocab(source: "ModelSource", options: dict[str, Any]) -> Path:
 def _vocab(
     args: argparse.Namespace, source: "ModelSource", profile: "Profile | None", options: dict[str, Any]
 ) -> "VocabMap":
-    from trimserve.artefacts import load_vocab
     from trimserve.selection import select
+    from trimserve.vocab.file import load_vocab
 
     if profile is None:
         return load_vocab(args.vocab)
@@ -166,8 +166,8 @@ def _sample(args: argparse.Namespace, source: "ModelSource", profile: "Profile |
 
 def _is_at_hand(counted: "CorpusSource", reading: "Reading") -> bool:
     """Whether a profiled file still lies where it did, unchanged, and the options say how it is read."""
-    from trimserve.artefacts import sha256_file
     from trimserve.corpus import can_read
+    from trimserve.files.hashes import sha256_file
 
     path = Path(counted.name)
     return path.is_file() and can_read(path, reading) and sha256_file(path) == counted.sha256

@@ -12,8 +12,8 @@ from trimserve.errors import MismatchError, UsageError
 
 if TYPE_CHECKING:
     from trimserve.finetune.texts import Outside
-    from trimserve.source import ModelSource
-    from trimserve.vocab import VocabMap
+    from trimserve.model.source import ModelSource
+    from trimserve.vocab.map import VocabMap
 
 _SHOWN = 5  # texts that an error names
 _BATCH_TEXTS = 4096
@@ -69,9 +69,10 @@ def _restore(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from trimserve.artefacts import check_output, load_vocab, save_vocab
+    from trimserve.files.artefact import check_output
     from trimserve.finetune.texts import find_outside, grow
-    from trimserve.resolving import resolve_model
+    from trimserve.model.resolve import resolve_model
+    from trimserve.vocab.file import load_vocab, save_vocab
 
     if args.grow is not None:
         check_output(args.grow, "vocab")
@@ -98,7 +99,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _check_tokenizer(source: "ModelSource", vocab: "VocabMap") -> None:
-    from trimserve.artefacts import sha256_file
+    from trimserve.files.hashes import sha256_file
 
     found = sha256_file(source.tokenizer_path)
     if vocab.tokenizer_sha256 and vocab.tokenizer_sha256 != found:

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, write, report."""
-    from trimserve.artefacts import check_output
     from trimserve.cli.summary import profile_document, profile_summary
+    from trimserve.files.artefact import check_output
     from trimserve.merging import merge
     from trimserve.profiling import Profile
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trimserve.profiling import Profile
-    from trimserve.tokennames import TokenNames
+    from trimserve.text.names import TokenNames
 
 log = logging.getLogger(__name__)
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 def find_names(profile: "Profile", model: str | None) -> "TokenNames | None":
     """Names of the tokens, or None with a note where the tokenizer is not at hand."""
     from trimserve.profiledmodel import find_source
-    from trimserve.tokennames import TokenNames
+    from trimserve.text.names import TokenNames
 
     source = find_source(profile, model)
     if source is None:

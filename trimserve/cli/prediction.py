@@ -6,7 +6,7 @@ from trimserve.report import human_bytes, percent
 
 if TYPE_CHECKING:
     from trimserve.profiling import Profile
-    from trimserve.vocab import VocabMap
+    from trimserve.vocab.map import VocabMap
 
 
 def predict(profile: "Profile", vocab: "VocabMap", model: str | None) -> dict[str, Any]:
@@ -14,11 +14,11 @@ def predict(profile: "Profile", vocab: "VocabMap", model: str | None) -> dict[st
 
     What takes the model's tokenizer or weights is None where they are not at hand.
     """
-    from trimserve.dead import dead_ids
     from trimserve.forecast import cold_share
-    from trimserve.prize import read_weight_bytes
+    from trimserve.model.prize import read_weight_bytes
     from trimserve.profiledmodel import find_source
-    from trimserve.vocab import Reason
+    from trimserve.text.dead_ids import dead_ids
+    from trimserve.vocab.map import Reason
 
     kept, source = len(vocab), find_source(profile, model)
     head_rows = None if vocab.output_ids is None else len(vocab.output_ids)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profile, write, report."""
-    from trimserve.artefacts import check_output
+    from trimserve.files.artefact import check_output
     from trimserve.profiling import Profile, ProfileInterrupted, profile
 
     check_output(args.output, "profile")  # before minutes of counting

@@ -10,10 +10,10 @@ from trimserve.cli.profiles import add_profile_arguments, load_profiles
 from trimserve.errors import UsageError
 
 if TYPE_CHECKING:
+    from trimserve.model.source import ModelSource
     from trimserve.profiling import Profile
     from trimserve.reporting.facts import Inputs
-    from trimserve.source import ModelSource
-    from trimserve.vocab import VocabMap
+    from trimserve.vocab.map import VocabMap
 
 _HTML_SUFFIXES = (".html", ".htm")
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     document: dict[str, Any] = {"path": str(args.output) if args.output else None} | report.to_dict()
     text = summarise(report, title)
     if args.output is not None:
-        from trimserve.artefacts import atomic_path
+        from trimserve.files.atomic import atomic_path
         from trimserve.reporting.page import render
 
         with atomic_path(args.output) as temporary:
@@ -76,12 +76,12 @@ def _check_output(path: Path) -> None:
 
 
 def _inputs(args: argparse.Namespace) -> "Inputs":
-    from trimserve.dead import dead_ids
     from trimserve.merging import check_same_model, check_vocab, merge
-    from trimserve.prize import read_weight_bytes
+    from trimserve.model.prize import read_weight_bytes
     from trimserve.profiledmodel import find_source
     from trimserve.reporting.facts import Inputs
-    from trimserve.tokennames import TokenNames
+    from trimserve.text.dead_ids import dead_ids
+    from trimserve.text.names import TokenNames
 
     profiles = load_profiles([*args.profiles, *args.profile])
     merged = next(iter(profiles.values())) if len(profiles) == 1 else merge(list(profiles.values()))
@@ -107,9 +107,10 @@ def _inputs(args: argparse.Namespace) -> "Inputs":
 
 def _choice(args: argparse.Namespace, merged: "Profile") -> "tuple[VocabMap, dict[str, Any] | None]":
     """The vocab that the report is about, and what verification found of it."""
-    from trimserve.artefacts import load_vocab
-    from trimserve.folder import VOCAB_NAME, read_manifest
+    from trimserve.folder.manifest import read_manifest
+    from trimserve.folder.names import VOCAB_NAME
     from trimserve.selection import select
+    from trimserve.vocab.file import load_vocab
 
     if args.folder is not None:
         manifest = read_manifest(args.folder)

@@ -9,7 +9,7 @@ from trimserve.cli.profiles import add_profile_arguments, load_profiles, named_s
 from trimserve.errors import UsageError
 
 if TYPE_CHECKING:
-    from trimserve.vocab import VocabMap
+    from trimserve.vocab.map import VocabMap
 
 OPTIONS = (
     "coverage",
@@ -87,9 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Select, write, report."""
-    from trimserve.artefacts import check_output, save_vocab
+    from trimserve.files.artefact import check_output
     from trimserve.merging import merge
     from trimserve.selection import select
+    from trimserve.vocab.file import save_vocab
 
     if args.output is None and not args.dry_run:
         raise UsageError("select writes a vocab: name it with -o, or pass --dry-run to see its cost.")

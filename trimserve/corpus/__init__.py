@@ -125,7 +125,7 @@ class Corpus:
             self.sources.append(texts.source)
 
     def _file_documents(self) -> Iterator[Document]:
-        from trimserve.artefacts import sha256_file
+        from trimserve.files.hashes import sha256_file
 
         for file in self.files:
             before = self.bytes_read

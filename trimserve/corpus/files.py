@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from trimserve.errors import UsageError, require
-from trimserve.hub import fetch_snapshot
+from trimserve.files.hub import fetch_snapshot
 
 STDIN = "-"
 HUB = "hf://"

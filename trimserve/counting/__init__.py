@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from trimserve.arrays import Ids
 from trimserve.corpus import Corpus, CorpusSource
 from trimserve.counting.blocks import Counts, OnBytes, ignore
 from trimserve.counting.engine import CorpusCounter, Engine, How, Shard
-from trimserve.vocab import Ids
 
 __all__ = ["Counts", "Engine", "How", "Interrupted", "Shard", "Tally", "count_corpus", "limit_threads"]
 

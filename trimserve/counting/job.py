@@ -54,7 +54,7 @@ class Job:
 
 
 def parse_tokenizer(content: bytes) -> Tokenizer:
-    """A tokenizer with padding and truncation off, as `trimserve.source.load_tokenizer` gives it."""
+    """A tokenizer with padding and truncation off, as `trimserve.text.tokenizer.load_tokenizer` gives it."""
     tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.artefacts import sha256_file
 from trimserve.corpus import CorpusSource, Reading, Slice
 from trimserve.counting.blocks import Block, Counts
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.hashes import sha256_file
 
 
 def plan_hash(slices: Sequence[Slice], reading: Reading) -> str:

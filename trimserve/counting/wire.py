@@ -12,11 +12,11 @@ from typing import IO, Any, NamedTuple
 from safetensors import numpy as safetensors
 
 from trimserve import errors
-from trimserve.chat import ChatTemplate
 from trimserve.corpus import CorpusFile, Reading, Slice
 from trimserve.counting.blocks import Block
 from trimserve.counting.encoders import Encoder
 from trimserve.counting.job import Job
+from trimserve.text.chat import ChatTemplate
 
 _LENGTHS = struct.Struct("<QQ")
 _ARRAYS = ("counts", "document_counts", "output_counts", "open_ids")

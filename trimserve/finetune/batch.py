@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import UnknownIdError
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 IGNORED = -100  # the label that torch's and transformers' losses leave out
 INPUTS = ("input_ids", "decoder_input_ids")

@@ -10,8 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.tensorfile import CHUNK_BYTES, exhaust, map_tensor, read_header, write_tensors
-from trimserve.vocab import Ids
+from trimserve.arrays import Ids
+from trimserve.files.tensors import CHUNK_BYTES, exhaust, map_tensor, read_header, write_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import UnknownIdError
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UsageError
 from trimserve.finetune.batch import Batch, Collator, remap
 from trimserve.finetune.coldfile import ColdFiles, put_rows, take_rows
@@ -23,8 +24,8 @@ from trimserve.finetune.live import (
 from trimserve.finetune.loss import CutLoss, install_where_possible
 from trimserve.finetune.optim import Replaced, check_state, replace_parameters
 from trimserve.finetune.saving import CompactSaver, find_base
-from trimserve.source import ModelSource
-from trimserve.vocab import Ids, VocabMap
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,15 +16,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.artefacts import load_vocab
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.finetune.provenance import PROVENANCE_NAME, Provenance, StoredCut, check_base
-from trimserve.folder import VOCAB_NAME
-from trimserve.report import progress as progress_bar
-from trimserve.resolving import resolve_model
-from trimserve.source import INDEX_NAME, ModelSource
-from trimserve.staging import staged_folder
-from trimserve.tensorfile import (
+from trimserve.files.tensors import (
     CHUNK_BYTES,
     STORAGE_DTYPES,
     TensorSource,
@@ -36,8 +29,15 @@ from trimserve.tensorfile import (
     to_float32,
     write_tensors,
 )
-from trimserve.tensornames import stored_names
-from trimserve.vocab import VocabMap
+from trimserve.finetune.provenance import PROVENANCE_NAME, Provenance, StoredCut, check_base
+from trimserve.folder.names import VOCAB_NAME
+from trimserve.folder.staging import staged_folder
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import INDEX_NAME, ModelSource
+from trimserve.model.tensor_names import stored_names
+from trimserve.report import progress as progress_bar
+from trimserve.vocab.file import load_vocab
+from trimserve.vocab.map import VocabMap
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CONFIGS = ("config.json", "generation_config.json")

@@ -4,15 +4,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.artefacts import save_vocab
 from trimserve.errors import require
 from trimserve.finetune.ids import MovedIds
 from trimserve.finetune.live import LiveVocab
 from trimserve.finetune.provenance import Provenance, StoredCut, describe_base
-from trimserve.folder import VOCAB_NAME, Source
-from trimserve.resolving import resolve_model
-from trimserve.source import INDEX_NAME, WEIGHTS_NAME, ModelSource
-from trimserve.vocab import VocabMap
+from trimserve.folder.manifest import Source
+from trimserve.folder.names import VOCAB_NAME
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import INDEX_NAME, WEIGHTS_NAME, ModelSource
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimserve.profiling import Profile
-from trimserve.tokennames import UNNAMED, TokenNames
-from trimserve.vocab import VocabMap
+from trimserve.text.names import UNNAMED, TokenNames
+from trimserve.vocab.map import VocabMap
 
 _KINDS_SHOWN = 16
 OTHERS = "other scripts"

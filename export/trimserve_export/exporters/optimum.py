@@ -11,7 +11,7 @@ from optimum.utils import logging as optimum_logging
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.folder import TEXT2TEXT_TASK
+from trimserve.folder.tasks import TEXT2TEXT_TASK
 from trimserve_export.exporters import GraphJob, tracing
 from trimserve_export.tasks import TASKS, check_task, load_model
 

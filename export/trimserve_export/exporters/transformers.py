@@ -17,7 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.folder import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve_export.exporters import GraphJob, tracing
 from trimserve_export.tasks import TASK_CLASSES, check_task, load_model
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from trimserve.arrays import Ids
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.graph.plan import VocabPlan, constant, optional_input
 from trimserve_export.graph.rows import copy_nodes, dtype_name, inline
 from trimserve_export.graph.weights import follow_weight, int_attribute

@@ -12,9 +12,10 @@ from typing import Any
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import GENERATOR_TASKS, TEXT2TEXT_TASK, CutTensor, Source
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
+from trimserve.folder.manifest import CutTensor, Source
+from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.cold import is_tied
 from trimserve_export.graph.facts import (
     constant_bytes,

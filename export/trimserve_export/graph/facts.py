@@ -6,9 +6,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trimserve.artefacts import sha256_file
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import GENERATION_TASK, CutTensor
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.manifest import CutTensor
+from trimserve.folder.tasks import GENERATION_TASK
 from trimserve_export.graph.plan import VocabPlan, optional_input
 from trimserve_export.graph.rows import DTYPES
 from trimserve_export.graph.trim import LOGITS

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from trimserve.arrays import Ids
 from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME, PARTS_KEY
 from trimserve.errors import UnsupportedModelError
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.graph.cold import FullGraph
 from trimserve_export.graph.rows import copy_nodes
 from trimserve_export.graph.trim import trim_graph

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.plan import Lookup, VocabPlan, constant, optional_input, replace_constant
 from trimserve_export.graph.weights import follow_weight, int_attribute
 from trimserve_export.serving.flow import describe

@@ -6,8 +6,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import COLD_NAME, CutTensor
-from trimserve.vocab import VocabMap
+from trimserve.folder.manifest import CutTensor
+from trimserve.folder.names import COLD_NAME
+from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.cold import FullGraph, write_cold_rows
 from trimserve_export.graph.facts import cut_tensors, has_external_data
 from trimserve_export.graph.loading import load_graph

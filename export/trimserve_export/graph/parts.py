@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimserve.errors import UsageError
-from trimserve.folder import GRAPH_FOLDER
-from trimserve.source import ModelSource
+from trimserve.folder.names import GRAPH_FOLDER
+from trimserve.model.source import ModelSource
 
 # The names that have a meaning; the longest that fits counts.
 ENCODER, FIRST, LATER, MERGED = (

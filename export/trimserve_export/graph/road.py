@@ -8,12 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.errors import UsageError
-from trimserve.folder import VOCAB_NAME, Manifest, is_trimmed, list_files, read_manifest
-from trimserve.source import CONFIG_NAME, GENAI_NAME, ModelSource
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.manifest import Manifest, is_trimmed, read_manifest
+from trimserve.folder.names import VOCAB_NAME
+from trimserve.folder.opening import list_files
+from trimserve.model.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.version import __version__
-from trimserve.vocab import VocabMap
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint import check_vocab
 from trimserve_export.configs import compact_config
 from trimserve_export.graph.export import GENERATION_CONFIG, trim_to_folder, write_generation_config

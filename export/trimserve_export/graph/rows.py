@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from trimserve.arrays import Ids
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.graph.plan import constant
 from trimserve_export.graph.tensors import Cut, KeptEntries, release, stored_bytes
 from trimserve_export.graph.trim import trim_graph

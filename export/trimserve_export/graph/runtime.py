@@ -8,8 +8,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import COLD_NAME, GENERATOR_TASKS, CutTensor
-from trimserve.vocab import VocabMap
+from trimserve.folder.manifest import CutTensor
+from trimserve.folder.names import COLD_NAME
+from trimserve.folder.tasks import GENERATOR_TASKS
+from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.cold import FullGraph, multiplied_by_graph, write_cold_blocks, write_cold_rows
 from trimserve_export.graph.facts import cut_tensors
 from trimserve_export.graph.graph_head import write_graph_head

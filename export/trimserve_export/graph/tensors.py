@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimserve.vocab import Ids
+from trimserve.arrays import Ids
 
 Bytes = npt.NDArray[np.uint8]
 _BLOCK_BYTES = 8 << 20

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.head import follow_logits
 from trimserve_export.graph.lookups import follow_ids
 from trimserve_export.graph.plan import VocabPlan

@@ -20,8 +20,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from trimserve.cold import COLD_INPUT, table_name
 from trimserve.errors import UnsupportedModelError
-from trimserve.tensorfile import TensorSpec, read_header
-from trimserve.vocab import VocabMap
+from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.vocab.map import VocabMap
 from trimserve_export.exported import read_exported
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving import GRAPH_NAME, check_table, write_copy

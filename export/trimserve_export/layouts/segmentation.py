@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from trimserve.arrays import Ids
 from trimserve.corpus import Corpus, Reading
 from trimserve.report import percent
-from trimserve.vocab import Ids, VocabMap
+from trimserve.vocab.map import VocabMap
 
 _BATCH = 256
 # Enough for every rate to three digits, and a few seconds of work at most.

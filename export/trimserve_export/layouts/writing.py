@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trimserve.blocks import BlockScheme
-from trimserve.folder import TOKENIZER_NAME
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
 from trimserve_export.layouts.remap import make_drop_in, save_plain, save_tied
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer

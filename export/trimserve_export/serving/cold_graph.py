@@ -15,10 +15,10 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.blocks import BlockSpecs
 from trimserve.coldhead import PARTS_KEY
 from trimserve.errors import UnsupportedModelError
-from trimserve.tensorfile import TensorSpec
+from trimserve.files.quantized import BlockSpecs
+from trimserve.files.tensors import TensorSpec
 from trimserve_export.quantize import block_attributes, scheme_of
 from trimserve_export.serving.flow import Head, describe, find_output
 

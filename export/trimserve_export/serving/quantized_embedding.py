@@ -8,8 +8,8 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.blocks import BlockScheme, dequantize
-from trimserve.tensorfile import (
+from trimserve.files.quantized import BlockScheme, dequantize
+from trimserve.files.tensors import (
     TensorSource,
     TensorSpec,
     WholeTensor,

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
+from trimserve.files.quantized import BlockScheme
 from trimserve_export.exported import read_exported
 from trimserve_export.quantize import quantize_products
 from trimserve_export.serving import ALIGNMENT, apply_passes

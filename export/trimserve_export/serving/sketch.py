@@ -15,13 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from trimserve.artefacts import sha256_file
-from trimserve.blocks import COLD_BLOCKS_NAME, BlockScheme, block_specs
+from trimserve.arrays import Ids
 from trimserve.bounds import Doubles, block_magnitude, round_up
 from trimserve.cold import ColdRows
 from trimserve.coldhead import COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.errors import UsageError
-from trimserve.folder import FileEntry, Manifest, TrimmedFolder, open_folder, write_manifest
+from trimserve.files.hashes import sha256_file
+from trimserve.files.quantized import BlockScheme, block_specs
+from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, write_tensors
+from trimserve.folder.manifest import FileEntry, Manifest, write_manifest
+from trimserve.folder.names import COLD_BLOCKS_NAME
+from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.sketch import (
     SKETCH_DATA_NAME,
     SKETCH_FILES,
@@ -31,8 +35,6 @@ from trimserve.sketch import (
     run_rows,
 )
 from trimserve.sketchrows import BLOCKS, GROUP_ROWS, block_spread, sketch_blocks, sketch_rows
-from trimserve.tensorfile import ArrayTensor, exhaust, map_tensor, write_tensors
-from trimserve.vocab import Ids
 from trimserve_export.serving.packed import store_packed
 from trimserve_export.serving.sketch_graph import sketch_graph
 

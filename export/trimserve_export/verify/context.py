@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
 from trimserve.errors import UnknownIdError, UsageError
-from trimserve.folder import TrimmedFolder
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.genconfig import GenerationConfig
+from trimserve.model.source import ModelSource
 from trimserve.session import open_session
-from trimserve.source import ModelSource
-from trimserve.text import Codec
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.text.codec import Codec
+from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.serving.quantized_embedding import quantized_lookup
 from trimserve_export.stored_vocab import StoredVocab
 from trimserve_export.tasks import has_vocab_head

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.generator import Generator, Mode
 from trimserve.loading import load
 from trimserve.rules import TokenRules, Verdict
-from trimserve.vocab import Ids
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.graph import GraphModel, Model
 from trimserve_export.verify.result import Check

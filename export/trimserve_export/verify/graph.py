@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.cold import ColdRows
-from trimserve.vocab import Ids, VocabMap
+from trimserve.vocab.map import VocabMap
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from trimserve.arrays import Ids
 from trimserve.errors import UsageError
-from trimserve.folder import TOKENIZER_NAME
+from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.session import open_session
-from trimserve.source import load_tokenizer
-from trimserve.vocab import Ids
+from trimserve.text.tokenizer import load_tokenizer
 from trimserve_export.graph.export import save_untrimmed
 from trimserve_export.layouts.remap import id_table
 from trimserve_export.layouts.segmentation import unknown_id

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from trimserve.arrays import Ids
 from trimserve.encoder import Encoder
 from trimserve.loading import load
-from trimserve.vocab import Ids
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 from trimserve_export.verify.sweep import Tally, unchanged_outputs

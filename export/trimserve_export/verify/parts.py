@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.folder import Manifest
+from trimserve.folder.manifest import Manifest
 from trimserve.session import open_session
-from trimserve.vocab import VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.export import save_untrimmed
 from trimserve_export.serving import GRAPH_NAME
 from trimserve_export.verify.context import Context

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimserve.tensorfile import map_tensor, to_float32
+from trimserve.files.tensors import map_tensor, to_float32
 from trimserve_export.serving.flow import Head, find_head
 from trimserve_export.stored_vocab import StoredVocab
 

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimserve.artefacts import sha256_file
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError
-from trimserve.folder import COLD_NAME, TOKENIZER_NAME, VOCAB_NAME, open_folder
-from trimserve.source import load_tokenizer
-from trimserve.tensorfile import TensorSpec, map_tensor, read_header
-from trimserve.vocab import Ids
+from trimserve.files.hashes import sha256_file
+from trimserve.files.tensors import TensorSpec, map_tensor, read_header
+from trimserve.folder.names import COLD_NAME, TOKENIZER_NAME, VOCAB_NAME
+from trimserve.folder.opening import open_folder
+from trimserve.text.tokenizer import load_tokenizer
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 

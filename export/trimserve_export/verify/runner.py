@@ -7,21 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trimserve.blocks import BlockScheme
 from trimserve.errors import MismatchError, TrimserveError
+from trimserve.files.quantized import BlockScheme
 from trimserve.finetune.restore import full_source
-from trimserve.folder import (
-    GENERATOR_TASKS,
-    Manifest,
-    open_folder,
-    read_manifest,
-    with_verification,
-    write_manifest,
-)
+from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
+from trimserve.folder.opening import open_folder
+from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve.loading import ENCODER_TASKS
+from trimserve.model.resolve import resolve_source
+from trimserve.model.source import ModelSource
 from trimserve.report import progress as progress_bar
-from trimserve.resolving import resolve_source
-from trimserve.source import ModelSource
 from trimserve_export.card import with_card
 from trimserve_export.reference import export_full
 from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs

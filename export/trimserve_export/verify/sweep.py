@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.vocab import Ids
+from trimserve.arrays import Ids
 from trimserve_export.verify.graph import Model
 from trimserve_export.verify.rounding import RoundingBound
 

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from trimserve.errors import UsageError, require
-from trimserve.folder import TOKENIZER_NAME, Source
-from trimserve.hub import fetch_snapshot
-from trimserve.source import ModelSource
+from trimserve.files.hub import fetch_snapshot
+from trimserve.folder.manifest import Source
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.model.source import ModelSource
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights in pickle (*.bin, *.pt) and code (*.py).

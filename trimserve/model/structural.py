@@ -1,6 +1,5 @@
 """Structural ids: those that a model needs whatever the domain says, and that are never dropped."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -8,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError
-from trimserve.source import ModelSource
-from trimserve.vocab import Ids
+from trimserve.model.source import ModelSource
+from trimserve.text.tokenizer import _ids_of, newline_ids, tokenizer_ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -32,7 +31,6 @@ _ID_KEYS = frozenset({
 })
 # fmt: on
 _ID_KEY = re.compile(r"_token_ids?$")
-_NEWLINES = ("\n", "\n\n", "\r\n")
 _ROLES = ("system", "user", "assistant", "tool", "developer", "model", "function", "ipython")
 _TAG = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 _STRING = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
@@ -68,40 +66,6 @@ def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> I
     return found[(found >= 0) & (found < source.vocab_size)].astype(np.int32)
 
 
-def tokenizer_ids(tokenizer: Tokenizer) -> Iterator[int]:
-    """Yield the ids that tokenizer.json itself depends on: alphabet, bytes, unk, post-processor."""
-    model = json.loads(tokenizer.to_str())
-    yield from byte_ids(tokenizer)
-    if isinstance(unk := model["model"].get("unk_id"), int):
-        yield unk
-    yield from _ids_of(tokenizer, [model["model"].get("unk_token")])
-    yield from _processor_ids(model["post_processor"] or {})
-
-
-def byte_ids(tokenizer: Tokenizer) -> Iterator[int]:
-    """Yield the ids of the 256 byte-level letters, or of the `<0x00>`.. byte-fallback pieces."""
-    parts = str(tokenizer.pre_tokenizer) + str(tokenizer.decoder) + str(tokenizer.normalizer)
-    if "ByteLevel(" in parts:
-        yield from _ids_of(tokenizer, ByteLevel.alphabet())
-    yield from _ids_of(tokenizer, (f"<0x{byte:02X}>" for byte in range(256)))
-
-
-def _ids_of(tokenizer: Tokenizer, tokens: Iterable[str | None]) -> Iterator[int]:
-    for token in tokens:
-        if token is not None and (id_ := tokenizer.token_to_id(token)) is not None:
-            yield id_
-
-
-def _processor_ids(processor: dict[str, Any]) -> Iterator[int]:
-    for nested in processor.get("processors", ()):
-        yield from _processor_ids(nested)
-    special = processor.get("special_tokens", {})  # TemplateProcessing
-    yield from chain.from_iterable(entry["ids"] for entry in special.values())
-    for key in ("cls", "sep"):  # BertProcessing, RobertaProcessing: [token, id]
-        if key in processor:
-            yield processor[key][1]
-
-
 def config_ids(config: dict[str, Any]) -> Iterator[int]:
     """Yield the token ids that a config names, nested configs included."""
     for key, value in config.items():
@@ -127,19 +91,6 @@ def named_tokens(settings: dict[str, Any]) -> Iterator[str]:
         content = value.get("content") if isinstance(value, dict) else value
         if isinstance(content, str):
             yield content
-
-
-def newline_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that the tokenizer gives for line breaks; empty where it takes them for plain spaces."""
-    encoded = (tokenizer.encode(text, add_special_tokens=False).ids for text in _NEWLINES)
-    ids = sorted(set(chain.from_iterable(encoded)))
-    return [id_ for id_ in ids if "\n" in _spelling(tokenizer, id_)]
-
-
-def _spelling(tokenizer: Tokenizer, id_: int) -> str:
-    token: str = tokenizer.id_to_token(id_)
-    # Decoders strip at the ends, so a lone newline may decode to nothing: look at the piece as well.
-    return token.replace("Ċ", "\n").replace("<0x0A>", "\n")
 
 
 def chat_templates(source: ModelSource) -> list[str]:

@@ -16,10 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import MismatchError
-from trimserve.tensorfile import STORAGE_DTYPES, TensorSpec
+from trimserve.files.tensors import STORAGE_DTYPES, TensorSpec
 
-# Holds the cold rows of a quantised head.
-COLD_BLOCKS_NAME = "cold_head.onnx_data"
 _BITS = (4, 8)
 _SMALLEST = np.finfo(np.float32).tiny
 

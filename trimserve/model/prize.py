@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trimserve.source import HEAD_MATRIX, ModelSource
-from trimserve.tensorfile import TensorSpec, read_header
+from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.model.source import HEAD_MATRIX, ModelSource
 
 _HEAD_CLASSES = (
     "ForCausalLM",

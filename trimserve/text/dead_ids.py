@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.streaming import is_byte_token
-from trimserve.structural import tokenizer_ids
-from trimserve.vocab import Ids
+from trimserve.arrays import Ids
+from trimserve.text.tokenizer import is_byte_token, tokenizer_ids
 
 # By how much another segmentation must beat a piece: scores are added up along a whole sentence.
 _SCORE_MARGIN = 1e-4

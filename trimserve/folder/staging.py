@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from trimserve.artefacts import umask
 from trimserve.errors import UsageError
-from trimserve.folder import MANIFEST_NAME
+from trimserve.files.atomic import umask
+from trimserve.folder.names import MANIFEST_NAME
 
 
 @contextlib.contextmanager

@@ -1,32 +1,17 @@
-"""A trimmed folder: `trimserve.json`, the hashes of its files, and what does not fit together."""
+"""TODO: trimserve/folder/manifest.py."""
 
 import dataclasses
 import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import UnionType
 from typing import Any, Self
 
-from trimserve.artefacts import SCHEMA_VERSION, load_vocab, sha256_file
 from trimserve.errors import MismatchError, UsageError
-from trimserve.vocab import VocabMap
-
-MANIFEST_NAME = "trimserve.json"
-VOCAB_NAME = "vocab_map.safetensors"
-# Every file with rows, blocks or bounds of cold ids is called so.
-COLD_PREFIX = "cold_"
-COLD_NAME = "cold_rows.safetensors"
-TOKENIZER_NAME = "tokenizer.json"
-# Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
-GRAPH_FOLDER = "onnx"
-# The tasks of a Generator; any other is an Encoder's.
-GENERATION_TASK = "text-generation-with-past"
-TEXT2TEXT_TASK = "text2text-generation-with-past"
-GENERATOR_TASKS = (GENERATION_TASK, TEXT2TEXT_TASK)
-# Hashing a larger file would cost more than loading it; `verify` hashes everything.
-HASH_ON_LOAD_BYTES = 32 << 20
+from trimserve.files.artefact import SCHEMA_VERSION
+from trimserve.folder.names import COLD_PREFIX, GRAPH_FOLDER, MANIFEST_NAME, VOCAB_NAME, check_plain_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,44 +149,6 @@ def _check_types(part: object) -> None:
             raise TypeError(f"{name} is {value!r}")
 
 
-def check_plain_name(name: str, origin: str) -> None:
-    """Refuse a file name that could lead outside the folder.
-
-    Raises:
-        MismatchError: the name is empty, absolute, or has a folder in it.
-    """
-    plain = name not in ("", ".", "..") and "\0" not in name
-    if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
-        raise MismatchError(
-            f"{origin} names the file {name!r}, which is not a plain name inside the folder: "
-            "do not use this folder unless you know who made it."
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TrimmedFolder:
-    """An opened and checked folder."""
-
-    path: Path
-    manifest: Manifest
-    vocab: VocabMap
-
-    def file(self, name: str) -> Path:
-        """Path of a file that the manifest lists.
-
-        Raises:
-            MismatchError: the manifest does not list it.
-        """
-        if name not in self.manifest.files:
-            raise MismatchError(f"{self.path} has no {name} in its manifest: export it again.")
-        return self.path / name
-
-    @property
-    def has_cold(self) -> bool:
-        """Whether the folder holds cold rows (`--no-cold` leaves them out)."""
-        return COLD_NAME in self.manifest.files
-
-
 def is_trimmed(path: Path) -> bool:
     """Tell whether a folder holds a `trimserve.json`."""
     return (path / MANIFEST_NAME).is_file()
@@ -224,56 +171,6 @@ def read_manifest(path: Path) -> Manifest:
     except UnicodeDecodeError as error:
         raise MismatchError(f"{file} is not UTF-8 text: export the folder again.") from error
     return Manifest.from_json(text, str(file))
-
-
-def open_folder(path: Path, *, hash_all: bool = False) -> TrimmedFolder:
-    """Open a trimmed folder and check that its files are the ones it was written with.
-
-    Args:
-        path: the folder.
-        hash_all: hash every file; otherwise those of at most `HASH_ON_LOAD_BYTES`, and sizes of all.
-
-    Raises:
-        UsageError: not a trimmed folder.
-        MismatchError: a file is missing, was cut off or changed, or the vocab does not fit.
-    """
-    manifest = read_manifest(path)
-    for name, entry in manifest.files.items():
-        _check_file(path / name, entry, hash_all)
-    vocab = load_vocab(path / VOCAB_NAME)
-    if (len(vocab), vocab.vocab_size) != (manifest.kept, manifest.vocab_size):
-        raise MismatchError(
-            f"{path}: the vocab keeps {len(vocab):,} of {vocab.vocab_size:,} ids, the manifest says "
-            f"{manifest.kept:,} of {manifest.vocab_size:,}: export the folder again."
-        )
-    if len(vocab.head) != (manifest.head_rows or manifest.kept):
-        raise MismatchError(
-            f"{path}: the vocab has {len(vocab.head):,} ids for the head, the manifest says "
-            f"{manifest.head_rows or manifest.kept:,}: export the folder again."
-        )
-    return TrimmedFolder(path, manifest, vocab)
-
-
-def _check_file(path: Path, entry: FileEntry, hash_all: bool) -> None:
-    advice = "restore the file or export the folder again."
-    if not path.is_file():
-        raise MismatchError(f"{path} is listed in {MANIFEST_NAME} but missing: {advice}")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise MismatchError(f"{path} should have {entry.bytes:,} bytes but has {size:,}: {advice}")
-    if (hash_all or size <= HASH_ON_LOAD_BYTES) and (found := sha256_file(path)) != entry.sha256:
-        raise MismatchError(
-            f"{path} has changed (expected sha256 {entry.sha256[:12]}…, found {found[:12]}…): {advice}"
-        )
-
-
-def list_files(path: Path) -> dict[str, FileEntry]:
-    """Size and hash of every file in a folder, and in its `onnx`, except the manifest, by name, sorted."""
-    return {
-        file.relative_to(path).as_posix(): FileEntry(file.stat().st_size, sha256_file(file))
-        for file in sorted([*path.iterdir(), *path.glob(f"{GRAPH_FOLDER}/*")])
-        if file.is_file() and file.name != MANIFEST_NAME
-    }
 
 
 def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from trimserve.errors import UsageError, require
-from trimserve.folder import TrimmedFolder
-from trimserve.source import ModelSource
-from trimserve.text import read_json
+from trimserve.folder.opening import TrimmedFolder, read_json
+from trimserve.model.source import ModelSource
 
 if TYPE_CHECKING:
     import jinja2

@@ -1,30 +1,26 @@
 """Text to compact ids and back, through the original tokenizer, which is never cut.
 
 Segmentation is that of the full model. An id without a compact row takes a cold slot, or, in a folder
-without cold rows, is split into kept pieces (`trimserve.fallback`).
+without cold rows, is split into kept pieces (`trimserve.text.fallback`).
 """
 
-import json
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding
 
-from trimserve.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
-from trimserve.fallback import Fallback
-from trimserve.folder import TOKENIZER_NAME, TrimmedFolder
-from trimserve.source import load_tokenizer
-from trimserve.streaming import StreamDecoder, special_ids
-from trimserve.structural import PAD_POSITION_MODELS
-from trimserve.vocab import Ids
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.folder.opening import TrimmedFolder, read_json
+from trimserve.text.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.text.fallback import Fallback
+from trimserve.text.streaming import StreamDecoder
+from trimserve.text.tokenizer import load_tokenizer, special_ids
 
-# What transformers writes for "no limit" is 1e30.
-_NO_LIMIT = 1 << 24
 _BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
 
 
@@ -214,37 +210,6 @@ class Codec:
                     f"text {shorten(text)}: its token {self.tokenizer.id_to_token(id_)!r} has id {id_:,} but "
                     f"the model has {size:,} rows. Take the token out of the text."
                 )
-
-
-def longest_input(folder: TrimmedFolder) -> int | None:
-    """Most tokens of one text that an encoder takes; None if there is no limit.
-
-    It is what the pooling declares, or the tokenizer's limit, but never more than the model has positions.
-    """
-    config = read_json(folder, "config.json")
-    declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
-    if declared is None:
-        declared = read_json(folder, "tokenizer_config.json").get("model_max_length")
-    positions = config.get("max_position_embeddings")
-    if positions and config.get("model_type") in PAD_POSITION_MODELS:
-        # Positions of these models begin after the pad id.
-        pad_id = config.get("pad_token_id")
-        positions -= (1 if pad_id is None else pad_id) + 1
-    limits = (limit for limit in (declared, positions) if isinstance(limit, int | float))
-    return min((int(limit) for limit in limits if limit < _NO_LIMIT), default=None)
-
-
-def read_json(folder: TrimmedFolder, name: str) -> dict[str, Any]:
-    """Read a JSON file of the source model from a folder; empty where the folder has none."""
-    if name not in folder.manifest.files:
-        return {}
-    try:
-        content = json.loads((folder.path / name).read_text("utf-8"))
-    except ValueError as error:
-        raise MismatchError(
-            f"{folder.path / name} is not JSON ({error}): export the folder again."
-        ) from error
-    return content if isinstance(content, dict) else {}
 
 
 def shorten(text: str, length: int = 48) -> str:

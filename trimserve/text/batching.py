@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.vocab import Ids
+from trimserve.arrays import Ids
 
 Side = Literal["left", "right"]
 

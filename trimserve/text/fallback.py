@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from trimserve.arrays import Ids
 from trimserve.errors import UnknownIdError
-from trimserve.streaming import is_byte_token, special_ids
-from trimserve.vocab import Ids, VocabMap
+from trimserve.text.tokenizer import is_byte_token, special_ids
+from trimserve.vocab.map import VocabMap
 
 Splitter = Callable[[str], list[int] | None]
 

@@ -6,7 +6,7 @@ import unicodedata
 
 from tokenizers import Tokenizer
 
-from trimserve.streaming import is_byte_token, special_ids
+from trimserve.text.tokenizer import is_byte_token, special_ids
 
 SPECIAL, BYTES, UNUSED, UNNAMED = "special", "bytes", "unused", "no token"
 CODE = "code"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError
 
-Ids = npt.NDArray[np.int32]
 _COLD, _OUTSIDE = -1, -2
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import UsageError
+from trimserve.text.tokenizer import is_byte_token, special_ids
 
 _REPLACEMENT = "\ufffd"
 # Tokens that are decoded again with new ones, so that these are never the first of their text (many
@@ -83,17 +83,6 @@ class StreamDecoder:
         return text
 
 
-def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that ``decode(..., skip_special_tokens=True)`` leaves out."""
-    added = tokenizer.get_added_tokens_decoder()
-    return frozenset(id_ for id_, token in added.items() if token.special)
-
-
-def is_byte_token(token: str) -> bool:
-    """Tell whether a token stands for one byte, as in ``<0x0A>``."""
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
 def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     if tokenizer.decoder is None:
         return []
@@ -110,51 +99,3 @@ def _is_local(tokenizer: Tokenizer) -> bool:
         or (decoder["type"] == "Strip" and decoder["stop"] == 0)
         for decoder in _decoders(tokenizer)
     )
-
-
-class StopStrings:
-    r"""Cut a stream of text at the stop string that is complete first.
-
-    Text that may still become a stop string is held back. The result does not depend on how the text is
-    split into pieces; of stop strings that end together, the longest is taken.
-
-    Attributes:
-        stopped: the stop string that was met, or None.
-
-    Example:
-        >>> stops = StopStrings(["\n\n"])
-        >>> stops.push("one\n"), stops.push("two\n"), stops.push("\nthree"), stops.stopped
-        ('one', '\ntwo', '', '\n\n')
-    """
-
-    def __init__(self, stops: Iterable[str]) -> None:
-        self._stops = tuple(stops)
-        if not all(self._stops):
-            raise UsageError("a stop string must not be empty.")
-        self._held = ""
-        self.stopped: str | None = None
-
-    def push(self, piece: str) -> str:
-        """Take the next piece and give the text that is surely before any stop string; may be empty."""
-        if self.stopped is not None:
-            return ""
-        text = self._held + piece
-        found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            end, length, self.stopped = min(found)
-            self._held = ""
-            return text[: end + length]
-        cut = len(text) - self._open_length(text)
-        self._held = text[cut:]
-        return text[:cut]
-
-    def flush(self) -> str:
-        """End the stream: give what was held back."""
-        held, self._held = self._held, ""
-        return held
-
-    def _open_length(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
-        lengths = range(longest, 0, -1)
-        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)

@@ -12,8 +12,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.folder import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
-from trimserve.tensorfile import TensorSpec, read_header
+from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
+from trimserve.text.tokenizer import _end_of_ids, load_tokenizer
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -251,25 +252,3 @@ def find_graph(folder: Path, named: str | None = None, variant: str | None = Non
         names = ", ".join(str(path.relative_to(folder)) for path in graphs)
         raise UsageError(f"{folder} has several graphs ({names}): pass the file of the one to trim.")
     return graphs[0] if graphs else None
-
-
-def _end_of_ids(tokenizer: Tokenizer) -> int:
-    """The least number above all ids of a tokenizer."""
-    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    return max(ids.values()) + 1
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer.json, with padding and truncation off.
-
-    Raises:
-        MismatchError: the file is not a tokenizer that the tokenizers library can read.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.") from error
-    # all-MiniLM's file cuts every text to 128 tokens and pads the rest.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
