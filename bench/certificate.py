@@ -28,10 +28,9 @@ from bench.certificate_proof import CORPORA, proof_summary, prove
 from bench.certificate_worker import SIZES
 from bench.decode_case import REAL_MODEL, Case, make_case
 from bench.decode_models import SHAPES
+from trimserve.console import human_bytes, table
 from trimserve.files.tensors import read_header
-from trimserve.folder.names import COLD_NAME, MANIFEST_NAME
-from trimserve.report import human_bytes, table
-from trimserve.sketch import SKETCH_FILES
+from trimserve.folder.names import COLD_NAME, MANIFEST_NAME, SKETCH_FILES
 
 MODELS = (REAL_MODEL, "gemma-3-270m")
 # Variants of decoding: what is asked of the generator.

@@ -15,13 +15,13 @@ import numpy as np
 from bench import harness
 from bench.decode_case import REAL_MODEL
 from bench.decode_models import float32_copy
-from trimserve.certified import ColdCertificate
-from trimserve.coldhead import ColdHead
-from trimserve.generator import Generator
+from trimserve.decoding.stats import ColdReads
+from trimserve.exact.certificate import ColdCertificate
+from trimserve.exact.sketch import Sketch
+from trimserve.exact.sketch_rows import GROUP_ROWS
+from trimserve.generation.generator import Generator
 from trimserve.loading import load
-from trimserve.sketch import Sketch
-from trimserve.sketchrows import GROUP_ROWS
-from trimserve.stats import ColdReads
+from trimserve.runtime.cold_head import ColdHead
 
 CORPORA = ("gsm8k-en", "medquad-en")
 BLOCK = 32
@@ -32,8 +32,8 @@ _QUANTILES = np.linspace(0, 1, 41)
 
 def prove(args: argparse.Namespace, corpus: str, work: Path) -> dict[str, Any]:
     """Measure gap, width and bytes on held-back documents of a corpus; returns a row."""
-    from trimserve.profiling import profile
-    from trimserve.selection import select
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
     from trimserve_export import export
     from trimserve_export.serving.sketch import add_sketch
 

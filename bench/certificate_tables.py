@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench import figures, harness, tables
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from trimserve.coldhead import ColdHead
-from trimserve.exact import ExactChecker
-from trimserve.folder.names import COLD_NAME
-from trimserve.generator import Generator
+from trimserve.exact.checker import ExactChecker
+from trimserve.exact.sketch import Sketch
+from trimserve.folder.names import COLD_NAME, SKETCH_DATA_NAME
+from trimserve.generation.generator import Generator
 from trimserve.loading import load
-from trimserve.session import open_session
-from trimserve.sketch import SKETCH_DATA_NAME, Sketch
+from trimserve.runtime.cold_head import ColdHead
+from trimserve.runtime.session import open_session
 
 SIZES = (1, 4, 16, 32)
 _REPEATS = 11

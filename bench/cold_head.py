@@ -26,10 +26,10 @@ import onnx
 
 from bench import harness
 from bench.decode_models import NormalTensor
-from trimserve.coldhead import PartedGraph
+from trimserve.console import human_bytes, table
 from trimserve.files.tensors import exhaust, read_header, write_tensors
-from trimserve.report import human_bytes, table
-from trimserve.session import open_session
+from trimserve.runtime.cold_head import PartedGraph
+from trimserve.runtime.session import open_session
 
 SHAPES = {"multidomain-qwen2": (144_256, 256), "gemma-3-270m": (245_760, 640)}
 QUICK_SHAPES = {"tiny": (3000, 64)}

@@ -29,7 +29,7 @@ from bench import harness
 from bench.decode_case import REAL_MODEL, WAYS, Case, Way, make_case
 from bench.decode_models import SHAPES
 from bench.decode_rows import make_row, summary
-from trimserve.sketch import SKETCH_NAME
+from trimserve.folder.names import SKETCH_NAME
 
 SIZES = (1, 2, 4, 8, 16, 32)
 _WARM_TOKENS = 32

@@ -276,8 +276,8 @@ def export_both(model: Path, vocab: VocabMap, work: Path, quantize: str | None) 
 
 def select_for(model: Path, corpus: Path, coverage: float) -> VocabMap:
     """The ids that a corpus needs."""
-    from trimserve.profiling import profile
-    from trimserve.selection import select
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
 
     return select(profile([corpus], model, progress=False), coverage=coverage)
 

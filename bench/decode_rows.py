@@ -10,7 +10,7 @@ import numpy as np
 
 from bench import harness
 from bench.decode_case import WAYS, Case
-from trimserve.report import human_bytes, table
+from trimserve.console import human_bytes, table
 
 
 def make_row(

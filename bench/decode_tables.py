@@ -5,7 +5,7 @@ from typing import Any
 
 from bench import harness
 from bench.tables import markdown, where
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 
 
 def decode_table() -> str:

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from bench.harness import memory
-from trimserve.arrays import Ids
-from trimserve.coldhead import ColdHead
-from trimserve.decoder import Decoder, Floats
-from trimserve.generator import Generator
+from trimserve.arrays import Floats, Ids
+from trimserve.generation.generator import Generator
 from trimserve.loading import load
-from trimserve.session import DEVICES, open_session
+from trimserve.runtime.cold_head import ColdHead
+from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.session import DEVICES, open_session
 
 REPEATS = 15
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from bench import harness
+from trimserve.console import human_bytes, table
 from trimserve.folder.manifest import read_manifest
-from trimserve.report import human_bytes, table
 from trimserve.vocab.map import Reason, VocabMap
 
 BATCH_SIZE = 32

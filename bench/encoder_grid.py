@@ -22,8 +22,8 @@ import numpy as np
 
 from bench import harness
 from bench.encoder_models import LENGTHS, MODELS, TEXTS
+from trimserve.console import human_bytes, table
 from trimserve.folder.manifest import read_manifest, stored_weight_bytes
-from trimserve.report import human_bytes, table
 
 BATCHES = (1, 8, 32)
 _LEAST_STEPS = 5
@@ -71,7 +71,7 @@ def measure(name: str, work: Path, args: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _worker(folder: Path, args: Any) -> harness.Worker:  # noqa: ANN401
-    words = ["-m", "trimserve.benchworker", str(folder.resolve()), "--device", args.device]
+    words = ["-m", "trimserve.benchmark.worker", str(folder.resolve()), "--device", args.device]
     return harness.Worker([*words, "--threads", str(args.threads)])
 
 

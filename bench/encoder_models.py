@@ -122,8 +122,8 @@ def texts_of_length(tokenizer: Tokenizer, corpus: str, length: int, count: int) 
 def make(name: str, data: Path, work: Path) -> dict[str, Any]:
     """Export one model full and trimmed; returns the folders and texts by length."""
     from trimserve.model.resolve import resolve_model
-    from trimserve.profiling import profile
-    from trimserve.selection import select
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed
 

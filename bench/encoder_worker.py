@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness import memory
-from trimserve.encoder import Encoder
+from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from bench import harness
 from examples.finetune_banking import BATCH, HEADER, forget_peak, lines, peak_bytes
 from examples.finetune_banking import compare as compare_banking
-from trimserve.report import human_bytes, table
+from trimserve.console import human_bytes, table
 from trimserve.vocab.map import Reason, VocabMap
 
 VARIANTS = ("full", "partial")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import harness
 from tests import matrix
-from trimserve.report import progress
+from trimserve.console import progress
 from trimserve_export.exporters import EXPORTERS, load_exporter
 from trimserve_export.exporters.choice import is_installed
 

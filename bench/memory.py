@@ -16,7 +16,7 @@ import numpy as np
 
 from bench import harness
 from bench.arena import arena_bytes
-from trimserve.report import human_bytes, table
+from trimserve.console import human_bytes, table
 
 MODEL = "multidomain-qwen2"
 STAGES = ("interpreter", "numpy", "onnxruntime", "trimserve", "tokenizer", "graph", "compact answer")

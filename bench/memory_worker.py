@@ -27,7 +27,7 @@ def main(folder: Path, threads: int) -> dict[str, dict[str, int]]:
 
     import tokenizers  # noqa: F401
 
-    import trimserve.generator
+    import trimserve.generation.generator
     import trimserve.loading
 
     stages["trimserve"] = memory()

@@ -65,7 +65,7 @@ class Workshop:
         return found, reasons
 
     def _ours(self, folder: str, mode: str | None) -> Contender:
-        words = ("-m", "trimserve.benchworker", str(self.work / folder))
+        words = ("-m", "trimserve.benchmark.worker", str(self.work / folder))
         return Contender((*words, "--device", "cpu", "--threads", str(self.threads)), mode=mode, ours=True)
 
     def _tool(self, tool: str, folder: Path, environment: Environment) -> Contender:
@@ -160,8 +160,8 @@ def make_ours(work: Path, precision: str) -> None:
     """Export the model trimmed and untrimmed, in the process that calls it."""
     from trimserve.folder.opening import open_folder
     from trimserve.model.resolve import resolve_model
-    from trimserve.profiling import profile
-    from trimserve.selection import select
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
     from trimserve_export import export
     from trimserve_export.untrimmed import export_untrimmed
 

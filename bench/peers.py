@@ -22,7 +22,7 @@ import numpy as np
 from bench import harness
 from bench.peer_tools import PRECISIONS, Contender, Workshop, corpus, make_ours, model
 from bench.quality import MODEL, held_out_texts, split
-from trimserve.report import human_bytes, table
+from trimserve.console import human_bytes, table
 
 _PROMPTS = 6
 UNTRIMMED = "trimserve, untrimmed"

@@ -26,7 +26,7 @@ from bench import harness, profile_tables
 from bench.profile_commands import measure_memory, measure_scaling
 from bench.profile_data import CORPORA, DATA, TOKENIZERS, all_corpora, text_files, write_items
 from bench.profile_worker import VARIANTS
-from trimserve.report import table
+from trimserve.console import table
 
 LIMIT = 8_000_000
 
@@ -68,7 +68,7 @@ def check(names: Sequence[str]) -> None:
     Raises:
         AssertionError: they differ.
     """
-    from trimserve.profiling import profile
+    from trimserve.profiles.profiling import profile
     from trimserve.text.tokenizer import load_tokenizer
 
     for name in names:

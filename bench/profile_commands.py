@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import harness
 from bench.profile_data import DATA, TOKENIZERS, all_corpora, items, write_items
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 
 SIZES = (2, 8, 32, 128)  # megabytes; beyond 57 the corpora begin again
 SERIES = {

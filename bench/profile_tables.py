@@ -5,7 +5,7 @@ from typing import Any
 
 from bench import harness, tables
 from bench.profile_worker import VARIANTS
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 
 
 def throughput_header(_: Mapping[str, Any]) -> tuple[str, ...]:

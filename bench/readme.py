@@ -25,7 +25,7 @@ from bench import (
 )
 from bench.finetune_tables import banking_table, finetune_table
 from bench.matrix_table import matrix_table
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 
 PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
 # Result files that are not named after the module that writes them.

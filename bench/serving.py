@@ -19,9 +19,9 @@ from typing import Any
 from bench import harness
 from bench.arena import arena_bytes
 from bench.machine import device_memory
-from trimserve.generator import Generator
+from trimserve.console import human_bytes, table
+from trimserve.generation.generator import Generator
 from trimserve.loading import load
-from trimserve.report import human_bytes, table
 
 PROMPTS = (64, 512)
 BATCHES = (1, 4)

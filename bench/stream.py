@@ -18,8 +18,8 @@ import numpy as np
 
 from bench import harness
 from bench.random_tensors import RandomTensor, random_block
+from trimserve.console import human_bytes, table
 from trimserve.files.tensors import TensorSource, exhaust, write_tensors
-from trimserve.report import human_bytes, table
 from trimserve.vocab.map import Reason, VocabMap
 
 MEMORY_TARGET = 300e6

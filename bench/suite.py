@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from bench import harness
-from trimserve.report import table
+from trimserve.console import table
 
 _FAILED = "FAILED"
 

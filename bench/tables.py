@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench import harness, memory, paper, serving
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 
 # Of the founding paper's rule: the corpora whose rows are shown.
 _PAPER_CORPORA = ("banking77-en", "gsm8k-en", "medquad-en", "wikitext2-shakespeare-en", "law-de")

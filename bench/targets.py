@@ -6,7 +6,7 @@ from typing import Any
 from bench import harness, memory, peers
 from bench.decode_tables import decode_rows
 from bench.tables import interval, markdown, quiet
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 
 # Anonymous memory that a running trimmed model may take beside its weights.
 _MEMORY_ALLOWANCE = 60e6

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from bench import harness
+from trimserve.console import table
 from trimserve.folder.opening import open_folder
-from trimserve.report import table
 from trimserve.text.batching import join
 from trimserve.text.codec import Codec
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from bench import harness
 from bench.trim_models import SHAPES, make_checkpoint, make_graph
-from trimserve.report import human_bytes, table
+from trimserve.console import human_bytes, table
 from trimserve.vocab.map import Reason, VocabMap
 
 MEMORY_TARGET = 200e6

@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import encoder
-from trimserve.encoder import Encoder
+from trimserve.console import table
+from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load
-from trimserve.report import table
-from trimserve.session import available_cpus
+from trimserve.runtime.session import available_cpus
 from trimserve.vocab.file import load_vocab
 
 OUT = Path("demo-out")

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 import trimserve
+from trimserve.console import human_bytes, table
 from trimserve.finetune import PartialVocab, partial_vocab
-from trimserve.report import human_bytes, table
 from trimserve.vocab.file import load_vocab, save_vocab
 
 BATCH, RATE, SEED = 32, 5e-4, 0

@@ -14,15 +14,16 @@ import transformers
 
 from tests.folders import make_vocab
 from tests.models import GENERATE, save_model
-from trimserve.cold import ColdRows
-from trimserve.decoder import Decoder
+from trimserve.decoding.columns import Columns, History
+from trimserve.decoding.sampling import SamplingParams, choose
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.opening import open_folder
-from trimserve.generator import Generator
+from trimserve.generation.generator import Generator
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
-from trimserve.sampling import Columns, History, SamplingParams, choose
-from trimserve.session import open_session
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
 from trimserve_export.pipeline import export, export_full
 from trimserve_export.quantize import SCHEMES

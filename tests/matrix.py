@@ -20,7 +20,6 @@ from tokenizers.models import WordLevel
 from tests.models import FAMILIES, save_model
 from tests.translators import save_translator
 from trimserve.arrays import Ids
-from trimserve.cold import ColdRows
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.opening import TrimmedFolder, open_folder
@@ -29,7 +28,8 @@ from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
 from trimserve.model.structural import structural_ids
-from trimserve.session import open_session
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import open_session
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import reference
 from trimserve_export.exporters import EXPORTERS, Exporter, GraphJob, choice, load_exporter

@@ -9,7 +9,7 @@ import torch
 
 from tests.generators import make_pair
 from tests.translators import make_translator
-from trimserve.beam import largest
+from trimserve.decoding.beam import largest
 from trimserve.errors import NoTokenError, UsageError
 
 pytestmark = [

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from tests.folders import make_folder
-from trimserve import benchmark
-from trimserve.benchmark import Comparison, Measured, Settings, compare
+from trimserve.benchmark import compare as benchmark
+from trimserve.benchmark.compare import Comparison, Measured, Settings, compare
+from trimserve.benchmark.measuring import spread
 from trimserve.cli.main import main
 from trimserve.errors import UsageError
 from trimserve.folder.opening import open_folder
-from trimserve.measuring import Memory, spread
+from trimserve.process import Memory
 
 
 def measured(ms, *, resident=100, digest="a"):

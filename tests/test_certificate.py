@@ -17,16 +17,17 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
 from tests.folders import make_folder
-from trimserve.bounds import HeadArithmetic
-from trimserve.certified import ColdCertificate
-from trimserve.cold import ColdRows
-from trimserve.decoder import apply_after_head
-from trimserve.request import Block, Request
-from trimserve.rules import TokenRules
-from trimserve.sampling import Columns, History, SamplingParams, choose
-from trimserve.sketch import Sketch
-from trimserve.sketchrows import GROUP_ROWS, to_blocks, to_digits
-from trimserve.stats import ColdReads
+from trimserve.decoding.columns import Columns, History
+from trimserve.decoding.request import Block, Request
+from trimserve.decoding.sampling import SamplingParams, choose
+from trimserve.decoding.stats import ColdReads
+from trimserve.decoding.token_rules import TokenRules
+from trimserve.exact.bounds import HeadArithmetic
+from trimserve.exact.certificate import ColdCertificate
+from trimserve.exact.sketch import Sketch
+from trimserve.exact.sketch_rows import GROUP_ROWS, to_blocks, to_digits
+from trimserve.runtime.after_head import apply_after_head
+from trimserve.runtime.cold_rows import ColdRows
 from trimserve_export.serving.sketch import add_sketch
 
 SOFTCAP = (("Div", 30.0), ("Tanh", None), ("Mul", 30.0))
@@ -234,7 +235,7 @@ def forget_the_rounding_of_states(_, monkeypatch):
         digits.rest[:] = 0
         return digits
 
-    monkeypatch.setattr("trimserve.sketch.to_digits", rounded)
+    monkeypatch.setattr("trimserve.exact.sketch.to_digits", rounded)
 
 
 def forget_the_rounding_of_the_kernel(_, monkeypatch):
@@ -243,14 +244,14 @@ def forget_the_rounding_of_the_kernel(_, monkeypatch):
         digits.rest[:] = 0
         return digits
 
-    monkeypatch.setattr("trimserve.sketch.to_blocks", rounded)
+    monkeypatch.setattr("trimserve.exact.sketch.to_blocks", rounded)
 
 
 def forget_the_rounding_of_products(_, monkeypatch):
     def nothing(_width, norms, _largest):
         return np.zeros(len(norms)), np.zeros(len(norms))
 
-    monkeypatch.setattr("trimserve.sketch.product_error", nothing)
+    monkeypatch.setattr("trimserve.exact.sketch.product_error", nothing)
 
 
 def forget_what_follows(_, monkeypatch):

@@ -110,7 +110,7 @@ def test_only_the_called_command_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.splitlines()[-1]
-    assert "trimserve.cli.select" in loaded
+    assert "trimserve.cli.commands.select" in loaded
     assert not any(f"trimserve.cli.{name}'" in loaded for name in ("profile", "export", "run", "verify"))
 
 

@@ -15,13 +15,14 @@ from safetensors.numpy import save_file
 from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.cli.main import main
 from trimserve.corpus import documents, reader, slices
-from trimserve.counting import local
-from trimserve.counting.counter import DocumentCounter
+from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.sums import Sums
+from trimserve.counting.workers import processes as local
 from trimserve.errors import UsageError
 from trimserve.files import tensors as tensorfile
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import Profile, profile
+from trimserve.profiles.profile import Profile
+from trimserve.profiles.profiling import profile
 from trimserve.vocab.file import load_vocab
 
 WORDS = "the cat sat on the mat. la latte! " * 40
@@ -327,7 +328,7 @@ def test_processes_count_like_one(here, call, monkeypatch, engine):
         local._Process, "__init__", lambda self, job: (started.append(job), start(self, job))[1]
     )
     if engine == "tokenizers":
-        monkeypatch.setattr("trimserve.counting.words.find_joint", refuse)
+        monkeypatch.setattr("trimserve.counting.encoding.words.find_joint", refuse)
     assert call(*arguments, "two")[0] == 0
     assert [job.engine for job in started] == [engine] * 2
     one, two = Profile.load("one"), Profile.load("two")

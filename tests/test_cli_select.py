@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from tests.tiny_tokenizers import save_model_folder
 from trimserve.cli.main import main
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import profile
+from trimserve.profiles.profiling import profile
 from trimserve.text.dead_ids import dead_ids
 from trimserve.vocab.file import load_vocab
 

@@ -12,9 +12,9 @@ from safetensors.numpy import save
 
 from bench.harness import memory
 from tests.folders import make_folder
-from trimserve.cold import ColdRows
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.files.tensors import TensorSpec, to_bfloat16, write_tensors
+from trimserve.runtime.cold_rows import ColdRows
 
 V, H = 37, 5
 KEPT = [0, 3, 4, 9, 17, 18, 19, 30, 31, 35, 36]

@@ -12,9 +12,9 @@ pytest.importorskip("torch")
 import onnxruntime as ort
 
 from tests.exports import read_float32
-from trimserve.coldhead import PARTS_KEY, PartedGraph
 from trimserve.errors import MismatchError
 from trimserve.folder.names import COLD_NAME
+from trimserve.runtime.cold_head import PARTS_KEY, PartedGraph
 from trimserve_export.serving import cold_graph
 from trimserve_export.serving.cold_head import write_cold_head
 

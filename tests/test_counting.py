@@ -15,14 +15,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS
-from trimserve.corpus import Corpus, Document, Reading
-from trimserve.counting import choosing, wire
-from trimserve.counting.choosing import choose_encoder, make_encoder
-from trimserve.counting.counter import DocumentCounter, _Presence, encode_parts
-from trimserve.counting.encoders import Flat, PlainEncoder
-from trimserve.counting.job import Job
-from trimserve.counting.joints import components, find_joint
-from trimserve.counting.words import WordEncoder
+from trimserve.corpus.corpus import Corpus, Document, Reading
+from trimserve.counting.documents import DocumentCounter, _Presence, encode_parts
+from trimserve.counting.encoding import choosing
+from trimserve.counting.encoding.choosing import choose_encoder, make_encoder
+from trimserve.counting.encoding.encoders import Flat, PlainEncoder
+from trimserve.counting.encoding.joints import components, find_joint
+from trimserve.counting.encoding.words import WordEncoder
+from trimserve.counting.workers import wire
+from trimserve.counting.workers.job import Job
 from trimserve.errors import UsageError
 from trimserve.text.chat import ChatTemplate
 from trimserve.text.tokenizer import load_tokenizer
@@ -58,12 +59,12 @@ def test_distinct_words_encode_like_texts(texts, kind):
 @given(texts=TEXTS, kind=st.sampled_from(sorted(KINDS)), size=st.integers(1, 9))
 def test_long_texts_are_parted_piece_by_piece(texts, kind, size):
     sizes = {"_SEGMENT_CHARACTERS": size, "_MOST_PIECES": 3}
-    with mock.patch.multiple("trimserve.counting.words", **sizes):
+    with mock.patch.multiple("trimserve.counting.encoding.words", **sizes):
         assert_equal(word_encoder(TINY[kind]).encode(texts), PlainEncoder(TINY[kind]).encode(texts))
 
 
 def test_words_are_forgotten_before_they_fill_the_memory(monkeypatch):
-    monkeypatch.setattr("trimserve.counting.words._MAX_WORDS", 5)
+    monkeypatch.setattr("trimserve.counting.encoding.words._MAX_WORDS", 5)
     encoder, plain = word_encoder(TINY["unigram"]), PlainEncoder(TINY["unigram"])
     for number in range(20):
         texts = [f"the cat {number} sat on {'xyz'[number % 3]}", ""]

@@ -15,8 +15,8 @@ from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import CHAT_TEMPLATE, TEXT
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
-from trimserve.profiling import profile
-from trimserve.selection import select
+from trimserve.profiles.profiling import profile
+from trimserve.selection.select_ids import select
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint import trim_checkpoint
 from trimserve_export.layouts.closure import close_vocab

@@ -9,10 +9,11 @@ from hypothesis.extra import numpy as hnp
 
 from tests.test_profiling import make_profile
 from trimserve.cli.main import main
-from trimserve.difference import diff, js_distance
 from trimserve.errors import MismatchError, UsageError
-from trimserve.profiling import Profile, profile
-from trimserve.selection import select
+from trimserve.profiles.difference import diff, js_distance
+from trimserve.profiles.profile import Profile
+from trimserve.profiles.profiling import profile
+from trimserve.selection.select_ids import select
 from trimserve.vocab.file import save_vocab
 
 counts = hnp.arrays(np.int64, 6, elements=st.integers(0, 50)).filter(lambda array: array.sum() > 0)

@@ -15,15 +15,15 @@ import transformers
 
 from tests.folders import make_vocab
 from tests.models import FAMILIES, save_model
-from trimserve.encoder import Encoder
+from trimserve.encoder.answers import label_scores
+from trimserve.encoder.encoder import Encoder
+from trimserve.encoder.pooling import pool
 from trimserve.errors import UnknownIdError, UnsupportedModelError, UsageError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import Pooling
-from trimserve.heads import label_scores
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
-from trimserve.pooling import pool
 from trimserve_export.pipeline import export
 
 pytestmark = pytest.mark.export

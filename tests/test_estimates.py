@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimserve.estimates import expected_unseen, knee
+from trimserve.profiles.estimates import expected_unseen, knee
 
 documents = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=6), min_size=2, max_size=6)
 

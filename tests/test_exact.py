@@ -8,10 +8,10 @@ pytest.importorskip("torch")
 import torch
 
 from tests.generators import FullSampler, make_pair
-from trimserve import exact
-from trimserve.blocksize import BlockSize
+from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import UsageError
-from trimserve.sampling import SamplingParams
+from trimserve.exact import checker as exact
+from trimserve.exact.block_size import BlockSize
 
 pytestmark = pytest.mark.export
 
@@ -206,7 +206,7 @@ def test_drafts_decide_the_cost_and_never_the_tokens(tiny, monkeypatch, params):
     expected = tiny.generator.generate(TEXTS, max_new_tokens=15, **params)
     rng = np.random.default_rng(0)
     kept = tiny.generator.folder.vocab.kept_ids
-    monkeypatch.setattr("trimserve.request.Request.draft", lambda *_: int(rng.choice(kept)))
+    monkeypatch.setattr("trimserve.decoding.request.Request.draft", lambda *_: int(rng.choice(kept)))
     found = tiny.generator.generate(TEXTS, max_new_tokens=15, **params)
     assert [r.ids for r in found] == [r.ids for r in expected]
     assert sum(r.rejected for r in found) > sum(r.rejected for r in expected)
@@ -403,8 +403,9 @@ def test_what_a_block_size_learned_stays_for_the_next_request():
 
 
 def test_the_greedy_draft_is_the_largest_of_kept_and_slots_and_the_lowest_id_on_a_tie(tiny):
-    from trimserve.request import DraftSlots
-    from trimserve.sampling import Columns, History, choose
+    from trimserve.decoding.columns import Columns, History
+    from trimserve.decoding.sampling import choose
+    from trimserve.decoding.slots import DraftSlots
 
     generator = tiny.generator
     vocab, decoder = generator.folder.vocab, generator._decoder

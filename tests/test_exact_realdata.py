@@ -17,10 +17,10 @@ import transformers
 from tests.folders import make_vocab
 from tests.generators import open_generator
 from trimserve.files.hashes import sha256_file
-from trimserve.generator import Generator
+from trimserve.generation.generator import Generator
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import profile
-from trimserve.selection import select
+from trimserve.profiles.profiling import profile
+from trimserve.selection.select_ids import select
 from trimserve_export.pipeline import export
 
 pytestmark = [pytest.mark.export, pytest.mark.realdata]

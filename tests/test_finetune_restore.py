@@ -22,7 +22,7 @@ from trimserve.files.hashes import sha256_file
 from trimserve.finetune import find_outside, grow, partial_vocab, restore
 from trimserve.finetune.restore import full_source
 from trimserve.model.resolve import resolve_model
-from trimserve.selection import Reason
+from trimserve.selection.select_ids import Reason
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 

@@ -3,10 +3,10 @@ import pytest
 
 from tests.realdata import corpus_slices
 from tests.test_profiling import make_profile
-from trimserve.forecast import cold_share, corpus_curve
-from trimserve.merging import merge
-from trimserve.profiling import profile
-from trimserve.ranking import keeping_order
+from trimserve.profiles.forecast import cold_share, corpus_curve
+from trimserve.profiles.merging import merge
+from trimserve.profiles.profiling import profile
+from trimserve.selection.ranking import keeping_order
 
 
 def test_documents_are_the_unit_where_they_were_counted():

@@ -17,13 +17,12 @@ from tests import graphs
 from tests.exports import open_graph, read_float32
 from tests.folders import make_vocab
 from tests.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, sketch, sketch_tied
-from trimserve.coldhead import COLD_WEIGHTS_NAME
-from trimserve.decoder import AFTER_HEAD_KEY, apply_after_head
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.files.quantized import BlockScheme, block_specs, dequantize
 from trimserve.files.tensors import map_tensor
-from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
+from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME, COLD_WEIGHTS_NAME
 from trimserve.model.resolve import resolve_model
+from trimserve.runtime.after_head import AFTER_HEAD_KEY, apply_after_head
 from trimserve_export.graph import graph_head
 from trimserve_export.graph.export import serve_full, trim_to_folder, write_generation_config
 from trimserve_export.graph.facts import infer_task

@@ -17,12 +17,12 @@ import trimserve
 from tests.exports import open_graph
 from tests.generators import FullSampler, open_generator
 from tests.models import FAMILIES, save_model
+from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.opening import open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
-from trimserve.sampling import SamplingParams
 from trimserve.text.tokenizer import load_tokenizer
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import export

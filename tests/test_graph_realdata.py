@@ -13,7 +13,7 @@ import trimserve
 from tests.exports import open_graph
 from tests.folders import make_vocab
 from trimserve.folder.opening import open_folder
-from trimserve.selection import select
+from trimserve.selection.select_ids import select
 from trimserve_export import export
 from trimserve_export.graph import load_graph, trim_graph
 from trimserve_export.verify import verify

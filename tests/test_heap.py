@@ -29,7 +29,7 @@ def test_freed_blocks_go_back_to_the_system():
 
 
 def test_other_systems_have_nothing_to_do(monkeypatch):
-    from trimserve import heap
+    from trimserve import process as heap
 
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(ctypes, "CDLL", None)  # would fail if it were called

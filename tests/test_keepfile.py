@@ -5,10 +5,10 @@ import json
 import pytest
 
 from trimserve.errors import MismatchError, UsageError
-from trimserve.keepfile import KeepList, read_keep_file
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import profile
-from trimserve.selection import select
+from trimserve.profiles.profiling import profile
+from trimserve.selection.keep_file import KeepList, read_keep_file
+from trimserve.selection.select_ids import select
 from trimserve.vocab.map import Reason
 
 

@@ -10,13 +10,14 @@ import onnx_ir as ir
 from safetensors.numpy import save
 
 from tests.folders import make_folder, make_vocab
-from trimserve import kv
-from trimserve.cold import ColdRows
-from trimserve.decoder import Decoder
-from trimserve.generation import GenerationLoop
-from trimserve.request import Request
-from trimserve.sampling import Columns, History, SamplingParams, choose
-from trimserve.session import open_session
+from trimserve.decoding.columns import Columns, History
+from trimserve.decoding.loop import GenerationLoop
+from trimserve.decoding.request import Request
+from trimserve.decoding.sampling import SamplingParams, choose
+from trimserve.runtime import kv_cache as kv
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.session import open_session
 from trimserve_export.serving import make_servable
 
 pytestmark = pytest.mark.export
@@ -111,8 +112,9 @@ def test_steps_and_cuts_give_what_one_run_over_all_tokens_gives(full_graph, monk
 
 
 def test_exact_generation_with_shared_buffers_is_the_full_graphs(full_graph, tmp_path):
-    from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME, ColdHead
-    from trimserve.exact import ExactChecker
+    from trimserve.exact.checker import ExactChecker
+    from trimserve.folder.names import COLD_HEAD_NAME, COLD_MAX_NAME
+    from trimserve.runtime.cold_head import ColdHead
     from trimserve_export.serving.cold_head import write_cold_head
 
     vocab = make_vocab(KEPT, V)

@@ -31,8 +31,8 @@ from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.opening import list_files, open_folder
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import profile
-from trimserve.selection import select
+from trimserve.profiles.profiling import profile
+from trimserve.selection.select_ids import select
 from trimserve.vocab.map import VocabMap
 from trimserve_export import export
 from trimserve_export.exporters import GraphJob, optimum

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from tests.folders import make_folder
 from tests.tiny_tokenizers import KINDS
-from trimserve.encoder import Encoder
+from trimserve.encoder.encoder import Encoder
 from trimserve.errors import MismatchError, MissingExtraError, UnsupportedModelError, UsageError
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.loading import load

@@ -16,13 +16,13 @@ from tests.generators import FullSampler, greedy_by_torch, make_pair, open_gener
 from tests.models import GENERATE, save_model
 from tests.test_graph_generate import save_graph
 from trimserve.cli.main import main
+from trimserve.decoding.sampling import SamplingParams
+from trimserve.decoding.scoring import log_sum_exp
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.tensors import read_header
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.names import COLD_NAME
 from trimserve.folder.opening import list_files, open_folder
-from trimserve.sampling import SamplingParams
-from trimserve.scoring import log_sum_exp
 from trimserve.vocab.file import load_vocab, save_vocab
 from trimserve_export import export
 from trimserve_export.graph.export import serve_full

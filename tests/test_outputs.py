@@ -10,12 +10,12 @@ from safetensors.numpy import save_file
 from tests.test_profiling import make_profile
 from tests.tiny_tokenizers import save_model_folder
 from trimserve.cli.main import main
-from trimserve.cli.prediction import predict
 from trimserve.errors import UsageError
-from trimserve.merging import merge
 from trimserve.model.prize import WeightBytes
-from trimserve.profiling import profile
-from trimserve.selection import select
+from trimserve.profiles.merging import merge
+from trimserve.profiles.profiling import profile
+from trimserve.selection.prediction import predict
+from trimserve.selection.select_ids import select
 from trimserve.vocab.file import load_vocab
 
 COUNTS = [0, 50, 30, 10, 5, 3, 1, 1, 0]  # id 0 is structural
@@ -102,7 +102,7 @@ def test_a_tied_model_is_refused_where_it_is_at_hand(folders, capsys):
 
 
 def merge_of(path):
-    from trimserve.profiling import Profile
+    from trimserve.profiles.profile import Profile
 
     return merge([Profile.load(path)])
 
@@ -118,11 +118,11 @@ def test_what_it_brings_is_predicted(folders):
 
 
 def test_the_command_writes_and_tells_both_sets(folders, tmp_path, capsys, monkeypatch):
-    import trimserve.selection as selection
+    import trimserve.selection.select_ids as selection
 
     # The byte alphabet alone makes K 384: a tiny vocab is not rounded here.
     monkeypatch.setattr(selection, "round_up", lambda size, *_: size)
-    monkeypatch.setattr("trimserve.outputs.round_up", lambda size, *_: size)
+    monkeypatch.setattr("trimserve.selection.head_ids.round_up", lambda size, *_: size)
     out = tmp_path / "vocab.safetensors"
     arguments = ["select", str(folders / "untied.safetensors"), "--separate-output", "-o", str(out)]
     assert main([*arguments, "--output-coverage", "0.5", "--format", "json"]) == 0

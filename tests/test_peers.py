@@ -121,7 +121,7 @@ def test_arenas_of_all_sessions_add_up_by_provider(tmp_path):
 def test_a_real_sessions_profile_says_what_its_arena_holds(tmp_path):
     onnx, np = pytest.importorskip("onnx"), pytest.importorskip("numpy")
     pytest.importorskip("onnxruntime")
-    from trimserve.session import open_session
+    from trimserve.runtime.session import open_session
 
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(

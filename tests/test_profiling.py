@@ -12,12 +12,15 @@ from hypothesis.extra import numpy as hnp
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS, TEXT, save_model_folder
-from trimserve.corpus import Corpus, CorpusSource, documents
+from trimserve.corpus import documents
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.files import CorpusSource
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.tensors import read_header
-from trimserve.merging import merge
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import Profile, profile
+from trimserve.profiles.merging import merge
+from trimserve.profiles.profile import Profile
+from trimserve.profiles.profiling import profile
 
 HOSTILE = [
     "",

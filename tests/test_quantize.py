@@ -20,17 +20,17 @@ from tests.generators import FullSampler, make_pair, open_generator
 from tests.models import save_model
 from tests.translators import save_translator
 from trimserve.cli.main import main
-from trimserve.cold import ColdRows
-from trimserve.coldhead import COLD_MAX_NAME, ColdHead
+from trimserve.decoding.sampling import SamplingParams
+from trimserve.encoder.answers import cold_logits
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.quantized import BlockScheme, dequantize, round_activations
 from trimserve.files.tensors import read_header
 from trimserve.folder.manifest import read_manifest, write_manifest
-from trimserve.folder.names import COLD_BLOCKS_NAME
+from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_MAX_NAME
 from trimserve.folder.opening import list_files, open_folder
-from trimserve.heads import cold_logits
 from trimserve.model.resolve import resolve_model
-from trimserve.sampling import SamplingParams
+from trimserve.runtime.cold_head import ColdHead
+from trimserve.runtime.cold_rows import ColdRows
 from trimserve_export.pipeline import Options, export, export_full
 from trimserve_export.quantize import SCHEMES, quantize_graph, quantize_rows
 from trimserve_export.verify import verify
@@ -153,8 +153,8 @@ def test_kept_logits_are_the_full_quantised_graphs(quantized):
 
 
 def test_slots_get_the_quantised_heads_logits(quantized):
-    from trimserve.request import DraftSlots
-    from trimserve.sampling import Columns
+    from trimserve.decoding.columns import Columns
+    from trimserve.decoding.slots import DraftSlots
 
     generator = quantized.generator
     vocab, decoder = generator.folder.vocab, generator._decoder

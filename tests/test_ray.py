@@ -10,7 +10,7 @@ import pytest
 from trimserve.corpus import slices
 from trimserve.counting.sums import Sums
 from trimserve.errors import UsageError
-from trimserve.profiling import profile
+from trimserve.profiles.profiling import profile
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from trimserve.report import human_bytes, percent, progress, table
+from trimserve.console import human_bytes, percent, progress, table
 
 
 def test_columns_line_up():

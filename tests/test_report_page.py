@@ -12,16 +12,17 @@ from tests.browser import find_browser, probe, run
 from tests.test_profiling import make_profile
 from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.cli.main import main
-from trimserve.difference import js_distance
 from trimserve.folder.manifest import Manifest, Source, write_manifest
-from trimserve.merging import merge
 from trimserve.model.prize import WeightBytes
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import Profile, profile
+from trimserve.profiles.difference import js_distance
+from trimserve.profiles.merging import merge
+from trimserve.profiles.profile import Profile
+from trimserve.profiles.profiling import profile
 from trimserve.reporting.facts import Inputs, gather
 from trimserve.reporting.page import render
 from trimserve.reporting.terminal import summarise
-from trimserve.selection import select
+from trimserve.selection.select_ids import select
 from trimserve.text.dead_ids import dead_ids
 from trimserve.text.names import TokenNames
 from trimserve.vocab.file import save_vocab

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimserve.rules import TokenRules
-from trimserve.sampling import Columns, History, SamplingParams, choose, edit_logits
+from trimserve.decoding.columns import Columns, History
+from trimserve.decoding.sampling import SamplingParams, choose, edit_logits
+from trimserve.decoding.token_rules import TokenRules
 
 V = 11
 IDS = st.integers(0, V - 1)

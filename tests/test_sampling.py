@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimserve.decoding.columns import Columns, History
+from trimserve.decoding.sampling import SamplingParams, choose, edit_logits, gumbel_noise
 from trimserve.errors import UsageError
-from trimserve.sampling import Columns, History, SamplingParams, choose, edit_logits, gumbel_noise
 
 V = 37
 ALL = Columns(np.arange(V, dtype=np.int32), V)

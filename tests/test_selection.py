@@ -10,13 +10,14 @@ from tokenizers import Tokenizer, models
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import TEXT, save_model_folder
-from trimserve.corpus import CorpusSource
+from trimserve.corpus.corpus import CorpusSource
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
-from trimserve.merging import merge
 from trimserve.model.resolve import resolve_model
-from trimserve.profiling import Profile, profile
-from trimserve.ranking import coverage_curve
-from trimserve.selection import select
+from trimserve.profiles.merging import merge
+from trimserve.profiles.profile import Profile
+from trimserve.profiles.profiling import profile
+from trimserve.selection.ranking import coverage_curve
+from trimserve.selection.select_ids import select
 from trimserve.vocab.map import Reason
 
 V = 37

@@ -30,8 +30,8 @@ from trimserve.cli.main import main
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.files.tensors import read_header
 from trimserve.folder.names import COLD_NAME
+from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
-from trimserve.text2text import Text2TextGenerator
 from trimserve_export import export
 from trimserve_export.exporters import optimum
 from trimserve_export.tasks import infer_task

@@ -10,8 +10,8 @@ pytest.importorskip("onnx_ir")
 import onnx_ir as ir
 
 from tests.exports import open_graph
-from trimserve.decoder import AFTER_HEAD_KEY
 from trimserve.errors import UnsupportedModelError
+from trimserve.runtime.after_head import AFTER_HEAD_KEY
 from trimserve_export.serving import make_servable
 from trimserve_export.serving.flow import find_embeddings, find_head
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from trimserve.errors import MismatchError, MissingExtraError, UsageError
-from trimserve.session import open_session, prepacks
+from trimserve.runtime.session import open_session, prepacks
 
 runtime = pytest.importorskip("onnxruntime")
 

@@ -15,15 +15,16 @@ import onnx
 from tests.folders import make_folder
 from tests.generators import FullSampler, make_pair, open_generator
 from tests.models import GENERATE
-from trimserve.cold import ColdRows
-from trimserve.coldhead import ColdHead
+from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import MismatchError, UsageError
+from trimserve.exact.sketch import Sketch
+from trimserve.exact.sketch_rows import GROUP_ROWS
 from trimserve.folder.manifest import write_manifest
+from trimserve.folder.names import SKETCH_FILES, SKETCH_NAME
 from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
-from trimserve.sampling import SamplingParams
-from trimserve.sketch import SKETCH_FILES, SKETCH_NAME, Sketch
-from trimserve.sketchrows import GROUP_ROWS
+from trimserve.runtime.cold_head import ColdHead
+from trimserve.runtime.cold_rows import ColdRows
 from trimserve_export.pipeline import export, export_full
 from trimserve_export.serving import packed
 from trimserve_export.serving import sketch as exported
@@ -77,7 +78,7 @@ def test_four_bits_bound_less(pair4):
 def test_the_bounds_hold_for_the_folders_own_cold_head(pair, bits, width_share, tmp_path, monkeypatch):
     """Also where the rows are sorted in several runs, and read in several slices a run."""
     monkeypatch.setattr(exported, "_SLICE_ENTRIES", 1)
-    monkeypatch.setattr("trimserve.sketch.SORTED_ROWS", 2 * GROUP_ROWS)
+    monkeypatch.setattr("trimserve.exact.sketch.SORTED_ROWS", 2 * GROUP_ROWS)
     shutil.copytree(pair.generator.folder.path, tmp_path / "trimmed")
     add_sketch(tmp_path / "trimmed", bits)
     folder = open_folder(tmp_path / "trimmed")
@@ -102,7 +103,7 @@ def test_memory_holds_a_run_of_integers_and_slices_of_floats(tmp_path, monkeypat
     values = np.random.default_rng(0).standard_normal((rows, width), np.float32)
     cold_rows = save({"embedding": values}, {"tied": "true"})
     make_folder(tmp_path / "folder", range(11), rows + 11, cold_rows=cold_rows)
-    monkeypatch.setattr("trimserve.sketch.RUN_BYTES", 4096 * width)
+    monkeypatch.setattr("trimserve.exact.sketch.RUN_BYTES", 4096 * width)
     packed_bytes = []
 
     def pack(graph, folder):

@@ -18,11 +18,11 @@ from tests.generators import FullSampler, open_generator
 from tests.graphs import CONTRIB, EMBEDDINGS, HEADS, Sketch
 from tests.test_graph_generate import TEXTS, save_graph, vocab_of
 from tests.test_graph_verify import accept_files, shift_rows
+from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.tensors import read_header
 from trimserve.folder.names import COLD_NAME
 from trimserve.model.resolve import resolve_model
-from trimserve.sampling import SamplingParams
 from trimserve_export import export
 from trimserve_export.graph.export import serve_full, trim_to_folder
 from trimserve_export.serving.nodes import NodeWriter

@@ -17,8 +17,8 @@ from tests.tiny_tokenizers import KINDS, TEXT, save_model_folder
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
-from trimserve.profiling import profile
-from trimserve.selection import select
+from trimserve.profiles.profiling import profile
+from trimserve.selection.select_ids import select
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.layouts.closure import CLOSED_KEY, MergeTrees, close_vocab, read_content
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation

@@ -20,13 +20,14 @@ import transformers
 from tests.folders import make_vocab
 from tests.models import with_random_weights
 from tests.tiny_tokenizers import KINDS
+from trimserve.decoding.columns import Columns, History
+from trimserve.decoding.sampling import SamplingParams, choose
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.opening import list_files
+from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
-from trimserve.sampling import Columns, History, SamplingParams, choose
-from trimserve.text2text import Text2TextGenerator
 from trimserve_export.pipeline import export, export_full
 
 V, HIDDEN = 37, 16

@@ -25,11 +25,12 @@ from trimserve.errors import (
 from trimserve.version import __version__
 
 if TYPE_CHECKING:
-    from trimserve.difference import Difference, diff
     from trimserve.loading import load
-    from trimserve.merging import merge
-    from trimserve.profiling import Profile, profile
-    from trimserve.selection import select
+    from trimserve.profiles.difference import Difference, diff
+    from trimserve.profiles.merging import merge
+    from trimserve.profiles.profile import Profile
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
     from trimserve.vocab.map import Reason, VocabMap
     from trimserve_export.inspection import Inspection
     from trimserve_export.pipeline import ExportResult
@@ -59,15 +60,15 @@ __all__ = [
 
 # Public name -> its module, imported when the name is first used (PEP 562).
 _MODULES = {
-    "Difference": "trimserve.difference",
-    "Profile": "trimserve.profiling",
+    "Difference": "trimserve.profiles.difference",
+    "Profile": "trimserve.profiles.profiling",
     "Reason": "trimserve.vocab.map",
     "VocabMap": "trimserve.vocab.map",
-    "diff": "trimserve.difference",
+    "diff": "trimserve.profiles.difference",
     "load": "trimserve.loading",
-    "merge": "trimserve.merging",
-    "profile": "trimserve.profiling",
-    "select": "trimserve.selection",
+    "merge": "trimserve.profiles.merging",
+    "profile": "trimserve.profiles.profiling",
+    "select": "trimserve.selection.select_ids",
 }
 
 

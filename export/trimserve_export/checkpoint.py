@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from trimserve.arrays import Ids
+from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files.hashes import sha256_file
 from trimserve.files.tensors import (
@@ -29,7 +30,6 @@ from trimserve.files.tensors import (
 )
 from trimserve.folder.manifest import CutTensor
 from trimserve.model.source import INDEX_NAME, ModelSource
-from trimserve.report import progress as progress_bar
 from trimserve.vocab.map import VocabMap
 from trimserve_export.configs import write_compact_configs
 from trimserve_export.output_ids import check_untied

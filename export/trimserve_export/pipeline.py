@@ -10,10 +10,10 @@ from trimserve.finetune.restore import full_source
 from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
 from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.staging import staged_folder
-from trimserve.measuring import peak_resident
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
-from trimserve.profiling import Profile
+from trimserve.process import peak_resident
+from trimserve.profiles.profile import Profile
 from trimserve.vocab.map import VocabMap
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint import check_vocab

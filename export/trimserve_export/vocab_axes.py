@@ -23,7 +23,7 @@ from trimserve.model.source import ModelSource
 from trimserve_export.configs import PER_LAYER_KEY
 
 Role = Literal["embedding", "embedding.1", "head", "head_bias"]
-# The second table that token ids are looked up in: per-layer embeddings (see `trimserve.cold.table_name`).
+# The second table that token ids are looked up in: per-layer embeddings (`cold_rows.table_name`).
 PER_LAYER: Final = "embedding.1"
 # A PreTrainedModel class or an AutoModelFor... class; they share `from_pretrained`, and no base.
 ModelClass: TypeAlias = Any

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.corpus import CorpusSource, Reading, Slice
-from trimserve.counting.blocks import Block, Counts
+from trimserve.arrays import Counts
+from trimserve.corpus.corpus import CorpusSource, Reading, Slice
+from trimserve.counting.block import Block
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.hashes import sha256_file
 

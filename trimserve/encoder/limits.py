@@ -1,4 +1,4 @@
-"""TODO: trimserve/encoder/limits.py."""
+"""The longest text that an encoder takes."""
 
 from trimserve.folder.opening import TrimmedFolder, read_json
 from trimserve.model.structural import PAD_POSITION_MODELS

@@ -1,4 +1,4 @@
-"""TODO: trimserve/files/atomic.py."""
+"""Files that are written whole or not at all."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""TODO: trimserve/files/hashes.py."""
+"""Hashes of files."""
 
 import hashlib
 from pathlib import Path

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.tensors import (
     CHUNK_BYTES,
@@ -35,7 +36,6 @@ from trimserve.folder.staging import staged_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import INDEX_NAME, ModelSource
 from trimserve.model.tensor_names import stored_names
-from trimserve.report import progress as progress_bar
 from trimserve.vocab.file import load_vocab
 from trimserve.vocab.map import VocabMap
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimserve.arrays import Ids
-from trimserve.ranking import round_up
+from trimserve.selection.ranking import round_up
 from trimserve.vocab.map import Reason, VocabMap
 
 

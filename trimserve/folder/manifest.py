@@ -1,4 +1,4 @@
-"""TODO: trimserve/folder/manifest.py."""
+"""`trimserve.json`: what a trimmed folder was made from and which files it has."""
 
 import dataclasses
 import json

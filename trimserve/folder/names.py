@@ -1,4 +1,4 @@
-"""TODO: trimserve/folder/names.py."""
+"""The file names of a trimmed folder."""
 
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -28,3 +28,16 @@ def check_plain_name(name: str, origin: str) -> None:
             f"{origin} names the file {name!r}, which is not a plain name inside the folder: "
             "do not use this folder unless you know who made it."
         )
+
+
+# Scales, norms and the order; the integers and what ONNX Runtime packed them into; their graph.
+SKETCH_NAME = "cold_sketch.safetensors"
+SKETCH_DATA_NAME = "cold_sketch.onnx_data"
+SKETCH_GRAPH_NAME = "cold_sketch.onnx"
+# The same product, with the mass of each group.
+SKETCH_MASS_NAME = "cold_sketch_mass.onnx"
+SKETCH_FILES = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME, SKETCH_MASS_NAME)
+COLD_MAX_NAME = "cold_max.onnx"
+COLD_HEAD_NAME = "cold_head.onnx"
+# The weights of a cold head that is the full graph's own nodes (trimserve_export.graph.graph_head).
+COLD_WEIGHTS_NAME = "cold_head.onnx_weights"

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
-from trimserve.text.tokenizer import _end_of_ids, load_tokenizer
+from trimserve.text.tokenizer import end_of_ids, load_tokenizer
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -111,7 +111,7 @@ class ModelSource:
         tokenizer = load_tokenizer(self.tokenizer_path)
         if "vocab_size" not in self.__dict__ and self._model_rows() is None:
             # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
-            self.__dict__["vocab_size"] = _end_of_ids(tokenizer)
+            self.__dict__["vocab_size"] = end_of_ids(tokenizer)
         return tokenizer
 
     @cached_property
@@ -120,7 +120,7 @@ class ModelSource:
 
         It may exceed the tokenizer's ids (padding rows) or fall short of them.
         """
-        return self._model_rows() or _end_of_ids(load_tokenizer(self.tokenizer_path))
+        return self._model_rows() or end_of_ids(load_tokenizer(self.tokenizer_path))
 
     def _model_rows(self) -> int | None:
         """V by the config, else by the weights; None where neither tells it."""

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError
 from trimserve.model.source import ModelSource
-from trimserve.text.tokenizer import _ids_of, newline_ids, tokenizer_ids
+from trimserve.text.tokenizer import ids_of_tokens, newline_ids, tokenizer_ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -57,7 +57,9 @@ def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> I
         tokenizer.get_added_tokens_decoder(),
         tokenizer_ids(tokenizer),
         (id_ for name in CONFIG_NAMES for id_ in config_ids(source.read_json(name))),
-        _ids_of(tokenizer, (token for name in TOKEN_NAMES for token in named_tokens(source.read_json(name)))),
+        ids_of_tokens(
+            tokenizer, (token for name in TOKEN_NAMES for token in named_tokens(source.read_json(name)))
+        ),
         newline_ids(tokenizer),
         template_ids(tokenizer, chat_templates(source)),
         pad_position_ids(source),

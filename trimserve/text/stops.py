@@ -1,4 +1,4 @@
-"""TODO: trimserve/text/stops.py."""
+"""Stop strings: end a stream of text at the first of them."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""TODO: trimserve/text/tokenizer.py."""
+"""A `tokenizers.Tokenizer` and what can be asked of it: its special, byte and newline ids."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from trimserve.errors import MismatchError
 
 
-def _end_of_ids(tokenizer: Tokenizer) -> int:
+def end_of_ids(tokenizer: Tokenizer) -> int:
     """The least number above all ids of a tokenizer."""
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return max(ids.values()) + 1
@@ -43,7 +43,7 @@ def tokenizer_ids(tokenizer: Tokenizer) -> Iterator[int]:
     yield from byte_ids(tokenizer)
     if isinstance(unk := model["model"].get("unk_id"), int):
         yield unk
-    yield from _ids_of(tokenizer, [model["model"].get("unk_token")])
+    yield from ids_of_tokens(tokenizer, [model["model"].get("unk_token")])
     yield from _processor_ids(model["post_processor"] or {})
 
 
@@ -51,11 +51,12 @@ def byte_ids(tokenizer: Tokenizer) -> Iterator[int]:
     """Yield the ids of the 256 byte-level letters, or of the `<0x00>`.. byte-fallback pieces."""
     parts = str(tokenizer.pre_tokenizer) + str(tokenizer.decoder) + str(tokenizer.normalizer)
     if "ByteLevel(" in parts:
-        yield from _ids_of(tokenizer, ByteLevel.alphabet())
-    yield from _ids_of(tokenizer, (f"<0x{byte:02X}>" for byte in range(256)))
+        yield from ids_of_tokens(tokenizer, ByteLevel.alphabet())
+    yield from ids_of_tokens(tokenizer, (f"<0x{byte:02X}>" for byte in range(256)))
 
 
-def _ids_of(tokenizer: Tokenizer, tokens: Iterable[str | None]) -> Iterator[int]:
+def ids_of_tokens(tokenizer: Tokenizer, tokens: Iterable[str | None]) -> Iterator[int]:
+    """Ids of those of the tokens that the tokenizer has."""
     for token in tokens:
         if token is not None and (id_ := tokenizer.token_to_id(token)) is not None:
             yield id_
@@ -93,3 +94,11 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def is_byte_token(token: str) -> bool:
     """Tell whether a token stands for one byte, as in ``<0x0A>``."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def parse_tokenizer(content: bytes) -> Tokenizer:
+    """A tokenizer with padding and truncation off, as `trimserve.text.tokenizer.load_tokenizer` gives it."""
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

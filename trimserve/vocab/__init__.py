@@ -1,0 +1,1 @@
+"""The vocab map: which token id is which compact id, and why it is kept."""

@@ -1,4 +1,4 @@
-"""TODO: trimserve/vocab/file.py."""
+"""The file of a vocab: the map as its one tensor, reasons and the head's ids as metadata."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -7,11 +7,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from trimserve.arrays import Ids
-from trimserve.cold import table_name
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.quantized import BlockScheme, BlockSpecs, block_specs
 from trimserve.files.tensors import TensorSource, exhaust, write_tensors
 from trimserve.folder.names import COLD_BLOCKS_NAME
+from trimserve.runtime.cold_rows import table_name
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.dequantized import DequantizedRows, scale_of
 from trimserve_export.graph.plan import constant, optional_input

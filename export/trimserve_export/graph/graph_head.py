@@ -13,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from trimserve.arrays import Ids
-from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME, PARTS_KEY
 from trimserve.errors import UnsupportedModelError
+from trimserve.folder.names import COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME
+from trimserve.runtime.cold_head import PARTS_KEY
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.graph.cold import FullGraph
 from trimserve_export.graph.rows import copy_nodes

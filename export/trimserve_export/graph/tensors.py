@@ -141,6 +141,6 @@ def _pack(entries: Bytes, bits: int) -> Bytes:
 
 
 def release(mapped: Bytes) -> None:
-    """Take a map's pages out of this process again (see `trimserve.cold`)."""
+    """Take a map's pages out of this process again (see `trimserve.runtime.cold_rows`)."""
     if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.base.madvise(mmap.MADV_DONTNEED)

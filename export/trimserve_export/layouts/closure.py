@@ -24,9 +24,9 @@ from tokenizers import Tokenizer
 from trimserve.errors import UnsupportedModelError
 from trimserve.model.source import ModelSource
 from trimserve.model.structural import structural_ids
-from trimserve.profiling import Profile
-from trimserve.ranking import round_up
-from trimserve.selection import count_reasons
+from trimserve.profiles.profile import Profile
+from trimserve.selection.ranking import round_up
+from trimserve.selection.select_ids import count_reasons
 from trimserve.vocab.map import Reason, VocabMap
 
 logger = logging.getLogger(__name__)

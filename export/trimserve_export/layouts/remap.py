@@ -18,9 +18,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve.cold import COLD_INPUT, table_name
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.runtime.cold_rows import COLD_INPUT, table_name
 from trimserve.vocab.map import VocabMap
 from trimserve_export.exported import read_exported
 from trimserve_export.graph.turned import turn_tables

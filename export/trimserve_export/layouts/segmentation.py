@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trimserve.arrays import Ids
-from trimserve.corpus import Corpus, Reading
-from trimserve.report import percent
+from trimserve.console import percent
+from trimserve.corpus.corpus import Corpus, Reading
 from trimserve.vocab.map import VocabMap
 
 _BATCH = 256

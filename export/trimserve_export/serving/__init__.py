@@ -12,8 +12,9 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve.decoder import AFTER_HEAD_KEY, SHARED_KV_KEY
 from trimserve.errors import UnsupportedModelError
+from trimserve.runtime.after_head import AFTER_HEAD_KEY
+from trimserve.runtime.decoder import SHARED_KV_KEY
 from trimserve_export.exported import read_exported
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.serving.cold_slots import add_cold_slots

@@ -3,7 +3,7 @@
 Each tile of cold rows W is multiplied as ``W @ hidden^T``: ONNX Runtime packs the right operand of a
 product and takes the left one as it lies, so the mapped file is used in place, at the speed of a packed
 copy from about 32 hidden states on. Rows of another dtype than the graph's are cast a tile at a time. A float
-graph is cut into parts, and its input `part` chooses one through nested Ifs: see `trimserve.coldhead`.
+graph is cut into parts, and its input `part` chooses one through nested Ifs (`trimserve.runtime.cold_head`).
 bench/cold_head.py compares all this with other ways.
 """
 
@@ -15,10 +15,10 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.coldhead import PARTS_KEY
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.quantized import BlockSpecs
 from trimserve.files.tensors import TensorSpec
+from trimserve.runtime.cold_head import PARTS_KEY
 from trimserve_export.quantize import block_attributes, scheme_of
 from trimserve_export.serving.flow import Head, describe, find_output
 

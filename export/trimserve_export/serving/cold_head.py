@@ -9,10 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from trimserve.coldhead import COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve.files.quantized import BlockSpecs
 from trimserve.files.tensors import TensorSpec, WholeTensor, exhaust, read_header, write_tensors
-from trimserve.folder.names import COLD_BLOCKS_NAME
+from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_HEAD_NAME, COLD_MAX_NAME
 from trimserve_export.quantize import scheme_of, write_blocks
 from trimserve_export.serving.cold_graph import ColdGraph, ColdTensors
 from trimserve_export.serving.flow import Head, find_head

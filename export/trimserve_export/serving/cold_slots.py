@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from trimserve.cold import COLD_INPUT, table_name
+from trimserve.runtime.cold_rows import COLD_INPUT, table_name
 from trimserve_export.serving.flow import Embedding
 from trimserve_export.serving.nodes import NodeWriter, add_input
 

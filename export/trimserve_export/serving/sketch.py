@@ -15,26 +15,27 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from trimserve.arrays import Ids
-from trimserve.bounds import Doubles, block_magnitude, round_up
-from trimserve.cold import ColdRows
-from trimserve.coldhead import COLD_MAX_NAME, COLD_WEIGHTS_NAME
+from trimserve.arrays import Doubles, Ids
 from trimserve.errors import UsageError
+from trimserve.exact.bounds import block_magnitude, round_up
+from trimserve.exact.sketch import run_rows
+from trimserve.exact.sketch_rows import BLOCKS, GROUP_ROWS, block_spread, sketch_blocks, sketch_rows
 from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import BlockScheme, block_specs
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, write_tensors
 from trimserve.folder.manifest import FileEntry, Manifest, write_manifest
-from trimserve.folder.names import COLD_BLOCKS_NAME
-from trimserve.folder.opening import TrimmedFolder, open_folder
-from trimserve.sketch import (
+from trimserve.folder.names import (
+    COLD_BLOCKS_NAME,
+    COLD_MAX_NAME,
+    COLD_WEIGHTS_NAME,
     SKETCH_DATA_NAME,
     SKETCH_FILES,
     SKETCH_GRAPH_NAME,
     SKETCH_MASS_NAME,
     SKETCH_NAME,
-    run_rows,
 )
-from trimserve.sketchrows import BLOCKS, GROUP_ROWS, block_spread, sketch_blocks, sketch_rows
+from trimserve.folder.opening import TrimmedFolder, open_folder
+from trimserve.runtime.cold_rows import ColdRows
 from trimserve_export.serving.packed import store_packed
 from trimserve_export.serving.sketch_graph import sketch_graph
 

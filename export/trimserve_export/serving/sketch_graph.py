@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import onnx
 
-from trimserve.sketch import SKETCH_DATA_NAME, row_bytes
-from trimserve.sketchrows import BLOCKS, GROUP_ROWS, ZERO
+from trimserve.exact.sketch import row_bytes
+from trimserve.exact.sketch_rows import BLOCKS, GROUP_ROWS, ZERO
+from trimserve.folder.names import SKETCH_DATA_NAME
 
 _OPSET = 20
 # No product, and no difference of two, overflows 32 bits up to this width.

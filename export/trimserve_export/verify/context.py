@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from trimserve.arrays import Ids
-from trimserve.cold import ColdRows
 from trimserve.errors import UnknownIdError, UsageError
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.genconfig import GenerationConfig
+from trimserve.generation.config import GenerationConfig
 from trimserve.model.source import ModelSource
-from trimserve.session import open_session
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export.serving.quantized_embedding import quantized_lookup

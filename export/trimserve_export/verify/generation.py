@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Ids
-from trimserve.generator import Generator, Mode
+from trimserve.decoding.token_rules import TokenRules, Verdict
+from trimserve.generation.generator import Generator
+from trimserve.generation.options import Mode
 from trimserve.loading import load
-from trimserve.rules import TokenRules, Verdict
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.graph import GraphModel, Model
 from trimserve_export.verify.result import Check

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Ids
-from trimserve.cold import ColdRows
+from trimserve.runtime.cold_rows import ColdRows
 from trimserve.vocab.map import VocabMap
 
 if TYPE_CHECKING:

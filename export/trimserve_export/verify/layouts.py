@@ -10,7 +10,7 @@ import onnx_ir as ir
 from trimserve.arrays import Ids
 from trimserve.errors import UsageError
 from trimserve.folder.names import TOKENIZER_NAME
-from trimserve.session import open_session
+from trimserve.runtime.session import open_session
 from trimserve.text.tokenizer import load_tokenizer
 from trimserve_export.graph.export import save_untrimmed
 from trimserve_export.layouts.remap import id_table

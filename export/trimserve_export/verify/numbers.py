@@ -3,7 +3,7 @@
 import numpy as np
 
 from trimserve.arrays import Ids
-from trimserve.encoder import Encoder
+from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check

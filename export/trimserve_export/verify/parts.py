@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.folder.manifest import Manifest
-from trimserve.session import open_session
+from trimserve.runtime.session import open_session
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graph.export import save_untrimmed
 from trimserve_export.serving import GRAPH_NAME

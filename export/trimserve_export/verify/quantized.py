@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 from trimserve.arrays import Ids
-from trimserve.cold import GRAPH_DTYPES
 from trimserve.errors import MismatchError
 from trimserve.files.quantized import BlockScheme, block_specs, dequantize
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header, to_float32
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
+from trimserve.runtime.cold_rows import GRAPH_DTYPES
 from trimserve_export.layouts.remap import COMPACT_LOGITS_NAME
 from trimserve_export.quantize import Blocks, quantize_rows
 from trimserve_export.serving.flow import find_head, find_output

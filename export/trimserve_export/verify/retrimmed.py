@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.coldhead import COLD_WEIGHTS_NAME
 from trimserve.files.tensors import map_tensor, read_header
-from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
+from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME, COLD_WEIGHTS_NAME
 from trimserve_export.graph.export import trim_to_folder
 from trimserve_export.graph.loading import load_graph
 from trimserve_export.layouts.remap import COLD_TENSOR

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.files.quantized import BlockScheme
 from trimserve.finetune.restore import full_source
 from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
 from trimserve.folder.opening import open_folder
-from trimserve.folder.tasks import GENERATOR_TASKS
-from trimserve.loading import ENCODER_TASKS
+from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
 from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
-from trimserve.report import progress as progress_bar
 from trimserve_export.card import with_card
 from trimserve_export.reference import export_full
 from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs

@@ -1,0 +1,1 @@
+"""Generators: what `generate`, `stream` and `chat` accept and give."""

@@ -1,0 +1,1 @@
+"""Selection: which token ids a profile's vocab keeps."""
