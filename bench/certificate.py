@@ -167,7 +167,7 @@ def _products(case: Case, work: Path) -> dict[str, dict[str, dict[str, list[floa
 
 def _with_four_bits(trimmed: Path, folder: Path) -> Path:
     """The same folder with a sketch of 4 bits; what that leaves alone is hard-linked where possible."""
-    from trimserve_export.serving.sketch import add_sketch
+    from trimserve_export.cold_head.sketch import add_sketch
 
     folder.mkdir()
     for path in trimmed.iterdir():

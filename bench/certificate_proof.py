@@ -35,7 +35,7 @@ def prove(args: argparse.Namespace, corpus: str, work: Path) -> dict[str, Any]:
     from trimserve.profiles.profiling import profile
     from trimserve.selection.select_ids import select
     from trimserve_export import export
-    from trimserve_export.serving.sketch import add_sketch
+    from trimserve_export.cold_head.sketch import add_sketch
 
     model = harness.data_folder() / "models" / REAL_MODEL
     if args.float32:

@@ -52,9 +52,9 @@ _TILE_BYTES = 4 << 20
 
 def make(folder: Path, shape: tuple[int, int]) -> None:
     """Write the folders of all variants."""
-    from trimserve_export.quantize import SCHEMES, quantize_graph
-    from trimserve_export.serving import cold_graph
-    from trimserve_export.serving.cold_head import write_cold_head
+    from trimserve_export.cold_head import graph as cold_graph
+    from trimserve_export.cold_head.writing import write_cold_head
+    from trimserve_export.serving.quantize import SCHEMES, quantize_graph
 
     for name in ("left", "left-bf16", "left-bf16-whole", "right", "int4"):
         target = folder / name

@@ -190,7 +190,7 @@ def make_checkpoint(folder: Path, shape: Shape, stand: float) -> None:
     """Write a checkpoint whose drafts stand in about that share of steps; its tokenizer has a word an id."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trimserve_export.vocab_axes import build_on_meta
+    from trimserve_export.checkpoint.axes import build_on_meta
 
     (folder / "config.json").write_text(json.dumps(_COMMON | shape.config), "utf-8")
     _write_tokenizer(folder / "tokenizer.json", shape.vocab_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve_export.serving.flow import find_output
+from trimserve_export.graphs.values import find_output
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import memory
 from trimserve.arrays import Floats, Ids
 from trimserve.generation.generator import Generator
 from trimserve.loading import load
+from trimserve.process import memory
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.decoder import Decoder
 from trimserve.runtime.session import DEVICES, open_session

@@ -82,7 +82,7 @@ def make_checkpoint(folder: Path, shape: Shape, tokenizer: Path) -> None:
     """Write a checkpoint with random weights in a model's shape, and its tokenizer."""
     from transformers import AutoConfig, AutoModel
 
-    from trimserve_export.vocab_axes import build_on_meta
+    from trimserve_export.checkpoint.axes import build_on_meta
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape.config), "utf-8")
@@ -125,7 +125,7 @@ def make(name: str, data: Path, work: Path) -> dict[str, Any]:
     from trimserve.profiles.profiling import profile
     from trimserve.selection.select_ids import select
     from trimserve_export import export
-    from trimserve_export.untrimmed import export_untrimmed
+    from trimserve_export.full_model import export_untrimmed
 
     corpus = data / "corpora" / _CORPORA[name] / "text.txt"
     if name == MINILM:

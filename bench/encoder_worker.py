@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import memory
 from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load
+from trimserve.process import memory
 
 
 def main() -> int:

@@ -15,8 +15,8 @@ from pathlib import Path
 from bench import harness
 from tests import matrix
 from trimserve.console import progress
-from trimserve_export.exporters import EXPORTERS, load_exporter
 from trimserve_export.exporters.choice import is_installed
+from trimserve_export.exporters.exporter import EXPORTERS, load_exporter
 
 FOLDER = "folder"
 

@@ -163,7 +163,7 @@ def make_ours(work: Path, precision: str) -> None:
     from trimserve.profiles.profiling import profile
     from trimserve.selection.select_ids import select
     from trimserve_export import export
-    from trimserve_export.untrimmed import export_untrimmed
+    from trimserve_export.full_model import export_untrimmed
 
     source = resolve_model(model())
     (work / "profiled.txt").write_text(split(corpus())[0], "utf-8")

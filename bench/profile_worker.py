@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from bench.profile_data import DATA
 from trimserve.corpus.corpus import Corpus
-from trimserve.counting.count import How
 from trimserve.counting.encoding import choosing
 from trimserve.counting.encoding.encoders import FastEncoder
 from trimserve.counting.engine import CorpusCounter
+from trimserve.counting.plan import How
 from trimserve.errors import TrimserveError
 from trimserve.text.tokenizer import load_tokenizer
 

@@ -218,7 +218,7 @@ def make(work: Path, kept: Sequence[int]) -> dict[str, Any]:
     from trimserve.profiles.profiling import profile
     from trimserve.selection.select_ids import select
     from trimserve_export import export
-    from trimserve_export.untrimmed import export_untrimmed
+    from trimserve_export.full_model import export_untrimmed
 
     source = resolve_model(harness.data_folder() / "models" / MODEL)
     corpus = harness.data_folder() / "corpora" / DOMAINS["in the domain"] / "text.txt"

@@ -42,7 +42,7 @@ def make_checkpoint(folder: Path) -> None:
     """Write a random checkpoint with the tensors that the model class has."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trimserve_export.vocab_axes import build_on_meta
+    from trimserve_export.checkpoint.axes import build_on_meta
 
     (folder / "config.json").write_text(json.dumps(CONFIG), "utf-8")
     (folder / "tokenizer.json").write_text("{}", "utf-8")
@@ -60,7 +60,8 @@ def worker(mode: str, folder: Path, kept: int) -> dict[str, Any]:
     import transformers  # noqa: F401 - the memory that any user of the checkpoint pays
     from transformers import PreTrainedModel  # noqa: F401
 
-    from trimserve_export import checkpoint, stored_vocab
+    from trimserve_export.checkpoint import stored as stored_vocab
+    from trimserve_export.checkpoint import trim as checkpoint
 
     if mode == "import":
         return {"peak": harness.memory().peak}

@@ -66,7 +66,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> None:
     """Write a fp32 checkpoint with the tensors that the model class has."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trimserve_export.vocab_axes import build_on_meta
+    from trimserve_export.checkpoint.axes import build_on_meta
 
     folder.mkdir(parents=True)
     _write_texts(folder, shape)

@@ -25,8 +25,9 @@ from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder
 from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
-from trimserve_export.pipeline import export, export_full
-from trimserve_export.quantize import SCHEMES
+from trimserve_export.full_model import export_full
+from trimserve_export.pipeline import export
+from trimserve_export.serving.quantize import SCHEMES
 
 
 @dataclass(frozen=True)

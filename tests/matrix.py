@@ -31,17 +31,18 @@ from trimserve.model.structural import structural_ids
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.session import open_session
 from trimserve.vocab.map import Reason, VocabMap
-from trimserve_export import reference
-from trimserve_export.exporters import EXPORTERS, Exporter, GraphJob, choice, load_exporter
-from trimserve_export.graph.export import serve_full
+from trimserve_export import full_model as reference
+from trimserve_export.checkpoint.axes import load_config
+from trimserve_export.checkpoint.tasks import has_vocab_head
+from trimserve_export.exporters import choice
+from trimserve_export.exporters.exporter import EXPORTERS, Exporter, GraphJob, load_exporter
+from trimserve_export.from_graph.trimmed import serve_full
+from trimserve_export.full_model import export_full
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.writing import write_layout_graph
 from trimserve_export.pipeline import export
-from trimserve_export.quantize import SCHEMES
-from trimserve_export.reference import export_full
-from trimserve_export.tasks import has_vocab_head
-from trimserve_export.verify.graph import GraphModel, Model, Seq2SeqModel
-from trimserve_export.vocab_axes import load_config
+from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.verify.plain_run import GraphModel, Model, Seq2SeqModel
 
 QUANTISATIONS = ("fp32", "int4", "int8")
 LAYOUTS = ("runtime", "tokenizer", "graph")

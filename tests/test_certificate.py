@@ -28,7 +28,7 @@ from trimserve.exact.sketch import Sketch
 from trimserve.exact.sketch_rows import GROUP_ROWS, to_blocks, to_digits
 from trimserve.runtime.after_head import apply_after_head
 from trimserve.runtime.cold_rows import ColdRows
-from trimserve_export.serving.sketch import add_sketch
+from trimserve_export.cold_head.sketch import add_sketch
 
 SOFTCAP = (("Div", 30.0), ("Tanh", None), ("Mul", 30.0))
 KEPT = 24

@@ -20,8 +20,8 @@ from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files.hashes import sha256_file
 from trimserve.files.tensors import exhaust
 from trimserve.model.resolve import resolve_model
-from trimserve_export.checkpoint import stream_tensors, trim_checkpoint
-from trimserve_export.stored_vocab import stored_vocab
+from trimserve_export.checkpoint.stored import stored_vocab
+from trimserve_export.checkpoint.trim import stream_tensors, trim_checkpoint
 
 pytestmark = pytest.mark.export
 

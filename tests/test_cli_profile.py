@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.cli.main import main
-from trimserve.corpus import documents, reader, slices
+from trimserve.corpus import documents, slices
+from trimserve.corpus.corpus import reader
 from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.sums import Sums
 from trimserve.counting.workers import processes as local

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
-from bench.harness import memory
 from tests.folders import make_folder
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.files.tensors import TensorSpec, to_bfloat16, write_tensors
+from trimserve.process import memory
 from trimserve.runtime.cold_rows import ColdRows
 
 V, H = 37, 5

@@ -15,8 +15,8 @@ from tests.exports import read_float32
 from trimserve.errors import MismatchError
 from trimserve.folder.names import COLD_NAME
 from trimserve.runtime.cold_head import PARTS_KEY, PartedGraph
-from trimserve_export.serving import cold_graph
-from trimserve_export.serving.cold_head import write_cold_head
+from trimserve_export.cold_head import graph as cold_graph
+from trimserve_export.cold_head.writing import write_cold_head
 
 pytestmark = pytest.mark.export
 

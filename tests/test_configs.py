@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from tests.folders import make_vocab
-from trimserve_export.configs import compact_config, write_compact_configs
+from trimserve_export.checkpoint.configs import compact_config, write_compact_configs
 
 pytestmark = pytest.mark.export
 

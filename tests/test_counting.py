@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import KINDS
-from trimserve.corpus.corpus import Corpus, Document, Reading
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import Document, Reading
 from trimserve.counting.documents import DocumentCounter, _Presence, encode_parts
 from trimserve.counting.encoding import choosing
 from trimserve.counting.encoding.choosing import choose_encoder, make_encoder

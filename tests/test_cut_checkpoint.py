@@ -18,7 +18,7 @@ from trimserve.model.source import ModelSource
 from trimserve.profiles.profiling import profile
 from trimserve.selection.select_ids import select
 from trimserve.vocab.map import VocabMap
-from trimserve_export.checkpoint import trim_checkpoint
+from trimserve_export.checkpoint.trim import trim_checkpoint
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 

@@ -23,8 +23,8 @@ from trimserve.folder.opening import open_folder
 from trimserve.vocab.file import load_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export import card, export, from_checkpoint
+from trimserve_export.checkpoint.tasks import infer_task
 from trimserve_export.exporters import optimum
-from trimserve_export.tasks import infer_task
 
 pytestmark = pytest.mark.export
 

@@ -26,10 +26,11 @@ from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
 from trimserve_export import export
-from trimserve_export.exporters import EXPORTERS, GraphJob, choice, load_exporter
+from trimserve_export.checkpoint.axes import load_config
+from trimserve_export.exporters import choice
 from trimserve_export.exporters.choice import choose_exporter, is_installed
+from trimserve_export.exporters.exporter import EXPORTERS, GraphJob, load_exporter
 from trimserve_export.verify import verify
-from trimserve_export.vocab_axes import load_config
 
 pytestmark = pytest.mark.export
 

@@ -31,7 +31,7 @@ from tests.finetuning import (
 from tests.models import save_model
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.finetune import cut_vocab, partial_vocab, restore
-from trimserve.finetune.loss import CutLoss
+from trimserve_export.finetune.loss import CutLoss
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 

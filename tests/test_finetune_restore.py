@@ -20,11 +20,10 @@ from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.hashes import sha256_file
 from trimserve.finetune import find_outside, grow, partial_vocab, restore
-from trimserve.finetune.restore import full_source
+from trimserve.finetune.restoring import full_source
 from trimserve.model.resolve import resolve_model
-from trimserve.selection.select_ids import Reason
 from trimserve.vocab.file import save_vocab
-from trimserve.vocab.map import VocabMap
+from trimserve.vocab.map import Reason, VocabMap
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_tokenizers import CHAT_TEMPLATE
 from trimserve.corpus.conversations import conversation
-from trimserve.corpus.corpus import Corpus, Faults, Reading
-from trimserve.corpus.documents import split_units
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import Faults, Reading, split_units
 from trimserve.corpus.reader import SliceReader
 from trimserve.corpus.slices import plan_slices
 from trimserve.errors import MissingExtraError, UsageError

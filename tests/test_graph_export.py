@@ -23,10 +23,10 @@ from trimserve.files.tensors import map_tensor
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME, COLD_WEIGHTS_NAME
 from trimserve.model.resolve import resolve_model
 from trimserve.runtime.after_head import AFTER_HEAD_KEY, apply_after_head
-from trimserve_export.graph import graph_head
-from trimserve_export.graph.export import serve_full, trim_to_folder, write_generation_config
-from trimserve_export.graph.facts import infer_task
-from trimserve_export.serving import cold_graph
+from trimserve_export.cold_head import graph as cold_graph
+from trimserve_export.from_graph import cold_head as graph_head
+from trimserve_export.from_graph.trimmed import serve_full, trim_to_folder, write_generation_config
+from trimserve_export.trimming.facts import infer_task
 
 pytestmark = pytest.mark.export
 

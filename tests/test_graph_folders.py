@@ -29,8 +29,8 @@ from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
 from trimserve_export import export
-from trimserve_export.graph.export import trim_to_folder
-from trimserve_export.graph.parts import find_parts, one_variant
+from trimserve_export.from_graph.trimmed import trim_to_folder
+from trimserve_export.trimming.parts import find_parts, one_variant
 from trimserve_export.verify import verify
 
 pytestmark = pytest.mark.export

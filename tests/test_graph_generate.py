@@ -26,8 +26,9 @@ from trimserve.model.structural import structural_ids
 from trimserve.text.tokenizer import load_tokenizer
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import export
-from trimserve_export.exporters import GraphJob, optimum
-from trimserve_export.graph.export import serve_full
+from trimserve_export.exporters import optimum
+from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.from_graph.trimmed import serve_full
 
 pytestmark = pytest.mark.export
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.folders import make_vocab
 from tests.graphs import run, sketch
 from trimserve.errors import MismatchError, UnsupportedModelError
-from trimserve_export.graph import load_graph, trim_graph
-from trimserve_export.graph.tensors import Cut, KeptEntries
+from trimserve_export.graphs.kept_tensors import Cut, KeptEntries
+from trimserve_export.trimming import load_graph, trim_graph
 
 pytestmark = pytest.mark.export
 
@@ -152,7 +152,7 @@ def test_kept_entries_are_those_of_numpy(data, tmp_path_factory):
 
 
 def test_blocks_of_entries_are_joined(monkeypatch):
-    monkeypatch.setattr("trimserve_export.graph.tensors._BLOCK_BYTES", 16)
+    monkeypatch.setattr("trimserve_export.graphs.kept_tensors._BLOCK_BYTES", 16)
     for dtype in DTYPES:
         for axis, shape in ((0, (V, 5)), (1, (9, V)), (1, (17, V, 3))):
             values = np.random.default_rng(0).integers(0, 4, shape).astype(dtype)

@@ -15,7 +15,7 @@ from tests.folders import make_vocab
 from trimserve.folder.opening import open_folder
 from trimserve.selection.select_ids import select
 from trimserve_export import export
-from trimserve_export.graph import load_graph, trim_graph
+from trimserve_export.trimming import load_graph, trim_graph
 from trimserve_export.verify import verify
 
 pytestmark = [pytest.mark.export, pytest.mark.realdata]

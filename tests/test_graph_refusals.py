@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tests.folders import make_vocab
 from tests.graphs import CONTRIB, EMBEDDINGS, HEADS, Sketch, middle, sketch
 from trimserve.errors import UnsupportedModelError
-from trimserve_export.graph import trim_graph
+from trimserve_export.trimming import trim_graph
 
 pytestmark = pytest.mark.export
 

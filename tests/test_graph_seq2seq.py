@@ -12,7 +12,7 @@ from optimum.exporters.onnx import onnx_export_from_model
 from tests.exports import open_graph
 from tests.folders import make_vocab
 from trimserve_export.exporters.optimum import quiet
-from trimserve_export.graph import load_graph, trim_graph
+from trimserve_export.trimming import load_graph, trim_graph
 
 pytestmark = pytest.mark.export
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.folders import make_vocab
 from tests.graphs import EMBEDDINGS, HEADS, TIED, Sketch, run, sketch, sketch_tied
 from trimserve.vocab.map import VocabMap
-from trimserve_export.graph import trim_graph
+from trimserve_export.trimming import trim_graph
 
 pytestmark = pytest.mark.export
 

@@ -18,7 +18,7 @@ from trimserve.runtime import kv_cache as kv
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder
 from trimserve.runtime.session import open_session
-from trimserve_export.serving import make_servable
+from trimserve_export.serving.servable import make_servable
 
 pytestmark = pytest.mark.export
 
@@ -115,7 +115,7 @@ def test_exact_generation_with_shared_buffers_is_the_full_graphs(full_graph, tmp
     from trimserve.exact.checker import ExactChecker
     from trimserve.folder.names import COLD_HEAD_NAME, COLD_MAX_NAME
     from trimserve.runtime.cold_head import ColdHead
-    from trimserve_export.serving.cold_head import write_cold_head
+    from trimserve_export.cold_head.writing import write_cold_head
 
     vocab = make_vocab(KEPT, V)
     made = tmp_path / "made"

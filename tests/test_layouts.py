@@ -35,8 +35,9 @@ from trimserve.profiles.profiling import profile
 from trimserve.selection.select_ids import select
 from trimserve.vocab.map import VocabMap
 from trimserve_export import export
-from trimserve_export.exporters import GraphJob, optimum
-from trimserve_export.layouts.remap import LOOKUP_NAME, id_table, make_drop_in
+from trimserve_export.exporters import optimum
+from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.layouts.drop_in import LOOKUP_NAME, id_table, make_drop_in
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.verify import verify
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from bench import harness
 from tests.matrix import CELLS, FOLDERS, LAYOUTS, Cell, Workbench, compare, folder_outcome, is_in_ci, is_quick
 from trimserve.folder.opening import open_folder
-from trimserve_export.exporters import EXPORTERS
 from trimserve_export.exporters.choice import is_installed
+from trimserve_export.exporters.exporter import EXPORTERS
 
 pytestmark = pytest.mark.export
 

@@ -25,7 +25,7 @@ from trimserve.folder.names import COLD_NAME
 from trimserve.folder.opening import list_files, open_folder
 from trimserve.vocab.file import load_vocab, save_vocab
 from trimserve_export import export
-from trimserve_export.graph.export import serve_full
+from trimserve_export.from_graph.trimmed import serve_full
 from trimserve_export.verify.runner import verify
 
 pytestmark = pytest.mark.export

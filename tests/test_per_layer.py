@@ -21,8 +21,8 @@ from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import export
-from trimserve_export.checkpoint import trim_checkpoint
-from trimserve_export.configs import PER_LAYER_KEY, compact_rows
+from trimserve_export.checkpoint.configs import PER_LAYER_KEY, compact_rows
+from trimserve_export.checkpoint.trim import trim_checkpoint
 from trimserve_export.verify import verify
 
 pytestmark = pytest.mark.export

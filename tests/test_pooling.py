@@ -15,7 +15,7 @@ from trimserve.folder.manifest import Pooling
 from trimserve.folder.opening import open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve_export import export
-from trimserve_export.pooling import is_sentence_transformers, read_pooling
+from trimserve_export.checkpoint.pooling import is_sentence_transformers, read_pooling
 
 pytestmark = pytest.mark.export
 

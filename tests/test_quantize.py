@@ -31,8 +31,10 @@ from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
-from trimserve_export.pipeline import Options, export, export_full
-from trimserve_export.quantize import SCHEMES, quantize_graph, quantize_rows
+from trimserve_export.full_model import export_full
+from trimserve_export.options import Options
+from trimserve_export.pipeline import export
+from trimserve_export.serving.quantize import SCHEMES, quantize_graph, quantize_rows
 from trimserve_export.verify import verify
 
 pytestmark = pytest.mark.export

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from tests.realdata import TOKENIZERS, corpus_slices
 from tests.tiny_tokenizers import TEXT, save_model_folder
-from trimserve.corpus.corpus import CorpusSource
+from trimserve.corpus.files import CorpusSource
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.model.resolve import resolve_model
 from trimserve.profiles.merging import merge

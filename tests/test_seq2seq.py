@@ -33,8 +33,8 @@ from trimserve.folder.names import COLD_NAME
 from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
 from trimserve_export import export
+from trimserve_export.checkpoint.tasks import infer_task
 from trimserve_export.exporters import optimum
-from trimserve_export.tasks import infer_task
 from trimserve_export.verify import verify
 
 pytestmark = [

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from tests.exports import open_graph
 from trimserve.errors import UnsupportedModelError
 from trimserve.runtime.after_head import AFTER_HEAD_KEY
-from trimserve_export.serving import make_servable
-from trimserve_export.serving.flow import find_embeddings, find_head
+from trimserve_export.graphs.embeddings import find_embeddings
+from trimserve_export.graphs.head import find_head
+from trimserve_export.serving.servable import make_servable
 
 pytestmark = pytest.mark.export
 

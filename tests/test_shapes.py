@@ -9,8 +9,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from tests.exports import V, open_graph, run
-from trimserve_export import export, serving
-from trimserve_export.serving.shapes import fix_shapes
+from trimserve_export import export
+from trimserve_export.serving import servable as serving
+from trimserve_export.shapes.fix import fix_shapes
 
 pytestmark = pytest.mark.export
 

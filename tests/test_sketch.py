@@ -25,10 +25,11 @@ from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
-from trimserve_export.pipeline import export, export_full
-from trimserve_export.serving import packed
-from trimserve_export.serving import sketch as exported
-from trimserve_export.serving.sketch import add_sketch, wants_sketch
+from trimserve_export.cold_head import packed
+from trimserve_export.cold_head import sketch as exported
+from trimserve_export.cold_head.sketch import add_sketch, wants_sketch
+from trimserve_export.full_model import export_full
+from trimserve_export.pipeline import export
 
 pytestmark = pytest.mark.export
 

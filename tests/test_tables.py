@@ -24,8 +24,8 @@ from trimserve.files.tensors import read_header
 from trimserve.folder.names import COLD_NAME
 from trimserve.model.resolve import resolve_model
 from trimserve_export import export
-from trimserve_export.graph.export import serve_full, trim_to_folder
-from trimserve_export.serving.nodes import NodeWriter
+from trimserve_export.from_graph.trimmed import serve_full, trim_to_folder
+from trimserve_export.graphs.nodes import NodeWriter
 from trimserve_export.verify import verify
 
 pytestmark = pytest.mark.export

@@ -8,7 +8,7 @@ import transformers
 
 from tests.models import FAMILIES
 from trimserve.errors import TrimserveError, UnsupportedModelError
-from trimserve_export.vocab_axes import architecture_class, find_vocab_axes, load_config
+from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
 
 pytestmark = pytest.mark.export
 

@@ -28,7 +28,8 @@ from trimserve.folder.opening import list_files
 from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
-from trimserve_export.pipeline import export, export_full
+from trimserve_export.full_model import export_full
+from trimserve_export.pipeline import export
 
 V, HIDDEN = 37, 16
 # The special tokens of the tiny tokenizer and a few others: 26 of 37 ids are cold.

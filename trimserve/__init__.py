@@ -9,7 +9,6 @@ Example:
     >>> print(*model.stream("Summarise: …", max_new_tokens=64), sep="")  # doctest: +SKIP
 """
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from trimserve.errors import (
     UsageError,
     require,
 )
+from trimserve.faces import lazy_face
 from trimserve.version import __version__
 
 if TYPE_CHECKING:
@@ -58,30 +58,25 @@ __all__ = [
     "verify",
 ]
 
-# Public name -> its module, imported when the name is first used (PEP 562).
-_MODULES = {
-    "Difference": "trimserve.profiles.difference",
-    "Profile": "trimserve.profiles.profiling",
-    "Reason": "trimserve.vocab.map",
-    "VocabMap": "trimserve.vocab.map",
-    "diff": "trimserve.profiles.difference",
-    "load": "trimserve.loading",
-    "merge": "trimserve.profiles.merging",
-    "profile": "trimserve.profiles.profiling",
-    "select": "trimserve.selection.select_ids",
-}
-
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = found
-    return found
+# `__all__` stays written out, for readers and for tools that do not run this module.
+__getattr__, _listing, _ = lazy_face(
+    __name__,
+    {
+        "Difference": "trimserve.profiles.difference",
+        "Profile": "trimserve.profiles.profiling",
+        "Reason": "trimserve.vocab.map",
+        "VocabMap": "trimserve.vocab.map",
+        "diff": "trimserve.profiles.difference",
+        "load": "trimserve.loading",
+        "merge": "trimserve.profiles.merging",
+        "profile": "trimserve.profiles.profiling",
+        "select": "trimserve.selection.select_ids",
+    },
+)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*_listing(), *__all__})
 
 
 def export(model: str | Path, vocab: "VocabMap", output: str | Path, **options: Any) -> "ExportResult":  # noqa: ANN401 - see pipeline.export

@@ -15,7 +15,7 @@ from trimserve.model.source import ModelSource
 
 if TYPE_CHECKING:
     from trimserve.files.tensors import TensorSpec
-    from trimserve_export.stored_vocab import StoredVocab
+    from trimserve_export.checkpoint.stored import StoredVocab
 
 # A K that most single-domain profiles stay below.
 DEFAULT_KEPT = 16_384
@@ -167,8 +167,8 @@ def _onnx_bytes(path: Path) -> int:
 
 def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
     require("transformers", extra="export", purpose="inspecting a model")
-    from trimserve_export.stored_vocab import read_specs, stored_vocab
-    from trimserve_export.vocab_axes import load_config
+    from trimserve_export.checkpoint.axes import load_config
+    from trimserve_export.checkpoint.stored import read_specs, stored_vocab
 
     specs = read_specs(source)
     stored = stored_vocab(source)

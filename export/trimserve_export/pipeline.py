@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimserve.finetune.restore import full_source
+from trimserve.finetune.restoring import full_source
 from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
 from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.staging import staged_folder
@@ -16,19 +16,16 @@ from trimserve.process import peak_resident
 from trimserve.profiles.profile import Profile
 from trimserve.vocab.map import VocabMap
 from trimserve_export.card import with_card
-from trimserve_export.checkpoint import check_vocab
+from trimserve_export.checkpoint.head_ids import check_layout
+from trimserve_export.checkpoint.trim import check_vocab
+from trimserve_export.cold_head.sketch import SKETCH_BITS, add_sketch, wants_sketch
 from trimserve_export.from_checkpoint import fill_from_checkpoint
-from trimserve_export.graph.road import check_road, fill_from_graph
+from trimserve_export.from_graph.fill import check_road, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
 from trimserve_export.options import Options
-from trimserve_export.output_ids import check_layout
 from trimserve_export.planning import Plan, plan_export
-from trimserve_export.reference import export_full
-from trimserve_export.serving.sketch import SKETCH_BITS, add_sketch, wants_sketch
-
-__all__ = ["ExportResult", "Options", "export", "export_full"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimserve.corpus.corpus import JSONL_SUFFIXES, iter_documents
+from trimserve.corpus.corpus import iter_documents
+from trimserve.corpus.files import JSONL_SUFFIXES
 from trimserve.errors import UsageError
 
 if TYPE_CHECKING:

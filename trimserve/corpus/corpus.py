@@ -7,28 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from trimserve.corpus.documents import Document, Faults, Reading, Unit
-from trimserve.corpus.files import HUB, JSONL_SUFFIXES, STDIN, CorpusFile, CorpusSource, find_files
+from trimserve.corpus.documents import Document, Faults, Reading
+from trimserve.corpus.files import STDIN, CorpusFile, CorpusSource, find_files
 from trimserve.corpus.reader import SliceReader, TextsReader, read_stream
 from trimserve.corpus.rows import is_table
 from trimserve.corpus.slices import Section, Slice, open_section, plan_slices
 from trimserve.errors import UsageError
-
-__all__ = [
-    "HUB",
-    "JSONL_SUFFIXES",
-    "STDIN",
-    "Corpus",
-    "CorpusFile",
-    "CorpusSource",
-    "Document",
-    "Faults",
-    "Reading",
-    "Slice",
-    "Unit",
-    "can_read",
-    "iter_documents",
-]
 
 
 @dataclass

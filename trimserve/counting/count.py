@@ -8,13 +8,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trimserve.arrays import Counts, Ids
-from trimserve.corpus.corpus import Corpus, CorpusSource
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.files import CorpusSource
 from trimserve.counting.block import OnBytes, ignore
-from trimserve.counting.encoding.encoders import limit_threads
 from trimserve.counting.engine import CorpusCounter
-from trimserve.counting.plan import Engine, How, Shard
-
-__all__ = ["Counts", "Engine", "How", "Interrupted", "Shard", "Tally", "count_corpus", "limit_threads"]
+from trimserve.counting.plan import How
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Counts
-from trimserve.corpus.corpus import Document
-from trimserve.corpus.documents import CUT_CONTEXT
+from trimserve.corpus.documents import CUT_CONTEXT, Document
 from trimserve.counting.block import Block
 from trimserve.counting.encoding.encoders import Encoder, Flat
 from trimserve.process import release_free_memory

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trimserve.corpus.corpus import Corpus, CorpusFile, CorpusSource, Document
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import Document
+from trimserve.corpus.files import CorpusFile, CorpusSource
 from trimserve.counting.block import Block, OnBytes
 from trimserve.counting.documents import DocumentCounter, uninterrupted
 from trimserve.counting.encoding.choosing import choose_encoder

@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from trimserve.corpus.corpus import Document, Faults, Reading, Slice
+from trimserve.corpus.documents import Document, Faults, Reading
 from trimserve.corpus.reader import SliceReader
+from trimserve.corpus.slices import Slice
 from trimserve.errors import UsageError
 
 Engine = Literal["local", "ray"]

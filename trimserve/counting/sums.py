@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Counts
-from trimserve.corpus.corpus import CorpusSource, Reading, Slice
+from trimserve.corpus.documents import Reading
+from trimserve.corpus.files import CorpusSource
+from trimserve.corpus.slices import Slice
 from trimserve.counting.block import Block
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.hashes import sha256_file

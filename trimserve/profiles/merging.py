@@ -8,7 +8,7 @@ from dataclasses import astuple
 
 import numpy as np
 
-from trimserve.counting.count import Counts
+from trimserve.arrays import Counts
 from trimserve.errors import MismatchError, UsageError
 from trimserve.profiles.profile import Profile
 from trimserve.vocab.map import VocabMap

@@ -8,9 +8,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.arrays import Ids
-from trimserve.corpus.corpus import CorpusSource
-from trimserve.counting.count import Counts
+from trimserve.arrays import Counts, Ids
+from trimserve.corpus.files import CorpusSource
 from trimserve.errors import MismatchError
 from trimserve.files.artefact import load_artefact, save_artefact
 from trimserve.profiles.estimates import guaranteed_bound, likely_bound

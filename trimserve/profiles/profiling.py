@@ -9,11 +9,13 @@ from typing import TypedDict, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.arrays import Ids
+from trimserve.arrays import Counts, Ids
 from trimserve.console import progress as progress_bar
-from trimserve.corpus.corpus import Corpus, Reading, Unit
-from trimserve.counting.count import Counts, Engine, How, Interrupted, Shard, Tally, count_corpus
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import Reading, Unit
+from trimserve.counting.count import Interrupted, Tally, count_corpus
 from trimserve.counting.encoding.encoders import limit_threads
+from trimserve.counting.plan import Engine, How, Shard
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.hashes import sha256_file
 from trimserve.model.resolve import resolve_model
@@ -24,7 +26,6 @@ from trimserve.profiles.profile import Profile
 from trimserve.text.chat import ChatTemplate
 from trimserve.text.tokenizer import newline_ids
 
-__all__ = ["Profile", "ProfileInterrupted", "ProfileOptions", "profile"]
 log = logging.getLogger(__name__)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Ids
-from trimserve.corpus.corpus import CorpusSource
+from trimserve.corpus.files import CorpusSource
 from trimserve.model.prize import WeightBytes
 from trimserve.profiles.difference import js_distance
 from trimserve.profiles.estimates import Shares, knee

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from trimserve.arrays import Ids
 from trimserve.console import percent
-from trimserve.corpus.corpus import Corpus, Reading
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import Reading
 from trimserve.vocab.map import VocabMap
 
 _BATCH = 256

@@ -12,7 +12,7 @@ from trimserve.errors import MismatchError
 from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
-from trimserve_export.configs import compact_config
+from trimserve_export.checkpoint.configs import compact_config
 from trimserve_export.layouts.closure import MergeTrees, merge_pairs, read_content
 
 logger = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     providers(runtime, args.device)  # says what is missing before minutes of export
     trimmed = open_folder(args.folder)
     check_runnable(trimmed)
-    untrimmed = require("trimserve_export.untrimmed", extra="export", purpose="trimserve bench")
+    untrimmed = require("trimserve_export.full_model", extra="export", purpose="trimserve bench")
     texts = _ordinary_texts() if args.texts is None else read_lines(args.texts)
     manifest = trimmed.manifest
     source = resolve_source(manifest.source, args.model, args.revision)

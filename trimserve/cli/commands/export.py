@@ -15,7 +15,8 @@ from trimserve.cli.output import emit
 from trimserve.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from trimserve.corpus.corpus import CorpusSource, Reading
+    from trimserve.corpus.documents import Reading
+    from trimserve.corpus.files import CorpusSource
     from trimserve.model.source import ModelSource
     from trimserve.profiles.profile import Profile
     from trimserve.vocab.map import VocabMap
@@ -81,7 +82,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
-    from trimserve.finetune.restore import full_source
+    from trimserve.finetune.restoring import full_source
     from trimserve.folder.staging import check_target
     from trimserve.model.resolve import resolve_model
 
@@ -121,7 +122,7 @@ def _check_reading(args: argparse.Namespace) -> None:
 
 def _own_vocab(source: "ModelSource", options: dict[str, Any]) -> Path:
     """A compact checkpoint brings its vocab along; for any other model it has to be said which ids stay."""
-    from trimserve.finetune.restore import is_compact
+    from trimserve.finetune.restoring import is_compact
     from trimserve.folder.names import VOCAB_NAME
 
     if not is_compact(source.path) or any(options.values()):

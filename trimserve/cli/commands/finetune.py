@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _restore(args: argparse.Namespace) -> int:
     from trimserve.console import human_bytes
-    from trimserve.finetune.restore import restore
+    from trimserve.finetune.restoring import restore
 
     made = restore(args.checkpoint, args.base, args.output)
     document = asdict(made) | {"path": str(made.path)}
@@ -121,7 +121,8 @@ def _encoded(args: argparse.Namespace, source: "ModelSource", origins: list[str]
 
 def _lines(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Training texts: a record's text, or a line of a text file."""
-    from trimserve.corpus.corpus import JSONL_SUFFIXES, Corpus
+    from trimserve.corpus.corpus import Corpus
+    from trimserve.corpus.files import JSONL_SUFFIXES
 
     for path in args.corpus:
         records = Path(path).suffix.lower() in JSONL_SUFFIXES

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from trimserve.corpus.corpus import Faults, Reading, Slice
+from trimserve.corpus.documents import Faults, Reading
 from trimserve.corpus.reader import SliceReader
+from trimserve.corpus.slices import Slice
 from trimserve.counting.block import Block, OnBytes, ignore
 from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.encoding.choosing import make_encoder

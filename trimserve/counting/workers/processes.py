@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import IO, Self, cast
 
-from trimserve.corpus.corpus import Slice
+from trimserve.corpus.slices import Slice
 from trimserve.counting.block import Block, OnBytes, ignore
 from trimserve.counting.encoding.encoders import Encoder
 from trimserve.counting.workers import wire

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from trimserve.corpus.corpus import Slice
+from trimserve.corpus.slices import Slice
 from trimserve.counting.block import Block, OnBytes, ignore
 from trimserve.counting.workers import wire
 from trimserve.counting.workers.job import Job

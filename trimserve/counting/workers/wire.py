@@ -12,7 +12,9 @@ from typing import IO, Any, NamedTuple
 from safetensors import numpy as safetensors
 
 from trimserve import errors
-from trimserve.corpus.corpus import CorpusFile, Reading, Slice
+from trimserve.corpus.documents import Reading
+from trimserve.corpus.files import CorpusFile
+from trimserve.corpus.slices import Slice
 from trimserve.counting.block import Block
 from trimserve.counting.encoding.encoders import Encoder
 from trimserve.counting.workers.job import Job
