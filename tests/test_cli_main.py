@@ -27,10 +27,10 @@ from trimserve.errors import (
 @pytest.fixture
 def command(monkeypatch):
     """A subcommand `stub` whose run does what the test says."""
-    module = types.ModuleType("trimserve.cli.stub")
+    module = types.ModuleType("trimserve.cli.commands.stub")
     module.add_arguments = lambda parser: parser.add_argument("word", nargs="?")
     module.run = lambda _: 0
-    monkeypatch.setitem(sys.modules, "trimserve.cli.stub", module)
+    monkeypatch.setitem(sys.modules, "trimserve.cli.commands.stub", module)
     monkeypatch.setitem(COMMANDS, "stub", "does what a test says")
     return module
 
@@ -106,12 +106,12 @@ def test_code_of_the_command_is_passed_on(command):
 def test_only_the_called_command_is_imported():
     code = (
         "import sys; from trimserve.cli.main import main; main(['select', '--help']);"
-        "print([name for name in sys.modules if name.startswith('trimserve.cli.')])"
+        "print([name for name in sys.modules if name.startswith('trimserve.cli.commands.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.splitlines()[-1]
     assert "trimserve.cli.commands.select" in loaded
-    assert not any(f"trimserve.cli.{name}'" in loaded for name in ("profile", "export", "run", "verify"))
+    assert not any(f"trimserve.cli.commands.{name}'" in loaded for name in ("profile", "export", "run", "verify"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

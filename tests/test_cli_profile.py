@@ -14,8 +14,7 @@ from safetensors.numpy import save_file
 
 from tests.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.cli.main import main
-from trimserve.corpus import documents, slices
-from trimserve.corpus.corpus import reader
+from trimserve.corpus import documents, reader, slices
 from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.sums import Sums
 from trimserve.counting.workers import processes as local

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimserve.corpus import documents
-from trimserve.corpus.corpus import Corpus, iter_documents, reader
+from trimserve.corpus import documents, reader
+from trimserve.corpus.corpus import Corpus, iter_documents
 from trimserve.errors import UsageError
 
 

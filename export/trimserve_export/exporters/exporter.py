@@ -79,4 +79,4 @@ def load_exporter(name: str) -> Exporter:
     Args:
         name: one of `EXPORTERS`.
     """
-    return cast(Exporter, importlib.import_module(f"{__name__}.{name}"))
+    return cast(Exporter, importlib.import_module(f"trimserve_export.exporters.{name}"))
