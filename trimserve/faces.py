@@ -19,7 +19,7 @@ def lazy_face(
         names: public name -> the module that defines it.
 
     Example:
-        >>> load, names, public = lazy_face("trimserve.vocab", {"VocabMap": "trimserve.vocab.map"})
+        >>> load, names, public = lazy_face("trimserve.vocab.map", {"VocabMap": "trimserve.vocab.map"})
         >>> load("VocabMap").__name__, public
         ('VocabMap', ['VocabMap'])
     """

@@ -94,7 +94,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     Args:
         model: a folder or hub id with a tokenizer.json and safetensors weights, or an ONNX graph, which is
             trimmed as it is, its quantisation kept; or the .onnx file itself. A compact checkpoint of
-            fine-tuning counts as the full model that `trimserve.finetune.restore` makes of it.
+            fine-tuning counts as the full model that `trimserve.finetune.restoring` makes of it.
         vocab: the kept ids, selected for this model.
         output: the folder to make; it must not exist or be empty.
         task: ``"auto"`` (by the checkpoint's architecture) or one of `tasks.TASKS`.

@@ -64,7 +64,7 @@ def profile(
     text (such as [CLS] and [SEP]), never truncated.
 
     Args:
-        corpus: files, folders, globs, ``hf://`` datasets, "-" for stdin; see `trimserve.corpus.Corpus`.
+        corpus: files, folders, globs, ``hf://`` datasets, "-" for stdin; see `Corpus`.
         model: a folder or hub id with a tokenizer.json.
         **options: all of them optional:
 
