@@ -7,17 +7,14 @@ import dataclasses
 import json
 
 import numpy as np
-import pytest
-
-pytest.importorskip("torch")
-
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 import torch
 import transformers
 
 from tests.support.folders import make_vocab
-from tests.support.models import GENERATE, save_model
+from tests.support.models import GENERATE, needs_transformers_5, save_model
 from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
 from trimserve.files.hashes import sha256_file
@@ -32,12 +29,11 @@ from trimserve_export.exporters.choice import choose_exporter, is_installed
 from trimserve_export.exporters.exporter import EXPORTERS, GraphJob, load_exporter
 from trimserve_export.verify import verify
 
+pytest.importorskip("torch")
 pytestmark = [pytest.mark.export, pytest.mark.next]
-
 needs_genai = pytest.mark.skipif(
     not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai"
 )
-needs_transformers_5 = pytest.mark.skipif(not is_installed("transformers"), reason="needs transformers 5")
 SIZES = {"hidden_size": 32, "tokenizer": "byte_level_bpe"}
 
 

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("torch")
 
 import trimserve
-from tests.export.from_graph.test_generate import save_graph
 from tests.support.exports import KEPT, V
 from tests.support.folders import make_vocab
 from tests.support.generators import FullSampler, greedy_by_torch, make_pair, open_generator
+from tests.support.graph_folders import save_graph
 from tests.support.models import GENERATE, save_model
 from trimserve.cli.main import main
 from trimserve.decoding.sampling import SamplingParams

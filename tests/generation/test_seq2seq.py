@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+pytest.importorskip("optimum")
 
 import onnx_ir as ir
 import onnxruntime as ort

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.profiles.test_profiling import make_profile
+from tests.support.profiles import make_profile
 from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UsageError
 from trimserve.profiles.difference import diff, js_distance

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.profiles.test_profiling import make_profile
+from tests.support.profiles import make_profile
 from tests.support.realdata import corpus_slices
 from trimserve.profiles.forecast import cold_share, corpus_curve
 from trimserve.profiles.merging import merge

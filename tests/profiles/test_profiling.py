@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.support.profiles import make_profile
 from tests.support.realdata import TOKENIZERS, corpus_slices
 from tests.support.tiny_tokenizers import KINDS, TEXT, save_model_folder
 from trimserve.corpus import documents
@@ -42,13 +43,6 @@ def reference(folder, texts):
     counts = np.zeros(resolve_model(folder).vocab_size, np.int64)
     counts[list(found)] = list(found.values())
     return counts
-
-
-def make_profile(counts, sha="a" * 64, name="model", **options):
-    counts = np.asarray(counts, np.int64)
-    facts = {"texts": 1, "characters": 5, "beyond_rows": 0, "sources": ()} | options
-    arrays = {"structural": np.array([0], np.int32), "padding_ids": np.array([], np.int32)} | options
-    return Profile(counts, sha, name, **(facts | arrays))
 
 
 def test_counts_equal_the_plain_way(model_folder):

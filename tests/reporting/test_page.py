@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tests.profiles.test_profiling import make_profile
 from tests.support.browser import find_browser, probe, run
+from tests.support.profiles import make_profile
 from tests.support.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.cli.main import main
 from trimserve.folder.manifest import Manifest, Source, write_manifest

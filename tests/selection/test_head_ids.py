@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.profiles.test_profiling import make_profile
+from tests.support.profiles import make_profile
 from tests.support.tiny_tokenizers import save_model_folder
 from trimserve.cli.main import main
 from trimserve.errors import UsageError

@@ -5,6 +5,7 @@ adds: logits of a trimmed graph must equal those of the full one bit for bit. `S
 instead, for what must be equal even then.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -499,3 +500,10 @@ def run(model: ir.Model | Path, feeds: Mapping[str, np.ndarray]) -> list[np.ndar
     source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return session.run(None, dict(feeds))
+
+
+def save(made: Sketch, folder: Path, name: str = "model.onnx") -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    ir.save(made.model(), folder / name, external_data="weights.data", size_threshold_bytes=64)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": made.V}))
+    return folder

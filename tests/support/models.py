@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from tests.support.tiny_tokenizers import KINDS, tokenizer_config
+from trimserve_export.exporters.choice import is_installed
 
 GENERATE = "text-generation-with-past"
 HIDDEN = 16
@@ -28,7 +30,6 @@ class Family:
 _SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2}
 _COMMON = _SIZES | {"intermediate_size": 24, "max_position_embeddings": 64}
 _GROUPED = _COMMON | {"num_key_value_heads": 1}
-
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", GENERATE, _GROUPED | {"tie_word_embeddings": False}),
     "llama_tied": Family("LlamaForCausalLM", GENERATE, _GROUPED | {"tie_word_embeddings": True}),
@@ -122,3 +123,6 @@ def with_random_weights(model: transformers.PreTrainedModel, seed: int) -> trans
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.3 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
     return model.eval()
+
+
+needs_transformers_5 = pytest.mark.skipif(not is_installed("transformers"), reason="needs transformers 5")

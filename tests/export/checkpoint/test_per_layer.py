@@ -9,9 +9,8 @@ pytest.importorskip("torch")
 
 import transformers
 
-from tests.export.test_exporters import needs_transformers_5
 from tests.support.exports import read_float32
-from tests.support.models import with_random_weights
+from tests.support.models import needs_transformers_5, with_random_weights
 from tests.support.tiny_tokenizers import KINDS, tokenizer_config
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.hashes import sha256_file

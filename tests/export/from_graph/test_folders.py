@@ -13,12 +13,11 @@ pytest.importorskip("torch")
 
 import onnx_ir as ir
 
-from tests.export.from_graph.test_generate import save_graph, vocab_of
-from tests.export.from_graph.test_trimmed import IDS, KEPT, V, save
+from tests.export.from_graph.test_trimmed import IDS, KEPT, V
 from tests.export.from_graph.test_trimmed import VOCAB as SKETCH_VOCAB
-from tests.export.verify.test_of_graphs import accept_files, shift_rows
 from tests.support.folders import make_vocab
-from tests.support.graphs import run, sketch
+from tests.support.graph_folders import accept_files, save_graph, shift_rows, vocab_of
+from tests.support.graphs import run, save, sketch
 from tests.support.translators import KEPT as KEPT_WORDS
 from tests.support.translators import TASK
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError

@@ -14,8 +14,8 @@ pytest.importorskip("torch")
 import onnxruntime as ort
 from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize_dynamic
 
-from tests.export.from_graph.test_generate import fuse
 from tests.support.folders import make_vocab
+from tests.support.graph_folders import fuse
 from tests.support.translators import KEPT, TASK, Translator
 from trimserve.files.hashes import sha256_file
 from trimserve.loading import load

@@ -5,18 +5,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytest.importorskip("onnx_ir")
-
 import onnx_ir as ir
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import graphs
 from tests.support.exports import open_graph, read_float32
 from tests.support.folders import make_vocab
-from tests.support.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, sketch, sketch_tied
+from tests.support.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, save, sketch, sketch_tied
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.files.quantized import BlockScheme, block_specs, dequantize
 from trimserve.files.tensors import map_tensor
@@ -28,19 +25,12 @@ from trimserve_export.from_graph import cold_head as graph_head
 from trimserve_export.from_graph.trimmed import serve_full, trim_to_folder, write_generation_config
 from trimserve_export.trimming.facts import infer_task
 
+pytest.importorskip("onnx_ir")
 pytestmark = pytest.mark.export
-
 V = 37
 KEPT = (0, 1, 2, 5, 7, 8, 20, 29, 30, 35, 36)
 VOCAB = make_vocab(KEPT, V)
 IDS = np.array([[0, 3, 5, 36, 34, 3, 20, 19, 1]])
-
-
-def save(made: Sketch, folder: Path, name: str = "model.onnx") -> Path:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    ir.save(made.model(), folder / name, external_data="weights.data", size_threshold_bytes=64)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": made.V}))
-    return folder
 
 
 def run(path: Path, ids: np.ndarray, cold_rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,12 +11,11 @@ pytest.importorskip("torch")
 import onnx_ir as ir
 
 import trimserve
-from tests.export.from_graph.test_generate import TEXTS, save_graph, vocab_of
-from tests.export.verify.test_of_graphs import accept_files, shift_rows
 from tests.support import graphs
 from tests.support.exports import open_graph, read_float32
 from tests.support.folders import make_vocab
 from tests.support.generators import FullSampler, open_generator
+from tests.support.graph_folders import TEXTS, accept_files, save_graph, shift_rows, vocab_of
 from tests.support.graphs import CONTRIB, EMBEDDINGS, HEADS, Sketch
 from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import UnsupportedModelError

@@ -1,24 +1,18 @@
 """`verify` of folders made of ONNX graphs: it passes, and fails where a row was shifted."""
 
-import dataclasses
-
-import numpy as np
+import onnx_ir as ir
 import pytest
 
-pytest.importorskip("torch")
-
-import onnx_ir as ir
-
-from tests.export.from_graph.test_generate import save_graph, vocab_of
+from tests.support.graph_folders import accept_files, save_graph, shift_rows, vocab_of
 from trimserve.files.tensors import read_header
-from trimserve.folder.manifest import read_manifest, write_manifest
+from trimserve.folder.manifest import read_manifest
 from trimserve.folder.names import COLD_NAME
-from trimserve.folder.opening import list_files, open_folder
+from trimserve.folder.opening import open_folder
 from trimserve_export import export
 from trimserve_export.verify import verify
 
+pytest.importorskip("torch")
 pytestmark = pytest.mark.export
-
 TEXTS = ["the cat sat on the mat", "Grüße, Welt! 🎉"]
 
 
@@ -26,18 +20,6 @@ def make(root, family, kind):
     source = save_graph(root, family, kind, tokenizer="byte_level_bpe", hidden_size=64, intermediate_size=96)
     export(source, vocab_of(source), root / "trimmed")
     return root / "trimmed"
-
-
-def accept_files(folder):
-    """Record the files as they are now: only what is in them shall be found wrong."""
-    write_manifest(folder, dataclasses.replace(read_manifest(folder), files=list_files(folder)))
-
-
-def shift_rows(path, offset: int, row_bytes: int, rows: int):
-    """Move the rows of a stored table on by one."""
-    stored = np.memmap(path, np.uint8, "r+", offset=offset, shape=(rows, row_bytes))
-    stored[:] = np.roll(np.array(stored), 1, axis=0)
-    stored.flush()
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "int4"), ("llama_tied", "fp32")])
