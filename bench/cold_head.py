@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 
 from bench import harness
-from bench.decode_models import NormalTensor
+from bench.decode.models import NormalTensor
 from trimserve.console import human_bytes, table
 from trimserve.files.tensors import exhaust, read_header, write_tensors
 from trimserve.runtime.cold_head import PartedGraph

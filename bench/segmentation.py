@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bench import harness
-from bench.peer_environments import TRIMBED, VOCABTRIMMER, CannotRunError, run
+from bench.peers.environments import TRIMBED, VOCABTRIMMER, CannotRunError, run
 from bench.quality import MODEL, held_out_texts, split
 from trimserve.console import table
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench import encoder
+from bench.encoder import run as encoder
 from trimserve.console import table
 from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load

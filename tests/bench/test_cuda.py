@@ -12,7 +12,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("ml_dtypes")
 
-from bench import arena, decode, encoder_grid, harness, machine, scale, serving, suite
+from bench import arena, harness, machine, scale, serving, suite
+from bench.decode import run as decode
+from bench.encoder import grid as encoder_grid
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,7 @@ def test_every_process_is_told_the_device(started, monkeypatch, tmp_path):
 def test_the_suite_runs_what_takes_a_device_there():
     args = SimpleNamespace(quick=False, device="cuda", only=None)
     entries = suite.chosen(args)
-    assert [entry.module for entry in entries] == ["encoder_grid", "decode", "serving", "scale"]
+    assert [entry.module for entry in entries] == ["encoder.grid", "decode", "serving", "scale"]
     words = suite.command(entries[0], quick=False, device="cuda")
     assert words[-2:] == ["--device", "cuda"]
 

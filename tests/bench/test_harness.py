@@ -85,7 +85,7 @@ def test_rows_carry_their_circumstances(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells VmHWM")
 def test_the_peak_is_this_process_own_and_not_that_of_its_parent():
-    child = "from trimserve.measuring import peak_resident; print(peak_resident())"
+    child = "from trimserve.process import peak_resident; print(peak_resident())"
     parent = (
         "import subprocess, sys; held = b'x' * (300 << 20); "
         f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"

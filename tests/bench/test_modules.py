@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench import harness, machine, peer_worker, suite
+from bench import harness, machine, suite
+from bench.peers import worker as peer_worker
 
 pytest.importorskip("onnx")
 pytest.importorskip("ml_dtypes")
 
-from bench import encoder_models, paper, quality, scale
+from bench import paper, quality, scale
+from bench.encoder import models as encoder_models
 
 
 def word_tokenizer(words):

@@ -4,8 +4,13 @@ import sys
 
 import pytest
 
-from bench import arena, memory, peer_environments, peer_tables, peer_tools, peers, segmentation
-from bench.peer_environments import CannotRunError, Environment
+from bench import arena, segmentation
+from bench.memory import run as memory
+from bench.peers import environments as peer_environments
+from bench.peers import run as peers
+from bench.peers import tables as peer_tables
+from bench.peers import tools as peer_tools
+from bench.peers.environments import CannotRunError, Environment
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from bench import figures, harness, plot, readme
+from bench import harness, plot, readme
+from bench.tables import figures
 
 SVGS = sorted(plot.FOLDER.glob("*.svg"))
 

@@ -8,8 +8,8 @@ import pytest
 
 # Blocks below glibc's threshold for maps of their own, freed below one that stays.
 CODE = """
-from trimserve.heap import release_free_memory
-from trimserve.measuring import memory
+from trimserve.process import release_free_memory
+from trimserve.process import memory
 
 blocks = [bytearray(b"x" * 60_000) for _ in range(1000)]
 last = blocks.pop()

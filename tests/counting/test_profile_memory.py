@@ -11,7 +11,7 @@ from tests.support.tiny_tokenizers import TEXT
 _RUN = """
 import json, sys
 from trimserve.cli.main import main
-from trimserve.measuring import memory
+from trimserve.process import memory
 code = main(sys.argv[1:])
 print(json.dumps(memory().peak))
 sys.exit(code)

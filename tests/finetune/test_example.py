@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from bench.finetune import SHAPES, build, select_ids, shape_line
+from bench.finetune.run import SHAPES, build, select_ids, shape_line
 
 pytestmark = [pytest.mark.export, pytest.mark.realdata, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]

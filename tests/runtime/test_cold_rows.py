@@ -150,7 +150,7 @@ def test_reading_every_row_leaves_no_copy_in_memory(tmp_path):
 import sys
 from pathlib import Path
 import numpy as np
-from trimserve.cold import ColdRows
+from trimserve.runtime.cold_rows import ColdRows
 from trimserve.folder import open_folder
 
 def anonymous():

@@ -39,5 +39,5 @@ SKETCH_MASS_NAME = "cold_sketch_mass.onnx"
 SKETCH_FILES = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME, SKETCH_MASS_NAME)
 COLD_MAX_NAME = "cold_max.onnx"
 COLD_HEAD_NAME = "cold_head.onnx"
-# The weights of a cold head that is the full graph's own nodes (trimserve_export.graph.graph_head).
+# The weights of a cold head that is the full graph's own nodes (trimserve_export.from_graph.cold_head).
 COLD_WEIGHTS_NAME = "cold_head.onnx_weights"

@@ -18,7 +18,7 @@ from trimserve.errors import UsageError
 log = logging.getLogger(__name__)
 
 # Bytes of text from which fastokens is tried. It reads a vocab of 150,000 in some 1.5 s, which it saves on
-# 10 MB of German or Chinese and on 27 MB of English (bench/profile.py).
+# 10 MB of German or Chinese and on 27 MB of English (bench/profile/run.py).
 _WORTH_LOADING = 8_000_000
 # What tokenizers differ in: white space, contractions, numbers, scripts, marks, emoji, control characters.
 _AWKWARD = (
