@@ -33,10 +33,11 @@ fmt: $(READY)  ## format and fix the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(READY)  ## ruff and mypy --strict, changing nothing
+lint: $(READY)  ## ruff, mypy --strict and the order of imports, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: $(READY)  ## the whole suite but its slow tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
