@@ -8,7 +8,8 @@ pytest.importorskip("jinja2")
 
 from tests.support.folders import make_folder
 from trimserve.errors import UsageError
-from trimserve.text.chat import find_template, render_chat
+from trimserve.model.resolve import resolve_model
+from trimserve.text.chat import ChatTemplate, render_chat
 
 # Written for these tests after the formats that the models' makers document.
 QWEN = """{%- if tools %}
@@ -151,8 +152,20 @@ def test_tools_and_further_variables_reach_the_template(tmp_path):
 def test_of_named_templates_default_is_taken_and_tool_use_with_tools(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     folder = folder_with(tmp_path, named)
-    assert find_template(folder) == "plain"
-    assert find_template(folder, tools=True) == "tools"
+    assert ChatTemplate.of(folder).source == "plain"
+    assert ChatTemplate.of(folder, tools=True).source == "tools"
+
+
+def test_a_model_and_its_trimmed_folder_find_the_same_template(tmp_path):
+    """The files by rank: transformers' own, tokenizer_config.json's entry, that of older processors."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    source = resolve_model(folder)
+    for name in ("chat_template.json", "tokenizer_config.json", "chat_template.jinja"):
+        content = name if name.endswith(".jinja") else json.dumps({"chat_template": name})
+        (folder / name).write_text(content)
+        assert ChatTemplate.of(source).source == name
+        assert ChatTemplate.of(resolve_model(folder)).source == name
 
 
 def test_what_a_template_refuses_is_the_users_to_read(tmp_path):

@@ -1,6 +1,6 @@
 """The longest text that an encoder takes."""
 
-from trimserve.folder.opening import TrimmedFolder, read_json
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.structural import PAD_POSITION_MODELS
 
 # What transformers writes for "no limit" is 1e30.
@@ -12,10 +12,10 @@ def longest_input(folder: TrimmedFolder) -> int | None:
 
     It is what the pooling declares, or the tokenizer's limit, but never more than the model has positions.
     """
-    config = read_json(folder, "config.json")
+    config = folder.read_json("config.json")
     declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
     if declared is None:
-        declared = read_json(folder, "tokenizer_config.json").get("model_max_length")
+        declared = folder.read_json("tokenizer_config.json").get("model_max_length")
     positions = config.get("max_position_embeddings")
     if positions and config.get("model_type") in PAD_POSITION_MODELS:
         # Positions of these models begin after the pad id.

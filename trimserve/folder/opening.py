@@ -34,6 +34,36 @@ class TrimmedFolder:
             raise MismatchError(f"{self.path} has no {name} in its manifest: export it again.")
         return self.path / name
 
+    def read_text(self, name: str) -> str | None:
+        """A text file of the source model; None where the folder has none.
+
+        Raises:
+            MismatchError: it is not UTF-8.
+        """
+        if name not in self.manifest.files:
+            return None
+        try:
+            return (self.path / name).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise MismatchError(
+                f"{self.path / name} is not UTF-8 ({error}): export the folder again."
+            ) from error
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object of the source model; empty where the folder has none.
+
+        Raises:
+            MismatchError: it is not JSON.
+        """
+        text = self.read_text(name)
+        try:
+            content = {} if text is None else json.loads(text)
+        except ValueError as error:
+            raise MismatchError(
+                f"{self.path / name} is not JSON ({error}): export the folder again."
+            ) from error
+        return content if isinstance(content, dict) else {}
+
     @property
     def has_cold(self) -> bool:
         """Whether the folder holds cold rows (`--no-cold` leaves them out)."""
@@ -88,16 +118,3 @@ def list_files(path: Path) -> dict[str, FileEntry]:
         for file in sorted([*path.iterdir(), *path.glob(f"{GRAPH_FOLDER}/*")])
         if file.is_file() and file.name != MANIFEST_NAME
     }
-
-
-def read_json(folder: TrimmedFolder, name: str) -> dict[str, Any]:
-    """Read a JSON file of the source model from a folder; empty where the folder has none."""
-    if name not in folder.manifest.files:
-        return {}
-    try:
-        content = json.loads((folder.path / name).read_text("utf-8"))
-    except ValueError as error:
-        raise MismatchError(
-            f"{folder.path / name} is not JSON ({error}): export the folder again."
-        ) from error
-    return content if isinstance(content, dict) else {}

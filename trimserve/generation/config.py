@@ -7,7 +7,7 @@ import numpy as np
 from trimserve.arrays import Ids
 from trimserve.decoding.token_rules import TokenRules, as_ids
 from trimserve.errors import UsageError
-from trimserve.folder.opening import TrimmedFolder, read_json
+from trimserve.folder.opening import TrimmedFolder
 
 
 class GenerationConfig:
@@ -20,8 +20,8 @@ class GenerationConfig:
 
     def __init__(self, folder: TrimmedFolder) -> None:
         self._path = folder.path
-        config = read_json(folder, "config.json")
-        generation = read_json(folder, "generation_config.json")
+        config = folder.read_json("config.json")
+        generation = folder.read_json("generation_config.json")
         parts = (config.get("text_config", {}), config, generation)
         self._merged = {name: value for part in parts for name, value in part.items() if value is not None}
         # As in transformers, which reads rules from the model's config only if it has no other.

@@ -74,17 +74,28 @@ class ModelSource:
         """
         return self.read_json(CONFIG_NAME)
 
+    def read_text(self, name: str) -> str | None:
+        """Read a text file of the folder; None where it is absent.
+
+        Raises:
+            MismatchError: it is not UTF-8.
+        """
+        path = self.path / name
+        try:
+            return path.read_text("utf-8") if path.is_file() else None
+        except UnicodeDecodeError as error:
+            raise MismatchError(f"{path} is not UTF-8 ({error}): fetch the model again.") from error
+
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON object of the folder; empty where the file is absent.
 
         Raises:
             MismatchError: it is not a JSON object in UTF-8.
         """
+        text = self.read_text(name)
         path = self.path / name
-        if not path.is_file():
-            return {}
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = {} if text is None else json.loads(text)
         except ValueError as error:
             raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
         if not isinstance(content, dict):

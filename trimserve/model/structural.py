@@ -9,8 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trimserve.arrays import Ids
-from trimserve.errors import MismatchError
 from trimserve.model.source import ModelSource
+from trimserve.text.chat import chat_templates
 from trimserve.text.tokenizer import ids_of_tokens, newline_ids, tokenizer_ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
@@ -61,7 +61,7 @@ def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> I
             tokenizer, (token for name in TOKEN_NAMES for token in named_tokens(source.read_json(name)))
         ),
         newline_ids(tokenizer),
-        template_ids(tokenizer, chat_templates(source)),
+        template_ids(tokenizer, all_templates(source)),
         pad_position_ids(source),
     )
     found = np.unique(np.fromiter(ids, np.int64))
@@ -95,34 +95,11 @@ def named_tokens(settings: dict[str, Any]) -> Iterator[str]:
             yield content
 
 
-def chat_templates(source: ModelSource) -> list[str]:
-    """The chat templates of a folder, from tokenizer_config.json and the files that newer models use.
-
-    Raises:
-        MismatchError: a template file is not UTF-8.
-    """
-    declared = [
-        source.read_json("tokenizer_config.json").get("chat_template"),
-        source.read_json("chat_template.json").get("chat_template"),
-    ]
-    templates = [text for value in declared for text in _named_templates(value)]
-    files = [
-        source.path / "chat_template.jinja",
-        *(source.path / "additional_chat_templates").glob("*.jinja"),
-    ]
-    for file in sorted(file for file in files if file.is_file()):
-        try:
-            templates.append(file.read_text("utf-8"))
-        except UnicodeDecodeError as error:
-            raise MismatchError(f"{file} is not UTF-8 ({error}): fetch the model again.") from error
-    return templates
-
-
-def _named_templates(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):  # [{"name": "default", "template": ...}, ...]
-        yield from (entry["template"] for entry in value if isinstance(entry.get("template"), str))
+def all_templates(source: ModelSource) -> list[str]:
+    """The chat templates that a folder can be asked for, those in a folder of their own too."""
+    others = sorted(source.path.glob("additional_chat_templates/*.jinja"))
+    texts = (source.read_text(file.relative_to(source.path).as_posix()) for file in others)
+    return [*chat_templates(source).values(), *filter(None, texts)]
 
 
 def template_ids(tokenizer: Tokenizer, templates: Iterable[str]) -> Iterator[int]:

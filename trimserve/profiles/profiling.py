@@ -120,7 +120,7 @@ def reading_of(source: ModelSource, options: ProfileOptions) -> Reading:
     return Reading(
         text_column=options.get("text_column"),
         output_column=options.get("output_column"),
-        template=ChatTemplate.of_model(source) if options.get("chat") else None,
+        template=ChatTemplate.of(source) if options.get("chat") else None,
         unit=options.get("unit", "document"),
         skip_bad=options.get("skip_bad", False),
     )

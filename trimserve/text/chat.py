@@ -11,23 +11,37 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from trimserve.errors import UsageError, require
-from trimserve.folder.opening import TrimmedFolder, read_json
-from trimserve.model.source import ModelSource
 
 if TYPE_CHECKING:
     import jinja2
 
+# transformers' own file, before the entry of tokenizer_config.json, before the file of older processors.
 TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE_CONFIGS = ("tokenizer_config.json", "chat_template.json")
 # A message: {"role": "user", "content": "..."} and whatever else the template reads.
 Message = Mapping[str, Any]
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+class ModelFiles(Protocol):
+    """A folder with a model's files: the model's own, or a trimmed one."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+
+    def read_text(self, name: str) -> str | None:
+        """A text file; None where there is none."""
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object; empty where there is none."""
+
+
 def render_chat(
-    folder: TrimmedFolder,
+    folder: ModelFiles,
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
@@ -45,7 +59,7 @@ def render_chat(
         UsageError: there is no chat template, or it refuses these messages.
         MissingExtraError: jinja2 is not installed.
     """
-    template = ChatTemplate(find_template(folder, tools=bool(variables.get("tools"))), special_tokens(folder))
+    template = ChatTemplate.of(folder, tools=bool(variables.get("tools")))
     return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
 
@@ -62,16 +76,19 @@ class ChatTemplate:
     special_tokens: Mapping[str, str]
 
     @classmethod
-    def of_model(cls, model: ModelSource) -> Self:
-        """The template of a model's folder.
+    def of(cls, files: ModelFiles, *, tools: bool = False) -> Self:
+        """The template of a folder.
+
+        Of several named templates "default" is taken, or "tool_use" where tools are given.
 
         Raises:
             UsageError: it has none.
         """
-        config = model.read_json("tokenizer_config.json")
-        if (model.path / TEMPLATE_NAME).is_file():
-            return cls((model.path / TEMPLATE_NAME).read_text("utf-8"), _named_tokens(config))
-        return cls(_declared_template(config, model.path), _named_tokens(config))
+        named = chat_templates(files)
+        name = "tool_use" if tools and "tool_use" in named else "default"
+        if name not in named:
+            raise UsageError(f"{files.path} has no chat template: pass the prompt as text instead.")
+        return cls(named[name], _named_tokens(files.read_json("tokenizer_config.json")))
 
     def render(
         self,
@@ -95,32 +112,23 @@ def _compiled(source: str) -> "jinja2.Template":
     return _environment().from_string(source)
 
 
-def find_template(folder: TrimmedFolder, *, tools: bool = False) -> str:
-    """The template's source: `chat_template.jinja`, else the entry of tokenizer_config.json.
+def chat_templates(files: ModelFiles) -> dict[str, str]:
+    """The chat templates of a folder, name -> Jinja source; a template without a name is "default".
 
-    Of several named templates "default" is taken, or "tool_use" where tools are given.
-
-    Raises:
-        UsageError: the folder has none.
+    The first place that has a template counts: `TEMPLATE_NAME`, then the entries of `TEMPLATE_CONFIGS`.
     """
-    if TEMPLATE_NAME in folder.manifest.files:
-        return folder.file(TEMPLATE_NAME).read_text("utf-8")
-    return _declared_template(read_json(folder, "tokenizer_config.json"), folder.path, tools=tools)
+    if (source := files.read_text(TEMPLATE_NAME)) is not None:
+        return {"default": source}
+    entries = (files.read_json(name).get("chat_template") for name in TEMPLATE_CONFIGS)
+    return next((named for entry in entries if (named := _by_name(entry))), {})
 
 
-def _declared_template(config: Mapping[str, Any], path: Path, *, tools: bool = False) -> str:
-    entry = config.get("chat_template")
-    if isinstance(entry, list):
-        named = {item["name"]: item["template"] for item in entry}
-        entry = named.get("tool_use" if tools and "tool_use" in named else "default")
-    if not isinstance(entry, str):
-        raise UsageError(f"{path} has no chat template: pass the prompt as text instead.")
-    return entry
-
-
-def special_tokens(folder: TrimmedFolder) -> dict[str, str]:
-    """The special tokens of tokenizer_config.json by name, which templates use as variables."""
-    return _named_tokens(read_json(folder, "tokenizer_config.json"))
+def _by_name(entry: object) -> dict[str, str]:
+    if isinstance(entry, str):
+        return {"default": entry}
+    if not isinstance(entry, list):  # else [{"name": "default", "template": ...}, ...]
+        return {}
+    return {item["name"]: item["template"] for item in entry if isinstance(item.get("template"), str)}
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from tokenizers import Encoding
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.folder.names import TOKENIZER_NAME
-from trimserve.folder.opening import TrimmedFolder, read_json
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.text.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
@@ -52,7 +52,7 @@ class Codec:
     @cached_property
     def pad_id(self) -> int:
         """Token id that fills up a batch: the model's own, because some count positions from it."""
-        config = read_json(self._folder, "config.json")
+        config = self._folder.read_json("config.json")
         named = self._named_token("pad_token")
         candidates = (
             config.get("pad_token_id"),
@@ -163,7 +163,7 @@ class Codec:
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
-        token = read_json(self._folder, "tokenizer_config.json").get(role)
+        token = self._folder.read_json("tokenizer_config.json").get(role)
         return token.get("content") if isinstance(token, dict) else token
 
     @cached_property
@@ -198,7 +198,7 @@ class Codec:
 
     @cached_property
     def _truncation_side(self) -> str:
-        side: str = read_json(self._folder, "tokenizer_config.json").get("truncation_side", "right")
+        side: str = self._folder.read_json("tokenizer_config.json").get("truncation_side", "right")
         return side
 
     def _check_rows(self, texts: Sequence[str], encoded: Iterable[Encoded]) -> None:

@@ -17,7 +17,6 @@ from trimserve.encoder.answers import label_scores
 from trimserve.encoder.encoder import Encoder
 from trimserve.encoder.pooling import normalize_rows
 from trimserve.errors import UsageError
-from trimserve.folder.opening import read_json
 from trimserve.folder.tasks import EMBEDDING_TASK
 from trimserve.text.codec import shorten
 
@@ -134,7 +133,7 @@ def _fill_mask(model: Encoder, texts: list[str], top: int, batch_size: int) -> R
 
 
 def _classify(model: Encoder, texts: list[str], batch_size: int) -> Result:
-    config = read_json(model.folder, "config.json")
+    config = model.folder.read_json("config.json")
     scores = [label_scores(logits, config) for logits in model.forward(texts, batch_size=batch_size)]
     labels = [
         {"label": next(iter(found)), "probability": max(found.values()), "scores": found} for found in scores
@@ -147,7 +146,7 @@ def _classify(model: Encoder, texts: list[str], batch_size: int) -> Result:
 
 
 def _tag(model: Encoder, texts: list[str], batch_size: int) -> Result:
-    config = read_json(model.folder, "config.json")
+    config = model.folder.read_json("config.json")
     logits = model.forward(texts, batch_size=batch_size)
     pairs = zip(model.token_ids(texts), logits, strict=True)
     tagged = [
