@@ -20,7 +20,7 @@ from trimserve_export.checkpoint.head_ids import check_layout
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.cold_head.sketch import SKETCH_BITS, add_sketch, wants_sketch
 from trimserve_export.from_checkpoint import fill_from_checkpoint
-from trimserve_export.from_graph.fill import check_road, fill_from_graph
+from trimserve_export.from_graph.fill import check_options, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
@@ -134,7 +134,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     with full_source(resolve_model(model, revision=revision), near=target.parent) as source:
         if variant is not None:
             source = dataclasses.replace(source, variant=variant)
-        check_road(source, options)
+        check_options(source, options)
         check_layout(vocab, layout=layout, to=to)
         if layout == "tokenizer":
             check_vocab(source, vocab)

@@ -12,15 +12,15 @@ from trimserve.decoding.sampling import SamplingParams
 from trimserve.decoding.scoring import MassMeter, Score, Scorer
 from trimserve.decoding.stats import ColdReads, GeneratorStats
 from trimserve.errors import UsageError
-from trimserve.exact.block_size import MAX_BLOCK, BlockSize
 from trimserve.exact.certificate import ColdCertificate
 from trimserve.exact.checker import ExactChecker
+from trimserve.exact.draft_length import LONGEST_DRAFT, DraftLength
 from trimserve.exact.sketch import Sketch, can_be_certified
 from trimserve.folder.names import COLD_MAX_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.generation.config import GenerationConfig
 from trimserve.generation.options import MODES, GenerationOptions, Mode, beam_params
-from trimserve.generation.output import Generation, Reader
+from trimserve.generation.output import Generation, OutputReader
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder
@@ -61,7 +61,7 @@ class Generator:
         count = max(cold.head_cold_ids.size, 1)
         self._reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=cold.head_nbytes // count)
         # By their maximum, and whether checks have the certificate, which makes them cheaper.
-        self._blocks: dict[tuple[int, bool], BlockSize] = {}
+        self._blocks: dict[tuple[int, bool], DraftLength] = {}
 
     @property
     def can_be_exact(self) -> bool:
@@ -142,7 +142,7 @@ class Generator:
         beams = beam_params(options)
         results: list[Generation] = []
         for batch in batches:
-            readers = {id(request): Reader(self.codec, options.get("stop", ())) for request in batch}
+            readers = {id(request): OutputReader(self.codec, options.get("stop", ())) for request in batch}
             checker = None if beams else self._checker(options)
             steps = self._search(batch, beams, options) if beams else self._run(batch, checker)
             for request, tokens in steps:
@@ -155,7 +155,7 @@ class Generator:
         if beam_params(options):
             raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
         (request,) = self._requests([prompt_ids], options)
-        reader = Reader(self.codec, options.get("stop", ()))
+        reader = OutputReader(self.codec, options.get("stop", ()))
         checker = self._checker(options)
         for _, tokens in self._run([request], checker):
             if piece := reader.push(request, tokens):
@@ -233,7 +233,7 @@ class Generator:
 
     def _checker(self, options: GenerationOptions) -> Checker | None:
         mode = self._mode(options)
-        max_block = options.get("max_block", MAX_BLOCK)
+        max_block = options.get("max_block", LONGEST_DRAFT)
         if max_block < 1:
             raise UsageError(f"max_block should be 1 or more, found {max_block}.")
         if mode == "exact" and options.get("report_mass"):
@@ -251,7 +251,7 @@ class Generator:
         certificate = self._cold_certificate(head) if options.get("certify", True) else None
         key = (max_block, certificate is not None)
         if key not in self._blocks:
-            self._blocks[key] = BlockSize(max_block, overlap=self._overlap)
+            self._blocks[key] = DraftLength(max_block, overlap=self._overlap)
         self.stats.cold_reads = self._reads
         return ExactChecker(head, self.folder.vocab.head, self._blocks[key], certificate, self._reads)
 

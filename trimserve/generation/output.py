@@ -33,7 +33,7 @@ class Generation:
     cold_mass: float | None = None
 
 
-class Reader:
+class OutputReader:
     """Turns one request's tokens into text and watches for stop strings."""
 
     def __init__(self, codec: Codec, stop: Sequence[str]) -> None:

@@ -121,7 +121,7 @@ def _compact(config: dict[str, Any], vocab: VocabMap) -> dict[str, Any]:
     return moved | {key: _compact(value, vocab) for key, value in sections if isinstance(value, dict)}
 
 
-def check_road(source: ModelSource, options: Options) -> None:
+def check_options(source: ModelSource, options: Options) -> None:
     """Refuse options that only the other kind of source has.
 
     Raises:
