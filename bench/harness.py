@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT, SCHEMA_VERSION, Neighbours, bandwidth, circumstances
+from bench.realdata import data_folder
 from trimserve import measuring
 from trimserve.errors import TrimserveError
 from trimserve.measuring import Memory, Ratio, Spread, alternately, memory, paired_ratio, ratio, spread
@@ -57,11 +58,6 @@ RESULTS = ROOT / "bench" / "results"
 SCRATCH = ROOT / "build" / "bench"
 # Timed steps below which a median is not published.
 MIN_STEPS = 30
-
-
-def data_folder() -> Path:
-    """Where corpora, tokenizers and models lie: ``TRIMSERVE_DATA``, or ../shared/data."""
-    return Path(os.environ.get("TRIMSERVE_DATA", ROOT.parent / "shared" / "data"))
 
 
 def fresh_process(arguments: Sequence[str], *, python: str | Path = sys.executable) -> dict[str, Any]:

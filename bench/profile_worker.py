@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from bench.profile_data import DATA
+from bench.realdata import data_folder
 from trimserve.corpus import Corpus
 from trimserve.counting import How, choosing
 from trimserve.counting.encoders import FastEncoder
@@ -105,7 +105,7 @@ def measure(name: str, order: int, files: list[Path]) -> dict[str, dict[str, flo
     Raises:
         AssertionError: the counts differ from the loop's.
     """
-    file = DATA / "tokenizers" / name / "tokenizer.json"
+    file = data_folder() / "tokenizers" / name / "tokenizer.json"
     tokenizer, content = load_tokenizer(file), file.read_bytes()
     tokenizer.encode_batch_fast(["warm", "up"])
     loads = FastokensLoads()
