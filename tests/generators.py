@@ -16,7 +16,7 @@ from tests.folders import make_vocab
 from tests.models import GENERATE, save_model
 from trimserve.artefacts import sha256_file
 from trimserve.cold import ColdRows
-from trimserve.decoder import Decoder
+from trimserve.decoder import Decoder, Step
 from trimserve.folder import open_folder
 from trimserve.generator import Generator
 from trimserve.resolving import resolve_model
@@ -26,6 +26,7 @@ from trimserve.structural import structural_ids
 from trimserve.text import Codec
 from trimserve_export.pipeline import export, export_full
 from trimserve_export.quantize import SCHEMES
+from trimserve_export.verify.rounding import GraphBound
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class FullSampler:
     """The same sampler on the untrimmed ONNX graph, a token at a time: nothing drafted, nothing checked."""
 
     def __init__(self, graph: Path, vocab_size: int) -> None:
+        self._graph = graph
         self._decoder = Decoder(open_session(graph))
         self._columns = Columns(np.arange(vocab_size, dtype=np.int32), vocab_size)
 
@@ -116,5 +118,12 @@ class FullSampler:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of every position, float32 (T, V)."""
+        return self._all(ids).logits[0]
+
+    def rounding(self, ids: np.ndarray) -> float:
+        """How far another order of the head's sums may move a logit of any position."""
+        return GraphBound(self._graph, "fp32").of(self._all(ids).hidden)
+
+    def _all(self, ids: np.ndarray) -> Step:
         cache = self._decoder.empty_cache(1)
-        return self._decoder.step(cache, ids[None].astype(np.int64), self._decoder.no_rows, keep=0).logits[0]
+        return self._decoder.step(cache, ids[None].astype(np.int64), self._decoder.no_rows, keep=0)

@@ -1,8 +1,9 @@
 """How far two right computations of a number may lie apart, and the comparison that uses it.
 
-Processors add the products of a matrix in different orders (AVX2, AVX-512 VNNI, ARM) and round each sum. So a
-computed number is compared within a bound of its own product instead of one tolerance for all. The bounds are
-those of Nicholas J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, SIAM 2002, chapter 3.
+Processors add the products of a matrix in different orders (AVX2, AVX-512 VNNI, ARM) and round each sum.
+So a computed number is compared within a bound of its own product instead of one tolerance for all. The
+bounds are from Nicholas J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, SIAM 2002,
+chapter 3.
 """
 
 from collections.abc import Callable
@@ -56,13 +57,14 @@ def chain_bound(
 
 
 def model_bound(
-    model: Any,  # noqa: ANN401 - torch is not always there
+    model: Any,
     outputs: Callable[[Any], Any],
     *,
     roundoff: float = FLOAT32,
+    roundings: int | None = None,
     draws: int = 6,
 ) -> float:
-    """How far two computations of a torch model's numbers may lie apart, as the model itself amplifies errors.
+    """How far two computations of a torch model's numbers may lie apart, as the model amplifies errors.
 
     A computed product is the exact product of weights that are each changed by gamma_n at most (Higham,
     equation 3.4: the backward error). So every weight is changed by gamma_n with random signs, n being the
@@ -73,18 +75,19 @@ def model_bound(
         model: a torch module; its weights are as before afterwards.
         outputs: model -> the numbers that are compared, a tensor or an array.
         roundoff: unit roundoff of the arithmetic that is judged.
+        roundings: n, where sums are longer in a wider type and only their results are rounded to this one.
         draws: how often weights are changed.
     """
     return 4 * change_of_outputs(
         model,
         outputs,
-        lambda weight, longest: gamma(longest, roundoff) * weight.abs(),
+        lambda weight, longest: gamma(roundings or longest, roundoff) * weight.abs(),
         draws=draws,
     )
 
 
 def change_of_outputs(
-    model: Any,  # noqa: ANN401
+    model: Any,
     outputs: Callable[[Any], Any],
     sizes: Callable[[Any, int], Any],
     *,
@@ -130,15 +133,15 @@ def assert_within(found: Numbers, expected: Numbers, bound: Numbers, *, rows: in
         bound: how far each may be off; a number, or an array that fits.
         rows: the axis on which rows lie (of token ids, texts, positions); None where there is one alone.
     """
-    found, expected = np.asarray(found), np.asarray(expected)
+    found, expected = _array(found), _array(expected)
     assert found.shape == expected.shape, f"shape {found.shape}, expected {expected.shape}"
     beyond = _excess(found, expected, bound)
     if not (beyond <= 0).all():
         place = tuple(int(i) for i in np.unravel_index(np.nanargmax(beyond), beyond.shape))
         allowed = np.broadcast_to(np.asarray(bound), found.shape)[place]
         raise AssertionError(
-            f"{int((~(beyond <= 0)).sum())} of {found.size} numbers lie beyond their bound; worst at {place}: "
-            f"{found[place]} for {expected[place]}, allowed {allowed}"
+            f"{int((~(beyond <= 0)).sum())} of {found.size} numbers lie beyond their bound; "
+            f"worst at {place}: {found[place]} for {expected[place]}, allowed {allowed}"
         )
     if rows is not None and expected.shape[rows] > 1:
         wrong = _excess(np.roll(expected, 1, axis=rows), expected, bound) > 0
@@ -146,6 +149,10 @@ def assert_within(found: Numbers, expected: Numbers, bound: Numbers, *, rows: in
         assert seen.all(), (
             f"the bound is too wide: rows {np.flatnonzero(~seen).tolist()} could be their neighbours"
         )
+
+
+def _array(numbers: Any) -> npt.NDArray[Any]:
+    return np.asarray(numbers.detach() if hasattr(numbers, "detach") else numbers)
 
 
 def _excess(found: npt.NDArray[Any], expected: npt.NDArray[Any], bound: Numbers) -> npt.NDArray[np.float64]:

@@ -196,7 +196,7 @@ class Sums:
         hidden = hidden.astype(np.float64)
         if hidden.shape[1] > 48:  # integers, scale and zero point
             hidden = (hidden[:, :48] - hidden[:, 49:]) * hidden[:, 48:49]
-        # Half a step of 8 bits: the largest number of a block, which is no larger than that of a state, is 127.
+        # Half a step of 8 bits: the largest number of a block is 127 steps.
         step = np.abs(hidden).max(axis=1, keepdims=True) / 254 * rounded
         lost = step * np.abs(rows).sum(axis=1)
         after_head = json.loads(ir.load(folder / "model.onnx").metadata_props[AFTER_HEAD_KEY])
@@ -210,9 +210,7 @@ def assert_rows_give(sums: Sums, logits: np.ndarray, *, roundings: int) -> None:
     What follows the product never falls where the product rises: so its ends are the ends of the logits.
     """
     off = gamma(roundings) * sums.sizes + sums.rounded
-    low, high = (
-        apply_after_head(sums.products + side * off, sums.bias, sums.after_head) for side in (-1, 1)
-    )
+    low, high = (apply_after_head(sums.products + side * off, sums.bias, sums.after_head) for side in (-1, 1))
     least = gamma(8) * (np.abs(low) + np.abs(sums.bias))
     assert_within(logits, (low + high) / 2, (high - low) / 2 + least, rows=1)
 

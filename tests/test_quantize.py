@@ -156,7 +156,7 @@ def test_kept_logits_are_the_full_quantised_graphs(quantized):
 
 
 def logits_bound(model, folder, hidden: np.ndarray) -> np.ndarray:
-    """How far two orders of a head's quantised products may lie apart: (T, V); bias and cap follow the sum."""
+    """How far two orders of a head's quantised sums may lie apart: (T, V); bias and cap follow the sum."""
     scheme = BlockScheme.from_dict(folder.manifest.quantization)
     head = model.get_output_embeddings()
     blocks = quantize_rows(head.weight.detach().numpy(), scheme)
