@@ -13,6 +13,7 @@ from trimserve.vocab import VocabMap
 from trimserve_export.graph.export import save_untrimmed
 from trimserve_export.serving import GRAPH_NAME
 from trimserve_export.verify.context import Context
+from trimserve_export.verify.numbers import where_it_holds
 from trimserve_export.verify.result import Check
 from trimserve_export.verify.sweep import Tally
 
@@ -52,9 +53,10 @@ def check_part_outputs(context: Context) -> Check:
     ok = tally.values > 0 and tally.beyond_bound == 0
     what = f"outputs of {len(folder.manifest.graphs)} graphs on drawn ids"
     if ok and tally.unequal == 0:
-        return Check("layout-outputs", True, 0.0, f"{tally.values:,} numbers bit for bit equal: {what}")
+        detail = f"{tally.values:,} numbers bit for bit equal{where_it_holds(tally)}: {what}"
+        return Check("layout-outputs", True, 0.0, detail)
     within = f" within {_ROUNDING:g} of the largest logit" if ok else ""
-    detail = f"{tally.unequal:,} of {tally.values:,} numbers differ{within}: {what}"
+    detail = f"{tally.unequal:,} of {tally.values:,} numbers differ{within}{where_it_holds(tally)}: {what}"
     return Check("layout-outputs", ok, tally.max_abs_diff, detail)
 
 
