@@ -100,8 +100,8 @@ def test_search_prints_the_nearest_texts(run, run_json, encoder, tmp_path):
     corpus.write_text("\n".join(lines))
     found = run_json(encoder, "the cat sat", "latte", "--corpus", corpus, "--top", 2, "--batch-size", 2)
     assert [hits[0]["text"] for hits in found["hits"]] == ["the cat sat", "latte"]
-    # Two rows of 16 numbers made 1 long, and their product; alone and in a batch they may be rounded otherwise,
-    # which turns them by little, and a cosine by the square of that.
+    # Two rows of 16 numbers made 1 long, and their product. In a batch a row may be rounded otherwise,
+    # which turns it by little, and the cosine by the square of that.
     rounding = gamma(3 * (16 + 4))
     assert found["hits"][0][0]["cosine"] == pytest.approx(1, abs=rounding)
     assert found["hits"][0][1]["cosine"] < 1 - rounding

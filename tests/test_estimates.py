@@ -47,7 +47,7 @@ def test_tokens_as_units_end_at_good_and_turing():
 def test_a_thousand_million_tokens_keep_their_digits():
     counts = np.array([1, 2, 3, 10**9 - 6])
     found = expected_unseen(counts / 10**9, counts, 10**9, [10**9 - 1, 5 * 10**8])
-    # Four logarithms of 10^9!, each off by a unit in its last place: an absolute error is a relative one after exp.
+    # Four logarithms of 10^9!, each off by a unit in its last place, which exp makes a relative error.
     rounding = 4 * 2 * math.lgamma(10**9) * FLOAT64
     assert found[0] == pytest.approx(1e-9, rel=rounding)
     assert found[1] == pytest.approx(1e-9 * (1 + 2 / 2 + 3 / 4), rel=rounding)

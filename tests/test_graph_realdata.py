@@ -79,7 +79,7 @@ def test_genai_config_follows_the_layout(data_dir, tmp_path, layout):
     logits = run(tmp_path / "trimmed" / "model.onnx", ids)[0]
     full = run(source / "model.onnx", kept.to_original(ids) if layout == "tokenizer" else ids)[0]
     columns = slice(None) if layout == "tokenizer" else kept.kept_ids
-    # On a CPU fp16 is rounded where ONNX Runtime casts, which a node behind the head moves: once more, or less.
+    # On a CPU fp16 is rounded where ONNX Runtime casts, which a node behind the head moves: once more or less.
     expected = full[..., kept.kept_ids]
     bound = 0 if layout == "tokenizer" else gamma(2, FLOAT16) * np.abs(expected.astype(np.float64))
     assert_within(logits[..., columns], expected, bound, rows=1)

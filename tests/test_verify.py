@@ -255,7 +255,7 @@ def test_result_is_stored_and_the_folder_stays_whole(copied, capsys, tmp_path):
 
 
 def test_what_holds_for_one_processor_says_so(made):
-    """Sums of matrices of another width are this processor's; what has the same shapes on both sides is not."""
+    """Sums of matrices of another width are this processor's; others have the same shapes on both sides."""
     model, trimmed = made("bert")
     said = {check.name: check.detail for check in verify(trimmed, model, store=False).checks}
     about = f"on this {platform.machine()} processor"
