@@ -7,9 +7,12 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
 import onnx_ir as ir
 import onnxruntime as ort
-import pytest
 import torch
 import transformers
 
@@ -30,7 +33,6 @@ from trimserve_export.exporters.choice import choose_exporter, is_installed
 from trimserve_export.exporters.exporter import EXPORTERS, GraphJob, load_exporter
 from trimserve_export.verify import verify
 
-pytest.importorskip("torch")
 pytestmark = [pytest.mark.export, pytest.mark.next]
 needs_genai = pytest.mark.skipif(
     not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai"

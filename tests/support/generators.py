@@ -122,9 +122,9 @@ class FullSampler:
         """Logits of every position, float32 (T, V)."""
         return self._all(ids).logits[0]
 
-    def rounding(self, ids: np.ndarray) -> float:
+    def rounding(self, ids: np.ndarray, dtype: str = "fp32") -> float:
         """How far another order of the head's sums may move a logit of any position."""
-        return GraphBound(self._graph, "fp32").of(self._all(ids).hidden)
+        return GraphBound(self._graph, dtype).of(self._all(ids).hidden)
 
     def _all(self, ids: np.ndarray) -> Step:
         cache = self._decoder.empty_cache(1)

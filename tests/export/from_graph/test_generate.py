@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+pytest.importorskip("optimum")
+
 import trimserve
 from tests.support.exports import open_graph
 from tests.support.generators import FullSampler, open_generator
@@ -19,7 +21,6 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export import export
 from trimserve_export.from_graph.trimmed import serve_full
 
-pytest.importorskip("optimum")
 pytestmark = pytest.mark.export
 
 

@@ -6,8 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
+
+pytest.importorskip("onnx_ir")
+
+import onnx_ir as ir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +30,6 @@ from trimserve_export.from_graph import cold_head as graph_head
 from trimserve_export.from_graph.trimmed import serve_full, trim_to_folder, write_generation_config
 from trimserve_export.trimming.facts import infer_task
 
-pytest.importorskip("onnx_ir")
 pytestmark = pytest.mark.export
 V = 37
 KEPT = (0, 1, 2, 5, 7, 8, 20, 29, 30, 35, 36)
