@@ -18,6 +18,7 @@ import numpy as np
 from trimserve.encoder import EMBEDDING_TASK, Encoder
 from trimserve.loading import load
 from trimserve.measuring import memory
+from trimserve.stdout import data_only, data_stream
 
 if TYPE_CHECKING:
     from trimserve.generator import Generator
@@ -34,6 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--low-memory", action="store_true")
     args = parser.parse_args(argv)
+    with data_only(restore=argv is not None):
+        _work(args)
+    return 0
+
+
+def _work(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     model = load(args.folder, device=args.device, threads=args.threads, low_memory=args.low_memory)
     _answer({"load_ms": 1e3 * (time.perf_counter() - begin), "memory": asdict(memory())})
@@ -41,11 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = json.loads(line)
         found = encode(model, request) if isinstance(model, Encoder) else generate(model, request)
         _answer(found | {"memory": asdict(memory())})
-    return 0
 
 
 def _answer(document: dict[str, Any]) -> None:
-    print(json.dumps(document), flush=True)
+    print(json.dumps(document), file=data_stream(), flush=True)
 
 
 def encode(model: Encoder, request: dict[str, Any]) -> dict[str, Any]:
