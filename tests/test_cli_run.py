@@ -13,7 +13,6 @@ pytest.importorskip("torch")
 from tests.folders import make_vocab
 from tests.models import save_model
 from tests.tiny_tokenizers import CHAT_TEMPLATE
-from trimserve.artefacts import sha256_file
 from trimserve.cli.main import main
 from trimserve.loading import load
 from trimserve.resolving import resolve_model
@@ -52,7 +51,7 @@ def trimmed(path, family, *, cold=True, **settings):
     (source_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     source = resolve_model(source_path)
     kept = np.union1d(structural_ids(source), np.arange(0, source.vocab_size, 2))
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, path / "trimmed", progress=False, cold=cold)
     return path / "trimmed"
 

@@ -17,7 +17,6 @@ import trimserve
 from tests.exports import open_graph
 from tests.generators import FullSampler, open_generator
 from tests.models import FAMILIES, save_model
-from trimserve.artefacts import sha256_file
 from trimserve.errors import MismatchError, UsageError
 from trimserve.folder import open_folder
 from trimserve.resolving import resolve_model
@@ -90,7 +89,7 @@ def vocab_of(source, others: int = 20) -> VocabMap:
     picked = np.random.default_rng(1).choice(rest, min(others, len(rest) // 2), replace=False)
     kept = np.sort(np.concatenate([structural, picked]))
     reason = np.full(kept.shape, Reason.PROFILE, np.uint8)
-    return VocabMap(kept, reason, source.vocab_size, sha256_file(source.tokenizer_path))
+    return VocabMap(kept, reason, source.vocab_size, source.tokenizer_sha256)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ import transformers
 from tests.folders import make_vocab
 from tests.models import with_random_weights
 from tests.tiny_tokenizers import KINDS
-from trimserve.artefacts import sha256_file
 from trimserve.folder import list_files, read_manifest, write_manifest
 from trimserve.loading import load
 from trimserve.resolving import resolve_model
@@ -219,7 +218,7 @@ def make_translator(
     """Make, trim and export a tiny encoder-decoder."""
     model = save_translator(family, root / "model", **options)
     source = resolve_model(model)
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False, cold=cold)
     (root / "full").mkdir()
     export_full(source, root / "full", TASK, "fp32")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 from trimserve.errors import UsageError, require
 from trimserve.folder import TrimmedFolder
 from trimserve.source import ModelSource
-from trimserve.text import read_json
+from trimserve.text import read_json, tokenizer_settings
+from trimserve.tokenizer_settings import declared_settings
 
 if TYPE_CHECKING:
     import jinja2
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 TEMPLATE_NAME = "chat_template.jinja"
 # A message: {"role": "user", "content": "..."} and whatever else the template reads.
 Message = Mapping[str, Any]
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def render_chat(
@@ -70,9 +70,10 @@ class ChatTemplate:
             UsageError: it has none.
         """
         config = model.read_json("tokenizer_config.json")
+        tokens = declared_settings(config, model.read_json("special_tokens_map.json"))["special_tokens"]
         if (model.path / TEMPLATE_NAME).is_file():
-            return cls((model.path / TEMPLATE_NAME).read_text("utf-8"), _named_tokens(config))
-        return cls(_declared_template(config, model.path), _named_tokens(config))
+            return cls((model.path / TEMPLATE_NAME).read_text("utf-8"), tokens)
+        return cls(_declared_template(config, model.path), tokens)
 
     def render(
         self,
@@ -120,13 +121,9 @@ def _declared_template(config: Mapping[str, Any], path: Path, *, tools: bool = F
 
 
 def special_tokens(folder: TrimmedFolder) -> dict[str, str]:
-    """The special tokens of tokenizer_config.json by name, which templates use as variables."""
-    return _named_tokens(read_json(folder, "tokenizer_config.json"))
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    found = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name)}
-    return {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
+    """The tokenizer's special tokens by name, which templates use as variables."""
+    tokens: dict[str, str] = tokenizer_settings(folder)["special_tokens"]
+    return tokens
 
 
 def _environment() -> "jinja2.Environment":

@@ -19,6 +19,28 @@ VOCAB_NAME = "vocab_map.safetensors"
 COLD_PREFIX = "cold_"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+# What the source's library makes of it on loading, where that gives other ids or text.
+EFFECTIVE_TOKENIZER_NAME = "tokenizer.effective.json"
+# The files that a source's tokenizer is read from.
+SOURCE_TOKENIZER_FILES = (
+    TOKENIZER_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "bpe.codes",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "tekken.json",
+)
 # Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
 GRAPH_FOLDER = "onnx"
 # The tasks of a Generator; any other is an Encoder's.
@@ -84,6 +106,8 @@ class Manifest:
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
         head_rows: rows of the head where it has fewer than the embedding, else None.
+        tokenizer: which file texts are tokenized with (`file`), the library and version that made or proved
+            it, and `settings` that the file cannot hold; empty in folders of older versions.
     """
 
     source: Source
@@ -106,6 +130,7 @@ class Manifest:
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
+    tokenizer: dict[str, Any] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -195,6 +220,11 @@ class TrimmedFolder:
         if name not in self.manifest.files:
             raise MismatchError(f"{self.path} has no {name} in its manifest: export it again.")
         return self.path / name
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Path of the tokenizer that counts: tokenizer.json, or the effective one beside it."""
+        return self.file(self.manifest.tokenizer.get("file", TOKENIZER_NAME))
 
     @property
     def has_cold(self) -> bool:

@@ -9,7 +9,6 @@ from typing import TypedDict, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.artefacts import sha256_file
 from trimserve.chat import ChatTemplate
 from trimserve.corpus import Corpus, Reading, Unit
 from trimserve.counting import Counts, Engine, How, Interrupted, Shard, Tally, count_corpus, limit_threads
@@ -63,7 +62,7 @@ def profile(
 
     Args:
         corpus: files, folders, globs, ``hf://`` datasets, "-" for stdin; see `trimserve.corpus.Corpus`.
-        model: a folder or hub id with a tokenizer.json.
+        model: a folder or hub id with a tokenizer.
         **options: all of them optional:
 
             - texts: documents to count besides the files, or instead (with an empty `corpus`).
@@ -81,7 +80,7 @@ def profile(
             - progress: show a bar on stderr if it is a terminal (default True).
 
     Raises:
-        UsageError: an empty corpus, unreadable text, no tokenizer.json, or options that do not go together.
+        UsageError: an empty corpus, unreadable text, no tokenizer, or options that do not go together.
         MissingExtraError: a format or an engine needs a package that is not installed.
         ProfileInterrupted: Ctrl-C, when something was counted already.
     """
@@ -95,7 +94,7 @@ def profile(
     before = None if resume is None else _tally_of(resume, source)
     if workers is not None:
         limit_threads(workers)
-    tokenizer, content = source.tokenizer(), source.tokenizer_path.read_bytes()
+    tokenizer, content = source.tokenizer(), source.effective.content
     structural = structural_ids(source, tokenizer)
     release_free_memory()  # of parsing the tokenizer, more than counting takes
     with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:
@@ -129,7 +128,7 @@ def _profile_of(tally: Tally, source: ModelSource, structural: Ids) -> Profile:
     return Profile(
         **facts,
         unfinished=tally.state,
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
         tokenizer_name=source.name,
         structural=structural,
         linear_widths=tuple(sorted(source.linear_widths())),
@@ -140,7 +139,7 @@ def _profile_of(tally: Tally, source: ModelSource, structural: Ids) -> Profile:
 def _tally_of(partial: Profile, source: ModelSource) -> Tally:
     if partial.unfinished is None or partial.document_counts is None:
         raise UsageError("the profile to resume is complete: there is nothing left to count.")
-    if partial.tokenizer_sha256 != sha256_file(source.tokenizer_path):
+    if not source.has_tokenizer(partial.tokenizer_sha256):
         raise MismatchError(
             f"the profile to resume counts the ids of {partial.tokenizer_name}, another tokenizer than that "
             f"of {source.name}: resume it with its own model."

@@ -11,7 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.effective_tokenizer import EffectiveTokenizer, effective_tokenizer, original_tokenizer
+from trimserve.errors import MismatchError, TrimserveError, UnsupportedModelError, UsageError
 from trimserve.folder import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
 from trimserve.tensorfile import TensorSpec, read_header
 
@@ -36,6 +37,8 @@ class ModelSource:
         path: the folder; files of a hub snapshot in it are links, which copying follows.
         named_graph: the ONNX file of the folder that was named itself.
         variant: which precision of its graphs to take, e.g. ``"q4"`` of `onnx/model_q4.onnx`.
+        trust_remote_code: allow code that the folder brings, for its tokenizer.
+        ask_library: ask transformers for the tokenizer also where no setting can matter.
     """
 
     name: str
@@ -43,6 +46,8 @@ class ModelSource:
     path: Path
     named_graph: Path | None = None
     variant: str | None = None
+    trust_remote_code: bool = False
+    ask_library: bool = False
 
     @cached_property
     def graph(self) -> Path | None:
@@ -90,24 +95,47 @@ class ModelSource:
             raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
         return content
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """The path of tokenizer.json.
+    @cached_property
+    def effective(self) -> EffectiveTokenizer:
+        """What the folder's texts are tokenized with: tokenizer.json, or what its library makes of it.
 
         Raises:
-            UsageError: the folder has none.
+            TrimserveError: see `effective_tokenizer`.
+        """
+        return effective_tokenizer(
+            self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
+        )
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the effective tokenizer, which profiles, vocabs and folders are bound to."""
+        return self.effective.sha256
+
+    def has_tokenizer(self, sha256: str) -> bool:
+        """Whether a profile or a vocab that is bound to this hash belongs to the folder's tokenizer.
+
+        Where it is the hash of tokenizer.json as it is, that file is taken and no library is asked: `export`
+        compares again.
         """
         path = self.path / TOKENIZER_NAME
-        if not path.is_file():
-            raise UsageError(
-                f"{self.path} has no {TOKENIZER_NAME}, which trimserve reads: make one with transformers' "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-            )
-        return path
+        if "effective" not in self.__dict__ and not self.ask_library and path.is_file():
+            original = original_tokenizer(self.path)
+            if original.sha256 == sha256:
+                self.__dict__["effective"] = original
+        return self.tokenizer_sha256 == sha256
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer, with padding and truncation off."""
-        tokenizer = load_tokenizer(self.tokenizer_path)
+        """Load the effective tokenizer, with padding and truncation off.
+
+        Raises:
+            MismatchError: it is not one that the tokenizers library can read.
+        """
+        try:
+            tokenizer = self.effective.load()
+        except Exception as error:  # the library raises bare Exception
+            if isinstance(error, TrimserveError):
+                raise
+            raise unreadable(self.path / TOKENIZER_NAME, error) from error
         if "vocab_size" not in self.__dict__ and self._model_rows() is None:
             # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
             self.__dict__["vocab_size"] = _end_of_ids(tokenizer)
@@ -119,7 +147,7 @@ class ModelSource:
 
         It may exceed the tokenizer's ids (padding rows) or fall short of them.
         """
-        return self._model_rows() or _end_of_ids(load_tokenizer(self.tokenizer_path))
+        return self._model_rows() or _end_of_ids(self.effective.load())
 
     def _model_rows(self) -> int | None:
         """V by the config, else by the weights; None where neither tells it."""
@@ -268,8 +296,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.") from error
+        raise unreadable(path, error) from error
     # all-MiniLM's file cuts every text to 128 tokens and pads the rest.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def unreadable(path: Path, error: Exception) -> MismatchError:
+    """The error of a file that the tokenizers library cannot read."""
+    return MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.")

@@ -15,12 +15,14 @@ import numpy.typing as npt
 from tokenizers import Encoding
 
 from trimserve.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.cleanup import clean_up
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.fallback import Fallback
-from trimserve.folder import TOKENIZER_NAME, TrimmedFolder
+from trimserve.folder import TrimmedFolder
 from trimserve.source import load_tokenizer
 from trimserve.streaming import StreamDecoder, special_ids
 from trimserve.structural import PAD_POSITION_MODELS
+from trimserve.tokenizer_settings import declared_settings
 from trimserve.vocab import Ids
 
 # What transformers writes for "no limit" is 1e30.
@@ -45,9 +47,10 @@ class Codec:
         """
         self._folder = folder
         self.vocab = folder.vocab
-        path = folder.file(TOKENIZER_NAME)
         _check_hashes(folder)
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(folder.tokenizer_path)
+        self._settings = tokenizer_settings(folder)
+        self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
         self.special_ids = special_ids(self.tokenizer)
         self._limit: int | None = None
         # Truncation is state of the tokenizer object.
@@ -98,7 +101,7 @@ class Codec:
             texts: any number of texts of any length.
             add_special_tokens: what the tokenizer's post-processor adds (cls, sep, bos).
             max_tokens: longest sequence, special tokens included; a longer text loses tokens at its end
-                (at its start where tokenizer_config.json says ``"truncation_side": "left"``).
+                (at its start where the tokenizer's truncation side is "left").
 
         Raises:
             UsageError: a text is not a string, or `max_tokens` leaves no room for the special tokens.
@@ -120,11 +123,11 @@ class Codec:
         text: str = self.tokenizer.decode(
             np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
         )
-        return text
+        return clean_up(text) if self._settings["clean_up"] else text
 
     def stream(self) -> StreamDecoder:
-        """Start decoding a stream of token ids."""
-        return StreamDecoder(self.tokenizer)
+        """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
+        return StreamDecoder(self.tokenizer, clean=bool(self._settings["clean_up"]))
 
     def servable(self, sequences: Sequence[Ids]) -> Servable:
         """Make every id one that the folder has a row for.
@@ -167,8 +170,8 @@ class Codec:
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
-        token = read_json(self._folder, "tokenizer_config.json").get(role)
-        return token.get("content") if isinstance(token, dict) else token
+        token: str | None = self._settings["special_tokens"].get(role)
+        return token
 
     @cached_property
     def _fallback(self) -> Fallback:
@@ -202,7 +205,7 @@ class Codec:
 
     @cached_property
     def _truncation_side(self) -> str:
-        side: str = read_json(self._folder, "tokenizer_config.json").get("truncation_side", "right")
+        side: str = self._settings["truncation_side"]
         return side
 
     def _check_rows(self, texts: Sequence[str], encoded: Iterable[Encoded]) -> None:
@@ -224,7 +227,7 @@ def longest_input(folder: TrimmedFolder) -> int | None:
     config = read_json(folder, "config.json")
     declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
     if declared is None:
-        declared = read_json(folder, "tokenizer_config.json").get("model_max_length")
+        declared = tokenizer_settings(folder)["model_max_length"]
     positions = config.get("max_position_embeddings")
     if positions and config.get("model_type") in PAD_POSITION_MODELS:
         # Positions of these models begin after the pad id.
@@ -232,6 +235,13 @@ def longest_input(folder: TrimmedFolder) -> int | None:
         positions -= (1 if pad_id is None else pad_id) + 1
     limits = (limit for limit in (declared, positions) if isinstance(limit, int | float))
     return min((int(limit) for limit in limits if limit < _NO_LIMIT), default=None)
+
+
+def tokenizer_settings(folder: TrimmedFolder) -> dict[str, Any]:
+    """What the tokenizer's file cannot hold: see `trimserve.tokenizer_settings.declared_settings`."""
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    recorded: dict[str, Any] = folder.manifest.tokenizer.get("settings") or {}
+    return declared_settings(*(read_json(folder, name) for name in names)) | recorded
 
 
 def read_json(folder: TrimmedFolder, name: str) -> dict[str, Any]:
@@ -274,7 +284,7 @@ def _check_texts(texts: Sequence[str]) -> None:
 def _check_hashes(folder: TrimmedFolder) -> None:
     expected = folder.manifest.tokenizer_sha256
     found = {
-        "tokenizer.json": folder.manifest.files[TOKENIZER_NAME].sha256,
+        folder.tokenizer_path.name: folder.manifest.files[folder.tokenizer_path.name].sha256,
         "the vocab": folder.vocab.tokenizer_sha256 or expected,
     }
     for name, digest in found.items():

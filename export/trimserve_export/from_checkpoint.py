@@ -30,7 +30,6 @@ from trimserve_export.graph.turned import turn_tables
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
-    TOKENIZER_FILES,
     copy_files,
     write_cut_files,
     write_layout_graph,
@@ -42,6 +41,7 @@ from trimserve_export.serving import make_servable, serve
 from trimserve_export.serving.cold_head import quantize_cold_head, write_cold_head
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
+from trimserve_export.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         if to_onnx:
             copy_files(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
         if not cut:
-            copy_files(TOKENIZER_FILES, plan.source.path, staging)
+            copy_tokenizer(plan.source, staging)
         segmentation = write_cut_files(plan.source, plan.vocab, staging, plan.sample) if cut else None
     if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         columns = len(plan.vocab) if cut else plan.vocab.vocab_size
@@ -125,7 +125,8 @@ def _manifest(
         source=Source(
             source.name, source.revision, {path.name: sha256_file(path) for path in source.weight_files}
         ),
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
+        tokenizer=tokenizer_entry(source, options.layout),
         vocab_size=plan.vocab.vocab_size,
         kept=len(plan.vocab),
         head_rows=head_rows(plan.vocab),

@@ -20,12 +20,13 @@ from trimserve_export.from_checkpoint import fill_from_checkpoint
 from trimserve_export.graph.road import check_road, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
-from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
+from trimserve_export.layouts.writing import CONFIG_FILES
 from trimserve_export.options import Options
 from trimserve_export.output_ids import check_layout
 from trimserve_export.planning import Plan, plan_export
 from trimserve_export.reference import export_full
 from trimserve_export.serving.sketch import SKETCH_BITS, add_sketch, wants_sketch
+from trimserve_export.source_tokenizer import ask_library
 
 __all__ = ["ExportResult", "Options", "export", "export_full"]
 
@@ -137,6 +138,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         if variant is not None:
             source = dataclasses.replace(source, variant=variant)
         check_road(source, options)
+        source = ask_library(source, trust_remote_code=trust_remote_code)
         check_layout(vocab, layout=layout, to=to)
         if layout == "tokenizer":
             check_vocab(source, vocab)
@@ -154,7 +156,7 @@ def _fill(
     if plan is not None:
         filled = fill_from_checkpoint(plan, folder, progress=progress)
     else:
-        filled = fill_from_graph(source, vocab, options, folder, (*TOKENIZER_FILES, *CONFIG_FILES))
+        filled = fill_from_graph(source, vocab, options, folder, CONFIG_FILES)
     manifest = with_card(filled, source, folder)
     write_manifest(folder, manifest)
     if wants_sketch(manifest, options.sketch):

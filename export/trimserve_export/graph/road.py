@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trimserve.artefacts import save_vocab, sha256_file
+from trimserve.artefacts import save_vocab
 from trimserve.errors import UsageError
 from trimserve.folder import VOCAB_NAME, Manifest, is_trimmed, list_files, read_manifest
 from trimserve.source import CONFIG_NAME, GENAI_NAME, ModelSource
@@ -22,6 +22,7 @@ from trimserve_export.options import Options
 from trimserve_export.output_ids import head_rows
 from trimserve_export.pooling import read_pooling
 from trimserve_export.serving import GRAPH_NAME
+from trimserve_export.source_tokenizer import copy_tokenizer, tokenizer_entry
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ def fill_from_graph(
         vocab: the kept ids.
         options: what was asked for.
         folder: an existing folder.
-        texts: names of the tokenizer's and the configs' files, which are copied as they are unless the
-            layout cuts the tokenizer.
+        texts: names of the configs' files, which are copied as they are unless the layout cuts the tokenizer.
 
     Raises:
         UsageError: the weights cannot be linked, or the layout takes one variant and there are several.
@@ -59,13 +59,15 @@ def fill_from_graph(
         write_cut_tokenizer(source, vocab, folder)
         _write_compact_configs(source, vocab, folder)
     else:
+        copy_tokenizer(source, folder)
         _copy_texts(source, folder, texts)
         if options.layout == "graph" and source.genai_model:
             _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
+        tokenizer=tokenizer_entry(source, options.layout),
         vocab_size=vocab.vocab_size,
         kept=len(vocab),
         head_rows=head_rows(vocab),

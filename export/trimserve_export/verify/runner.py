@@ -24,6 +24,7 @@ from trimserve.resolving import resolve_source
 from trimserve.source import ModelSource
 from trimserve_export.card import with_card
 from trimserve_export.reference import export_full
+from trimserve_export.source_tokenizer import ask_library
 from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.verify.context import Context
@@ -86,6 +87,7 @@ def verify(
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
     with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch, full_source(source) as source:
+        source = ask_library(source)
         full = _export_full(source, manifest, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
