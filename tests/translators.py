@@ -198,7 +198,9 @@ def save_translator(
     name, settings = FAMILIES[family]
     model_class = getattr(transformers, name)
     known = transformers.GenerationConfig().to_dict()
-    ours = model_class.config_class(**{"vocab_size": rows} | settings | config)
+    # Else transformers loads the family's own tokenizer class, which may change this one.
+    fixed = {"vocab_size": rows, "tokenizer_class": "PreTrainedTokenizerFast"}
+    ours = model_class.config_class(**fixed | settings | config)
     seed = SEEDS.get(family, 0) if seed is None else seed
     model = with_random_weights(model_class(ours), seed)
     if hasattr(model, "final_logits_bias"):
