@@ -65,7 +65,7 @@ def _run(arguments: list[str], *, is_program: bool) -> int:
         return int(stop.code or 0)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     with data_only(utf8=args.format == "json", restore=not is_program):
-        code: int = importlib.import_module(f"trimserve.cli.{args.command}").run(args)
+        code: int = importlib.import_module(f"trimserve.cli.commands.{args.command}").run(args)
     return code
 
 
@@ -82,7 +82,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
         if name == named:  # only the called command's module is imported
-            importlib.import_module(f"trimserve.cli.{name}").add_arguments(command)
+            importlib.import_module(f"trimserve.cli.commands.{name}").add_arguments(command)
         command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
         command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     return parser.parse_args(arguments)
