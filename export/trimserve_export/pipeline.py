@@ -17,13 +17,14 @@ from trimserve.profiles.profile import Profile
 from trimserve.vocab.map import VocabMap
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint.head_ids import check_layout
+from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.cold_head.sketch import SKETCH_BITS, add_sketch, wants_sketch
 from trimserve_export.from_checkpoint import fill_from_checkpoint
 from trimserve_export.from_graph.fill import check_options, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
-from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
+from trimserve_export.layouts.writing import CONFIG_FILES
 from trimserve_export.options import Options
 from trimserve_export.planning import Plan, plan_export
 
@@ -146,6 +147,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         if variant is not None:
             source = dataclasses.replace(source, variant=variant)
         check_options(source, options)
+        source = ask_library(source, trust_remote_code=trust_remote_code)
         check_layout(vocab, layout=layout, to=to)
         if layout == "tokenizer":
             check_vocab(source, vocab)
@@ -163,7 +165,7 @@ def _fill(
     if plan is not None:
         filled = fill_from_checkpoint(plan, folder, progress=progress)
     else:
-        filled = fill_from_graph(source, vocab, options, folder, (*TOKENIZER_FILES, *CONFIG_FILES))
+        filled = fill_from_graph(source, vocab, options, folder, CONFIG_FILES)
     manifest = with_card(filled, source, folder)
     write_manifest(folder, manifest)
     if wants_sketch(manifest, options.sketch):

@@ -21,7 +21,6 @@ from trimserve.encoder.answers import label_scores
 from trimserve.encoder.encoder import Encoder
 from trimserve.encoder.pooling import pool
 from trimserve.errors import UnknownIdError, UnsupportedModelError, UsageError
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import Pooling
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
@@ -88,7 +87,7 @@ def make_pair(root: Path, family: str, *, every: int = 2, keep: Sequence[int] = 
     source = resolve_model(path)
     kept = np.union1d(structural_ids(source), [] if every == 0 else np.arange(0, source.vocab_size, every))
     kept = np.union1d(kept, keep).astype(np.int32)
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False, **options)
     model = getattr(transformers, FAMILIES[family].model_class).from_pretrained(path).eval()
     encoder = load(root / "trimmed")
@@ -330,7 +329,7 @@ def test_minilm_in_a_domain_embeds_every_language_as_the_full_model(tmp_path, da
     source = resolve_model(path)
     banking = (data_dir / "corpora" / "banking77-en" / "text.txt").read_text("utf-8")[:200_000]
     kept = np.union1d(structural_ids(source), source.tokenizer().encode(banking).ids).astype(np.int32)
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "trimmed", progress=False)
     encoder = load(tmp_path / "trimmed")
     texts = [file.read_text("utf-8")[500:900] for file in sorted(data_dir.glob("corpora/udhr-25langs/*.txt"))]

@@ -15,7 +15,7 @@ def longest_input(folder: TrimmedFolder) -> int | None:
     config = folder.read_json("config.json")
     declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
     if declared is None:
-        declared = folder.read_json("tokenizer_config.json").get("model_max_length")
+        declared = folder.tokenizer_settings["model_max_length"]
     positions = config.get("max_position_embeddings")
     if positions and config.get("model_type") in PAD_POSITION_MODELS:
         # Positions of these models begin after the pad id.

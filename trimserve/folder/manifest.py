@@ -69,6 +69,8 @@ class Manifest:
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
         head_rows: rows of the head where it has fewer than the embedding, else None.
+        tokenizer: which file texts are tokenized with (`file`), the library and version that made or proved
+            it, and `settings` that the file cannot hold; empty in folders of older versions.
     """
 
     source: Source
@@ -91,6 +93,7 @@ class Manifest:
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
+    tokenizer: dict[str, Any] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:

@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +11,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.errors import MismatchError, TrimserveError, UnsupportedModelError, UsageError
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
-from trimserve.text.tokenizer import end_of_ids, load_tokenizer
+from trimserve.folder.tokenizer_settings import declared_settings
+from trimserve.model.effective_tokenizer import (
+    EffectiveTokenizer,
+    effective_tokenizer,
+    has_tokenizer,
+    original_tokenizer,
+)
+from trimserve.text.tokenizer import end_of_ids, unreadable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -37,6 +44,8 @@ class ModelSource:
         path: the folder; files of a hub snapshot in it are links, which copying follows.
         named_graph: the ONNX file of the folder that was named itself.
         variant: which precision of its graphs to take, e.g. ``"q4"`` of `onnx/model_q4.onnx`.
+        trust_remote_code: allow code that the folder brings, for its tokenizer.
+        ask_library: ask transformers for the tokenizer also where no setting can matter.
     """
 
     name: str
@@ -44,6 +53,8 @@ class ModelSource:
     path: Path
     named_graph: Path | None = None
     variant: str | None = None
+    trust_remote_code: bool = False
+    ask_library: bool = False
 
     @cached_property
     def graph(self) -> Path | None:
@@ -102,24 +113,54 @@ class ModelSource:
             raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
         return content
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """The path of tokenizer.json.
+    @cached_property
+    def effective(self) -> EffectiveTokenizer:
+        """What the folder's texts are tokenized with: tokenizer.json, or what its library makes of it.
 
         Raises:
-            UsageError: the folder has none.
+            TrimserveError: see `effective_tokenizer`.
+        """
+        return effective_tokenizer(
+            self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
+        )
+
+    @property
+    def tokenizer_settings(self) -> Mapping[str, Any]:
+        """What a tokenizer.json cannot hold: see `declared_settings`; also without a tokenizer."""
+        if has_tokenizer(self.path):
+            return self.effective.settings
+        return declared_settings(*map(self.read_json, ("tokenizer_config.json", "special_tokens_map.json")))
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the effective tokenizer, which profiles, vocabs and folders are bound to."""
+        return self.effective.sha256
+
+    def has_tokenizer(self, sha256: str) -> bool:
+        """Whether a profile or a vocab that is bound to this hash belongs to the folder's tokenizer.
+
+        Where it is the hash of tokenizer.json as it is, that file is taken and no library is asked: `export`
+        compares again.
         """
         path = self.path / TOKENIZER_NAME
-        if not path.is_file():
-            raise UsageError(
-                f"{self.path} has no {TOKENIZER_NAME}, which trimserve reads: make one with transformers' "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-            )
-        return path
+        if "effective" not in self.__dict__ and not self.ask_library and path.is_file():
+            original = original_tokenizer(self.path)
+            if original.sha256 == sha256:
+                self.__dict__["effective"] = original
+        return self.tokenizer_sha256 == sha256
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer, with padding and truncation off."""
-        tokenizer = load_tokenizer(self.tokenizer_path)
+        """Load the effective tokenizer, with padding and truncation off.
+
+        Raises:
+            MismatchError: it is not one that the tokenizers library can read.
+        """
+        try:
+            tokenizer = self.effective.load()
+        except Exception as error:  # the library raises bare Exception
+            if isinstance(error, TrimserveError):
+                raise
+            raise unreadable(self.path / TOKENIZER_NAME, error) from error
         if "vocab_size" not in self.__dict__ and self._model_rows() is None:
             # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
             self.__dict__["vocab_size"] = end_of_ids(tokenizer)
@@ -131,7 +172,7 @@ class ModelSource:
 
         It may exceed the tokenizer's ids (padding rows) or fall short of them.
         """
-        return self._model_rows() or end_of_ids(load_tokenizer(self.tokenizer_path))
+        return self._model_rows() or end_of_ids(self.effective.load())
 
     def _model_rows(self) -> int | None:
         """V by the config, else by the weights; None where neither tells it."""

@@ -14,9 +14,9 @@ from tokenizers import Encoding
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
-from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.text.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
 from trimserve.text.tokenizer import load_tokenizer, special_ids
@@ -41,9 +41,10 @@ class Codec:
         """
         self._folder = folder
         self.vocab = folder.vocab
-        path = folder.file(TOKENIZER_NAME)
         _check_hashes(folder)
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(folder.tokenizer_path)
+        self._settings = folder.tokenizer_settings
+        self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
         self.special_ids = special_ids(self.tokenizer)
         self._limit: int | None = None
         # Truncation is state of the tokenizer object.
@@ -94,7 +95,7 @@ class Codec:
             texts: any number of texts of any length.
             add_special_tokens: what the tokenizer's post-processor adds (cls, sep, bos).
             max_tokens: longest sequence, special tokens included; a longer text loses tokens at its end
-                (at its start where tokenizer_config.json says ``"truncation_side": "left"``).
+                (at its start where the tokenizer's truncation side is "left").
 
         Raises:
             UsageError: a text is not a string, or `max_tokens` leaves no room for the special tokens.
@@ -116,11 +117,11 @@ class Codec:
         text: str = self.tokenizer.decode(
             np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
         )
-        return text
+        return clean_up(text) if self._settings["clean_up"] else text
 
     def stream(self) -> StreamDecoder:
-        """Start decoding a stream of token ids."""
-        return StreamDecoder(self.tokenizer)
+        """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
+        return StreamDecoder(self.tokenizer, clean=bool(self._settings["clean_up"]))
 
     def servable(self, sequences: Sequence[Ids]) -> Servable:
         """Make every id one that the folder has a row for.
@@ -163,8 +164,8 @@ class Codec:
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
-        token = self._folder.read_json("tokenizer_config.json").get(role)
-        return token.get("content") if isinstance(token, dict) else token
+        token: str | None = self._settings["special_tokens"].get(role)
+        return token
 
     @cached_property
     def _fallback(self) -> Fallback:
@@ -198,7 +199,7 @@ class Codec:
 
     @cached_property
     def _truncation_side(self) -> str:
-        side: str = self._folder.read_json("tokenizer_config.json").get("truncation_side", "right")
+        side: str = self._settings["truncation_side"]
         return side
 
     def _check_rows(self, texts: Sequence[str], encoded: Iterable[Encoded]) -> None:
@@ -239,7 +240,7 @@ def _check_texts(texts: Sequence[str]) -> None:
 def _check_hashes(folder: TrimmedFolder) -> None:
     expected = folder.manifest.tokenizer_sha256
     found = {
-        "tokenizer.json": folder.manifest.files[TOKENIZER_NAME].sha256,
+        folder.tokenizer_path.name: folder.manifest.files[folder.tokenizer_path.name].sha256,
         "the vocab": folder.vocab.tokenizer_sha256 or expected,
     }
     for name, digest in found.items():

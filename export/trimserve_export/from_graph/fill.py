@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.errors import UsageError
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import Manifest, is_trimmed, read_manifest
 from trimserve.folder.names import VOCAB_NAME
 from trimserve.folder.opening import list_files
@@ -20,6 +19,7 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.configs import compact_config
 from trimserve_export.checkpoint.head_ids import head_rows
 from trimserve_export.checkpoint.pooling import read_pooling
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.from_graph.trimmed import GENERATION_CONFIG, trim_to_folder, write_generation_config
 from trimserve_export.graphs.writing import GRAPH_NAME
@@ -39,8 +39,7 @@ def fill_from_graph(
         vocab: the kept ids.
         options: what was asked for.
         folder: an existing folder.
-        texts: names of the tokenizer's and the configs' files, which are copied as they are unless the
-            layout cuts the tokenizer.
+        texts: names of the configs' files, which are copied as they are unless the layout cuts the tokenizer.
 
     Raises:
         UsageError: the weights cannot be linked, or the layout takes one variant and there are several.
@@ -62,13 +61,15 @@ def fill_from_graph(
         write_cut_tokenizer(source, vocab, folder)
         _write_compact_configs(source, vocab, folder)
     else:
+        copy_tokenizer(source, folder)
         _copy_texts(source, folder, texts)
         if options.layout == "graph" and source.genai_model:
             _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
+        tokenizer=tokenizer_entry(source, options.layout),
         vocab_size=vocab.vocab_size,
         kept=len(vocab),
         head_rows=head_rows(vocab),

@@ -18,6 +18,7 @@ from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
+from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.full_model import export_full
@@ -80,6 +81,7 @@ def verify(
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
     with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch, full_source(source) as source:
+        source = ask_library(source)
         full = _export_full(source, manifest, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
