@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimserve.finetune.restore import full_source
 from trimserve.folder import MANIFEST_NAME, Manifest, stored_weight_bytes, write_manifest
 from trimserve.measuring import peak_resident
 from trimserve.profiling import Profile
@@ -14,6 +13,7 @@ from trimserve.resolving import resolve_model
 from trimserve.source import ModelSource
 from trimserve.staging import staged_folder
 from trimserve.vocab import VocabMap
+from trimserve_export.admission import check_source
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint import check_vocab
 from trimserve_export.from_checkpoint import fill_from_checkpoint
@@ -26,6 +26,7 @@ from trimserve_export.output_ids import check_layout
 from trimserve_export.planning import Plan, plan_export
 from trimserve_export.reference import export_full
 from trimserve_export.serving.sketch import SKETCH_BITS, add_sketch, wants_sketch
+from trimserve_export.whole_source import whole_source
 
 __all__ = ["ExportResult", "Options", "export", "export_full"]
 
@@ -84,6 +85,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     profile: Profile | None = None,
     sample: Sample | None = None,
     progress: bool = True,
@@ -119,6 +121,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         overwrite: replace a folder that trimserve made.
         trust_remote_code: allow code that the model folder brings.
         revision: hub branch, tag or commit.
+        adapter: a folder or hub id of an adapter, which peft merges into the model first.
         profile: what the vocab was selected from, if at hand: layout tokenizer closes the vocab with it.
         sample: texts that the cut tokenizer is compared with the original one on (layout tokenizer).
         progress: show a bar on stderr if it is a terminal.
@@ -133,10 +136,11 @@ def export(  # noqa: PLR0913 - the options are the public interface
         task, exporter, dtype, layout, to, cold, trust_remote_code, quantize, device, link, variant, sketch
     )
     target = Path(output)
-    with full_source(resolve_model(model, revision=revision), near=target.parent) as source:
-        if variant is not None:
-            source = dataclasses.replace(source, variant=variant)
-        check_road(source, options)
+    found = resolve_model(model, revision=revision)
+    with whole_source(
+        found, adapter=adapter, near=target.parent, trust_remote_code=trust_remote_code
+    ) as source:
+        source = check_early(source, options)
         check_layout(vocab, layout=layout, to=to)
         if layout == "tokenizer":
             check_vocab(source, vocab)
@@ -145,6 +149,21 @@ def export(  # noqa: PLR0913 - the options are the public interface
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
     return _result(target, manifest, plan, time.perf_counter() - start)
+
+
+def check_early(source: ModelSource, options: Options) -> ModelSource:
+    """Refuse what files and options tell, before a corpus is read; gives the source with the chosen variant.
+
+    Raises:
+        TrimserveError: see `admission.check_source`; or options that the source does not have.
+    """
+    if options.variant is not None:
+        source = dataclasses.replace(source, variant=options.variant)
+    check_road(source, options)
+    check_source(
+        source, task=options.task, layout=options.layout, trust_remote_code=options.trust_remote_code
+    )
+    return source
 
 
 def _fill(

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
     base = "the model that a compact checkpoint of fine-tuning was cut from (default: the one it names)"
     parser.add_argument("--base", help=base)
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="LoRA or another adapter to merge into the model (peft)"
+    )
     ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group()
     ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
     ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
@@ -77,7 +80,6 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
-    from trimserve.finetune.restore import full_source
     from trimserve.resolving import resolve_model
     from trimserve.staging import check_target
 
@@ -91,10 +93,15 @@ def run(args: argparse.Namespace) -> int:
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
     settings = {name: getattr(args, name) for name in SETTINGS}
     exporter.Options(**settings)  # refuses what is not built before a corpus is read
+    whole = require("trimserve_export.whole_source", extra="export", purpose="trimserve export")
     checkpoint = resolve_model(args.model, revision=args.revision)
     if args.vocab is None and args.profile is None and args.corpus is None:
         args.vocab = _own_vocab(checkpoint, options)
-    with full_source(checkpoint, args.base, near=args.output.parent) as source:
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    with whole.whole_source(
+        checkpoint, args.base, adapter=args.adapter, near=args.output.parent, **trusted
+    ) as source:
+        exporter.check_early(source, exporter.Options(**settings))  # before minutes of reading a corpus
         profile = _profile(args, source)
         vocab = _vocab(args, source, profile, options)
         if args.layout == "tokenizer":

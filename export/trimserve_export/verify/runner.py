@@ -9,7 +9,6 @@ from pathlib import Path
 
 from trimserve.blocks import BlockScheme
 from trimserve.errors import MismatchError, TrimserveError
-from trimserve.finetune.restore import full_source
 from trimserve.folder import (
     GENERATOR_TASKS,
     Manifest,
@@ -42,6 +41,7 @@ from trimserve_export.verify.retrimmed import check_retrimmed
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
 from trimserve_export.vocab_axes import architecture_class, find_vocab_axes, load_config
+from trimserve_export.whole_source import whole_source
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def verify(
     *,
     texts: Iterable[str] | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     store: bool = True,
     progress: bool = True,
 ) -> VerifyResult:
@@ -66,6 +67,7 @@ def verify(
         model: the full model, a folder or hub id; by default the source that the manifest names.
         texts: texts to compare on, beside the built-in hostile ones; by default ordinary built-in ones.
         revision: hub revision of `model`.
+        adapter: what was merged into it; by default the adapter that the manifest names, if any.
         store: write the result into the folder's manifest and model card.
         progress: show a bar on a terminal.
 
@@ -85,7 +87,10 @@ def verify(
         opened = open_folder(path)
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
-    with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch, full_source(source) as source:
+    with (
+        tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch,
+        whole_source(source, adapter=adapter or manifest.source.adapter, renamed=True) as source,
+    ):
         full = _export_full(source, manifest, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
