@@ -69,8 +69,9 @@ def merge_adapter(
         )
     model = _load(base, config.task_type, stored, trust_remote_code=trust_remote_code)
     rows = _resize(model, stored)
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
     merged = _merge(peft, model, base, adapter)
-    untied = _untie(merged)
+    untied = tied and _untie(merged)
     merged.save_pretrained(target)
     own_config = isinstance(merged, architecture_class(merged.config) or ()) and _same_class(base, merged)
     if own_config and not rows and not untied:
@@ -156,7 +157,7 @@ def _untie(model: PreTrainedModel) -> bool:
     """Let the config say so where the adapter brought a head of its own for a tied model."""
     head: nn.Module | None = model.get_output_embeddings()
     text = model.config.get_text_config()
-    if head is None or not text.tie_word_embeddings or head.weight is model.get_input_embeddings().weight:
+    if head is None or head.weight is model.get_input_embeddings().weight:
         return False
     model.config.tie_word_embeddings = text.tie_word_embeddings = False
     return True
