@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import require
-from trimserve.folder import COLD_NAME, is_trimmed, read_manifest
-from trimserve.prize import WeightBytes
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
+from trimserve.folder.manifest import is_trimmed, read_manifest
+from trimserve.folder.names import COLD_NAME
+from trimserve.model.prize import WeightBytes
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 
 if TYPE_CHECKING:
-    from trimserve.tensorfile import TensorSpec
-    from trimserve_export.stored_vocab import StoredVocab
+    from trimserve.files.tensors import TensorSpec
+    from trimserve_export.checkpoint.stored import StoredVocab
 
 # A K that most single-domain profiles stay below.
 DEFAULT_KEPT = 16_384
@@ -126,8 +127,8 @@ def inspect(path: str | Path, *, kept: int = DEFAULT_KEPT, revision: str | None 
         return _inspect_trimmed(local)
     source = resolve_model(path, revision=revision)
     require("transformers", extra="export", purpose="inspecting a model")
-    from trimserve_export.admission import check_source
-    from trimserve_export.whole_source import whole_source
+    from trimserve_export.source.admission import check_source
+    from trimserve_export.source.whole import whole_source
 
     with whole_source(source) as whole:
         if whole.graph is not None:
@@ -171,15 +172,15 @@ def _onnx_bytes(path: Path) -> int:
 
 def _one_variant(source: ModelSource) -> ModelSource:
     """The first variant of a folder that has several and no plain one: export asks for the one to take."""
-    from trimserve_export.graph.parts import find_parts
+    from trimserve_export.trimming.parts import find_parts
 
     variants = sorted({part.variant for part in find_parts(source)})
     return source if "" in variants or len(variants) < 2 else dataclasses.replace(source, variant=variants[0])
 
 
 def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
-    from trimserve_export.stored_vocab import read_specs, stored_vocab
-    from trimserve_export.vocab_axes import load_config
+    from trimserve_export.checkpoint.axes import load_config
+    from trimserve_export.checkpoint.stored import read_specs, stored_vocab
 
     specs = read_specs(source)
     stored = stored_vocab(source)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trimserve.chat import ChatTemplate, Message
 from trimserve.corpus.documents import Document
 from trimserve.corpus.schemas import Conversation, joined
 from trimserve.errors import UsageError
+from trimserve.text.chat import ChatTemplate, Message
 
 _CONTEXT_CHARACTERS = 64
 # A text that no template has of its own.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import IO, Any
 
-from trimserve.chat import ChatTemplate
 from trimserve.corpus.conversations import conversation
 from trimserve.corpus.documents import (
     MAX_CHARACTERS,
@@ -23,6 +22,7 @@ from trimserve.corpus.files import Format
 from trimserve.corpus.schemas import FIELDS as CHAT_COLUMNS
 from trimserve.corpus.schemas import field_of, read_conversation
 from trimserve.errors import UsageError, require
+from trimserve.text.chat import ChatTemplate
 
 Row = Mapping[str, Any]
 # Names the place of a row by its number from 1.
