@@ -4,19 +4,25 @@ A graph of another tool that breaks it would export and fail, or be wrong, at th
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve.runtime.cold_rows import COLD_INPUT
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 PAST, PRESENT = "past_key_values.", "present."
 # Inputs of a past that belong to the source text of an encoder-decoder.
 CROSS = ".encoder."
 _KV_RANK = 4
+# What the serving passes add.
+_ADDED = frozenset({COLD_INPUT, "logits_to_keep"})
 _KV_DTYPES = ("float", "float16")
 # What the graph of each task gives; the first that is there is read.
 RESULTS: dict[str, tuple[str, ...]] = {
-    "feature-extraction": ("last_hidden_state",),
+    "feature-extraction": ("last_hidden_state", "sentence_embedding"),
     "fill-mask": ("logits",),
     "text-classification": ("logits",),
     "token-classification": ("logits",),
@@ -103,4 +109,25 @@ def contract_of(task: str, role: str = "model") -> Contract:
         needs = frozenset({"input_ids", "encoder_attention_mask"})
         return Contract(needs | {"attention_mask", "position_ids"}, needs, (("logits",),), has_past=True)
     # Without a mask, texts of one length are fed together.
-    return Contract(_TEXT, frozenset({"input_ids"}), (RESULTS[task],), dtypes=("int64", "int32"))
+    gives = (RESULTS[task],) if task in RESULTS else ()
+    return Contract(_TEXT, frozenset({"input_ids"}), gives, dtypes=("int64", "int32"))
+
+
+def served_fault(session: "ort.InferenceSession", task: str, role: str = "model") -> str | None:
+    """Say how a graph that was made for serving breaks its contract; None where it keeps it.
+
+    Args:
+        session: an opened graph.
+        task: see `contract_of`.
+        role: see `contract_of`.
+    """
+    inputs = {
+        value.name: Port(value.type.removeprefix("tensor(").removesuffix(")"), tuple(value.shape))
+        for value in session.get_inputs()
+        if value.name.partition(".")[0] not in _ADDED
+    }
+    outputs = [value.name for value in session.get_outputs()]
+    contract = contract_of(task, role)
+    if role == "encoder":  # it gives the cross-attention's keys and values instead
+        contract = replace(contract, gives=())
+    return contract.fault(inputs, outputs)

@@ -27,7 +27,13 @@ def check_source(
     if source.graph is None:
         _ = source.weight_files  # says what is there instead
         check_floats(source)
-        load_config(source.path, trust_remote_code=trust_remote_code)
+        if source.config or not _is_of_modules(source):
+            load_config(source.path, trust_remote_code=trust_remote_code)
     elif layout == "runtime":
         parts = one_variant(find_parts(source))
         check_feedable(source, parts, main_part(list(parts.values()), source), task)
+
+
+def _is_of_modules(source: ModelSource) -> bool:
+    """Whether sentence-transformers tells what the model is; static embeddings have no config of their own."""
+    return any((folder / "modules.json").is_file() for folder in (source.path, source.path.parent))
