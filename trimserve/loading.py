@@ -75,8 +75,8 @@ def _check_graphs(folder: TrimmedFolder, sessions: "dict[str, ort.InferenceSessi
     for role, session in sessions.items():
         if (fault := served_fault(session, folder.manifest.task, role)) is not None:
             raise UnsupportedModelError(
-                f"{folder.path}: as {folder.manifest.task}, the graph {fault}, so it was not made for serving: "
-                "export the model again."
+                f"{folder.path}: as {folder.manifest.task}, the graph {fault}, so it was not made for "
+                "serving: export the model again."
             )
 
 

@@ -35,5 +35,5 @@ def check_source(
 
 
 def _is_of_modules(source: ModelSource) -> bool:
-    """Whether sentence-transformers tells what the model is; static embeddings have no config of their own."""
+    """Whether sentence-transformers tells what the model is; static embeddings have no config."""
     return any((folder / "modules.json").is_file() for folder in (source.path, source.path.parent))
