@@ -117,7 +117,10 @@ def _manifest(
     to_onnx = options.to == "onnx"
     return Manifest(
         source=Source(
-            source.name, source.revision, {path.name: sha256_file(path) for path in source.weight_files}
+            source.name,
+            source.revision,
+            {path.name: sha256_file(path) for path in source.recorded_files},
+            source.adapter,
         ),
         tokenizer_sha256=source.tokenizer_sha256,
         tokenizer=tokenizer_entry(source, options.layout),

@@ -68,7 +68,7 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
     manifest, size = like.manifest, like.vocab.vocab_size
     kept = np.arange(size, dtype=np.int32)
     everything = VocabMap(kept, np.full(size, Reason.EXPLICIT, np.uint8), size, like.vocab.tokenizer_sha256)
-    options: dict[str, Any] = {"task": manifest.task}
+    options: dict[str, Any] = {"task": manifest.task, "adapter": manifest.source.adapter}
     if source.graph is None:  # a graph is taken as it is, dtype and quantisation too
         schemes = (name for name, scheme in SCHEMES.items() if scheme.to_dict() == manifest.quantization)
         options |= {"dtype": manifest.dtype, "quantize": next(schemes, None)}

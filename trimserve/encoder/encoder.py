@@ -220,6 +220,8 @@ class Encoder:
         while order.size:
             # The longest text comes first and sets the width of its batch.
             fits = min(batch_size, max(1, self._batch_tokens // int(lengths[order[0]])))
+            if "attention_mask" not in self._inputs:  # nothing would tell padding from tokens
+                fits = min(fits, int(np.count_nonzero(lengths[order] == lengths[order[0]])))
             yield self._run_batch(order[:fits], encoded)
             order = order[fits:]
 

@@ -35,11 +35,19 @@ class CutTensor:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the folder was made from; `files` maps each weight file to its sha256."""
+    """What the folder was made from.
+
+    Attributes:
+        name: of the model, a path or a hub id.
+        revision: of a hub id.
+        files: each weight file, those of an adapter too -> its sha256.
+        adapter: name of the adapter that was merged into the model, if it was given beside it.
+    """
 
     name: str
     revision: str | None
     files: dict[str, str]
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
