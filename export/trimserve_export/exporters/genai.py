@@ -21,12 +21,14 @@ from transformers import PretrainedConfig
 from trimserve.errors import UnsupportedModelError, UsageError, require
 from trimserve.folder import GENERATION_TASK
 from trimserve_export.exporters import GraphJob, tracing
+from trimserve_export.exporters.genai_mends import check_positions, mend, plain_rope
 from trimserve_export.tasks import TASK_CLASSES, check_task
 from trimserve_export.vocab_axes import build_on_meta, load_config
 
 # The builder quantises, so nobody else has to.
 QUANTIZES = True
-# Text decoders among the architectures that the builder names in its create_model.
+# Text decoders among the architectures that the builder names in its create_model, without OLMo, whose
+# normalisation it takes for another one.
 ARCHITECTURES = frozenset(
     f"{name}ForCausalLM"
     for name in (
@@ -37,7 +39,6 @@ ARCHITECTURES = frozenset(
             "Llama",
             "Mistral",
             "Nemotron",
-            "Olmo",
             "Phi",
             "Phi3",
             "PhiMoE",
@@ -81,6 +82,7 @@ def check_model(config: PretrainedConfig, task: str) -> None:
             f"{_name()} builds attention over heads of a multiple of {_HEAD_SIZES} numbers, and this model's "
             f"have {size}: use another exporter."
         )
+    check_positions(_name(), config)
 
 
 def _head_size(config: PretrainedConfig) -> int:
@@ -108,9 +110,13 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
             "", *where, [f"{key}={value}" for key, value in options.items()]
         )
         _flatten_rope(prepared["hf_details"]["hf_config"])
+        plain_rope(prepared["hf_details"]["hf_config"])
         builder.create_model("", *where, **prepared)
     path = output / "model.onnx"
-    _name_cache_width(path, config.get_text_config())
+    model = ir.load(path)
+    mend(model, config, _name())
+    _name_cache_width(model.graph, config.get_text_config())
+    ir.save(model, path)
     return path
 
 
@@ -232,14 +238,12 @@ def _flatten_rope(config: PretrainedConfig) -> None:
     config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
 
 
-def _name_cache_width(path: Path, config: PretrainedConfig) -> None:
+def _name_cache_width(graph: ir.Graph, config: PretrainedConfig) -> None:
     """Write the size of a head where the builder wrote a symbol: runtimes allocate the cache by it."""
     width = _head_size(config)
-    model = ir.load(path)
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for value in (*graph.inputs, *graph.outputs):
         if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
             value.shape = ir.Shape([*list(value.shape)[:-1], width])
-    ir.save(model, path)
 
 
 def _name() -> str:
