@@ -16,7 +16,7 @@ import numpy.typing as npt
 from trimserve.batching import Encoded, join
 from trimserve.cold import COLD_INPUT, ColdRows, cold_widths
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import Pooling, TrimmedFolder
+from trimserve.folder import Lengths, Pooling, TrimmedFolder
 from trimserve.heads import Candidate, full_logits, top_candidates
 from trimserve.pooling import Floats, Mask, normalize_rows, pool
 from trimserve.text import Codec, longest_input, shorten
@@ -93,6 +93,7 @@ class Encoder:
         self.task = folder.manifest.task
         self.max_tokens = longest_input(folder)
         self.stats = EncoderStats()
+        self._unchanged = (folder.manifest.lengths or Lengths()).unchanged
         self._session = session
         on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
         self._batch_tokens = _CPU_BATCH_TOKENS if on_cpu else sys.maxsize
@@ -217,7 +218,11 @@ class Encoder:
         order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
         while order.size:
             # The longest text comes first and sets the width of its batch.
-            fits = min(batch_size, max(1, self._batch_tokens // int(lengths[order[0]])))
+            longest = int(lengths[order[0]])
+            fits = min(batch_size, max(1, self._batch_tokens // longest))
+            if self._unchanged is not None and longest > self._unchanged:
+                # Positions depend on the length, and a graph has one for the whole batch.
+                fits = min(fits, int(np.count_nonzero(lengths[order] == longest)))
             yield self._run_batch(order[:fits], encoded)
             order = order[fits:]
 

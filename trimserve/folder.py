@@ -67,6 +67,22 @@ class Pooling:
 
 
 @dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long a text may be, and where its length changes how positions are computed.
+
+    Attributes:
+        longest: tokens of the longest text that the model takes; None for no limit.
+        unchanged: tokens of the longest text whose rotary frequencies do not depend on its length (longrope,
+            dynamic NTK); None where they never do.
+        restarts: a text that grows beyond `unchanged` while it is generated is read again (Phi-3).
+    """
+
+    longest: int | None = None
+    unchanged: int | None = None
+    restarts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of `trimserve.json` (DESIGN.md section 4).
 
@@ -84,6 +100,7 @@ class Manifest:
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
         head_rows: rows of the head where it has fewer than the embedding, else None.
+        lengths: how long a text may be; None in folders made before this was written down.
     """
 
     source: Source
@@ -106,6 +123,7 @@ class Manifest:
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
+    lengths: Lengths | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -131,9 +149,11 @@ class Manifest:
             raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             raw["pooling"] = Pooling(**raw["pooling"]) if raw["pooling"] else None
+            raw["lengths"] = Lengths(**raw["lengths"]) if raw.get("lengths") else None
             manifest = cls(**raw)
             parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            for part in (manifest, *parts, *([manifest.pooling] if manifest.pooling else [])):
+            optional = (part for part in (manifest.pooling, manifest.lengths) if part is not None)
+            for part in (manifest, *parts, *optional):
                 _check_types(part)
             for name in (*manifest.files, *manifest.graphs.values()):
                 check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)

@@ -35,6 +35,7 @@ from trimserve_export.layouts.writing import (
     write_cut_files,
     write_layout_graph,
 )
+from trimserve_export.lengths import lengths_of
 from trimserve_export.output_ids import compact_head, head_rows
 from trimserve_export.planning import Plan
 from trimserve_export.quantize import SCHEMES, quantize_graph
@@ -43,6 +44,7 @@ from trimserve_export.serving.cold_head import quantize_cold_head, write_cold_he
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.vocab_axes import load_config
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +143,7 @@ def _manifest(
         pooling=plan.pooling,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
+        lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),
     )
 
 

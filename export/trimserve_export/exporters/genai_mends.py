@@ -9,7 +9,8 @@ modules say what they should be.
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimserve.errors import UnsupportedModelError
-from trimserve_export.exporters.rope import length_rope, rope_parameters
+from trimserve_export.lengths import length_rope, rope_parameters
 from trimserve_export.tasks import TASK_CLASSES
 from trimserve_export.vocab_axes import build_on_meta
 
@@ -56,14 +57,14 @@ def check_positions(name: str, config: PretrainedConfig) -> None:
 
 
 def _rotary_columns(config: PretrainedConfig) -> int:
-    shares = [found["partial_rotary_factor"] for found in rope_parameters(config) if "partial_rotary_factor" in found]
-    share = shares[0] if shares else getattr(config, "partial_rotary_factor", None) or 1.0
+    named = (found.get("partial_rotary_factor") for found in rope_parameters(config))
+    share = next(filter(None, named), None) or getattr(config, "partial_rotary_factor", None) or 1.0
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(size * share) // 2
 
 
 def plain_rope(config: PretrainedConfig) -> None:
-    """Let the builder make tables without scaling, of the right shape: `mend` writes transformers' over them."""
+    """Let the builder make tables without scaling, of the same shape: `mend` writes others over them."""
     sets = rope_parameters(config)
     # Its GPT-OSS wants what it reads of YaRN.
     if len(sets) == 1 and length_rope(config) is None and config.model_type != "gpt_oss":
@@ -106,8 +107,8 @@ def _mend_tables(graph: ir.Graph, model: nn.Module, config: PretrainedConfig, na
         found = _TABLE.match(value_name)
         if found is None or rotary is None:
             continue
-        rows, width = tensor.shape
-        expected = _expected(rotary, config.get_text_config(), found[2], int(rows))[found[1]]
+        rows, width = tensor.numpy().shape
+        expected = _expected(rotary, config.get_text_config(), found[2], rows)[found[1]]
         if expected.shape[1] != width:
             raise UnsupportedModelError(
                 f"{name} makes {value_name} with {width} columns, where this {config.model_type!r} model has "
@@ -116,23 +117,23 @@ def _mend_tables(graph: ir.Graph, model: nn.Module, config: PretrainedConfig, na
         replace(ir.Tensor(expected.astype(tensor.dtype.numpy()), name=tensor.name))
 
 
-def _tables(graph: ir.Graph) -> Iterator[tuple[str, Any, Any]]:
+def _tables(graph: ir.Graph) -> Iterator[tuple[str, ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
     """Name, tensor and setter of each constant that may be a rotary table, those in branches too."""
     for value in graph.initializers.values():
         if value.const_value is not None and _TABLE.match(str(value.name)):
-            yield str(value.name), value.const_value, lambda new, value=value: setattr(value, "const_value", new)
+            yield str(value.name), value.const_value, partial(setattr, value, "const_value")
     for node in graph.all_nodes():
         name = str(node.outputs[0].name) if node.outputs else ""
         if node.op_type == "Constant" and "value" in node.attributes and _TABLE.match(name):
-            yield (
-                name,
-                node.attributes["value"].as_tensor(),
-                lambda new, node=node: node.attributes.__setitem__("value", ir.AttrTensor("value", new)),
-            )
+            yield name, node.attributes["value"].as_tensor(), partial(_set_constant, node)
+
+
+def _set_constant(node: ir.Node, tensor: ir.TensorProtocol) -> None:
+    node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def _expected(rotary: nn.Module, config: Any, part: str | None, rows: int) -> dict[str, Table]:  # noqa: ANN401
-    """transformers' cosines and sines of the first `rows` positions, float32 (rows, frequencies)."""
+    """Transformers' cosines and sines of the first `rows` positions, float32 (rows, frequencies)."""
     made = type(rotary)(config)
     prefix = f"{_LAYER_TYPES[part]}_" if part in _LAYER_TYPES and isinstance(rotary.rope_type, dict) else ""
     frequencies: torch.Tensor = getattr(made, f"{prefix}inv_freq")
@@ -140,7 +141,9 @@ def _expected(rotary: nn.Module, config: Any, part: str | None, rows: int) -> di
     if part == "large":
         rope = length_rope(config)
         if rope is not None:
-            frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=rope.unchanged + 1)
+            frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
+                config, frequencies.device, seq_len=rope.unchanged + 1
+            )
     angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies.float())
     return {"cos": (angles.cos() * scaling).numpy(), "sin": (angles.sin() * scaling).numpy()}
 
@@ -173,8 +176,7 @@ def _mend_embedding_scale(graph: ir.Graph, config: PretrainedConfig) -> None:
             continue
         number = constant.attributes["value"].as_tensor().numpy()
         if number.size == 1:
-            tensor = ir.Tensor(np.full_like(number, exact), name=value.name)
-            constant.attributes["value"] = ir.AttrTensor("value", tensor)
+            _set_constant(constant, ir.Tensor(np.full_like(number, exact), name=value.name))
 
 
 def _mend_epsilon(graph: ir.Graph, model: nn.Module) -> None:

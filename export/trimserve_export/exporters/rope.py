@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on the length of the text: made part of the graph, not a constant of the trace.
+"""Rotary frequencies that depend on the length of the text: part of the graph, not a constant of the trace.
 
 transformers swaps them in Python, by the largest position it is given (longrope: one of two sets; dynamic
 NTK: a new set for every length beyond the trained one). A tracer sees the length of its example alone.
@@ -7,81 +7,15 @@ NTK: a new set for every length beyond the trained one). A tracer sees the lengt
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimserve.errors import UnsupportedModelError
-
-_LONGROPE, _DYNAMIC = "longrope", "dynamic"
-
-
-@dataclass(frozen=True, slots=True)
-class LengthRope:
-    """Rotary frequencies that change with the length.
-
-    Attributes:
-        kind: ``"longrope"`` or ``"dynamic"``.
-        unchanged: the longest text with the original frequencies, in tokens.
-        factor: what dynamic NTK stretches the model's positions by; 1 for longrope.
-    """
-
-    kind: str
-    unchanged: int
-    factor: float = 1.0
-
-
-def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """The settings of a model's rotary positions, one set for each type of layer; none without them."""
-    text = config.get_text_config()
-    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    if not isinstance(found, dict):
-        return []
-    nested = [value for value in found.values() if isinstance(value, dict)]
-    return nested or [found]
-
-
-def rope_type(parameters: dict[str, Any]) -> str:
-    """The kind of one set of them; older configs call it `type`."""
-    return str(parameters.get("rope_type") or parameters.get("type") or "default")
-
-
-def length_rope(config: PretrainedConfig) -> LengthRope | None:
-    """How a model's frequencies change with the length, as the installed transformers reads its config."""
-    text = config.get_text_config()
-    for parameters in rope_parameters(config):
-        kind = rope_type(parameters)
-        if kind == _LONGROPE:
-            return LengthRope(kind, _original_length(text, parameters))
-        if _DYNAMIC in kind:
-            return LengthRope(_DYNAMIC, text.max_position_embeddings, float(parameters.get("factor", 1.0)))
-    return None
-
-
-def _original_length(config: PretrainedConfig, parameters: dict[str, Any]) -> int:
-    """Where longrope changes its set.
-
-    transformers 5 keeps it with the parameters; transformers 4 reads it from the config itself alone.
-    """
-    if hasattr(config, "rope_parameters"):
-        found = parameters.get("original_max_position_embeddings")
-        found = found or getattr(config, "original_max_position_embeddings", None)
-    else:
-        found = getattr(config, "original_max_position_embeddings", None)
-    return int(found or config.max_position_embeddings)
-
-
-def restarts_cache(model_class: type) -> bool:
-    """Whether generating goes through a text again once it is longer than longrope's short set.
-
-    Phi-3's classes do; others leave the keys that they have with the short set.
-    """
-    prepare = getattr(model_class, "prepare_inputs_for_generation", None)
-    return prepare is not None and "original_max_position_embeddings" in inspect.getsource(prepare)
+from trimserve_export.lengths import DYNAMIC, LONGROPE, length_rope, original_length
 
 
 @contextlib.contextmanager
@@ -99,11 +33,12 @@ def rope_by_length(model: PreTrainedModel) -> Iterator[None]:
     modules = [module for module in model.modules() if _follows_length(module)]
     if not modules:
         raise UnsupportedModelError(
-            f"this {model.config.model_type!r} model changes its rotary frequencies beyond {rope.unchanged:,} "
-            f"tokens ({rope.kind}) in code of its own: no graph of it would be right at every length."
+            f"this {model.config.model_type!r} model changes its rotary frequencies beyond "
+            f"{rope.unchanged:,} tokens ({rope.kind}) in code of its own: no graph of it would be "
+            "right at every length."
         )
     for module in modules:
-        module.forward = _forward_of(module)  # type: ignore[method-assign]
+        module.forward = _forward_of(module)
     try:
         yield
     finally:
@@ -120,11 +55,11 @@ def _follows_length(module: nn.Module) -> bool:
 
 
 def _changes(kind: object) -> bool:
-    return isinstance(kind, str) and (kind == _LONGROPE or _DYNAMIC in kind)
+    return isinstance(kind, str) and (kind == LONGROPE or DYNAMIC in kind)
 
 
 class _With:
-    """A module as its forward sees it, with some attributes replaced: a trace may not assign to the module."""
+    """A module as its forward sees it, some attributes replaced: a trace may not assign to the module."""
 
     def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
         self._module, self._values = module, values
@@ -154,10 +89,10 @@ def _frequencies(
 ) -> torch.Tensor:
     config: Any = module.config
     original: torch.Tensor = getattr(module, f"{prefix}original_inv_freq")
-    make = ROPE_INIT_FUNCTIONS[kind]
-    if kind == _LONGROPE:
+    make: Callable[..., Any] = ROPE_INIT_FUNCTIONS[kind]
+    if kind == LONGROPE:
         sets = getattr(config, "rope_parameters", None) or config.rope_scaling
-        unchanged = _original_length(config, sets[extra["layer_type"]] if extra else sets)
+        unchanged = original_length(config, sets[extra["layer_type"]] if extra else sets)
         other, _ = make(config, original.device, seq_len=unchanged + 1, **extra)
     else:
         unchanged = config.max_position_embeddings

@@ -18,6 +18,7 @@ from trimserve_export.checkpoint import check_vocab
 from trimserve_export.configs import compact_config
 from trimserve_export.graph.export import GENERATION_CONFIG, trim_to_folder, write_generation_config
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
+from trimserve_export.lengths import lengths_of_graph
 from trimserve_export.options import Options
 from trimserve_export.output_ids import head_rows
 from trimserve_export.pooling import read_pooling
@@ -81,6 +82,7 @@ def fill_from_graph(
         pooling=read_pooling(source) if made.task == "feature-extraction" else None,
         bytes_before=made.bytes_before,
         quantization=made.quantization,
+        lengths=None if source.graph is None else lengths_of_graph(source, source.graph),
     )
 
 
