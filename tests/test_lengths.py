@@ -87,7 +87,7 @@ class Made:
 def save(name: str, path: Path) -> Path:
     class_name, settings = CASES[name]
     model_class = getattr(transformers, class_name)
-    ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "vocab_size": 384}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 384}
     config = model_class.config_class(**settings | ids)
     with_random_weights(model_class(config), seed=1).save_pretrained(path)
     KINDS["byte_level_bpe"]().save(str(path / "tokenizer.json"))

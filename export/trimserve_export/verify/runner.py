@@ -35,11 +35,14 @@ from trimserve_export.verify.numbers import (
     check_kept_logits,
     check_runtime_outputs,
 )
+from trimserve_export.verify.original import check_library
 from trimserve_export.verify.parts import has_parts
 from trimserve_export.verify.quantized import quantized_checks
 from trimserve_export.verify.result import Check, VerifyResult
 from trimserve_export.verify.retrimmed import check_retrimmed
 from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
+from trimserve_export.verify.source import NAME as SOURCE_CHECK
+from trimserve_export.verify.source import check_source
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
 from trimserve_export.vocab_axes import architecture_class, find_vocab_axes, load_config
 
@@ -75,12 +78,14 @@ def verify(
     Raises:
         UsageError: `folder` is not a trimmed folder, or there is no such model.
         UnsupportedModelError: the full model cannot be exported.
+        MissingExtraError: the source is a sentence-transformers model, and that is not installed.
     """
     path = Path(folder)
     manifest = read_manifest(path)
     source = resolve_source(manifest.source, model, revision)
     if variant := manifest.exporter.get("variant"):
         source = dataclasses.replace(source, variant=variant)
+    check_library(source)
     try:
         opened = open_folder(path)
     except MismatchError as error:
@@ -126,6 +131,8 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
     task = context.folder.manifest.task
     if context.folder.manifest.layout != "runtime":
         yield from layout_checks(context)
+        if context.folder.manifest.graphs:
+            yield SOURCE_CHECK, check_source
         return
     yield "files", check_files
     yield "tokenizer", check_tokenizer
@@ -142,6 +149,7 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
         yield "runtime-outputs", check_runtime_outputs
     if task in GENERATOR_TASKS:
         yield "generated-ids", check_generated_ids
+    yield SOURCE_CHECK, check_source
 
 
 def _run(context: Context, *, progress: bool) -> Iterator[Check]:
