@@ -22,9 +22,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimserve.errors import UnsupportedModelError
-from trimserve_export.lengths import length_rope, rope_parameters
-from trimserve_export.tasks import TASK_CLASSES
-from trimserve_export.vocab_axes import build_on_meta
+from trimserve_export.checkpoint.axes import build_on_meta
+from trimserve_export.checkpoint.lengths import length_rope, rope_parameters
+from trimserve_export.checkpoint.tasks import TASK_CLASSES
 
 Table = npt.NDArray[np.float32]
 # Each with the tables that the builder names so: of one set, of Gemma 3's two, of longrope's two.

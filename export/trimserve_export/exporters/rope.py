@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimserve.errors import UnsupportedModelError
-from trimserve_export.lengths import DYNAMIC, LONGROPE, length_rope, original_length
+from trimserve_export.checkpoint.lengths import DYNAMIC, LONGROPE, length_rope, original_length
 
 
 @contextlib.contextmanager
