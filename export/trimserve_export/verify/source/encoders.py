@@ -9,7 +9,7 @@ from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.verify.source.sides import Differs, Numbers, Part, Sides
 
 # How far embeddings and scores of sentence-transformers may lie apart, relative to the largest number.
-_DIFFERENCE, _COSINE = 1e-5, 1e-6
+EMBEDDING_BOUND, _COSINE = 1e-5, 1e-6
 
 
 def compare_outputs(sides: Sides) -> Part:
@@ -35,11 +35,13 @@ def add_outputs(sides: Sides, numbers: Numbers, text: str, what: str) -> None:
 
 def compare_embeddings(sides: Sides) -> Part:
     """What `encode` gives, also with each of the folder's prompts."""
-    texts, prompts = [*sides.texts, ""], list(getattr(sides.original.sentence_model, "prompts", None) or {})
+    texts = [*sides.texts, ""]
+    declared = getattr(sides.original.sentence_model, "prompts", None) or {}
+    prompts = [name for name, prompt in declared.items() if prompt]
     largest = max(embedding_difference(sides, texts, name) for name in (None, *prompts))
     with_prompts = f", also with the prompts {', '.join(prompts)}," if prompts else ""
     note = f"embeddings of {len(texts)} texts{with_prompts} within {largest:.2g}"
-    return Part(f"{note} (bounds: {_DIFFERENCE:g} of the largest number, cosine {_COSINE:g})", largest)
+    return Part(f"{note} (bounds: {EMBEDDING_BOUND:g} of the largest number, cosine {_COSINE:g})", largest)
 
 
 def embedding_difference(sides: Sides, texts: list[str], prompt: str | None = None) -> float:
@@ -55,7 +57,7 @@ def embedding_difference(sides: Sides, texts: list[str], prompt: str | None = No
     if expected.shape != found.shape:
         raise Differs(f"{what} have the shape {expected.shape}, found {found.shape}")
     gaps = np.abs(expected - found).max(axis=1)
-    allowed = _DIFFERENCE * np.maximum(1.0, np.abs(expected).max(axis=1))
+    allowed = EMBEDDING_BOUND * np.maximum(1.0, np.abs(expected).max(axis=1))
     turned = np.array([1 - cosine(one, other) for one, other in zip(expected, found, strict=True)])
     wrong = np.flatnonzero(~((gaps <= allowed) & (turned <= _COSINE)))
     if wrong.size:
@@ -79,13 +81,15 @@ def compare_pairs(sides: Sides) -> Part:
     """What `predict` gives for pairs of texts."""
     if not hasattr(sides.runtime, "predict"):
         return Part("pairs NOT compared: this runtime reads single texts alone", made=False)
+    if reason := getattr(getattr(sides.runtime, "settings", None), "no_pairs", None):
+        return Part(f"pairs NOT compared: {reason}", made=False)
     texts = [text for text in sides.texts if text.strip()]
     pairs = list(zip(texts, texts[1:] + texts[:1], strict=True))
     expected, found = sides.original.scores(pairs), np.asarray(sides.runtime.predict(pairs))
     if expected.shape != found.shape:
         raise Differs(f"the scores of pairs have the shape {expected.shape}, found {found.shape}")
     largest = float(np.abs(expected - found).max(initial=0.0))
-    bound = _DIFFERENCE * max(1.0, float(np.abs(expected).max(initial=0.0)))
+    bound = EMBEDDING_BOUND * max(1.0, float(np.abs(expected).max(initial=0.0)))
     if not largest <= bound:
         raise Differs(f"the scores of pairs differ by {largest:.3g}, the bound is {bound:.3g}", largest)
     return Part(f"scores of {len(pairs)} pairs within {largest:.2g} (bound {bound:.2g})", largest)

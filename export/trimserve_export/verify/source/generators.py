@@ -53,7 +53,8 @@ def _prompts(sides: Sides) -> list[str]:
     fits = [text for text, size in lengths if size > 0 and (longest is None or size + _NEW_TOKENS <= longest)]
     if sides.context.folder.manifest.task != GENERATION_TASK:
         return fits[:_PROMPTS]
-    return [*fits[:_PROMPTS], *across_limits(sides, _NEW_TOKENS)]
+    across = filter(sides.can_feed, across_limits(sides, _NEW_TOKENS))
+    return [*fits[:_PROMPTS], *across]
 
 
 def _producible(sides: Sides, ids: list[int]) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from trimserve.arrays import Floats, Ids
 from trimserve.folder.tasks import ENCODER_TASKS
-from trimserve_export.verify.source.encoders import add_outputs, embedding_difference
+from trimserve_export.verify.source.encoders import EMBEDDING_BOUND, add_outputs, embedding_difference
 from trimserve_export.verify.source.sides import Numbers, Part, Sides
 from trimserve_export.verify.texts import ORDINARY
 
@@ -77,8 +77,7 @@ def _compare_length(sides: Sides, numbers: Numbers, length: int) -> None:
     if not sides.is_runtime or sides.context.folder.manifest.task not in ENCODER_TASKS:
         _compare_ids_of_length(sides, numbers, length)
     elif sides.original.is_sentence_encoder:
-        numbers.largest = max(numbers.largest, embedding_difference(sides, [_text_of(sides, length)]))
-        numbers.bound = 1e-5
+        numbers.note(embedding_difference(sides, [_text_of(sides, length)]), EMBEDDING_BOUND)
     else:
         add_outputs(sides, numbers, _text_of(sides, length), f"the outputs of a text of {length:,} tokens")
 
@@ -101,9 +100,9 @@ def _compare_ids_of_length(sides: Sides, numbers: Numbers, length: int) -> None:
 
 def _ids_of(sides: Sides, length: int) -> Ids:
     """So many token ids of ordinary texts, without special tokens."""
-    parts = [ids for text in ORDINARY if (ids := sides.context.encode(text)) is not None]
+    parts = [ids for text in ORDINARY if (ids := sides.encode(text)) is not None]
     ids = np.concatenate([np.zeros(0, np.int32), *parts])
-    ids = ids[~np.isin(ids, list(sides.context.codec.special_ids))]
+    ids = ids[~np.isin(ids, sides.original.tokenizer.all_special_ids)]
     if not sides.context.folder.has_cold:
         ids = ids[sides.graph.vocab.is_kept(ids)]
     ids = ids if ids.size else sides.context.folder.vocab.kept_ids
@@ -128,5 +127,5 @@ def _text_of(sides: Sides, length: int) -> str:
 
 
 def _tokens(sides: Sides, text: str) -> int:
-    ids = sides.context.encode(text)
+    ids = sides.encode(text)
     return 0 if ids is None else len(ids)

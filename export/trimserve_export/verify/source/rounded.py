@@ -32,7 +32,7 @@ def measure(sides: Sides) -> Part:
 
 def _of_text(sides: Sides, text: str) -> list[float]:
     """The measure at each position, by the full graph, which the trimmed one equals bit for bit."""
-    ids = sides.context.encode(text)
+    ids = sides.encode(text)
     if ids is None or not len(ids):
         return []
     ids, full = ids[: sides.context.max_tokens], sides.context.full

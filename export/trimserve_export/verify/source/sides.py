@@ -88,14 +88,26 @@ class Sides:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Texts that have tokens."""
-        pairs = ((text, self.context.encode(text)) for text in self.context.texts)
-        return [text for text, ids in pairs if ids is not None and len(ids)][:_TEXTS]
+        """Texts that have tokens, and rows for all of them: without cold rows others are split."""
+        return [text for text in self.context.texts if self.can_feed(text)][:_TEXTS]
+
+    def can_feed(self, text: str) -> bool:
+        """Whether a text has tokens, and the folder a row for each."""
+        ids = self.encode(text)
+        return ids is not None and len(ids) > 0 and self.graph.can_feed(ids)
+
+    def encode(self, text: str) -> Ids | None:
+        """Token ids of a text, of the original vocab; None where the model has no row for one of them."""
+        if self.is_runtime:
+            return self.context.encode(text)
+        ids = np.array(self.original.token_ids(text), np.int32)
+        return ids if ids.max(initial=0) < self.context.folder.vocab.vocab_size else None
 
     @cached_property
     def sequences(self) -> list[Ids]:
-        """Token ids of texts that the graph can be fed."""
-        return self.context.token_ids[:_TEXTS]
+        """Token ids of texts that the graph can be fed, cut to what every model takes."""
+        encoded = (self.encode(text) for text in self.texts)
+        return [ids[: self.context.max_tokens] for ids in encoded if ids is not None]
 
     def run(self, ids: Ids) -> Floats:
         """What the folder's graph gives for token ids, with the columns that it has."""
@@ -133,6 +145,7 @@ class Numbers:
     original: Original
     largest: float = 0.0
     bound: float = 0.0
+    compared: int = 0
 
     def add(self, expected: Floats, found: Floats, what: str) -> None:
         """Compare.
@@ -146,10 +159,17 @@ class Numbers:
         difference = float(np.abs(expected.astype(np.float64) - found).max(initial=0.0))
         if not difference <= bound:
             raise Differs(f"{what} differ by {difference:.3g}, the bound is {bound:.3g}", difference)
+        self.note(difference, bound)
+
+    def note(self, difference: float, bound: float) -> None:
+        """Take note of a difference within its bound."""
         self.largest, self.bound = max(self.largest, difference), max(self.bound, bound)
+        self.compared += 1
 
     def part(self, what: str) -> Part:
         """What to say of all that was compared."""
+        if not self.compared:
+            return Part(f"{what} NOT compared: the folder has no rows for their ids", made=False)
         return Part(f"{what} within {self.largest:.2g} (rounding bound {self.bound:.2g})", self.largest)
 
 
