@@ -16,7 +16,9 @@ from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.axes import load_config
 from trimserve_export.checkpoint.head_ids import compact_head, head_rows
+from trimserve_export.checkpoint.lengths import lengths_of
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
@@ -139,6 +141,7 @@ def _manifest(
         pooling=plan.pooling,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
+        lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),
     )
 
 

@@ -301,7 +301,7 @@ def test_what_export_makes_is_verified(translators, family):
     result = verify(translator.path, translator.source, store=False, progress=False)
     assert result.ok, result.failed
     names = [check.name for check in result.checks]
-    assert names[-4:] == ["hidden-states", "kept-logits", "cold-slots", "generated-ids"]
+    assert names[-5:] == ["hidden-states", "kept-logits", "cold-slots", "generated-ids", "source"]
 
 
 def test_each_vocab_matrix_is_stored_once_for_both_graphs(translator):

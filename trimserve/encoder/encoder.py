@@ -18,7 +18,7 @@ from trimserve.encoder.answers import Candidate, full_logits, top_candidates
 from trimserve.encoder.limits import longest_input
 from trimserve.encoder.pooling import normalize_rows, pool
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder.manifest import Pooling
+from trimserve.folder.manifest import Lengths, Pooling
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
 from trimserve.text.batching import Encoded, join
@@ -95,6 +95,7 @@ class Encoder:
         self.task = folder.manifest.task
         self.max_tokens = longest_input(folder)
         self.stats = EncoderStats()
+        self._unchanged = (folder.manifest.lengths or Lengths()).unchanged
         self._session = session
         on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
         self._batch_tokens = _CPU_BATCH_TOKENS if on_cpu else sys.maxsize
@@ -219,9 +220,13 @@ class Encoder:
         order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
         while order.size:
             # The longest text comes first and sets the width of its batch.
-            fits = min(batch_size, max(1, self._batch_tokens // int(lengths[order[0]])))
-            if "attention_mask" not in self._inputs:  # nothing would tell padding from tokens
-                fits = min(fits, int(np.count_nonzero(lengths[order] == lengths[order[0]])))
+            longest = int(lengths[order[0]])
+            fits = min(batch_size, max(1, self._batch_tokens // longest))
+            # Nothing would tell padding from tokens; or positions depend on the length, and a graph has one
+            # for the whole batch.
+            unmasked = "attention_mask" not in self._inputs
+            if unmasked or (self._unchanged is not None and longest > self._unchanged):
+                fits = min(fits, int(np.count_nonzero(lengths[order] == longest)))
             yield self._run_batch(order[:fits], encoded)
             order = order[fits:]
 

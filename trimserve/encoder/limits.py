@@ -16,7 +16,8 @@ def longest_input(folder: TrimmedFolder) -> int | None:
     declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
     if declared is None:
         declared = folder.tokenizer_settings["model_max_length"]
-    positions = config.get("max_position_embeddings")
+    lengths = folder.manifest.lengths
+    positions = config.get("max_position_embeddings") if lengths is None else lengths.longest
     if positions and config.get("model_type") in PAD_POSITION_MODELS:
         # Positions of these models begin after the pad id.
         pad_id = config.get("pad_token_id")

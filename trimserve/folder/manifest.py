@@ -60,6 +60,22 @@ class Pooling:
 
 
 @dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long a text may be, and where its length changes how positions are computed.
+
+    Attributes:
+        longest: tokens of the longest text that the model takes; None for no limit.
+        unchanged: tokens of the longest text whose rotary frequencies do not depend on its length (longrope,
+            dynamic NTK); None where they never do.
+        restarts: a text that grows beyond `unchanged` while it is generated is read again (Phi-3).
+    """
+
+    longest: int | None = None
+    unchanged: int | None = None
+    restarts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of `trimserve.json` (DESIGN.md section 4).
 
@@ -79,6 +95,7 @@ class Manifest:
         head_rows: rows of the head where it has fewer than the embedding, else None.
         tokenizer: which file texts are tokenized with (`file`), the library and version that made or proved
             it, and `settings` that the file cannot hold; empty in folders of older versions.
+        lengths: how long a text may be; None in folders made before this was written down.
     """
 
     source: Source
@@ -102,6 +119,7 @@ class Manifest:
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
     tokenizer: dict[str, Any] = field(default_factory=dict)
+    lengths: Lengths | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -127,9 +145,11 @@ class Manifest:
             raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             raw["pooling"] = Pooling(**raw["pooling"]) if raw["pooling"] else None
+            raw["lengths"] = Lengths(**raw["lengths"]) if raw.get("lengths") else None
             manifest = cls(**raw)
             parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            for part in (manifest, *parts, *([manifest.pooling] if manifest.pooling else [])):
+            optional = (part for part in (manifest.pooling, manifest.lengths) if part is not None)
+            for part in (manifest, *parts, *optional):
                 _check_types(part)
             for name in (*manifest.files, *manifest.graphs.values()):
                 check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)

@@ -18,6 +18,7 @@ from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.configs import compact_config
 from trimserve_export.checkpoint.head_ids import head_rows
+from trimserve_export.checkpoint.lengths import lengths_of_graph
 from trimserve_export.checkpoint.pooling import read_pooling
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.trim import check_vocab
@@ -85,6 +86,7 @@ def fill_from_graph(
         pooling=read_pooling(source) if made.task == "feature-extraction" else None,
         bytes_before=made.bytes_before,
         quantization=made.quantization,
+        lengths=None if source.graph is None else lengths_of_graph(source, source.graph),
     )
 
 

@@ -36,6 +36,9 @@ from trimserve_export.verify.checks.retrimmed import check_retrimmed
 from trimserve_export.verify.checks.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check, VerifyResult
+from trimserve_export.verify.source.check import NAME as SOURCE_CHECK
+from trimserve_export.verify.source.check import check_source
+from trimserve_export.verify.source.original import check_library
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
 
 logger = logging.getLogger(__name__)
@@ -72,12 +75,14 @@ def verify(
     Raises:
         UsageError: `folder` is not a trimmed folder, or there is no such model.
         UnsupportedModelError: the full model cannot be exported.
+        MissingExtraError: the source is a sentence-transformers model, and that is not installed.
     """
     path = Path(folder)
     manifest = read_manifest(path)
     source = resolve_source(manifest.source, model, revision)
     if variant := manifest.exporter.get("variant"):
         source = dataclasses.replace(source, variant=variant)
+    check_library(source)
     try:
         opened = open_folder(path)
     except MismatchError as error:
@@ -127,6 +132,8 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
     task = context.folder.manifest.task
     if context.folder.manifest.layout != "runtime":
         yield from layout_checks(context)
+        if context.folder.manifest.graphs:
+            yield SOURCE_CHECK, check_source
         return
     yield "files", check_files
     yield "tokenizer", check_tokenizer
@@ -143,6 +150,7 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
         yield "runtime-outputs", check_runtime_outputs
     if task in GENERATOR_TASKS:
         yield "generated-ids", check_generated_ids
+    yield SOURCE_CHECK, check_source
 
 
 def _run(context: Context, *, progress: bool) -> Iterator[Check]:

@@ -105,7 +105,7 @@ def test_what_export_makes_is_verified_bit_for_bit(made, family):
     expected += [
         "generated-ids" if FAMILIES[family].task == "text-generation-with-past" else "runtime-outputs"
     ]
-    assert names == expected
+    assert names == [*expected, "source"]
     assert [
         check.max_abs_diff for check in result.checks if check.name in ("hidden-states", "cold-slots")
     ] == [0, 0]
