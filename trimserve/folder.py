@@ -84,6 +84,8 @@ class Manifest:
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
         head_rows: rows of the head where it has fewer than the embedding, else None.
+        generation: of a generator: `transformers_version`, which read the source's configs, and the settings
+            that it takes from config.json where there is no generation_config.json.
     """
 
     source: Source
@@ -106,6 +108,7 @@ class Manifest:
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
+    generation: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
-from trimserve.beam import BeamParams, BeamSearch, EarlyStopping
+from trimserve.beam import BeamSearch, EarlyStopping
 from trimserve.blocksize import MAX_BLOCK, BlockSize
 from trimserve.certified import ColdCertificate
 from trimserve.chat import Message, render_chat
@@ -16,9 +16,10 @@ from trimserve.exact import ExactChecker
 from trimserve.folder import TrimmedFolder
 from trimserve.genconfig import GenerationConfig
 from trimserve.generation import Checker, GenerationLoop
+from trimserve.genplan import GenerationPlan, make_plan
 from trimserve.reading import Generation, Reader
 from trimserve.request import Request
-from trimserve.sampling import LogitsProcessor, SamplingParams
+from trimserve.sampling import LogitsProcessor
 from trimserve.scoring import MassMeter, Score, Scorer
 from trimserve.sketch import Sketch, can_be_certified
 from trimserve.stats import ColdReads, GeneratorStats
@@ -32,37 +33,63 @@ MODES: tuple[Mode, ...] = ("exact", "compact")
 class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of `Generator.generate` and `Generator.stream`.
 
-    The sampling options are those of `SamplingParams`. `max_new_tokens` limits the output (default 128);
-    `stop` are strings that end it and are not part of it; `mode` is "exact" (default where the folder has
+    What is left out, or None, is as the folder's generation_config.json has it, as `generate()` of
+    transformers takes it (docs/runtime.md has the list): the options from `do_sample` to `stop_strings` have
+    its names and meanings. A `temperature` of 0 is greedy, another one samples. `max_new_tokens` limits the
+    output, `max_length` prompt and output (128 new tokens where neither the folder nor the call says it);
+    `stop` are strings that end the text and are not part of it; `stop_strings` too, and these may be special
+    tokens; `mode` is "exact" (default where the folder has
     cold rows) or "compact"; `certify=False` leaves the sketch of the cold rows unused, which changes no
     token (docs/certificate.md); `max_block` limits how many tokens are drafted before a check; `report_mass`
-    measures, in compact mode, the probability of what it cannot produce. `forced_bos_token_id` (the language
-    of mBART-50, M2M100 and NLLB) and `decoder_start_token_id` override the model's generation config.
-    `num_beams` above 1 searches with so many beams instead of sampling; `length_penalty` and
-    `early_stopping` are those of `BeamParams`.
+    measures, in compact mode, the probability of what it cannot produce. `forced_bos_token_id` is the
+    language of mBART-50, M2M100 and NLLB. `num_beams` above 1 searches with so many beams; `length_penalty` and
+    `early_stopping` are those of `BeamParams`. The options that transformers does not have (penalties by
+    count, `logit_bias`, `logits_processor`, `seed`) are those of `SamplingParams`.
     """
 
-    max_new_tokens: int
-    stop: Sequence[str]
+    max_new_tokens: int | None
+    stop: str | Sequence[str] | None
     mode: Mode | None
     certify: bool
     max_block: int
     report_mass: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     logits_processor: LogitsProcessor | None
-    seed: int
-    forced_bos_token_id: int
-    decoder_start_token_id: int
-    num_beams: int
-    length_penalty: float
-    early_stopping: EarlyStopping
+    seed: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    top_h: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
+    repetition_penalty: float | None
+    encoder_repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    forced_bos_token_id: int | Sequence[int] | None
+    forced_eos_token_id: int | Sequence[int] | None
+    exponential_decay_length_penalty: tuple[int, float] | None
+    remove_invalid_values: bool | None
+    renormalize_logits: bool | None
+    max_length: int | None
+    min_length: int | None
+    min_new_tokens: int | None
+    eos_token_id: int | Sequence[int] | None
+    bos_token_id: int | None
+    decoder_start_token_id: int | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: EarlyStopping | None
+    stop_strings: str | Sequence[str] | None
 
 
 class Generator:
@@ -173,15 +200,17 @@ class Generator:
         return [scorer.score(ids) for ids in self.codec.encode([texts] if isinstance(texts, str) else texts)]
 
     def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
-        requests = self._requests(prompts, options)
+        plan = self.plan(options)
+        requests = self._requests(prompts, plan)
         together = self._decoder.takes_batches and not options.get("report_mass")
         batches = [requests] if together else [[request] for request in requests]
-        beams = _beam_params(options)
+        if plan.beams is not None and options.get("report_mass"):
+            raise UsageError("report_mass means nothing to a beam search: leave it out, or use num_beams=1.")
         results: list[Generation] = []
         for batch in batches:
-            readers = {id(request): Reader(self.codec, options.get("stop", ())) for request in batch}
-            checker = None if beams else self._checker(options)
-            steps = self._search(batch, beams, options) if beams else self._run(batch, checker)
+            readers = {id(request): self._reader(request, plan) for request in batch}
+            checker = None if plan.beams else self._checker(options)
+            steps = self._search(batch, plan, options) if plan.beams else self._run(batch, checker)
             for request, tokens in steps:
                 readers[id(request)].push(request, tokens)
             mass = checker.mean_mass if isinstance(checker, MassMeter) else None
@@ -189,10 +218,11 @@ class Generator:
         return results
 
     def _stream(self, prompt_ids: Ids, options: GenerationOptions) -> Iterator[str]:
-        if _beam_params(options):
+        plan = self.plan(options)
+        if plan.beams is not None:
             raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
-        (request,) = self._requests([prompt_ids], options)
-        reader = Reader(self.codec, options.get("stop", ()))
+        (request,) = self._requests([prompt_ids], plan)
+        reader = self._reader(request, plan)
         checker = self._checker(options)
         for _, tokens in self._run([request], checker):
             if piece := reader.push(request, tokens):
@@ -200,14 +230,26 @@ class Generator:
         if piece := reader.finish():
             yield piece
 
-    def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
-        params, limit = self._params(options)
-        started = [ids if ids.size else self.config.first_id() for ids in prompts]
+    def plan(self, options: GenerationOptions) -> GenerationPlan:
+        """What a call with these options does: the folder's generation settings, overridden by them.
+
+        Raises:
+            UsageError: an option that does not exist, is out of range, or does not go with another.
+        """
+        known = GenerationOptions.__annotations__.keys()
+        return make_plan(self.config, options, known, self.folder.vocab.vocab_size)
+
+    def _reader(self, request: Request, plan: GenerationPlan) -> Reader:
+        return Reader(self.codec, plan.stop, plan.stop_strings, request.prompt)
+
+    def _requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+        started = [ids if ids.size else self.config.first_id(plan.settings) for ids in prompts]
         requests = []
         for place, ids in enumerate(self._servable(started), 1):
             room = self._room(place, ids)
+            limit = plan.limit(ids.size)
             most = limit if room is None else min(limit, room)
-            requests.append(Request(ids, params, most, self.stop_ids, room=room))
+            requests.append(Request(ids, plan.params_for(limit), most, plan.stop_ids, room=room))
         return requests
 
     def _room(self, place: int, prompt: Ids) -> int | None:
@@ -220,20 +262,6 @@ class Generator:
                 f"text {place} has {prompt.size:,} tokens, this model reads {context:,} at most: shorten it."
             )
         return context - prompt.size + 1  # the last one is produced and not fed
-
-    def _params(self, options: GenerationOptions) -> tuple[SamplingParams, int]:
-        """How tokens are chosen, and how many at most."""
-        limit = self._limit(options)
-        names = SamplingParams.__dataclass_fields__
-        sampling: dict[str, Any] = {name: value for name, value in options.items() if name in names}
-        forced = {key: options[key] for key in ("forced_bos_token_id",) if key in options}
-        return SamplingParams(**sampling, rules=self.config.rules(limit, **forced)), limit
-
-    def _limit(self, options: GenerationOptions) -> int:
-        limit = options.get("max_new_tokens", 128)
-        if limit < 0:
-            raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
-        return limit
 
     def _servable(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
         """The sequences with ids that the folder has rows for; counts cold tokens."""
@@ -253,8 +281,11 @@ class Generator:
             self.stats.count(requests, self.folder.vocab.head, timings, time.perf_counter() - start)
 
     def _search(
-        self, requests: Sequence[Request], params: BeamParams, options: GenerationOptions
+        self, requests: Sequence[Request], plan: GenerationPlan, options: GenerationOptions
     ) -> Iterator[tuple[Request, list[int]]]:
+        params = plan.beams
+        if params is None:
+            raise RuntimeError("a search without beams")
         head = self._cold_head("exact mode") if self._mode(options) == "exact" else None
         search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
         start = time.perf_counter()
@@ -310,16 +341,3 @@ class Generator:
         if self._head is None and self.folder.vocab.head.cold_ids.size:
             self._head = ColdHead(self.folder, threads=self._threads)
         return self._head
-
-
-def _beam_params(options: GenerationOptions) -> BeamParams | None:
-    """How beams are kept, or None without them."""
-    names = BeamParams.__dataclass_fields__
-    given: dict[str, Any] = {name: value for name, value in options.items() if name in names}
-    params = BeamParams(**given)
-    if params.num_beams == 1:
-        return None
-    for name in ("temperature", "stop", "report_mass"):
-        if options.get(name):
-            raise UsageError(f"{name} means nothing to a beam search: leave it out, or use num_beams=1.")
-    return params

@@ -31,7 +31,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = special_ids(tokenizer)
-        types = [decoder.get("type") for decoder in _decoders(tokenizer)]
+        types = decoder_types(tokenizer)
         self._local = _is_local(tokenizer)
         self._byte_runs = "ByteFallback" in types
         self._window: list[int] = []
@@ -92,6 +92,11 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def is_byte_token(token: str) -> bool:
     """Tell whether a token stands for one byte, as in ``<0x0A>``."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def decoder_types(tokenizer: Tokenizer) -> list[str]:
+    """The kinds of the decoders that a tokenizer runs one after the other."""
+    return [str(decoder.get("type")) for decoder in _decoders(tokenizer)]
 
 
 def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:

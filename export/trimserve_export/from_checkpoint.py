@@ -139,6 +139,7 @@ def _manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
         pooling=plan.pooling,
+        generation=plan.generation,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
     )

@@ -2,16 +2,18 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import TEXT2TEXT_TASK, Pooling
+from trimserve.folder import GENERATOR_TASKS, TEXT2TEXT_TASK, Pooling
 from trimserve.source import ModelSource
 from trimserve.vocab import VocabMap
 from trimserve_export.exporters import GraphJob
 from trimserve_export.exporters.choice import Choice, choose_exporter
+from trimserve_export.generation_settings import read_generation
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.options import Options
 from trimserve_export.output_ids import check_task_of_head
@@ -35,6 +37,7 @@ class Plan:
         choice: what makes the graph; None where none is made.
         pooling: how hidden states become one embedding a text, where the task has that.
         sample: texts to compare a cut tokenizer with the original one on.
+        generation: see `Manifest.generation`.
     """
 
     source: ModelSource
@@ -44,6 +47,7 @@ class Plan:
     choice: Choice | None
     pooling: Pooling | None
     sample: Sample | None = None
+    generation: dict[str, Any] | None = None
 
     @property
     def job(self) -> GraphJob:
@@ -87,7 +91,10 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
         )
     pooling = read_pooling(source) if task == "feature-extraction" else None
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
-    return Plan(source, vocab, options, task, choice, pooling, sample)
+    generation = None
+    if task in GENERATOR_TASKS and options.layout == "runtime" and options.to == "onnx":
+        generation = read_generation(source, trust_remote_code=options.trust_remote_code)
+    return Plan(source, vocab, options, task, choice, pooling, sample, generation)
 
 
 def _check_pad_is_kept(config: PretrainedConfig, task: str, vocab: VocabMap) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.errors import UsageError
-from trimserve.folder import VOCAB_NAME, Manifest, is_trimmed, list_files, read_manifest
+from trimserve.folder import GENERATOR_TASKS, VOCAB_NAME, Manifest, is_trimmed, list_files, read_manifest
 from trimserve.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.version import __version__
 from trimserve.vocab import VocabMap
 from trimserve_export.checkpoint import check_vocab
 from trimserve_export.configs import compact_config
+from trimserve_export.generation_settings import read_generation
 from trimserve_export.graph.export import GENERATION_CONFIG, trim_to_folder, write_generation_config
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.options import Options
@@ -79,9 +80,14 @@ def fill_from_graph(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=list_files(folder),
         pooling=read_pooling(source) if made.task == "feature-extraction" else None,
+        generation=_generation(source, made.task, options.layout),
         bytes_before=made.bytes_before,
         quantization=made.quantization,
     )
+
+
+def _generation(source: ModelSource, task: str, layout: str) -> dict[str, Any] | None:
+    return read_generation(source) if task in GENERATOR_TASKS and layout == "runtime" else None
 
 
 def _copy_texts(source: ModelSource, folder: Path, names: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.generator import Generator, Mode
+from trimserve.genplan import PLAIN
 from trimserve.loading import load
 from trimserve.rules import TokenRules, Verdict
 from trimserve.vocab import Ids
@@ -61,7 +62,8 @@ def check_generated_ids(context: Context) -> Check:
     largest, ties = 0.0, 0
     for mode in modes:
         for text, prompt in prompts:
-            (generated,) = model.generate(text, mode=mode, max_new_tokens=_NEW_TOKENS)
+            options: dict[str, Any] = {**PLAIN, "mode": mode, "max_new_tokens": _NEW_TOKENS}
+            (generated,) = model.generate(text, **options)
             rules = model.config.rules(_NEW_TOKENS) or TokenRules()
             forbidden = _forbidden(context, prompt, rules, mode)
             expected = _greedy(context.full, prompt, forbidden, rules, model.stop_ids)
@@ -122,7 +124,7 @@ def _greedy(
     ids = start
     while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in stop_ids):
         outputs = decoder.run(ids, past, keep=1)
-        verdict = rules.at(start, np.array([step.token for step in steps], np.int32))
+        verdict = rules.at(start, np.array([step.token for step in steps], np.int32), prompt)
         logits = _obey(verdict, np.where(forbidden, -np.inf, outputs["logits"][0, -1]))
         steps.append(Step(int(logits.argmax()), logits, outputs["hidden_states"]))
         ids, past = np.array([steps[-1].token], np.int32), past | outputs
