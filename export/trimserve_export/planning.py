@@ -6,21 +6,22 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import GENERATOR_TASKS, TEXT2TEXT_TASK, Pooling
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
-from trimserve_export.exporters import GraphJob
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.manifest import Pooling
+from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.axes import load_config
+from trimserve_export.checkpoint.generation_settings import read_generation
+from trimserve_export.checkpoint.head_ids import check_task_of_head
+from trimserve_export.checkpoint.pooling import is_sentence_transformers, read_pooling
+from trimserve_export.checkpoint.tasks import check_task, infer_task
 from trimserve_export.exporters.choice import Choice, choose_exporter
-from trimserve_export.generation_settings import read_generation
+from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.options import Options
-from trimserve_export.output_ids import check_task_of_head
-from trimserve_export.pooling import is_sentence_transformers, read_pooling
-from trimserve_export.quantize import SCHEMES
-from trimserve_export.tasks import check_task, infer_task
-from trimserve_export.vocab_axes import load_config
+from trimserve_export.serving.quantize import SCHEMES
 
 logger = logging.getLogger(__name__)
 

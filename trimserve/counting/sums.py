@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.artefacts import sha256_file
-from trimserve.corpus import CorpusSource, Reading, Slice
-from trimserve.counting.blocks import Block, Counts
+from trimserve.arrays import Counts
+from trimserve.corpus.documents import Reading
+from trimserve.corpus.files import CorpusSource
+from trimserve.corpus.slices import Slice
+from trimserve.counting.block import Block
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.hashes import sha256_file
 
 
 def plan_hash(slices: Sequence[Slice], reading: Reading) -> str:

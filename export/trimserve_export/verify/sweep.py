@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.vocab import Ids
-from trimserve_export.verify.graph import Model
+from trimserve.arrays import Ids
+from trimserve_export.verify.plain_run import Model
 from trimserve_export.verify.rounding import RoundingBound
 
 Array = npt.NDArray[Any]
