@@ -37,8 +37,7 @@ class StopMatcher:
             tokenizer: the model's.
             stops: the stop strings.
             prompt: token ids before the first one.
-            by_bytes: match characters whose bytes are in several tokens, as transformers 5 does; version 4 does
-                not.
+            by_bytes: match characters whose bytes are in several tokens, as transformers 5 does.
 
         Raises:
             UsageError: a stop string is empty.
