@@ -12,13 +12,13 @@ from trimserve.folder import (
     TOKENIZER_NAME,
     VOCAB_NAME,
     Manifest,
-    Pooling,
     Source,
     TrimmedFolder,
     list_files,
     open_folder,
     write_manifest,
 )
+from trimserve.sentence_settings import SentenceSettings, write_settings
 from trimserve.vocab import Reason, VocabMap
 
 
@@ -39,7 +39,7 @@ def make_folder(
     task: str = "feature-extraction",
     layout: str = "runtime",
     dtype: str = "fp32",
-    pooling: Pooling | None = None,
+    settings: SentenceSettings | None = None,
 ) -> TrimmedFolder:
     """Write a trimmed folder and open it.
 
@@ -57,6 +57,8 @@ def make_folder(
     contents = {**(files or {}), **({COLD_NAME: cold_rows} if cold_rows is not None else {})}
     for name, content in contents.items():
         (path / name).write_bytes(content)
+    if settings is not None:
+        write_settings(path, settings, {})
     manifest = Manifest(
         source=Source("made by a test", None, {}),
         tokenizer_sha256=digest,
@@ -71,7 +73,6 @@ def make_folder(
         exporter={},
         created="2026-01-01T00:00:00+00:00",
         files=list_files(path),
-        pooling=pooling,
     )
     write_manifest(path, manifest)
     return open_folder(path)

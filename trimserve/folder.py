@@ -19,6 +19,9 @@ VOCAB_NAME = "vocab_map.safetensors"
 COLD_PREFIX = "cold_"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+# What sentence-transformers does around the model, and the tensors of its modules.
+SENTENCE_NAME = "sentence_modules.json"
+SENTENCE_TENSORS_NAME = "sentence_modules.safetensors"
 # Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
 GRAPH_FOLDER = "onnx"
 # The tasks of a Generator; any other is an Encoder's.
@@ -58,15 +61,6 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Pooling:
-    """How a sentence embedding is made from the hidden states."""
-
-    mode: str = "mean"  # mean, cls, max or last
-    normalize: bool = False
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of `trimserve.json` (DESIGN.md section 4).
 
@@ -99,7 +93,6 @@ class Manifest:
     exporter: dict[str, str]
     created: str
     files: dict[str, FileEntry]
-    pooling: Pooling | None = None
     bytes_before: int = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
@@ -130,10 +123,14 @@ class Manifest:
             raw["source"] = Source(**raw["source"])
             raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            raw["pooling"] = Pooling(**raw["pooling"]) if raw["pooling"] else None
+            if raw.pop("pooling", None) is not None:
+                raise MismatchError(
+                    f"{origin} was written by an earlier trimserve, which kept the pooling there: export the "
+                    "folder again."
+                )
             manifest = cls(**raw)
             parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            for part in (manifest, *parts, *([manifest.pooling] if manifest.pooling else [])):
+            for part in (manifest, *parts):
                 _check_types(part)
             for name in (*manifest.files, *manifest.graphs.values()):
                 check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from trimserve.activations import softmax
 from trimserve.cold import ColdRows
 from trimserve.pooling import Floats
 from trimserve.tensorfile import to_float32
@@ -24,13 +25,6 @@ class Candidate:
     token: str
     id: int
     probability: float
-
-
-def softmax(logits: Floats) -> Floats:
-    """Probabilities over the last axis."""
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: Floats = weights / weights.sum(axis=-1, keepdims=True)
-    return probabilities
 
 
 def full_logits(logits: Floats, hidden: Floats | None, vocab: VocabMap, cold: ColdRows) -> tuple[Floats, Ids]:

@@ -26,6 +26,7 @@ from trimserve_export.output_ids import check_layout
 from trimserve_export.planning import Plan, plan_export
 from trimserve_export.reference import export_full
 from trimserve_export.serving.sketch import SKETCH_BITS, add_sketch, wants_sketch
+from trimserve_export.static_embedding import fill_from_static, is_static
 
 __all__ = ["ExportResult", "Options", "export", "export_full"]
 
@@ -141,7 +142,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         if layout == "tokenizer":
             check_vocab(source, vocab)
             vocab = close_vocab(vocab, source, profile)
-        plan = plan_export(source, vocab, options, sample) if source.graph is None else None
+        static = is_static(source)
+        plan = plan_export(source, vocab, options, sample) if source.graph is None and not static else None
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
     return _result(target, manifest, plan, time.perf_counter() - start)
@@ -150,9 +152,11 @@ def export(  # noqa: PLR0913 - the options are the public interface
 def _fill(
     folder: Path, source: ModelSource, vocab: VocabMap, options: Options, plan: Plan | None, *, progress: bool
 ) -> Manifest:
-    """Write everything into an empty folder; a plan is there for a checkpoint, none for a graph."""
+    """Write everything into an empty folder; a plan is there for a checkpoint of transformers alone."""
     if plan is not None:
         filled = fill_from_checkpoint(plan, folder, progress=progress)
+    elif is_static(source):
+        filled = fill_from_static(source, vocab, options, folder)
     else:
         filled = fill_from_graph(source, vocab, options, folder, (*TOKENIZER_FILES, *CONFIG_FILES))
     manifest = with_card(filled, source, folder)

@@ -8,6 +8,7 @@ from trimserve.source import ModelSource
 from trimserve_export.exporters import GraphJob, load_exporter
 from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.graph.export import serve_full
+from trimserve_export.static_embedding import is_static, serve_full_static
 
 
 def export_full(
@@ -37,6 +38,8 @@ def export_full(
     """
     if source.graph is not None:
         return serve_full(source, output, task=task)
+    if is_static(source):
+        return serve_full_static(source, output, dtype)
     made_by = load_exporter(exporter)
     quantize = None if scheme is None else f"int{scheme.bits}"
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:

@@ -35,6 +35,7 @@ from trimserve_export.graph.runtime import (
     write_servable,
 )
 from trimserve_export.graph.saving import LinkingWriter, write_copy
+from trimserve_export.graph.sentence_outputs import gives_embeddings, name_hidden_states
 from trimserve_export.graph.trim import trim_graph, trim_head
 from trimserve_export.graph.turned import turn_tables
 from trimserve_export.output_ids import check_task_of_head, check_untied
@@ -50,7 +51,11 @@ _MAIN_PARTS = ("model", LATER, MERGED, FIRST)
 
 @dataclass(frozen=True, slots=True)
 class TrimmedGraph:
-    """What was made of a graph; fields as in `Manifest`."""
+    """What was made of a graph; fields as in `Manifest`.
+
+    Attributes:
+        gives_embeddings: the graph gives sentence embeddings: sentence-transformers' modules are in it.
+    """
 
     task: str
     graphs: dict[str, str]
@@ -60,6 +65,7 @@ class TrimmedGraph:
     source: Source
     exporter: dict[str, str]
     quantization: dict[str, Any] | None
+    gives_embeddings: bool = False
 
 
 def trim_to_folder(
@@ -123,6 +129,7 @@ def trim_to_folder(
         ),
         exporter=_exporter(source),
         quantization=quantization(model, has_head=task in _HEAD_TASKS),
+        gives_embeddings=gives_embeddings(model.graph),
     )
 
 
@@ -158,6 +165,8 @@ def _write_for_runtime(
         return write_seq2seq(named, vocab, folder, cold=cold, writer=writer)
     (part,) = parts
     untrimmed, trimmed = load_graph(part.path), load_graph(part.path)
+    for model in (untrimmed, trimmed):
+        name_hidden_states(model.graph)
     has_head = task in _HEAD_TASKS
     turn_tables(untrimmed.graph)
     if vocab.output_ids is None:
@@ -216,6 +225,7 @@ def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
             turn_tables(model.graph)
         return serve_seq2seq(models, folder, rows=source.vocab_size)
     model = load_graph(_main_part(list(parts.values()), source).path)
+    name_hidden_states(model.graph)
     turn_tables(model.graph)
     return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
 

@@ -11,6 +11,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.folder import GENERATION_TASK, CutTensor
 from trimserve_export.graph.plan import VocabPlan, optional_input
 from trimserve_export.graph.rows import DTYPES
+from trimserve_export.graph.sentence_outputs import gives_embeddings
 from trimserve_export.graph.trim import LOGITS
 from trimserve_export.graph.turned import Turned
 from trimserve_export.quantize import block_attributes_of
@@ -32,7 +33,7 @@ def infer_task(graph: ir.Graph, rows: int) -> str:
     outputs = {value.name: value.shape for value in graph.outputs}
     if any(str(value.name).startswith("past_key_values.") for value in graph.inputs):
         return GENERATION_TASK
-    if "last_hidden_state" in outputs:
+    if "last_hidden_state" in outputs or gives_embeddings(graph):
         return "feature-extraction"
     shape = outputs.get(LOGITS)
     if shape is None:

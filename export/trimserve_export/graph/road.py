@@ -11,6 +11,7 @@ from typing import Any
 from trimserve.artefacts import save_vocab, sha256_file
 from trimserve.errors import UsageError
 from trimserve.folder import VOCAB_NAME, Manifest, is_trimmed, list_files, read_manifest
+from trimserve.sentence_settings import write_settings
 from trimserve.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.version import __version__
 from trimserve.vocab import VocabMap
@@ -20,7 +21,9 @@ from trimserve_export.graph.export import GENERATION_CONFIG, trim_to_folder, wri
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.options import Options
 from trimserve_export.output_ids import head_rows
-from trimserve_export.pooling import read_pooling
+from trimserve_export.planning import check_cold
+from trimserve_export.sentence_config import read_declared, task_of_modules
+from trimserve_export.sentence_modules import is_sentence_transformers
 from trimserve_export.serving import GRAPH_NAME
 
 logger = logging.getLogger(__name__)
@@ -45,11 +48,14 @@ def fill_from_graph(
         MismatchError: the vocab was made for another tokenizer or vocab size.
     """
     check_vocab(source, vocab)
+    task = options.task
+    if task == "auto" and is_sentence_transformers(source):
+        task = task_of_modules(source)
     made = trim_to_folder(
         source,
         vocab,
         folder,
-        task=options.task,
+        task=task,
         layout=options.layout,
         cold=options.writes_cold,
         link=options.link,
@@ -62,6 +68,11 @@ def fill_from_graph(
         _copy_texts(source, folder, texts)
         if options.layout == "graph" and source.genai_model:
             _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
+    if options.layout == "runtime":
+        declared = read_declared(source, made.task, None, in_graph=made.gives_embeddings)
+        check_cold(declared, options)
+        if declared is not None:
+            write_settings(folder, declared.settings, declared.tensors)
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,
@@ -78,7 +89,6 @@ def fill_from_graph(
         exporter={"trimserve": __version__} | made.exporter,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=list_files(folder),
-        pooling=read_pooling(source) if made.task == "feature-extraction" else None,
         bytes_before=made.bytes_before,
         quantization=made.quantization,
     )

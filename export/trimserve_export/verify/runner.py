@@ -24,6 +24,7 @@ from trimserve.resolving import resolve_source
 from trimserve.source import ModelSource
 from trimserve_export.card import with_card
 from trimserve_export.reference import export_full
+from trimserve_export.static_embedding import is_static, stored_static
 from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.verify.context import Context
@@ -116,6 +117,8 @@ def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
     if source.graph is not None:
         return StoredVocab({}, {}, tied=False)
+    if is_static(source):
+        return stored_static(source)
     config = load_config(source.path)
     classes = (TASK_CLASSES[task], architecture_class(config))
     axes = [find_vocab_axes(config, found) for found in classes if found is not None]
