@@ -33,10 +33,11 @@ fmt: $(READY)  ## format and fix the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(READY)  ## ruff and mypy --strict, changing nothing
+lint: $(READY)  ## ruff, mypy --strict and the order of imports, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: $(READY)  ## the whole suite but its slow tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
@@ -46,9 +47,6 @@ test-slow: $(READY)  ## the slow tests
 
 # The transformers 5 environment: what needs no optimum-onnx.
 NEXT := .venv-next
-NEXT_TESTS := tests/test_cut_checkpoint.py tests/test_tokenizer_cut.py tests/test_checkpoint.py \
-	tests/test_configs.py tests/test_vocab_axes.py tests/test_per_layer.py tests/test_exporters.py tests/test_matrix.py \
-	tests/test_finetune.py tests/test_finetune_defects.py tests/test_finetune_restore.py
 
 $(NEXT)/.ready: pyproject.toml constraints-next.txt
 	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
@@ -58,11 +56,11 @@ $(NEXT)/.ready: pyproject.toml constraints-next.txt
 	@touch $(NEXT)/.ready
 
 test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones too
-	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal $(NEXT_TESTS)
+	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal -m next
 
 test-js: $(READY)  ## transformers.js under Node on folders of ours
 	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
-	$(BIN)/python -m pytest tests/test_layouts.py -k transformers_js
+	$(BIN)/python -m pytest tests/export/layouts/test_layouts.py -k transformers_js
 
 demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into demo-out/
 	$(BIN)/python examples/demo.py

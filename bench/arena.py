@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bench import harness
-from trimserve import session
 from trimserve.loading import load
+from trimserve.runtime import session
 
 if TYPE_CHECKING:
     import onnxruntime as ort

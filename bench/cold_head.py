@@ -25,11 +25,11 @@ import numpy as np
 import onnx
 
 from bench import harness
-from bench.decode_models import NormalTensor
-from trimserve.coldhead import PartedGraph
-from trimserve.report import human_bytes, table
-from trimserve.session import open_session
-from trimserve.tensorfile import exhaust, read_header, write_tensors
+from bench.decode.models import NormalTensor
+from trimserve.console import human_bytes, table
+from trimserve.files.tensors import exhaust, read_header, write_tensors
+from trimserve.runtime.cold_head import PartedGraph
+from trimserve.runtime.session import open_session
 
 SHAPES = {"multidomain-qwen2": (144_256, 256), "gemma-3-270m": (245_760, 640)}
 QUICK_SHAPES = {"tiny": (3000, 64)}
@@ -52,9 +52,9 @@ _TILE_BYTES = 4 << 20
 
 def make(folder: Path, shape: tuple[int, int]) -> None:
     """Write the folders of all variants."""
-    from trimserve_export.quantize import SCHEMES, quantize_graph
-    from trimserve_export.serving import cold_graph
-    from trimserve_export.serving.cold_head import write_cold_head
+    from trimserve_export.cold_head import graph as cold_graph
+    from trimserve_export.cold_head.writing import write_cold_head
+    from trimserve_export.serving.quantize import SCHEMES, quantize_graph
 
     for name in ("left", "left-bf16", "left-bf16-whole", "right", "int4"):
         target = folder / name

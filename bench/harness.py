@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT, SCHEMA_VERSION, Neighbours, bandwidth, circumstances
-from trimserve import measuring
+from trimserve.benchmark import measuring
+from trimserve.benchmark.measuring import Ratio, Spread, alternately, paired_ratio, ratio, spread
 from trimserve.errors import TrimserveError
-from trimserve.measuring import Memory, Ratio, Spread, alternately, memory, paired_ratio, ratio, spread
-from trimserve.session import DEVICES, providers
+from trimserve.process import Memory, memory
+from trimserve.runtime.session import DEVICES, providers
 
 __all__ = [
     "MIN_STEPS",

@@ -1,8 +1,8 @@
 """Every family x exporter x quantisation x layout: does the trimmed model give the full model's numbers?
 
 Each cell trims a tiny model of its family, exports it, and compares all outputs with the untrimmed model's,
-exported and quantised alike, by `np.array_equal` in ONNX Runtime on the CPU (`tests/matrix.py`). Exporters
-that need another environment are left out: run it in each. Folders of other tools' graphs come from
+exported and quantised alike, by `np.array_equal` in ONNX Runtime on the CPU (tests/support/matrix.py).
+Exporters that need another environment are left out: run it in each. Folders of other tools' graphs come from
 TRIMSERVE_DATA.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import harness
-from tests import matrix
-from trimserve.report import progress
-from trimserve_export.exporters import EXPORTERS, load_exporter
+from tests.support import matrix
+from trimserve.console import progress
 from trimserve_export.exporters.choice import is_installed
+from trimserve_export.exporters.exporter import EXPORTERS, load_exporter
 
 FOLDER = "folder"
 

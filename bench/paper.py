@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from trimserve.profiling import Profile, profile
-from trimserve.report import table
-from trimserve.selection import select
+from trimserve.console import table
+from trimserve.profiles.profile import Profile
+from trimserve.profiles.profiling import profile
+from trimserve.selection.select_ids import select
 
 COVERAGE = 0.999
 HELD_OUT = 10  # every so many lines one

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import certificate_tables, figures, harness
+from bench import harness
+from bench.certificate import tables as certificate_tables
+from bench.tables import figures
 from trimserve.errors import MissingExtraError, require
 
 if TYPE_CHECKING:

@@ -24,16 +24,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bench import harness
-from trimserve.cold import ColdRows
-from trimserve.decoder import Decoder, Floats
-from trimserve.folder import open_folder, read_manifest
-from trimserve.generator import Generator
+from trimserve.arrays import Floats, Ids
+from trimserve.console import table
+from trimserve.decoding.scoring import log_sum_exp
+from trimserve.folder.manifest import read_manifest
+from trimserve.folder.opening import open_folder
+from trimserve.generation.generator import Generator
 from trimserve.loading import load
-from trimserve.profiling import Profile
-from trimserve.report import table
-from trimserve.scoring import log_sum_exp
-from trimserve.session import open_session
-from trimserve.vocab import Ids
+from trimserve.profiles.profile import Profile
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.session import open_session
 
 MODEL = "multidomain-qwen2"
 DOMAINS = {"in the domain": "gsm8k-en", "another domain": "law-en-uscode"}
@@ -213,11 +214,11 @@ def _unseen(profiled: Profile, size: int) -> list[int]:
 
 def make(work: Path, kept: Sequence[int]) -> dict[str, Any]:
     """Export the full model and both layouts at each K; returns the folders."""
-    from trimserve.profiling import profile
-    from trimserve.resolving import resolve_model
-    from trimserve.selection import select
+    from trimserve.model.resolve import resolve_model
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
     from trimserve_export import export
-    from trimserve_export.untrimmed import export_untrimmed
+    from trimserve_export.full_model import export_untrimmed
 
     source = resolve_model(harness.data_folder() / "models" / MODEL)
     corpus = harness.data_folder() / "corpora" / DOMAINS["in the domain"] / "text.txt"

@@ -7,7 +7,7 @@ from typing import IO
 
 import numpy as np
 
-from trimserve.tensorfile import CHUNK_BYTES
+from trimserve.files.tensors import CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)

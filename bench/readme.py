@@ -12,20 +12,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import (
-    certificate_tables,
-    decode_tables,
-    encoder,
-    harness,
-    peer_tables,
-    plot,
-    profile_tables,
-    tables,
-    targets,
-)
-from bench.finetune_tables import banking_table, finetune_table
-from bench.matrix_table import matrix_table
-from trimserve.report import human_bytes
+from bench import harness, plot
+from bench.certificate import tables as certificate_tables
+from bench.decode import tables as decode_tables
+from bench.encoder import run as encoder
+from bench.finetune.tables import banking_table, finetune_table
+from bench.peers import tables as peer_tables
+from bench.profile import tables as profile_tables
+from bench.tables import common as tables
+from bench.tables import targets
+from bench.tables.matrix import matrix_table
+from trimserve.console import human_bytes
 
 PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
 # Result files that are not named after the module that writes them.
@@ -40,7 +37,7 @@ _BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.
 
 
 def encoder_table() -> str:
-    """All-MiniLM-L6-v2, full against trimmed, from bench/encoder.py."""
+    """All-MiniLM-L6-v2, full against trimmed, from bench/encoder/run.py."""
     row = harness.last_row("encoder")
     ratio = row["time_ratio"]
     caption = (
@@ -101,8 +98,8 @@ def session_table() -> str:
 
 
 def trim_table() -> str:
-    """Trimming checkpoints and graphs, from bench/trim.py: the newest row of each model."""
-    from bench import trim  # onnx, which who writes the other tables may lack
+    """Trimming checkpoints and graphs, from bench/trim/run.py: the newest row of each model."""
+    from bench.trim import run as trim  # onnx, which who writes the other tables may lack
 
     rows = harness.newest_rows("trim", "model")
     caption = (

@@ -15,8 +15,8 @@ from PIL import Image
 
 from bench import harness
 from trimserve.cli.main import main as trimserve
-from trimserve.profiling import profile
-from trimserve.resolving import resolve_model
+from trimserve.model.resolve import resolve_model
+from trimserve.profiles.profiling import profile
 
 PICTURE = harness.ROOT / "docs" / "img" / "report.png"
 # What parts two documents: questions with their answers, and messages to a bank.

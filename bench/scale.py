@@ -24,10 +24,10 @@ import numpy as np
 import onnx
 
 from bench import harness
-from trimserve.profiling import profile
-from trimserve.report import table
-from trimserve.session import open_session
-from trimserve.vocab import Reason, VocabMap
+from trimserve.console import table
+from trimserve.profiles.profiling import profile
+from trimserve.runtime.session import open_session
+from trimserve.vocab.map import Reason, VocabMap
 
 ROWS = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
 WIDTHS = (256, 640, 1024, 2048)

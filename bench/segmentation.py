@@ -18,9 +18,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bench import harness
-from bench.peer_environments import TRIMBED, VOCABTRIMMER, CannotRunError, run
+from bench.peers.environments import TRIMBED, VOCABTRIMMER, CannotRunError, run
 from bench.quality import MODEL, held_out_texts, split
-from trimserve.report import table
+from trimserve.console import table
 
 ORIGINAL = "original"
 ENCODER = "xlm-roberta"
@@ -47,9 +47,9 @@ SUBJECTS = {MODEL: Subject("gsm8k-en", 0.99, trained=True), ENCODER: Subject("la
 
 def make(work: Path, name: str) -> dict[str, Any]:
     """Profile a subject and cut it by the tokenizer layout; returns its model folder and K."""
-    from trimserve.profiling import profile
-    from trimserve.resolving import resolve_model
-    from trimserve.selection import select
+    from trimserve.model.resolve import resolve_model
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
     from trimserve_export import export
 
     subject, data = SUBJECTS[name], harness.data_folder()

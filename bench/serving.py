@@ -19,9 +19,9 @@ from typing import Any
 from bench import harness
 from bench.arena import arena_bytes
 from bench.machine import device_memory
-from trimserve.generator import Generator
+from trimserve.console import human_bytes, table
+from trimserve.generation.generator import Generator
 from trimserve.loading import load
-from trimserve.report import human_bytes, table
 
 PROMPTS = (64, 512)
 BATCHES = (1, 4)
@@ -55,7 +55,7 @@ def worker(folder: Path, device: str, threads: int) -> None:
 
 def measure(name: str, quantize: str | None, work: Path, args: Any) -> dict[str, Any]:  # noqa: ANN401
     """All cells of one model in one number format; returns the row for the result file."""
-    words = ["-m", "bench.decode_models", name, "--work", str(work)]
+    words = ["-m", "bench.decode.models", name, "--work", str(work)]
     words += ["--stand", "0.99", "--prompt-tokens", str(max(args.prompt)), "--layers", str(args.layers)]
     made = harness.fresh_process(words + (["--quantize", quantize] if quantize else []))
     neighbours = harness.Neighbours()
@@ -164,7 +164,7 @@ def _arenas(held: Mapping[str, int]) -> str:
 
 def main() -> int:
     """Measure, save a row a number format, print a table each."""
-    from bench.decode_models import SHAPES  # ml_dtypes, which who writes the tables may lack
+    from bench.decode.models import SHAPES  # ml_dtypes, which who writes the tables may lack
 
     parser = harness.parser(__doc__ or "", rounds=1, work="checkpoints and exports")
     parser.add_argument("--model", choices=list(SHAPES), default="gemma-3-270m")

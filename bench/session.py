@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench import harness
-from trimserve.folder import open_folder
-from trimserve.report import table
-from trimserve.session import available_cpus, open_session
+from trimserve.console import table
+from trimserve.folder.opening import open_folder
+from trimserve.runtime.session import available_cpus, open_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 
 from bench import harness
-from trimserve.report import table
+from trimserve.console import table
 
 _TIMED_IMPORT = """
 import json, time

@@ -18,9 +18,9 @@ import numpy as np
 
 from bench import harness
 from bench.random_tensors import RandomTensor, random_block
-from trimserve.report import human_bytes, table
-from trimserve.tensorfile import TensorSource, exhaust, write_tensors
-from trimserve.vocab import Reason, VocabMap
+from trimserve.console import human_bytes, table
+from trimserve.files.tensors import TensorSource, exhaust, write_tensors
+from trimserve.vocab.map import Reason, VocabMap
 
 MEMORY_TARGET = 300e6
 TIME_TARGET = 1.5
@@ -42,7 +42,7 @@ def make_checkpoint(folder: Path) -> None:
     """Write a random checkpoint with the tensors that the model class has."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trimserve_export.vocab_axes import build_on_meta
+    from trimserve_export.checkpoint.axes import build_on_meta
 
     (folder / "config.json").write_text(json.dumps(CONFIG), "utf-8")
     (folder / "tokenizer.json").write_text("{}", "utf-8")
@@ -60,11 +60,12 @@ def worker(mode: str, folder: Path, kept: int) -> dict[str, Any]:
     import transformers  # noqa: F401 - the memory that any user of the checkpoint pays
     from transformers import PreTrainedModel  # noqa: F401
 
-    from trimserve_export import checkpoint, stored_vocab
+    from trimserve_export.checkpoint import stored as stored_vocab
+    from trimserve_export.checkpoint import trim as checkpoint
 
     if mode == "import":
         return {"peak": harness.memory().peak}
-    from trimserve.resolving import resolve_model
+    from trimserve.model.resolve import resolve_model
 
     source, vocab, out = resolve_model(folder / "source"), _vocab(kept), _empty(folder / "out")
     begin = time.perf_counter()

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from bench import harness
-from trimserve.report import table
+from trimserve.console import table
 
 _FAILED = "FAILED"
 
@@ -46,7 +46,7 @@ SUITE = (
     # These two read what `make demo` wrote.
     Entry("encoder", 2.5, ("--rounds", "5"), quick=False, needs_data=False),
     Entry("translate", 0.5, quick=False, needs_data=False),
-    Entry("encoder_grid", 8, ("--rounds", "3", "--seconds", "3", "--most-tokens", "1024"), on_device=True),
+    Entry("encoder.grid", 8, ("--rounds", "3", "--seconds", "3", "--most-tokens", "1024"), on_device=True),
     Entry(
         "decode",
         9,

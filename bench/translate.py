@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from bench import harness
-from trimserve.batching import join
-from trimserve.folder import open_folder
-from trimserve.report import table
-from trimserve.text import Codec
+from trimserve.console import table
+from trimserve.folder.opening import open_folder
+from trimserve.text.batching import join
+from trimserve.text.codec import Codec
 
 BATCH_SIZES = (1, 32, 256)
 STEPS = ("tokenise_ms", "translate_ms", "translate_and_pad_ms")

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench import encoder
-from trimserve.artefacts import load_vocab
-from trimserve.encoder import Encoder
+from bench.encoder import run as encoder
+from trimserve.console import table
+from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load
-from trimserve.report import table
-from trimserve.session import available_cpus
+from trimserve.runtime.session import available_cpus
+from trimserve.vocab.file import load_vocab
 
 OUT = Path("demo-out")
 TESTS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 import trimserve
-from trimserve.artefacts import load_vocab, save_vocab
+from trimserve.console import human_bytes, table
 from trimserve.finetune import PartialVocab, partial_vocab
-from trimserve.report import human_bytes, table
+from trimserve.vocab.file import load_vocab, save_vocab
 
 BATCH, RATE, SEED = 32, 5e-4, 0
 VARIANTS = ("full", "trimmed")
@@ -169,7 +169,7 @@ def in_process(variant: str, data: Path, vocab: Path, texts: int, tests: int | N
 def outside_share(path: Path, vocab: trimserve.VocabMap) -> float:
     """Share of the texts with an id that was not trained."""
     from trimserve.finetune import find_outside
-    from trimserve.resolving import resolve_model
+    from trimserve.model.resolve import resolve_model
 
     texts = read_csv(path)[0]
     encoded = resolve_model(minilm()).tokenizer().encode_batch_fast(texts)

@@ -1,4 +1,4 @@
-"""Fixtures for every test module; makers of tiny tokenizers are in `tests.tiny_tokenizers`."""
+"""Fixtures for every test module; makers of tiny tokenizers are in `tests.support.tiny_tokenizers`."""
 
 import os
 from pathlib import Path
@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.tiny_tokenizers import KINDS, save_model_folder
+from tests.support.tiny_tokenizers import KINDS, save_model_folder
 
 # A busy machine is slow now and then; that is no failure.
 settings.register_profile("trimserve", deadline=None)
 settings.load_profile("trimserve")
 
 # Helper modules hold no tests, and some of them need the [export] extra as soon as they are imported.
-collect_ignore = [
-    path.name for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("test_")
-]
+collect_ignore = ["support"]
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +53,7 @@ def one_thread():
 def exported(tmp_path_factory):
     """Give a family's tiny model, its trimmed folder and full graph, each made once: `exported("llama")`."""
     pytest.importorskip("torch")
-    from tests.exports import Exports
+    from tests.support.exports import Exports
 
     return Exports(tmp_path_factory.mktemp("exports"))
 
@@ -64,7 +62,7 @@ def exported(tmp_path_factory):
 def translators(tmp_path_factory):
     """Give a family's tiny encoder-decoder and its trimmed folder, each made once: `translators("t5")`."""
     pytest.importorskip("torch")
-    from tests.translators import make_translator
+    from tests.support.translators import make_translator
 
     made = {}
 

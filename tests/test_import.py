@@ -1,5 +1,6 @@
 """`import trimserve` is light: nothing heavy comes with it, whatever is installed."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -42,9 +43,36 @@ def test_public_names_are_imported_when_they_are_used():
     loaded = loaded_after("import trimserve\n[getattr(trimserve, name) for name in trimserve.__all__]")
     assert {"numpy", "tokenizers"} <= loaded
     assert loaded.isdisjoint(HEAVY)
-    assert set(trimserve._MODULES) < set(trimserve.__all__) <= set(dir(trimserve))
+    assert set(trimserve.__all__) <= set(dir(trimserve))
     with pytest.raises(AttributeError, match="'trimserve' has no attribute 'nothing'"):
         _ = trimserve.nothing
+
+
+FACES = {
+    "trimserve.corpus.corpus": "Corpus",
+    "trimserve.counting.count": "count_corpus",
+    "trimserve.encoder.encoder": "Encoder",
+    "trimserve.exact.checker": "ExactChecker",
+    "trimserve.finetune": "restore",
+    "trimserve.folder.opening": "TrimmedFolder",
+    "trimserve.decoding.loop": "Generator",
+    "trimserve.profiles.profile": "Profile",
+    "trimserve.reporting": "gather",
+    "trimserve.selection.select_ids": "select",
+    "trimserve.text.codec": "Codec",
+    "trimserve.vocab.map": "VocabMap",
+}
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_public_packages_give_their_names_lazily(package):
+    assert loaded_after(f"import {package}").isdisjoint({*HEAVY, "tokenizers"})
+    face = importlib.import_module(package)
+    assert FACES[package] in face.__all__
+    assert all(getattr(face, name) is not None for name in face.__all__)
+    assert set(face.__all__) <= set(dir(face))
+    with pytest.raises(AttributeError, match=f"'{package}' has no attribute 'nothing'"):
+        _ = face.nothing
 
 
 def test_help_of_every_command_leaves_heavy_packages_unloaded():

@@ -12,11 +12,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
-from tests.folders import make_folder
-from tests.tiny_tokenizers import KINDS
-from trimserve.encoder import Encoder
+from tests.support.folders import make_folder
+from tests.support.tiny_tokenizers import KINDS
+from trimserve.encoder.encoder import Encoder
 from trimserve.errors import MismatchError, MissingExtraError, UnsupportedModelError, UsageError
-from trimserve.folder import read_manifest, write_manifest
+from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.loading import load
 
 pytestmark = pytest.mark.export

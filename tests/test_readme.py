@@ -41,7 +41,7 @@ def test_linked_files_exist():
 @pytest.mark.export
 def test_python_example_runs_as_printed(tmp_path, monkeypatch):
     pytest.importorskip("torch")
-    from tests.models import save_model
+    from tests.support.models import save_model
 
     monkeypatch.chdir(tmp_path)
     model = save_model("bert_encoder", tmp_path / "model")

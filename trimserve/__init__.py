@@ -9,7 +9,6 @@ Example:
     >>> print(*model.stream("Summarise: …", max_new_tokens=64), sep="")  # doctest: +SKIP
 """
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +21,17 @@ from trimserve.errors import (
     UsageError,
     require,
 )
+from trimserve.faces import lazy_face
 from trimserve.version import __version__
 
 if TYPE_CHECKING:
-    from trimserve.difference import Difference, diff
     from trimserve.loading import load
-    from trimserve.merging import merge
-    from trimserve.profiling import Profile, profile
-    from trimserve.selection import select
-    from trimserve.vocab import Reason, VocabMap
+    from trimserve.profiles.difference import Difference, diff
+    from trimserve.profiles.merging import merge
+    from trimserve.profiles.profile import Profile
+    from trimserve.profiles.profiling import profile
+    from trimserve.selection.select_ids import select
+    from trimserve.vocab.map import Reason, VocabMap
     from trimserve_export.inspection import Inspection
     from trimserve_export.pipeline import ExportResult
     from trimserve_export.verify import VerifyResult
@@ -57,30 +58,25 @@ __all__ = [
     "verify",
 ]
 
-# Public name -> its module, imported when the name is first used (PEP 562).
-_MODULES = {
-    "Difference": "trimserve.difference",
-    "Profile": "trimserve.profiling",
-    "Reason": "trimserve.vocab",
-    "VocabMap": "trimserve.vocab",
-    "diff": "trimserve.difference",
-    "load": "trimserve.loading",
-    "merge": "trimserve.merging",
-    "profile": "trimserve.profiling",
-    "select": "trimserve.selection",
-}
-
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = found
-    return found
+# `__all__` stays written out, for readers and for tools that do not run this module.
+__getattr__, _listing, _ = lazy_face(
+    __name__,
+    {
+        "Difference": "trimserve.profiles.difference",
+        "Profile": "trimserve.profiles.profiling",
+        "Reason": "trimserve.vocab.map",
+        "VocabMap": "trimserve.vocab.map",
+        "diff": "trimserve.profiles.difference",
+        "load": "trimserve.loading",
+        "merge": "trimserve.profiles.merging",
+        "profile": "trimserve.profiles.profiling",
+        "select": "trimserve.selection.select_ids",
+    },
+)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*_listing(), *__all__})
 
 
 def export(model: str | Path, vocab: "VocabMap", output: str | Path, **options: Any) -> "ExportResult":  # noqa: ANN401 - see pipeline.export

@@ -4,20 +4,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimserve.cold import COLD_INPUT, ColdRows, cold_widths
-from trimserve.encoder import Encoder
+from trimserve.encoder.encoder import Encoder
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK, TrimmedFolder, open_folder
-from trimserve.heap import release_free_memory
-from trimserve.session import open_session, prepacks
-from trimserve.text import Codec
+from trimserve.folder.opening import TrimmedFolder, open_folder
+from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.process import release_free_memory
+from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
+from trimserve.runtime.session import open_session, prepacks
+from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from trimserve.generator import Generator
-
-ENCODER_TASKS = ("feature-extraction", "fill-mask", "text-classification", "token-classification")
+    from trimserve.generation.generator import Generator
+from trimserve.folder.tasks import ENCODER_TASKS
 
 
 def load(
@@ -58,10 +58,10 @@ def load(
     if folder.manifest.task not in GENERATOR_TASKS:
         return Encoder(folder, sessions["model"], codec, cold)
     # An encoder's process needs none of these.
-    from trimserve.decoder import Decoder
-    from trimserve.generator import Generator
-    from trimserve.seq2seq import Seq2seqDecoder
-    from trimserve.text2text import Text2TextGenerator
+    from trimserve.generation.generator import Generator
+    from trimserve.generation.text2text import Text2TextGenerator
+    from trimserve.runtime.decoder import Decoder
+    from trimserve.runtime.seq2seq import Seq2seqDecoder
 
     if folder.manifest.task == GENERATION_TASK:
         return Generator(folder, Decoder(sessions["model"], device=device), codec, cold, threads=threads)

@@ -4,16 +4,20 @@ Needs the `[export]` extra. The names here are imported when they are first used
 torch (`trimserve inspect` of a trimmed folder) works without it.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimserve.faces import lazy_face
 
 if TYPE_CHECKING:
-    from trimserve_export.pipeline import ExportResult, export, export_full
+    from trimserve_export.full_model import export_full as export_full
+    from trimserve_export.pipeline import ExportResult as ExportResult
+    from trimserve_export.pipeline import export as export
 
-__all__ = ["ExportResult", "export", "export_full"]
-
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.pipeline"), name)
+__getattr__, __dir__, __all__ = lazy_face(
+    __name__,
+    {
+        "ExportResult": "trimserve_export.pipeline",
+        "export": "trimserve_export.pipeline",
+        "export_full": "trimserve_export.full_model",
+    },
+)

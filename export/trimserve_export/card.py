@@ -7,18 +7,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from trimserve.artefacts import sha256_file
-from trimserve.folder import (
-    COLD_NAME,
-    GENERATION_TASK,
-    TEXT2TEXT_TASK,
-    VOCAB_NAME,
-    FileEntry,
-    Manifest,
-    stored_weight_bytes,
-)
-from trimserve.report import human_bytes, percent
-from trimserve.source import ModelSource
+from trimserve.console import human_bytes, percent
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.manifest import FileEntry, Manifest, stored_weight_bytes
+from trimserve.folder.names import COLD_NAME, VOCAB_NAME
+from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve.model.source import ModelSource
 from trimserve_export.layouts.segmentation import describe_segmentation
 
 CARD_NAME = "README.md"

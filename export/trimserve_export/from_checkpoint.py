@@ -6,28 +6,24 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trimserve.artefacts import save_vocab, sha256_file
-from trimserve.blocks import BlockScheme
-from trimserve.folder import (
-    COLD_NAME,
-    GENERATION_TASK,
-    GENERATOR_TASKS,
-    TEXT2TEXT_TASK,
-    VOCAB_NAME,
-    FileEntry,
-    Manifest,
-    Source,
-    list_files,
-)
-from trimserve.sentence_settings import write_settings
-from trimserve.source import GENAI_NAME
+from trimserve.files.hashes import sha256_file
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.manifest import FileEntry, Manifest, Source
+from trimserve.folder.names import COLD_NAME, VOCAB_NAME
+from trimserve.folder.opening import list_files
+from trimserve.folder.sentence import write_settings
+from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
-from trimserve.vocab import VocabMap
-from trimserve_export.checkpoint import TrimmedCheckpoint, trim_checkpoint
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.head_ids import compact_head, head_rows
+from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
+from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
 from trimserve_export.exporters.choice import Choice
-from trimserve_export.graph.loading import load_graph
-from trimserve_export.graph.trim import trim_head
-from trimserve_export.graph.turned import turn_tables
+from trimserve_export.graphs.reading import load_graph
+from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
@@ -36,14 +32,12 @@ from trimserve_export.layouts.writing import (
     write_cut_files,
     write_layout_graph,
 )
-from trimserve_export.output_ids import compact_head, head_rows
 from trimserve_export.planning import Plan
-from trimserve_export.quantize import SCHEMES, quantize_graph
-from trimserve_export.serving import make_servable, serve
-from trimserve_export.serving.cold_head import quantize_cold_head, write_cold_head
+from trimserve_export.serving.quantize import SCHEMES, quantize_graph
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
-from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.serving.servable import make_servable, serve
+from trimserve_export.trimming.trim import trim_head
 
 logger = logging.getLogger(__name__)
 

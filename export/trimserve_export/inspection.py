@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import UsageError, require
-from trimserve.folder import COLD_NAME, is_trimmed, read_manifest
-from trimserve.prize import WeightBytes
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
+from trimserve.folder.manifest import is_trimmed, read_manifest
+from trimserve.folder.names import COLD_NAME
+from trimserve.model.prize import WeightBytes
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
 
 if TYPE_CHECKING:
-    from trimserve.tensorfile import TensorSpec
-    from trimserve_export.stored_vocab import StoredVocab
+    from trimserve.files.tensors import TensorSpec
+    from trimserve_export.checkpoint.stored import StoredVocab
 
 # A K that most single-domain profiles stay below.
 DEFAULT_KEPT = 16_384
@@ -166,8 +167,8 @@ def _onnx_bytes(path: Path) -> int:
 
 def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
     require("transformers", extra="export", purpose="inspecting a model")
-    from trimserve_export.stored_vocab import read_specs, stored_vocab
-    from trimserve_export.vocab_axes import load_config
+    from trimserve_export.checkpoint.axes import load_config
+    from trimserve_export.checkpoint.stored import read_specs, stored_vocab
 
     specs = read_specs(source)
     stored = stored_vocab(source)

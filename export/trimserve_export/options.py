@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from trimserve.errors import UsageError
-from trimserve_export.exporters import DEVICES, EXPORTERS
-from trimserve_export.quantize import SCHEMES
-from trimserve_export.serving.sketch import SKETCH_BITS
-from trimserve_export.tasks import TASKS, TORCH_DTYPES
+from trimserve_export.checkpoint.tasks import TASKS, TORCH_DTYPES
+from trimserve_export.cold_head.sketch import SKETCH_BITS
+from trimserve_export.exporters.exporter import DEVICES, EXPORTERS
+from trimserve_export.serving.quantize import SCHEMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,29 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimserve.finetune.restore import full_source
-from trimserve.folder import MANIFEST_NAME, Manifest, stored_weight_bytes, write_manifest
-from trimserve.measuring import peak_resident
-from trimserve.profiling import Profile
-from trimserve.resolving import resolve_model
-from trimserve.source import ModelSource
-from trimserve.staging import staged_folder
-from trimserve.vocab import VocabMap
+from trimserve.finetune.restoring import full_source
+from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
+from trimserve.folder.names import MANIFEST_NAME
+from trimserve.folder.staging import staged_folder
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import ModelSource
+from trimserve.process import peak_resident
+from trimserve.profiles.profile import Profile
+from trimserve.vocab.map import VocabMap
 from trimserve_export.card import with_card
-from trimserve_export.checkpoint import check_vocab
+from trimserve_export.checkpoint.head_ids import check_layout
+from trimserve_export.checkpoint.trim import check_vocab
+from trimserve_export.cold_head.sketch import SKETCH_BITS, add_sketch, wants_sketch
 from trimserve_export.from_checkpoint import fill_from_checkpoint
-from trimserve_export.graph.road import check_road, fill_from_graph
+from trimserve_export.from_graph.fill import check_options, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
 from trimserve_export.options import Options
-from trimserve_export.output_ids import check_layout
 from trimserve_export.planning import Plan, plan_export
-from trimserve_export.reference import export_full
-from trimserve_export.serving.sketch import SKETCH_BITS, add_sketch, wants_sketch
 from trimserve_export.static_embedding import fill_from_static, is_static
-
-__all__ = ["ExportResult", "Options", "export", "export_full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     Args:
         model: a folder or hub id with a tokenizer.json and safetensors weights, or an ONNX graph, which is
             trimmed as it is, its quantisation kept; or the .onnx file itself. A compact checkpoint of
-            fine-tuning counts as the full model that `trimserve.finetune.restore` makes of it.
+            fine-tuning counts as the full model that `trimserve.finetune.restoring` makes of it.
         vocab: the kept ids, selected for this model.
         output: the folder to make; it must not exist or be empty.
         task: ``"auto"`` (by the checkpoint's architecture) or one of `tasks.TASKS`.
@@ -137,7 +135,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     with full_source(resolve_model(model, revision=revision), near=target.parent) as source:
         if variant is not None:
             source = dataclasses.replace(source, variant=variant)
-        check_road(source, options)
+        check_options(source, options)
         check_layout(vocab, layout=layout, to=to)
         if layout == "tokenizer":
             check_vocab(source, vocab)

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder import TEXT2TEXT_TASK
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
-from trimserve_export.exporters import GraphJob
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.tasks import TEXT2TEXT_TASK
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.axes import load_config
+from trimserve_export.checkpoint.head_ids import check_task_of_head
+from trimserve_export.checkpoint.sentence_config import Declared, read_declared, task_of_modules
+from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
+from trimserve_export.checkpoint.tasks import check_task, infer_task
 from trimserve_export.exporters.choice import Choice, choose_exporter
+from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.options import Options
-from trimserve_export.output_ids import check_task_of_head
-from trimserve_export.quantize import SCHEMES
-from trimserve_export.sentence_config import Declared, read_declared, task_of_modules
-from trimserve_export.sentence_modules import is_sentence_transformers
-from trimserve_export.tasks import check_task, infer_task
-from trimserve_export.vocab_axes import load_config
+from trimserve_export.serving.quantize import SCHEMES
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimserve.artefacts import save_vocab, sha256_file
+from trimserve.arrays import Ids
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder import COLD_NAME, VOCAB_NAME, CutTensor, Manifest, Source, list_files
-from trimserve.sentence_settings import write_settings
-from trimserve.source import ModelSource
-from trimserve.tensorfile import (
+from trimserve.files.hashes import sha256_file
+from trimserve.files.tensors import (
     TensorRows,
     TensorSpec,
     exhaust,
@@ -27,15 +25,22 @@ from trimserve.tensorfile import (
     to_float32,
     write_tensors,
 )
+from trimserve.folder.manifest import CutTensor, Manifest, Source
+from trimserve.folder.names import COLD_NAME, VOCAB_NAME
+from trimserve.folder.opening import list_files
+from trimserve.folder.sentence import write_settings
+from trimserve.model.source import ModelSource
 from trimserve.version import __version__
-from trimserve.vocab import Ids, VocabMap
-from trimserve_export.checkpoint import check_vocab
+from trimserve.vocab.file import save_vocab
+from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.sentence_config import read_declared
+from trimserve_export.checkpoint.sentence_modules import STATIC, is_sentence_transformers, list_modules
+from trimserve_export.checkpoint.stored import StoredVocab
+from trimserve_export.checkpoint.trim import check_vocab
+from trimserve_export.graphs.writing import GRAPH_NAME
 from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES, copy_files
 from trimserve_export.options import Options
-from trimserve_export.sentence_config import read_declared
-from trimserve_export.sentence_modules import STATIC, is_sentence_transformers, list_modules
-from trimserve_export.serving import GRAPH_NAME, serve
-from trimserve_export.stored_vocab import StoredVocab
+from trimserve_export.serving.servable import serve
 
 TASK = "feature-extraction"
 # As sentence-transformers and as model2vec store it.

@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for usage
         return int(stop.code or 0)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
-    code: int = importlib.import_module(f"trimserve.cli.{args.command}").run(args)
+    code: int = importlib.import_module(f"trimserve.cli.commands.{args.command}").run(args)
     return code
 
 
@@ -80,7 +80,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
         if name == named:  # only the called command's module is imported
-            importlib.import_module(f"trimserve.cli.{name}").add_arguments(command)
+            importlib.import_module(f"trimserve.cli.commands.{name}").add_arguments(command)
         command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
         command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     return parser.parse_args(arguments)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from trimserve.chat import ChatTemplate, Message
 from trimserve.corpus.documents import Document
+from trimserve.text.chat import ChatTemplate, Message
 
 _CONTEXT_CHARACTERS = 64
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from trimserve.chat import ChatTemplate
 from trimserve.errors import UsageError
+from trimserve.text.chat import ChatTemplate
 
 Unit = Literal["document", "line", "paragraph"]
 UNITS: tuple[Unit, ...] = ("document", "line", "paragraph")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from trimserve.errors import UsageError, require
-from trimserve.hub import fetch_snapshot
+from trimserve.files.hub import fetch_snapshot
 
 STDIN = "-"
 HUB = "hf://"
@@ -138,3 +138,12 @@ def _hub_files(name: str) -> Iterator[CorpusFile]:
         below = found.relative_to(root).as_posix()
         label = prefix if below == "." else f"{prefix}/{below}"
         yield from _folder_files(found, label) if found.is_dir() else [corpus_file(str(found), label)]
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSource:
+    """A file that was read: its name as given, the sha256 and the number of its bytes."""
+
+    name: str
+    sha256: str
+    bytes: int

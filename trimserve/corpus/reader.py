@@ -7,20 +7,11 @@ from pathlib import Path
 from typing import IO
 
 from trimserve.corpus.documents import Document, Faults, Reading, cut_documents, decode, split_units
-from trimserve.corpus.files import CorpusFile
+from trimserve.corpus.files import CorpusFile, CorpusSource
 from trimserve.corpus.rows import encodable, read_csv, read_jsonl, read_parquet
 from trimserve.corpus.slices import Section, Slice, boundary, drain, open_section
 
 _BLOCK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusSource:
-    """A file that was read: its name as given, the sha256 and the number of its bytes."""
-
-    name: str
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,117 +6,35 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.corpus import Corpus, CorpusFile, CorpusSource, Document, Faults, Reading, Slice
-from trimserve.corpus.reader import SliceReader
-from trimserve.counting.blocks import Block
-from trimserve.counting.choosing import choose_encoder
-from trimserve.counting.counter import DocumentCounter, uninterrupted
-from trimserve.counting.encoders import Encoder
-from trimserve.counting.job import Job
-from trimserve.counting.local import count_local
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import Document
+from trimserve.corpus.files import CorpusFile, CorpusSource
+from trimserve.counting.documents import DocumentCounter, uninterrupted
+from trimserve.counting.encoding.choosing import choose_encoder
+from trimserve.counting.encoding.encoders import IdEncoder
+from trimserve.counting.plan import (
+    _SAMPLE_LEAST,
+    _SAMPLE_SHARE,
+    SAMPLE_CHARACTERS,
+    How,
+    cut_texts,
+    head,
+    sample_texts,
+)
+from trimserve.counting.slice_counts import OnBytes, SliceCounts
 from trimserve.counting.sums import Sums, plan_hash
+from trimserve.counting.workers.job import Job
+from trimserve.counting.workers.processes import count_local
 from trimserve.errors import UsageError
 
 log = logging.getLogger(__name__)
-
-Engine = Literal["local", "ray"]
-SAMPLE_CHARACTERS = 1 << 18
-_SAMPLE_SHARE = 256
-_SAMPLE_LEAST = 1 << 14
-_SAMPLE_PLACES = 16
 _HASH_BLOCK = 1 << 22
-
-OnBytes = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Part `number` (from 1) of `count` parts of a corpus."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """Read "i/n".
-
-        Raises:
-            UsageError: it is not from 1/n to n/n.
-        """
-        number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise UsageError(f"a shard should be from 1/N to N/N but is {text}: for example 3/8.")
-        return cls(int(number), int(count))
-
-    def choose(self, slices: Sequence[Slice]) -> list[Slice]:
-        """This part's slices; those of one document stay together."""
-        groups = [
-            list(group)
-            for _, group in itertools.groupby(
-                enumerate(slices), lambda entry: entry[1].file.name if entry[1].shared else entry[0]
-            )
-        ]
-        return [piece for group in groups[self.number - 1 :: self.count] for _, piece in group]
-
-
-def sample_texts(slices: Sequence[Slice], reading: Reading, size: int) -> list[str]:
-    """Beginnings of slices from all over the corpus, about `size` bytes in all."""
-    places = sorted({round(place) for place in np.linspace(0, len(slices) - 1, _SAMPLE_PLACES)})
-    texts: list[str] = []
-    for number in places if slices else []:
-        reader = SliceReader(slices[number], reading, Faults(skip=True))
-        share = size // len(places)
-        texts += cut_texts(reader.documents(), share)
-    return texts
-
-
-def cut_texts(documents: Iterable[Document], size: int) -> Iterator[str]:
-    """The first `size` bytes of documents."""
-    for document in documents:
-        content = document.text[:size].encode("utf-8", "surrogatepass")
-        yield content[:size].decode("utf-8", "ignore")
-        size -= len(content)
-        if size <= 0:
-            return
-
-
-def head(documents: Iterable[Document], characters: int) -> Iterator[Document]:
-    """The first documents that hold so many characters together."""
-    for document in documents:
-        yield document
-        characters -= len(document.text)
-        if characters <= 0:
-            return
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """Where a corpus is counted.
-
-    Attributes:
-        engine: "local" processes, or a "ray" cluster.
-        workers: cores to use; None means all.
-        shard: the part of the corpus to count; None means all of it.
-    """
-
-    engine: Engine = "local"
-    workers: int | None = None
-    shard: Shard | None = None
-
-    def __post_init__(self) -> None:
-        if self.engine not in ("local", "ray"):
-            raise UsageError(f"the engine should be local or ray but is {self.engine!r}.")
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers should be at least 1 but is {self.workers}.")
 
 
 class CorpusCounter:
@@ -144,7 +62,7 @@ class CorpusCounter:
         planned = corpus.slices()
         self.slices = planned if how.shard is None else how.shard.choose(planned)
         self.sums = Sums(
-            plan_hash(self.slices, corpus.options), Block.empty(rows), sharded=how.shard is not None
+            plan_hash(self.slices, corpus.options), SliceCounts.empty(rows), sharded=how.shard is not None
         )
 
     def count(self, on_bytes: OnBytes) -> None:
@@ -176,7 +94,7 @@ class CorpusCounter:
         """Whether the corpus is not shared out: a shard may hold nothing."""
         return self._how.shard is None
 
-    def _choose_encoder(self, first: Sequence[Document]) -> Encoder:
+    def _choose_encoder(self, first: Sequence[Document]) -> IdEncoder:
         """Choose on beginnings of the slices and on the first texts of a stream."""
         streamed = sum(len(document.text) for document in first)
         total = sum(piece.bytes for piece in self.slices) + streamed
@@ -194,11 +112,11 @@ class CorpusCounter:
         parts = [piece.file for piece in self.slices if not piece.whole or piece.file.format == "parquet"]
         return list(dict.fromkeys(parts)) if self.slices_are_all else []
 
-    def _count_slices(self, job: Job, encoder: Encoder, on_bytes: OnBytes) -> None:
+    def _count_slices(self, job: Job, encoder: IdEncoder, on_bytes: OnBytes) -> None:
         numbers = [number for number in range(len(self.slices)) if number not in self.sums.done]
         waiting = [self.slices[number] for number in numbers]
         if self._how.engine == "ray":
-            from trimserve.counting.ray_engine import count_ray
+            from trimserve.counting.workers.ray import count_ray
 
             blocks = count_ray(job, waiting, self._how.workers, on_bytes)
         else:
@@ -208,7 +126,7 @@ class CorpusCounter:
                 with uninterrupted():
                     self.sums.add(numbers[index], waiting[index], block)
 
-    def _count_stream(self, encoder: Encoder, documents: Iterable[Document], on_bytes: OnBytes) -> None:
+    def _count_stream(self, encoder: IdEncoder, documents: Iterable[Document], on_bytes: OnBytes) -> None:
         corpus, sums = self._corpus, self.sums
         counter = DocumentCounter(encoder, sums.total.counts.size)
         before = 0

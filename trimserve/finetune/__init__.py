@@ -13,21 +13,36 @@ Example:
     >>> model.save_pretrained("tuned")  # doctest: +SKIP
 """
 
-from trimserve.finetune.batch import Collator, remap
-from trimserve.finetune.partial import PartialVocab, cut_vocab, partial_vocab
-from trimserve.finetune.restore import Restored, is_compact, restore
-from trimserve.finetune.texts import Outside, find_outside, grow
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Collator",
-    "Outside",
-    "PartialVocab",
-    "Restored",
-    "cut_vocab",
-    "find_outside",
-    "grow",
-    "is_compact",
-    "partial_vocab",
-    "remap",
-    "restore",
-]
+from trimserve.faces import lazy_face
+
+if TYPE_CHECKING:
+    from trimserve.finetune.restoring import Restored as Restored
+    from trimserve.finetune.restoring import is_compact as is_compact
+    from trimserve.finetune.restoring import restore as restore
+    from trimserve.finetune.texts import Outside as Outside
+    from trimserve.finetune.texts import find_outside as find_outside
+    from trimserve.finetune.texts import grow as grow
+    from trimserve_export.finetune.batch import Collator as Collator
+    from trimserve_export.finetune.batch import remap as remap
+    from trimserve_export.finetune.partial import PartialVocab as PartialVocab
+    from trimserve_export.finetune.partial import cut_vocab as cut_vocab
+    from trimserve_export.finetune.partial import partial_vocab as partial_vocab
+
+__getattr__, __dir__, __all__ = lazy_face(
+    __name__,
+    {
+        "Collator": "trimserve_export.finetune.batch",
+        "Outside": "trimserve.finetune.texts",
+        "PartialVocab": "trimserve_export.finetune.partial",
+        "Restored": "trimserve.finetune.restoring",
+        "cut_vocab": "trimserve_export.finetune.partial",
+        "find_outside": "trimserve.finetune.texts",
+        "grow": "trimserve.finetune.texts",
+        "is_compact": "trimserve.finetune.restoring",
+        "partial_vocab": "trimserve_export.finetune.partial",
+        "remap": "trimserve_export.finetune.batch",
+        "restore": "trimserve.finetune.restoring",
+    },
+)

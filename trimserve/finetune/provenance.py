@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from trimserve.artefacts import SCHEMA_VERSION, atomic_path, sha256_file
 from trimserve.errors import MismatchError, UsageError
-from trimserve.folder import Source
-from trimserve.source import ModelSource
+from trimserve.files.artefact import SCHEMA_VERSION
+from trimserve.files.atomic import atomic_path
+from trimserve.files.hashes import sha256_file
+from trimserve.folder.manifest import Source
+from trimserve.model.source import ModelSource
 
 PROVENANCE_NAME = "finetune.json"
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimserve.ranking import round_up
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.arrays import Ids
+from trimserve.selection.ranking import round_up
+from trimserve.vocab.map import Reason, VocabMap
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 from trimserve.reporting.facts import Point, Report
 from trimserve.reporting.markup import times
 from trimserve.reporting.svg import Axis, Chart, Line, Mark, Size, draw, linear_axis, log_axis

@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.corpus import CorpusSource
-from trimserve.difference import js_distance
-from trimserve.estimates import Shares, knee
-from trimserve.forecast import CorpusCurve, cold_share, corpus_curve, seen_again
-from trimserve.prize import WeightBytes
-from trimserve.profiling import Profile
-from trimserve.ranking import covering, keeping_order, occurrences
-from trimserve.reporting.pieces import DroppedToken, KindShare, heaviest_dropped, kinds_of
-from trimserve.tokennames import TokenNames
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.arrays import Ids
+from trimserve.corpus.files import CorpusSource
+from trimserve.model.prize import WeightBytes
+from trimserve.profiles.difference import js_distance
+from trimserve.profiles.estimates import Shares, knee
+from trimserve.profiles.forecast import CorpusCurve, cold_share, corpus_curve, seen_again
+from trimserve.profiles.profile import Profile
+from trimserve.reporting.tokens import DroppedToken, KindShare, heaviest_dropped, kinds_of
+from trimserve.selection.ranking import covering, keeping_order, occurrences
+from trimserve.text.names import TokenNames
+from trimserve.vocab.map import Reason, VocabMap
 
 _CURVE_POINTS = 64
 _NO_MORE = 1e-5  # a hundredth of a token of 1,000
@@ -51,7 +52,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
+class CorpusFacts:
     """What was profiled."""
 
     texts: int
@@ -144,7 +145,7 @@ class Report:
 
     model: str
     vocab_size: int
-    corpus: Corpus
+    corpus: CorpusFacts
     missing: Missing
     choice: Point
     options: dict[str, Any]
@@ -192,7 +193,7 @@ def gather(inputs: Inputs, *, top: int = 30) -> Report:
     return Report(
         model=merged.tokenizer_name,
         vocab_size=merged.vocab_size,
-        corpus=Corpus(
+        corpus=CorpusFacts(
             merged.texts,
             merged.characters,
             merged.tokens,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
 from trimserve.reporting import sections
 from trimserve.reporting.charts import share_text
 from trimserve.reporting.facts import Report

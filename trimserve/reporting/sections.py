@@ -3,8 +3,8 @@
 import html
 from typing import Any
 
-from trimserve.estimates import CONFIDENCE
-from trimserve.report import human_bytes
+from trimserve.console import human_bytes
+from trimserve.profiles.estimates import CONFIDENCE
 from trimserve.reporting import charts
 from trimserve.reporting.charts import share_text
 from trimserve.reporting.facts import Point, Report

@@ -2,7 +2,7 @@
 
 import math
 
-from trimserve.report import human_bytes, percent, table
+from trimserve.console import human_bytes, percent, table
 from trimserve.reporting.charts import rows_of_k, share_text
 from trimserve.reporting.facts import Point, Report
 

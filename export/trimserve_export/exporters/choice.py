@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import transformers
 
 from trimserve.errors import MissingExtraError, UnsupportedModelError
-from trimserve_export.exporters import EXPORTERS, Exporter, GraphJob, load_exporter
+from trimserve_export.exporters.exporter import EXPORTERS, Exporter, GraphJob, load_exporter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -19,10 +19,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from trimserve.errors import UnsupportedModelError, UsageError, require
-from trimserve.folder import GENERATION_TASK
-from trimserve_export.exporters import GraphJob, tracing
-from trimserve_export.tasks import TASK_CLASSES, check_task
-from trimserve_export.vocab_axes import build_on_meta, load_config
+from trimserve.folder.tasks import GENERATION_TASK
+from trimserve_export.checkpoint.axes import build_on_meta, load_config
+from trimserve_export.checkpoint.tasks import TASK_CLASSES, check_task
+from trimserve_export.exporters import tracing
+from trimserve_export.exporters.exporter import GraphJob
 
 # The builder quantises, so nobody else has to.
 QUANTIZES = True

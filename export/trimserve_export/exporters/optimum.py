@@ -11,9 +11,10 @@ from optimum.utils import logging as optimum_logging
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.folder import TEXT2TEXT_TASK
-from trimserve_export.exporters import GraphJob, tracing
-from trimserve_export.tasks import TASKS, check_task, load_model
+from trimserve.folder.tasks import TEXT2TEXT_TASK
+from trimserve_export.checkpoint.tasks import TASKS, check_task, load_model
+from trimserve_export.exporters import tracing
+from trimserve_export.exporters.exporter import GraphJob
 
 QUANTIZES = False
 # optimum-onnx measures a graph as one protobuf message, with its weights, to tie them: an error above 2 GiB.

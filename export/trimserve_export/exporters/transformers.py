@@ -17,9 +17,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.folder import GENERATION_TASK, TEXT2TEXT_TASK
-from trimserve_export.exporters import GraphJob, tracing
-from trimserve_export.tasks import TASK_CLASSES, check_task, load_model
+from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve_export.checkpoint.tasks import TASK_CLASSES, check_task, load_model
+from trimserve_export.exporters import tracing
+from trimserve_export.exporters.exporter import GraphJob
 
 QUANTIZES = False
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.

@@ -22,12 +22,12 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.profiling import Profile
-from trimserve.ranking import round_up
-from trimserve.selection import count_reasons
-from trimserve.source import ModelSource
-from trimserve.structural import structural_ids
-from trimserve.vocab import Reason, VocabMap
+from trimserve.model.source import ModelSource
+from trimserve.model.structural import structural_ids
+from trimserve.profiles.profile import Profile
+from trimserve.selection.ranking import round_up
+from trimserve.selection.select_ids import count_reasons
+from trimserve.vocab.map import Reason, VocabMap
 
 logger = logging.getLogger(__name__)
 

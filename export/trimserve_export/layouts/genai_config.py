@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
-from trimserve_export.vocab_axes import load_config
+from trimserve_export.checkpoint.axes import load_config
 
 GENAI_CONFIG_NAME = "genai_config.json"
 # onnxruntime-genai's name for a decoder with a key-value cache and nothing of its own.

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.corpus import Corpus, Reading
-from trimserve.report import percent
-from trimserve.vocab import Ids, VocabMap
+from trimserve.arrays import Ids
+from trimserve.console import percent
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import Reading
+from trimserve.vocab.map import VocabMap
 
 _BATCH = 256
 # Enough for every rate to three digits, and a few seconds of work at most.

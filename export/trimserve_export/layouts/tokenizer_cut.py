@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError
-from trimserve.folder import TOKENIZER_NAME
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
-from trimserve_export.configs import compact_config
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.configs import compact_config
 from trimserve_export.layouts.closure import MergeTrees, merge_pairs, read_content
 
 logger = logging.getLogger(__name__)

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trimserve.blocks import BlockScheme
-from trimserve.folder import TOKENIZER_NAME
-from trimserve.source import ModelSource
-from trimserve.vocab import VocabMap
-from trimserve_export.layouts.remap import make_drop_in, save_plain, save_tied
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
+from trimserve_export.layouts.drop_in import make_drop_in, save_plain, save_tied
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
-from trimserve_export.quantize import quantize_graph
+from trimserve_export.serving.quantize import quantize_graph
 
 # Copied as they are. config.json and generation_config.json too, unless the checkpoint itself is the result.
 TOKENIZER_FILES = (

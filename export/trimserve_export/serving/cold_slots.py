@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from trimserve.cold import COLD_INPUT, table_name
-from trimserve_export.serving.flow import Embedding
-from trimserve_export.serving.nodes import NodeWriter, add_input
+from trimserve.runtime.cold_rows import COLD_INPUT, table_name
+from trimserve_export.graphs.embeddings import Embedding
+from trimserve_export.graphs.nodes import NodeWriter, add_input
 
 
 def add_cold_slots(graph: ir.Graph, embeddings: Sequence[Embedding], rows: int) -> None:

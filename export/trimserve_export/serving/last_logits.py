@@ -3,8 +3,9 @@
 import numpy as np
 import onnx_ir as ir
 
-from trimserve_export.serving.flow import Head, find_output
-from trimserve_export.serving.nodes import NodeWriter, add_input
+from trimserve_export.graphs.head import Head
+from trimserve_export.graphs.nodes import NodeWriter, add_input
+from trimserve_export.graphs.values import find_output
 
 LENGTH = "logits_length"  # name of the sequence axis that logits_to_keep shortens
 # Scale and zero point of a position, behind its integers.

@@ -8,8 +8,8 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.blocks import BlockScheme, dequantize
-from trimserve.tensorfile import (
+from trimserve.files.quantized import BlockScheme, dequantize
+from trimserve.files.tensors import (
     TensorSource,
     TensorSpec,
     WholeTensor,
@@ -19,8 +19,8 @@ from trimserve.tensorfile import (
     to_float32,
     write_tensors,
 )
-from trimserve_export.quantize import quantize_rows
-from trimserve_export.serving.flow import find_embeddings
+from trimserve_export.graphs.embeddings import find_embeddings
+from trimserve_export.serving.quantize import quantize_rows
 
 _SLICE_BYTES = 16 << 20
 _DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16"}

@@ -16,12 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve.blocks import BlockScheme
 from trimserve.errors import UnsupportedModelError
-from trimserve_export.exported import read_exported
-from trimserve_export.quantize import quantize_products
-from trimserve_export.serving import ALIGNMENT, apply_passes
-from trimserve_export.serving.flow import describe, find_output
+from trimserve.files.quantized import BlockScheme
+from trimserve_export.graphs.reading import read_exported
+from trimserve_export.graphs.values import describe, find_output
+from trimserve_export.graphs.writing import ALIGNMENT
+from trimserve_export.serving.quantize import quantize_products
+from trimserve_export.serving.servable import apply_passes
 
 ENCODER_NAME = "encoder_model.onnx"
 DECODER_NAME = "decoder_model.onnx"

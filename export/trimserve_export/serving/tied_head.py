@@ -3,8 +3,9 @@
 import numpy as np
 import onnx_ir as ir
 
-from trimserve_export.serving.flow import Embedding, Head, find_embeddings
-from trimserve_export.serving.nodes import NodeWriter, take_over
+from trimserve_export.graphs.embeddings import Embedding, find_embeddings
+from trimserve_export.graphs.head import Head
+from trimserve_export.graphs.nodes import NodeWriter, take_over
 
 _CONTRIB = "com.microsoft"
 _BLOCK_BYTES = 8 << 20

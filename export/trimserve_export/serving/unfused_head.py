@@ -7,8 +7,8 @@ session that opens the graph may fuse them again; either way the numbers are the
 
 import onnx_ir as ir
 
-from trimserve_export.serving.nodes import NodeWriter, take_over
-from trimserve_export.serving.values import find_output, is_constant
+from trimserve_export.graphs.nodes import NodeWriter, take_over
+from trimserve_export.graphs.values import find_output, is_constant
 
 # Those of MatMulIntegerToFloat.
 _MOST_INPUTS = 7

@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from trimserve.cold import ColdRows
+from trimserve.arrays import Ids
 from trimserve.errors import UnknownIdError, UsageError
-from trimserve.folder import TrimmedFolder
-from trimserve.genconfig import GenerationConfig
-from trimserve.session import open_session
-from trimserve.source import ModelSource
-from trimserve.text import Codec
-from trimserve.vocab import Ids, Reason, VocabMap
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.generation.config import GenerationConfig
+from trimserve.model.source import ModelSource
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import open_session
+from trimserve.text.codec import Codec
+from trimserve.vocab.map import Reason, VocabMap
+from trimserve_export.checkpoint.stored import StoredVocab
+from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.serving.quantized_embedding import quantized_lookup
-from trimserve_export.stored_vocab import StoredVocab
-from trimserve_export.tasks import has_vocab_head
-from trimserve_export.verify.graph import GraphModel, Model, Seq2SeqModel
+from trimserve_export.verify.plain_run import GraphModel, Model, Seq2SeqModel
 from trimserve_export.verify.rounding import GraphBound, RoundingBound
 from trimserve_export.verify.sweep import Sweep, sweep
 

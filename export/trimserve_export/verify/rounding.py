@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimserve.tensorfile import map_tensor, to_float32
-from trimserve_export.serving.flow import Head, find_head
-from trimserve_export.stored_vocab import StoredVocab
+from trimserve.files.tensors import map_tensor, to_float32
+from trimserve_export.checkpoint.stored import StoredVocab
+from trimserve_export.graphs.head import Head, find_head
 
 # Unit roundoff of a graph's dtype: half the distance from 1 to the next larger number.
 _ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}

@@ -7,42 +7,36 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trimserve.blocks import BlockScheme
+from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
-from trimserve.finetune.restore import full_source
-from trimserve.folder import (
-    GENERATOR_TASKS,
-    Manifest,
-    open_folder,
-    read_manifest,
-    with_verification,
-    write_manifest,
-)
-from trimserve.loading import ENCODER_TASKS
-from trimserve.report import progress as progress_bar
-from trimserve.resolving import resolve_source
-from trimserve.source import ModelSource
+from trimserve.files.quantized import BlockScheme
+from trimserve.finetune.restoring import full_source
+from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
+from trimserve.folder.opening import open_folder
+from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
+from trimserve.model.resolve import resolve_source
+from trimserve.model.source import ModelSource
 from trimserve_export.card import with_card
-from trimserve_export.reference import export_full
+from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
+from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
+from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.full_model import export_full
 from trimserve_export.static_embedding import is_static, stored_static
-from trimserve_export.stored_vocab import StoredVocab, find_stored_vocab, read_specs
-from trimserve_export.tasks import TASK_CLASSES, has_vocab_head
-from trimserve_export.verify.context import Context
-from trimserve_export.verify.generation import check_generated_ids
-from trimserve_export.verify.layouts import layout_checks
-from trimserve_export.verify.numbers import (
+from trimserve_export.verify.checks.generation import check_generated_ids
+from trimserve_export.verify.checks.layouts import layout_checks
+from trimserve_export.verify.checks.numbers import (
     check_cold_slots,
     check_hidden_states,
     check_kept_logits,
     check_runtime_outputs,
 )
-from trimserve_export.verify.parts import has_parts
-from trimserve_export.verify.quantized import quantized_checks
+from trimserve_export.verify.checks.parts import has_parts
+from trimserve_export.verify.checks.quantized import quantized_checks
+from trimserve_export.verify.checks.retrimmed import check_retrimmed
+from trimserve_export.verify.checks.rows import check_files, check_kept_rows, check_tokenizer
+from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check, VerifyResult
-from trimserve_export.verify.retrimmed import check_retrimmed
-from trimserve_export.verify.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
-from trimserve_export.vocab_axes import architecture_class, find_vocab_axes, load_config
 
 logger = logging.getLogger(__name__)
 

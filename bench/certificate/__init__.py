@@ -1,0 +1,1 @@
+"""What proving drafts without the cold rows costs and saves."""

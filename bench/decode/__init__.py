@@ -1,0 +1,1 @@
+"""Milliseconds a token of generators: full, compact and exact."""

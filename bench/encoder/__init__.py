@@ -1,0 +1,1 @@
+"""Encoders, full and trimmed: memory, time, equality."""

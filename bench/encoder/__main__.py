@@ -1,0 +1,7 @@
+"""`python -m bench.encoder`."""
+
+import sys
+
+from bench.encoder.run import main
+
+sys.exit(main())

@@ -1,0 +1,7 @@
+"""`python -m bench.finetune`."""
+
+import sys
+
+from bench.finetune.run import main
+
+sys.exit(main())

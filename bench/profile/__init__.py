@@ -1,0 +1,1 @@
+"""How fast corpora are profiled, and in how much memory."""

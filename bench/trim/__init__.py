@@ -1,0 +1,1 @@
+"""How fast models are trimmed, and in how much memory."""

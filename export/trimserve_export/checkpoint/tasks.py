@@ -1,0 +1,102 @@
+"""Tasks: which one a checkpoint was made for, the class that loads it, and how it is loaded."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from trimserve.errors import UnsupportedModelError
+from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve_export.checkpoint.axes import ModelClass
+
+# Each with the class that loads it.
+TASK_CLASSES: dict[str, ModelClass] = {
+    "feature-extraction": transformers.AutoModel,
+    "fill-mask": transformers.AutoModelForMaskedLM,
+    "text-classification": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+    GENERATION_TASK: transformers.AutoModelForCausalLM,
+    TEXT2TEXT_TASK: transformers.AutoModelForSeq2SeqLM,
+}
+TASKS = tuple(TASK_CLASSES)
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TASK_OF_HEAD = {
+    "ForCausalLM": "text-generation-with-past",
+    "LMHeadModel": "text-generation-with-past",
+    "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "Model": "feature-extraction",
+}
+_TEXT2TEXT_HEADS = ("ForConditionalGeneration", "MTModel")
+
+
+def infer_task(config: PretrainedConfig) -> str:
+    """Tell the task of a checkpoint by its architecture.
+
+    Raises:
+        UnsupportedModelError: no architecture, or one whose task is not known or not built yet.
+    """
+    name = (config.architectures or [""])[0]
+    if config.is_encoder_decoder and name.endswith(_TEXT2TEXT_HEADS):
+        return TEXT2TEXT_TASK
+    if config.is_encoder_decoder or name.endswith("ForConditionalGeneration"):
+        raise UnsupportedModelError(
+            f"{name} is a part of an encoder-decoder, or a multimodal model, which cannot be trimmed yet."
+        )
+    for ending, task in _TASK_OF_HEAD.items():
+        if name.endswith(ending):
+            return task
+    raise UnsupportedModelError(
+        f"the task cannot be told from architectures = {config.architectures}: pass --task, one of "
+        f"{', '.join(TASKS)}."
+    )
+
+
+def has_vocab_head(task: str) -> bool:
+    """Tell whether a task's graph makes logits over the vocab."""
+    return task in ("fill-mask", *GENERATOR_TASKS)
+
+
+def check_task(task: str) -> None:
+    """Refuse a task that is not one of `TASKS`.
+
+    Raises:
+        UnsupportedModelError: see above.
+    """
+    if task not in TASK_CLASSES:
+        raise UnsupportedModelError(f"task {task!r} is not known: expected one of {', '.join(TASKS)}.")
+
+
+def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a checkpoint for inference on the CPU.
+
+    Args:
+        folder: config.json and safetensors weights.
+        task: one of `TASKS`.
+        dtype: fp32, fp16 or bf16; the weights are converted to it.
+        trust_remote_code: allow code that the model folder brings.
+
+    Raises:
+        UnsupportedModelError: weights that the task needs are not in the checkpoint.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model, report = TASK_CLASSES[task].from_pretrained(
+        folder,
+        config=config,
+        dtype=TORCH_DTYPES[dtype],
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    # Encoders saved with a head have no pooler; no task here reads it.
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UnsupportedModelError(
+            f"the checkpoint has no {missing[0]}, which {task} needs ({len(missing)} tensors missing): "
+            "choose the task it was trained for."
+        )
+    model.config.use_cache = task.endswith("-with-past")
+    return model.eval()  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Trimmed folders from an ONNX graph that another tool exported."""

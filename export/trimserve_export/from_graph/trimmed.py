@@ -1,0 +1,252 @@
+"""From a folder with an ONNX graph to a trimmed folder: no checkpoint, no exporter, nothing rounded again."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from trimserve.errors import UnsupportedModelError
+from trimserve.folder.manifest import CutTensor, Source
+from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.head_ids import check_task_of_head, check_untied
+from trimserve_export.from_graph.other_layouts import PartJob
+from trimserve_export.from_graph.runtime import (
+    full_graph,
+    load_seq2seq,
+    serve_seq2seq,
+    write_seq2seq,
+    write_servable,
+)
+from trimserve_export.graphs.reading import load_graph
+from trimserve_export.graphs.turned import turn_tables
+from trimserve_export.graphs.writing import GRAPH_NAME, LinkingWriter, write_copy
+from trimserve_export.serving.servable import serve
+from trimserve_export.trimming.cold_rows import is_tied
+from trimserve_export.trimming.facts import (
+    constant_bytes,
+    cut_tensors,
+    dtype,
+    file_hashes,
+    infer_task,
+    quantization,
+)
+from trimserve_export.trimming.parts import ENCODER, FIRST, LATER, MERGED, Part, find_parts, one_variant
+from trimserve_export.trimming.sentence_outputs import gives_embeddings, name_hidden_states
+from trimserve_export.trimming.trim import trim_graph, trim_head
+
+logger = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
+_HEAD_TASKS = ("fill-mask", *GENERATOR_TASKS)
+# Where the task, dtype and quantisation of a model are read.
+_MAIN_PARTS = ("model", LATER, MERGED, FIRST)
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmedGraph:
+    """What was made of a graph; fields as in `Manifest`.
+
+    Attributes:
+        gives_embeddings: the graph gives sentence embeddings: sentence-transformers' modules are in it.
+    """
+
+    task: str
+    graphs: dict[str, str]
+    cut: tuple[CutTensor, ...]
+    dtype: str
+    bytes_before: int
+    source: Source
+    exporter: dict[str, str]
+    quantization: dict[str, Any] | None
+    gives_embeddings: bool = False
+
+
+def trim_to_folder(
+    source: ModelSource,
+    vocab: VocabMap,
+    folder: Path,
+    *,
+    task: str,
+    layout: str = "runtime",
+    cold: bool = True,
+    link: bool = False,
+) -> TrimmedGraph:
+    """Write trimmed graphs and, where the layout feeds cold ids, their rows.
+
+    Args:
+        source: a model with a graph.
+        vocab: the kept ids, made for its tokenizer and vocab size.
+        folder: an existing folder.
+        task: ``"auto"`` or one of the runtime's tasks.
+        layout: where ids are remapped, as in `pipeline.export`. ``"runtime"`` takes one variant of the
+            graphs, the others all of them.
+        cold: write the cold rows.
+        link: hard-link the weights that nothing changes, instead of copying them.
+
+    Raises:
+        UnsupportedModelError: a graph, or a part of it, is not understood; the message names it.
+        MismatchError: a file of the model is damaged.
+        UsageError: the layout takes one variant and there are several, or the weights cannot be linked.
+    """
+    parts = find_parts(source)
+    if not parts:
+        raise UnsupportedModelError(f"{source.name} has no ONNX graph.")
+    if layout == "runtime":
+        parts = list(one_variant(parts).values())
+    main = _main_part(parts, source)
+    if layout == "runtime" and not _is_seq2seq(parts):
+        parts = [main]
+    model = load_graph(main.path)
+    task = _task(parts, model.graph, vocab.vocab_size) if task == "auto" else task
+    if vocab.output_ids is not None:
+        check_task_of_head(vocab, task)
+        check_untied(vocab, tied=_is_tied(main.path))
+    cold = cold and bool(vocab.head.cold_ids.size)
+    if layout == "runtime":
+        with _other_layouts_named():
+            graphs, cut = _write_for_runtime(parts, vocab, folder, task=task, cold=cold, link=link)
+    else:
+        job = PartJob(vocab, folder, task in _HEAD_TASKS, layout == "graph", cold, link)
+        graphs, cut = _write_parts(parts, job)
+    loaded = {part.path: load_graph(part.path) for part in parts}
+    turn_tables(model.graph)
+    hashes = [file_hashes(path, loaded[path]) for path in loaded]
+    return TrimmedGraph(
+        task=task,
+        graphs=graphs,
+        cut=cut,
+        dtype=dtype(model.graph),
+        bytes_before=constant_bytes(loaded.values()),
+        source=Source(
+            source.name, source.revision, {name: sha for files in hashes for name, sha in files.items()}
+        ),
+        exporter=_exporter(source),
+        quantization=quantization(model, has_head=task in _HEAD_TASKS),
+        gives_embeddings=gives_embeddings(model.graph),
+    )
+
+
+def _exporter(source: ModelSource) -> dict[str, str]:
+    variant = {} if source.variant is None else {"variant": source.variant}
+    return {"name": "graph"} | variant | {name: version(name) for name in ("onnx", "onnx-ir")}
+
+
+def _main_part(parts: list[Part], source: ModelSource) -> Part:
+    """The part that tells most of the model."""
+    named = {part.name: part for part in parts}
+    found = next((named[name] for name in _MAIN_PARTS if name in named), None)
+    return found or next((part for part in parts if part.path == source.graph), parts[0])
+
+
+def _is_seq2seq(parts: list[Part]) -> bool:
+    return len(parts) > 1 and any(part.name == ENCODER for part in parts)
+
+
+def _task(parts: list[Part], graph: ir.Graph, rows: int) -> str:
+    return TEXT2TEXT_TASK if _is_seq2seq(parts) else infer_task(graph, rows)
+
+
+def _write_for_runtime(
+    parts: list[Part], vocab: VocabMap, folder: Path, *, task: str, cold: bool, link: bool
+) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
+    """Role -> file, and what was cut."""
+    writer = LinkingWriter() if link else write_copy
+    if task == TEXT2TEXT_TASK:
+        named = {part.name: part for part in parts}
+        if ENCODER not in named:
+            raise UnsupportedModelError(f"{parts[0].path} has no {ENCODER}.onnx beside it: pass the folder.")
+        return write_seq2seq(named, vocab, folder, cold=cold, writer=writer)
+    (part,) = parts
+    untrimmed, trimmed = load_graph(part.path), load_graph(part.path)
+    for model in (untrimmed, trimmed):
+        name_hidden_states(model.graph)
+    has_head = task in _HEAD_TASKS
+    turn_tables(untrimmed.graph)
+    if vocab.output_ids is None:
+        cut = cut_tensors(trim_graph(trimmed, vocab, has_head=has_head), len(vocab))
+    else:
+        cut = cut_tensors(trim_graph(trimmed, vocab, has_head=False), len(vocab))
+        cut += cut_tensors(trim_head(trimmed, vocab.head), len(vocab.head))
+    turn_tables(trimmed.graph)
+    made = write_servable(
+        untrimmed, trimmed, vocab, folder, task=task, cold=cold, has_head=has_head, writer=writer
+    )
+    return made, cut
+
+
+def _is_tied(path: Path) -> bool:
+    model = load_graph(path)
+    turn_tables(model.graph)
+    full = full_graph(model, has_head=True)
+    return is_tied(full.embedding, full.head)
+
+
+def _write_parts(parts: list[Part], job: PartJob) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
+    """Role -> file, and what was cut, of the layouts for other runtimes."""
+    alone = len(parts) == 1 and not parts[0].folder
+    graphs: dict[str, str] = {}
+    cut: list[CutTensor] = []
+    for part in parts:
+        name = GRAPH_NAME if alone else part.file_name
+        logger.info("trimming %s", part.path.name)
+        cut += job.write(part, name)
+        graphs["model" if alone else part.role] = name
+    return graphs, tuple(cut)
+
+
+@contextlib.contextmanager
+def _other_layouts_named() -> Iterator[None]:
+    """What the runtime does not take, others may."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error} The rows can be cut for other runtimes: --layout graph or --layout tokenizer."
+        ) from error
+
+
+def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
+    """Write the untrimmed graph with the serving passes alone: the reference that `verify` uses.
+
+    Returns:
+        The path of the graph; of an encoder-decoder the decoder's, with the encoder beside it.
+    """
+    parts = one_variant(find_parts(source))
+    if task == TEXT2TEXT_TASK:
+        models = load_seq2seq(parts)
+        for model in models.values():
+            turn_tables(model.graph)
+        return serve_seq2seq(models, folder, rows=source.vocab_size)
+    model = load_graph(_main_part(list(parts.values()), source).path)
+    name_hidden_states(model.graph)
+    turn_tables(model.graph)
+    return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
+
+
+def save_untrimmed(source: ModelSource, folder: Path, role: str = "model") -> Path:
+    """Write an untrimmed graph as it is, with its weights beside it.
+
+    Args:
+        source: a model with graphs.
+        folder: an existing folder.
+        role: which graph, as the manifest calls it; ``"model"`` is also the only one.
+    """
+    parts = find_parts(source)
+    found = {part.role: part for part in parts}.get(role, _main_part(parts, source))
+    write_copy(load_graph(found.path), folder / GRAPH_NAME)
+    return folder / GRAPH_NAME
+
+
+def write_generation_config(source: ModelSource, folder: Path) -> None:
+    """Write the ids that end generation where only onnxruntime-genai's config names them."""
+    ids = {key: value for key, value in source.genai_model.items() if key.endswith("_token_id")}
+    if ids and not (source.path / GENERATION_CONFIG).is_file() and not source.config:
+        (folder / GENERATION_CONFIG).write_text(json.dumps(ids, indent=2) + "\n", "utf-8")

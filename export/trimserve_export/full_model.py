@@ -1,0 +1,80 @@
+"""Export an untrimmed model as a trimmed one is exported: what `verify` and tests compare with."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimserve.files.quantized import BlockScheme
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.model.source import ModelSource
+from trimserve.vocab.map import Reason, VocabMap
+from trimserve_export.exporters.exporter import GraphJob, load_exporter
+from trimserve_export.from_checkpoint import make_graphs
+from trimserve_export.from_graph.trimmed import serve_full
+from trimserve_export.pipeline import ExportResult, export
+from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.static_embedding import is_static, serve_full_static
+
+
+def export_full(
+    source: ModelSource,
+    output: Path,
+    task: str,
+    dtype: str,
+    scheme: BlockScheme | None = None,
+    *,
+    exporter: str = "optimum",
+    device: str = "cpu",
+) -> Path:
+    """Export the untrimmed model with the same exporter and passes.
+
+    Args:
+        source: the model.
+        output: an existing folder to write into.
+        task: its task.
+        dtype: fp32, fp16 or bf16.
+        scheme: how to quantise it, if at all.
+        exporter: one of `exporters.EXPORTERS`; a source with a graph needs none.
+        device: one of `exporters.DEVICES`.
+
+    Returns:
+        The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
+        encoder-decoder the decoder's, with the encoder beside it.
+    """
+    if source.graph is not None:
+        return serve_full(source, output, task=task)
+    if is_static(source):
+        return serve_full_static(source, output, dtype)
+    made_by = load_exporter(exporter)
+    quantize = None if scheme is None else f"int{scheme.bits}"
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
+        job = GraphJob(task, dtype, quantize, device)
+        exported = made_by.export_checkpoint(source.path, Path(scratch), job)
+        ours = None if made_by.QUANTIZES else scheme
+        graphs = make_graphs(exported, output, source.vocab_size, task, ours)
+        return graphs.get("decoder") or graphs["model"]
+
+
+def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> ExportResult:
+    """Export a model with all its rows: the same task, dtype and quantisation as a trimmed folder.
+
+    Args:
+        like: the folder that it is to be compared with.
+        source: the model that `like` was made from.
+        output: the folder to make.
+
+    Raises:
+        TrimserveError: see `pipeline.export`.
+    """
+    manifest, size = like.manifest, like.vocab.vocab_size
+    kept = np.arange(size, dtype=np.int32)
+    everything = VocabMap(kept, np.full(size, Reason.EXPLICIT, np.uint8), size, like.vocab.tokenizer_sha256)
+    options: dict[str, Any] = {"task": manifest.task}
+    if source.graph is None:  # a graph is taken as it is, dtype and quantisation too
+        schemes = (name for name, scheme in SCHEMES.items() if scheme.to_dict() == manifest.quantization)
+        options |= {"dtype": manifest.dtype, "quantize": next(schemes, None)}
+        options["exporter"] = manifest.exporter.get("name", "auto")
+        options["device"] = manifest.exporter.get("device", "cpu")
+    return export(source, everything, output, cold=False, progress=False, **options)

@@ -1,0 +1,1 @@
+"""ONNX graphs: reading and writing them, and finding embeddings, head and values in them."""

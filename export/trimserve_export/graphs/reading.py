@@ -1,0 +1,98 @@
+"""Read a graph that an exporter has just written."""
+
+from pathlib import Path, PurePosixPath
+
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve_export.graphs.values import describe
+
+
+def read_exported(path: Path) -> ir.Model:
+    """Read a graph whose initializers stay in their files.
+
+    torch moves every large tensor of a graph over 2 GB to external data, those of Constant nodes too (the
+    rotary frequencies of Llama); onnx_ir rewrites initializers alone when it saves. So constants are read
+    into memory, where a changed data file cannot leave them behind.
+
+    Args:
+        path: the .onnx file, or a link to it.
+    """
+    model = ir.load(path.resolve())
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _in_memory(attribute.value))
+    return model
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    # A copy, so that the mapped file can go.
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph; its large tensors stay in their files.
+
+    Args:
+        path: the .onnx file, or a link to it: external data is looked for beside the link, as the hub's
+            cache has it.
+
+    Raises:
+        UnsupportedModelError: not a plain ONNX graph.
+        MismatchError: a file is damaged, or its external data missing, cut off or outside its folder.
+    """
+    if path.suffix == ".ort":
+        raise UnsupportedModelError(
+            f"{path} is in ONNX Runtime's own format: use the .onnx it was made from."
+        )
+    try:
+        model = ir.load(path)
+    except (DecodeError, ValueError) as error:
+        raise MismatchError(f"{path} cannot be read as an ONNX graph ({error}): fetch it again.") from error
+    for node in model.graph.all_nodes():
+        if node.op_type == "EPContext":
+            raise UnsupportedModelError(
+                f"{describe(node)} holds a part of the model compiled for one device: use the graph it was "
+                "compiled from."
+            )
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _resolved(value.const_value, path.parent)
+    return model
+
+
+def _resolved(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+    """The tensor at the real place of its file.
+
+    onnx_ir refuses links that lead out of the graph's folder and hard links, which are what the hub's cache
+    consists of; the name in the graph, which is what a stranger writes, must stay within the folder.
+    """
+    location = PurePosixPath(str(tensor.location))
+    if location.is_absolute() or ".." in location.parts:
+        raise MismatchError(
+            f"{tensor.name} should lie beside the graph but in {tensor.location!r}: do not use this model "
+            "unless you know who made it."
+        )
+    path = (folder / location).resolve()
+    if not path.is_file():
+        raise MismatchError(f"{folder / location} is missing, which holds {tensor.name}: fetch it.")
+    end = (tensor.offset or 0) + tensor.nbytes
+    if path.stat().st_size < end:
+        raise MismatchError(
+            f"{folder / location} should have at least {end:,} bytes for {tensor.name} but has "
+            f"{path.stat().st_size:,}: fetch it again."
+        )
+    return ir.ExternalTensor(
+        path,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=str(tensor.name),
+        base_dir="",
+    )

@@ -1,0 +1,1 @@
+"""`trimserve bench`: two folders measured in processes that take turns."""

@@ -1,0 +1,97 @@
+"""`trimserve profile`: count the tokens of a corpus."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimserve.cli.arguments import add_reading_arguments, reading_options
+from trimserve.cli.output import emit
+
+if TYPE_CHECKING:
+    from trimserve.profiles.profile import Profile
+
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "corpus",
+        nargs="+",
+        metavar="CORPUS",
+        help="txt, jsonl, csv, tsv, parquet (also .gz, .zst), folders, globs, hf://OWNER/NAME, - for stdin",
+    )
+    parser.add_argument("-m", "--model", required=True, help="folder or hub id whose tokenizer counts")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
+    add_reading_arguments(parser)
+    parser.add_argument("--workers", type=int, metavar="N", help="cores to use (default: all)")
+    parser.add_argument("--engine", choices=("local", "ray"), help="where to count (default: local)")
+    parser.add_argument("--shard", metavar="I/N", help="count part I of N, from 1/N; merge adds them up")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished profile at --output, if there is one"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Profile, write, report."""
+    from trimserve.files.artefact import check_output
+    from trimserve.profiles.profile import Profile
+    from trimserve.profiles.profiling import ProfileInterrupted, profile
+
+    check_output(args.output, "profile")  # before minutes of counting
+    options: Any = reading_options(args)
+    options |= {name: value for name in _OPTIONS if (value := getattr(args, name))}
+    if args.workers is not None:
+        options["workers"] = args.workers
+    if args.resume and args.output.exists():
+        options["resume"] = Profile.load(args.output)
+    start = time.perf_counter()
+    try:
+        counted = profile(args.corpus, args.model, **options)
+    except ProfileInterrupted as stop:
+        stop.partial.save(args.output)
+        return _interrupted(stop.partial, args)
+    seconds = time.perf_counter() - start
+    counted.save(args.output)
+    _report(counted, args, seconds)
+    return 0
+
+
+_OPTIONS = ("engine", "shard")
+
+
+def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:
+    resumable = "-" not in args.corpus
+    advice = "go on with --resume" if resumable else "stdin cannot be resumed"
+    print(
+        f"trimserve: interrupted; {args.output} holds what was counted, {partial.tokens:,} tokens of "
+        f"{partial.texts:,} texts, and is a valid profile: {advice}.",
+        file=sys.stderr,
+    )
+    return _INTERRUPTED
+
+
+def _report(counted: "Profile", args: argparse.Namespace, seconds: float) -> None:
+    from trimserve.cli.describe import profile_document, profile_summary
+    from trimserve.console import human_bytes
+
+    size = sum(source.bytes for source in counted.sources)
+    document = profile_document(counted, str(args.output)) | {
+        "seconds": round(seconds, 3),
+        "bytes": size,
+        "skipped": dict(counted.skipped),
+    }
+    if counted.output_counts is not None:
+        document["output_tokens"] = int(counted.output_counts.sum())
+    lines = [profile_summary(counted, str(args.output)), ""]
+    if counted.output_counts is not None:
+        lines.append(f"tokens of completions: {document['output_tokens']:,}")
+    if counted.skipped:
+        found = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counted.skipped.items()))
+        lines.append(f"left out: {found}")
+    lines.append(
+        f"counted {human_bytes(size)} in {seconds:.1f} s, {human_bytes(size / max(seconds, 1e-9))} a second"
+    )
+    emit(args, document, "\n".join(lines))

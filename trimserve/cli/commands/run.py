@@ -1,0 +1,227 @@
+"""`trimserve run`: generate or embed with a trimmed folder, by its task."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimserve.cli.output import emit
+from trimserve.errors import UsageError
+
+if TYPE_CHECKING:
+    from trimserve.generation.generator import Generator
+    from trimserve.generation.options import GenerationOptions
+    from trimserve.generation.output import Generation
+
+STDIN = "-"
+# Keyword arguments of Generator.generate and of the encoder's commands, which an option may set.
+_GENERATION = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "stop",
+    "mode",
+    "report_mass",
+    "num_beams",
+    "length_penalty",
+)
+_ENCODING = ("corpus", "text_column", "top", "batch_size")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; None stands for the model's or the function's own default."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a trimmed folder")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="prompts or texts; - or none: from stdin")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one operator")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="use mapped weights in place: less memory, slower steps"
+    )
+    generation = parser.add_argument_group("generators")
+    generation.add_argument(
+        "--mode",
+        choices=("exact", "compact"),
+        help="the full model's tokens (default where the folder has cold rows), or kept ids alone",
+    )
+    generation.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128")
+    generation.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    generation.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens")
+    generation.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the first P of probability"
+    )
+    generation.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P of the likeliest")
+    generation.add_argument("--seed", type=int, metavar="N", help="of the random numbers (default: 0)")
+    generation.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the output; can be repeated"
+    )
+    generation.add_argument(
+        "--num-beams", type=int, metavar="N", help="search with N beams; the text comes when it is over"
+    )
+    generation.add_argument(
+        "--length-penalty", type=float, metavar="P", help="of beams: below 1 favours short ones (default: 1)"
+    )
+    generation.add_argument(
+        "--forced-bos", metavar="TOKEN", help="the first token, for example a language's: fra_Latn"
+    )
+    generation.add_argument(
+        "--chat", action="store_true", default=None, help="each prompt is a user's message (chat template)"
+    )
+    generation.add_argument(
+        "--report-mass",
+        action="store_true",
+        default=None,
+        help="compact mode: the probability of what it cannot produce",
+    )
+    encoding = parser.add_argument_group("encoders")
+    encoding.add_argument("--corpus", metavar="FILE", help="texts to search in: a text a line, or .jsonl")
+    encoding.add_argument("--text-column", metavar="C", help="field of a .jsonl record with the text")
+    encoding.add_argument("--top", type=int, metavar="N", help="hits a query or tokens a mask (default: 5)")
+    encoding.add_argument("--batch-size", type=int, metavar="N", help="texts fed at a time (default: 32)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the folder and do what its task is."""
+    from trimserve.encoder.encoder import Encoder
+    from trimserve.loading import load
+
+    model = load(args.folder, device=args.device, threads=args.threads, low_memory=args.low_memory)
+    if isinstance(model, Encoder):
+        from trimserve.cli.commands._encode import encode
+
+        _refuse(args, (*_GENERATION, "forced_bos", "chat"), model.task)
+        texts = list(_texts(args.texts, by_line=True))
+        return encode(args, model, texts, _given(args, _ENCODING))
+    _refuse(args, _ENCODING, model.folder.manifest.task)
+    return _generate(args, model, list(_texts(args.texts, by_line=False)))
+
+
+def _texts(words: list[str], *, by_line: bool) -> Iterator[str]:
+    """The texts of the command line; stdin is one prompt, or a text a line."""
+    for word in words or [STDIN]:
+        if word != STDIN:
+            yield word
+        elif by_line:
+            yield from _stdin().removesuffix("\n").split("\n")
+        else:
+            yield _stdin().removesuffix("\n")
+
+
+def _stdin() -> str:
+    if sys.stdin is None:  # the caller closed it
+        raise UsageError("stdin is closed: pass the text as an argument.")
+    try:
+        return sys.stdin.buffer.read().decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin: byte 0x{error.object[error.start]:02x} at {error.start:,} is not UTF-8: convert the "
+            "text, for example with iconv."
+        ) from error
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], task: str) -> None:
+    """Refuse options that the folder's task would ignore."""
+    given = [f"--{name.replace('_', '-')}" for name in _given(args, names)]
+    if given:
+        raise UsageError(
+            f"{args.folder} does {task}, for which {', '.join(given)} means nothing: leave it out."
+        )
+
+
+def _generate(args: argparse.Namespace, model: "Generator", prompts: list[str]) -> int:
+    options: GenerationOptions = _given(args, _GENERATION)  # type: ignore[assignment]
+    if args.forced_bos is not None:
+        options["forced_bos_token_id"] = _token_id(model, args.forced_bos)
+    start = time.perf_counter()
+    if args.format == "human" and not args.report_mass and (args.num_beams or 1) == 1:
+        for prompt in prompts:
+            _stream(model, prompt, args.chat, options)
+        results: list[Generation] = []
+    elif args.chat:
+        results = [model.chat([_message(prompt)], **options) for prompt in prompts]
+    else:
+        results = model.generate(prompts, **options)
+    seconds = time.perf_counter() - start
+    if results:
+        document = _document(model, results, options) | {"seconds": round(seconds, 6)}
+        emit(args, document, "\n".join(_with_mass(result) for result in results))
+    if args.verbose:
+        print(_summary(model, seconds), file=sys.stderr)
+    return 0
+
+
+def _token_id(model: "Generator", token: str) -> int:
+    token_id = model.codec.tokenizer.token_to_id(token)
+    if token_id is None:
+        raise UsageError(
+            f"the tokenizer of {model.folder.path} has no token {token!r}: see its tokenizer.json."
+        )
+    return int(token_id)
+
+
+def _stream(model: "Generator", prompt: str, chat: bool | None, options: "GenerationOptions") -> None:
+    pieces = model.stream_chat([_message(prompt)], **options) if chat else model.stream(prompt, **options)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _message(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _document(
+    model: "Generator", results: "list[Generation]", options: "GenerationOptions"
+) -> dict[str, Any]:
+    stats = model.stats
+    document: dict[str, Any] = {
+        "texts": [result.text for result in results],
+        "ids": [list(result.ids) for result in results],
+        "stopped": [result.stopped for result in results],
+        "mode": options.get("mode") or ("exact" if model.can_be_exact else "compact"),
+        "tokens": stats.tokens,
+        "prompt_tokens": stats.prompt_tokens,
+        "drafted": stats.drafted,
+        "rejected": stats.rejected,
+        "cold_tokens": stats.cold_tokens,
+    }
+    if document["mode"] == "exact":
+        document["cold_reads"] = _cold_reads(model)
+    masses = [result.cold_mass for result in results]
+    return document | ({"cold_mass": masses} if options.get("report_mass") else {})
+
+
+def _cold_reads(model: "Generator") -> dict[str, Any]:
+    """What the checks of exact mode read (docs/certificate.md)."""
+    reads, tokens = model.stats.cold_reads, max(model.stats.tokens, 1)
+    return {
+        "steps": reads.steps,
+        "certified_share": round(reads.certified / max(reads.steps, 1), 6),
+        "rows": reads.rows,
+        "bytes_per_token": round(reads.bytes / tokens),
+    }
+
+
+def _with_mass(result: "Generation") -> str:
+    if result.cold_mass is None:
+        return result.text
+    return f"{result.text}\n[probability of tokens that compact mode cannot produce: {result.cold_mass:.4g}]"
+
+
+def _summary(model: "Generator", seconds: float) -> str:
+    stats = model.stats
+    parts = ", ".join(f"{name} {spent:.2f} s" for name, spent in stats.seconds.items())
+    return (
+        f"{stats.tokens:,} tokens in {seconds:.2f} s ({parts}); {stats.drafted:,} drafted, "
+        f"{stats.rejected:,} rejected, {stats.cold_tokens:,} cold"
+    )

@@ -1,0 +1,1 @@
+"""Decoding: sampling, token rules, and the loop that turns drafts into tokens."""

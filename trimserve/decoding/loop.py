@@ -1,0 +1,220 @@
+"""The decoding loop: draft with the compact head, have the drafts checked, go on from what stands.
+
+Compact mode is the same loop with blocks of one token and nobody to check them. With a device for the
+decoder the check runs on the CPU in another thread while the device drafts on (`overlap`).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from trimserve.arrays import Floats
+from trimserve.decoding.columns import Columns
+from trimserve.decoding.feeder import Feeder
+from trimserve.decoding.request import Draft, Request
+from trimserve.decoding.slots import DraftSlots
+from trimserve.decoding.stats import Timing
+from trimserve.errors import NoTokenError
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.decoder import Decoder, Step
+from trimserve.runtime.kv_cache import KVCache
+from trimserve.vocab.map import VocabMap
+
+
+class Checker(Protocol):
+    """Decides which drafts stand.
+
+    Attributes:
+        replaces: whether a draft that does not stand is replaced, so that any id may be drafted.
+        timing: seconds spent in checks.
+    """
+
+    replaces: bool
+    timing: Timing
+
+    @property
+    def draft_length(self) -> int:
+        """How many tokens to draft before the next check."""
+        ...
+
+    def check(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
+        """The full model's tokens, one list a request: the drafts that stand, then the first that differs."""
+        ...
+
+
+class GenerationLoop:
+    """Generates for a batch of requests with one decoder.
+
+    Attributes:
+        timing: seconds spent in the model and in drafting; a checker keeps its own.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocab: VocabMap,
+        cold: ColdRows,
+        checker: Checker | None,
+        *,
+        overlap: bool = False,
+    ) -> None:
+        self._decoder = decoder
+        self._head_vocab = vocab.head
+        self._cold = cold
+        self._checker = checker
+        self._kept = Columns(vocab.head.kept_ids, vocab.vocab_size)
+        self._feeder = Feeder(decoder, vocab, cold)
+        self._overlap = overlap and checker is not None
+        self.timing = self._feeder.timing
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
+        """Generate until all requests are finished, giving each one's checked tokens as they come."""
+        live = [request for request in requests if request.max_tokens > 0]
+        if not live:
+            return
+        for request in live:
+            cold_ids = request.given[~self._head_vocab.is_kept(request.given)]
+            request.slots = DraftSlots(self._kept, self._cold, self._decoder.after_head, cold_ids)
+        cache, step = self._feeder.prefill(live)
+        blocks = self._draft(live, cache, step)
+        while True:
+            checked, ahead = self._check(live, blocks, cache)
+            drop, keep = [], []
+            for index, (request, block, tokens) in enumerate(zip(live, blocks, checked, strict=True)):
+                taken = request.accept(tokens)
+                self._note(request, block, taken)
+                yield request, taken
+                # Of the last token taken nothing is in the cache yet; of the drafts after it everything.
+                drop.append(len(block.tokens) - len(taken))
+                if not request.finished:
+                    keep.append(index)
+            if not keep:
+                return
+            if ahead and len(keep) == len(live) and _all_stood(blocks, checked):
+                blocks = ahead
+                continue
+            fed_ahead = len(ahead[0].tokens) if ahead else 0
+            live = [live[index] for index in keep]
+            for request in live:
+                request.drafted += fed_ahead
+            cache.cut(np.array(drop, np.int64) + fed_ahead)
+            cache.select(keep)
+            blocks = self._draft(
+                live, cache, self._feeder.feed(cache, [request.output[-1] for request in live])
+            )
+
+    def _draft(
+        self, requests: Sequence[Request], cache: KVCache, step: Step, flying: Sequence[Draft] = ()
+    ) -> list[Draft]:
+        """Draft a block from `step` on; `flying` are blocks drafted before it that are being checked."""
+        before = [block.tokens for block in flying] or [[] for _ in requests]
+        size = self._checker.draft_length if self._checker else 1
+        size = min(size, _tokens_left(requests) - len(before[0]))
+        drafts: list[list[int]] = [[] for _ in requests]
+        steps = [step]
+        model_seconds = self.timing.model
+        for position in range(size):
+            start = time.perf_counter()
+            for row, (request, tokens) in enumerate(zip(requests, drafts, strict=True)):
+                last = steps[-1]
+                past = before[row] + tokens
+                tokens.append(self._draft_token(request, last.logits[row, -1], last.hidden[row, -1], past))
+            self.timing.sampler += time.perf_counter() - start
+            if position == size - 1 or _all_ended(requests, drafts):
+                break
+            steps.append(self._feeder.feed(cache, [tokens[-1] for tokens in drafts]))
+        logits = _joined([s.logits[:, -1:] for s in steps])
+        hidden = _joined([s.hidden[:, -1:] for s in steps])
+        step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
+        return [Draft(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
+
+    def _draft_token(self, request: Request, logits: Floats, hidden: Floats, past: Sequence[int]) -> int:
+        try:
+            return request.draft(logits, hidden, past)
+        except NoTokenError:
+            if self._checker is None or not self._checker.replaces:
+                raise
+            # Only cold ids are allowed here: the check will find the right one.
+            return int(self._kept.ids[logits.argmax()])
+
+    def _check(
+        self, requests: Sequence[Request], blocks: Sequence[Draft], cache: KVCache
+    ) -> tuple[list[list[int]], list[Draft]]:
+        """Have blocks checked; with overlap, draft the next ones meanwhile, as if these stood."""
+        if self._checker is None:
+            return [block.tokens for block in blocks], []
+        drafted = [block.tokens for block in blocks]
+        if (
+            not self._overlap
+            or _all_ended(requests, drafts=drafted)
+            or _tokens_left(requests) <= len(drafted[0])
+        ):
+            return self._checker.check(requests, blocks), []
+        with ThreadPoolExecutor(1) as checking:
+            checked = checking.submit(self._checker.check, requests, blocks)
+            step = self._feeder.feed(cache, [tokens[-1] for tokens in drafted])
+            ahead = self._draft(requests, cache, step, blocks)
+            return checked.result(), ahead
+
+    def _note(self, request: Request, block: Draft, taken: Sequence[int]) -> None:
+        request.drafted += len(block.tokens)
+        request.rejected += taken != block.tokens[: len(taken)]
+        if request.slots is not None:
+            for token in taken:
+                if not self._kept.has(token):
+                    request.slots.use(token)
+
+
+def _joined(steps: Sequence[Floats]) -> Floats:
+    """Put steps (B, 1, n) side by side; a single one, as compact mode has, is not copied."""
+    return steps[0] if len(steps) == 1 else np.concatenate(steps, axis=1)
+
+
+def _tokens_left(requests: Sequence[Request]) -> int:
+    """Tokens that it makes sense to draft: what one of them may still produce, and all have room for."""
+    wanted = max(request.max_tokens - len(request.output) for request in requests)
+    room = [request.room - len(request.output) for request in requests if request.room is not None]
+    return min([wanted, *room])
+
+
+def _all_ended(requests: Sequence[Request], drafts: Sequence[Sequence[int]]) -> bool:
+    return all(tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True))
+
+
+def _all_stood(blocks: Sequence[Draft], checked: Sequence[Sequence[int]]) -> bool:
+    return all(block.tokens == tokens for block, tokens in zip(blocks, checked, strict=True))
+
+
+class InStep:
+    """A `Checker` that lets every sequence of a batch advance by the same number of tokens.
+
+    What a sequence is ahead of the slowest is not taken: it is drafted again in the next block, and comes
+    out the same, since a token depends on (seed, step) and the tokens before it.
+    """
+
+    def __init__(self, checker: Checker) -> None:
+        self._checker = checker
+        self.replaces = checker.replaces
+        self.timing = checker.timing
+
+    @property
+    def draft_length(self) -> int:
+        """How many tokens to draft before the next check."""
+        return self._checker.draft_length
+
+    def check(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
+        """The full model's tokens for each request; those that go on get equally many."""
+        checked = self._checker.check(requests, blocks)
+        going_on = [
+            len(tokens)
+            for request, tokens in zip(requests, checked, strict=True)
+            if not request.ends_with(tokens)
+        ]
+        shortest = min(going_on, default=0)
+        return [
+            tokens if request.ends_with(tokens) else tokens[:shortest]
+            for request, tokens in zip(requests, checked, strict=True)
+        ]

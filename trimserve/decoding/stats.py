@@ -1,0 +1,123 @@
+"""What a generator counts while it works."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trimserve.decoding.request import Request
+from trimserve.vocab.map import VocabMap
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds spent in the parts of generation.
+
+    Attributes:
+        model: in the decoder's graph, body and compact head.
+        prompts: of these in prompts, which the head reads one position of.
+        cold_head: in checks.
+        sampler: in choosing tokens.
+    """
+
+    model: float = 0.0
+    prompts: float = 0.0
+    cold_head: float = 0.0
+    sampler: float = 0.0
+
+    def add(self, other: "Timing") -> None:
+        """Add another's seconds."""
+        self.model += other.model
+        self.prompts += other.prompts
+        self.cold_head += other.cold_head
+        self.sampler += other.sampler
+
+
+@dataclass(slots=True)
+class ColdReads:
+    """What exact mode's checks read of the cold files.
+
+    Attributes:
+        steps: steps checked.
+        certified: steps settled by the sketch, with the few rows that it named, if any.
+        rows: cold rows read by themselves.
+        bytes: bytes of all checks: the sketch, rows, and the whole cold head where it was needed. Rows read
+            for slots are not counted.
+        full_bytes: of the whole cold head.
+        row_bytes: of one of its rows.
+    """
+
+    steps: int = 0
+    certified: int = 0
+    rows: int = 0
+    bytes: int = 0
+    full_bytes: int = 0
+    row_bytes: int = 0
+
+
+@dataclass(slots=True)
+class GeneratorStats:
+    """What a generator has done since it was loaded: the live coverage, which shows drift.
+
+    Attributes:
+        prompt_tokens: tokens fed from prompts.
+        tokens: tokens generated.
+        cold_tokens: tokens of prompts and outputs that have no compact row (in a folder without cold rows
+            they were split into kept pieces).
+        drafted: tokens drafted.
+        rejected: drafts that the full model's token replaced.
+        cold_reads: what exact mode's checks read of the cold files.
+        timing: seconds by what was timed.
+        other: seconds in none of these parts.
+        head_share: measures which share of a step is the compact head.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    cold_tokens: int = 0
+    drafted: int = 0
+    rejected: int = 0
+    cold_reads: ColdReads = field(default_factory=ColdReads)
+    timing: Timing = field(default_factory=Timing)
+    other: float = 0.0
+    head_share: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+
+    @property
+    def accepted(self) -> int:
+        """Tokens generated that were drafted, and not put in the place of a draft."""
+        return self.tokens - self.rejected
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time by part: body, compact_head, cold_head, sampler, other.
+
+        Body and compact head are one graph, whose time is split as that of a step with and without the
+        head: measured when this is read for the first time, for about a tenth of a second.
+        """
+        steps = self.timing.model - self.timing.prompts
+        head = steps * self.head_share() if steps > 0 else 0.0
+        return {
+            "body": self.timing.model - head,
+            "compact_head": head,
+            "cold_head": self.timing.cold_head,
+            "sampler": self.timing.sampler,
+            "other": self.other,
+        }
+
+    def count(
+        self, requests: Sequence[Request], vocab: VocabMap, timings: Sequence[Timing], seconds: float
+    ) -> None:
+        """Add a finished batch that took so many seconds in all; cold tokens of prompts are counted apart."""
+        for request in requests:
+            output = np.array(request.output, np.int32)
+            self.prompt_tokens += request.prompt_tokens
+            self.tokens += len(request.output)
+            self.cold_tokens += int((~vocab.is_kept(output)).sum())
+            self.drafted += request.drafted
+            self.rejected += request.rejected
+        spent = 0.0
+        for timing in timings:
+            self.timing.add(timing)
+            spent += timing.model + timing.cold_head + timing.sampler
+        # Parts that overlapped count twice: nothing is left for the rest then.
+        self.other += max(0.0, seconds - spent)

@@ -1,0 +1,362 @@
+"""Encoder: texts to embeddings, scores or head outputs, for a trimmed folder of an encoder model."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.arrays import Floats, Ids
+from trimserve.encoder.answers import Candidate, full_logits, top_candidates
+from trimserve.encoder.cross_encoder import Pair, RankedDocument, ranked, scored_pairs, to_scores
+from trimserve.encoder.graph import EncoderGraph, GraphOutput
+from trimserve.encoder.modules import SentenceModules
+from trimserve.encoder.pooling import normalize_rows
+from trimserve.encoder.similarity import similarity, similarity_pairwise
+from trimserve.encoder.sparse import SparseVector, keep_largest, sparse_vectors, splade
+from trimserve.errors import UsageError
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.sentence import SENTENCE, TOKENS, SpladePooling, read_settings
+from trimserve.folder.tasks import EMBEDDING_TASK
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.text.codec import Codec, Text, shorten
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+# The prompts that sentence-transformers takes for queries and documents where none is asked for.
+_QUERY_PROMPTS = ("query",)
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+class Encoder:
+    """A trimmed encoder behind its original tokenizer.
+
+    Example:
+        >>> model = trimserve.load("minilm-tickets")  # doctest: +SKIP
+        >>> model.encode(["Where is my card?"]).shape  # doctest: +SKIP
+        (1, 384)
+
+    Attributes:
+        folder: the opened folder.
+        codec: the original tokenizer.
+        task: optimum's task name.
+        settings: prompts, modules and what else sentence-transformers does around the graph.
+        max_tokens: longest input, special tokens included; None if the model has no limit.
+        stats: see `EncoderStats`.
+    """
+
+    def __init__(
+        self, folder: TrimmedFolder, session: "ort.InferenceSession", codec: Codec, cold: ColdRows
+    ) -> None:
+        self.folder = folder
+        self.codec = codec
+        self.task = folder.manifest.task
+        self.settings = read_settings(folder)
+        self._modules = SentenceModules.of_folder(folder, self.settings)
+        self._graph = EncoderGraph(folder, session, codec, cold, self.settings)
+        self.max_tokens = self._graph.max_tokens
+        self.stats = self._graph.stats
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of an embedding, or of a row of the head's output for other tasks."""
+        if self.settings.is_sparse:
+            return self.codec.vocab.vocab_size
+        if self.task != EMBEDDING_TASK:
+            return self._graph.width()
+        return int(self._embed_nothing(normalize=False).shape[1])
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        batch_size: int = 32,
+        normalize: bool | None = None,
+    ) -> Floats:
+        """Embed texts as sentence-transformers does with the source model: `SentenceTransformer.encode`.
+
+        A folder that it was not made for pools by the mean of a text's tokens. A text longer than
+        `max_tokens` is cut and counted in `stats`. A sparse encoder gives one weight for each token id; see
+        `encode_sparse` for those that are not 0 alone.
+
+        Args:
+            texts: one text or any number of them.
+            prompt_name: one of ``settings.prompts``, put before each text; the folder's default prompt where
+                neither this nor `prompt` is given.
+            prompt: the prompt itself; an empty one for none.
+            truncate_dim: numbers of an embedding that stay, counted from the first; the folder's by default.
+            batch_size: texts fed at a time; texts of like length are fed together, and on a CPU fewer of
+                long ones.
+            normalize: scale embeddings to length 1 (after they are truncated); False leaves out the
+                normalisation that the source model ends with.
+
+        Returns:
+            float32 (n, D), in the order of `texts`.
+
+        Raises:
+            UsageError: the folder gives no embeddings, there is no such prompt, or `truncate_dim` is not
+                positive.
+            UnknownIdError: a text holds a token that the folder has no row for.
+        """
+        if not (self.task == EMBEDDING_TASK or self.settings.is_sparse):
+            raise UsageError(f"{self.folder.path} does {self.task}, not embeddings: call forward().")
+        before = self.settings.prompt(prompt_name, prompt)
+        texts = [before + text for text in _as_list(texts)]
+        columns = _columns(self.settings.truncate_dim if truncate_dim is None else truncate_dim)
+        if self.settings.is_sparse:
+            embeddings = self._weights(texts, batch_size)[:, :columns]
+        else:
+            embeddings = self._embed(texts, before, batch_size, columns, normalize=normalize is not False)
+        return normalize_rows(embeddings) if normalize else embeddings
+
+    def encode_query(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Floats:
+        """Embed queries: `encode` with the prompt ``"query"`` where the folder has one."""
+        return self.encode(texts, prompt_name=self._first_prompt(_QUERY_PROMPTS), batch_size=batch_size)
+
+    def encode_document(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Floats:
+        """Embed documents: `encode` with the prompt ``"document"``, ``"passage"`` or ``"corpus"``."""
+        return self.encode(texts, prompt_name=self._first_prompt(_DOCUMENT_PROMPTS), batch_size=batch_size)
+
+    def encode_sparse(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+    ) -> list[SparseVector]:
+        """Embed texts as sparse vectors: `SparseEncoder.encode`, without the zeros.
+
+        Args:
+            texts: see `encode`.
+            prompt_name: see `encode`.
+            prompt: see `encode`.
+            batch_size: see `encode`.
+
+        Returns:
+            Token ids and weights of each text.
+
+        Raises:
+            UsageError: the folder is no sparse encoder, or there is no such prompt.
+        """
+        if not self.settings.is_sparse:
+            raise UsageError(f"{self.folder.path} is no sparse encoder: call encode().")
+        before = self.settings.prompt(prompt_name, prompt)
+        return sparse_vectors(self._weights([before + text for text in _as_list(texts)], batch_size))
+
+    def similarity(self, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
+        """Compare embeddings (n, D) with embeddings (m, D) by the folder's function; float32 (n, m)."""
+        return similarity(self.settings.similarity, first, second)
+
+    def similarity_pairwise(self, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
+        """Compare embeddings (n, D) one by one with embeddings (n, D); float32 (n,)."""
+        return similarity_pairwise(self.settings.similarity, first, second)
+
+    def predict(
+        self,
+        pairs: Pair | Sequence[Pair],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        apply_softmax: bool = False,
+    ) -> Floats:
+        """Score pairs of texts that are read together: `CrossEncoder.predict`.
+
+        Args:
+            pairs: one pair or any number of them, e.g. of a query and a document. A pair longer than
+                `max_tokens` loses tokens of its longer text.
+            prompt_name: one of ``settings.prompts``, put before the first text of each pair.
+            prompt: the prompt itself.
+            batch_size: pairs fed at a time.
+            apply_softmax: turn the scores of several labels into probabilities.
+
+        Returns:
+            float32 (n,) where the model has one label, else (n, labels); () or (labels,) for one pair.
+
+        Raises:
+            UsageError: the folder gives no scores, or there is no such prompt.
+        """
+        self._check_scores()
+        inputs, single = scored_pairs(pairs, self.settings.prompt(prompt_name, prompt))
+        scores: list[Floats] = [np.zeros(0, np.float32)] * len(inputs)
+        for output in self._graph.run(inputs, batch_size):
+            made = self._modules.run(output.values, output.mask, result="scores")
+            for text, row in zip(output.texts, made, strict=True):
+                scores[text] = row
+        width = len(scores[0]) if scores else 1
+        table = np.array(scores, np.float32).reshape(len(inputs), width)
+        found = to_scores(table, self.settings.activation, apply_softmax=apply_softmax)
+        return np.asarray(found[0], np.float32) if single else found
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+    ) -> list[RankedDocument]:
+        """Sort documents by their score with a query, the best first: `CrossEncoder.rank`.
+
+        Args:
+            query: the first text of each pair.
+            documents: the second ones.
+            top_k: how many to give; all by default.
+            return_documents: give the texts as well.
+            prompt_name: see `predict`.
+            prompt: see `predict`.
+            batch_size: see `predict`.
+
+        Returns:
+            For each document its place in `documents` as `corpus_id`, and its `score`.
+
+        Raises:
+            UsageError: see `predict`; or the model has several labels.
+        """
+        pairs = [(query, document) for document in documents]
+        scores = self.predict(pairs, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size)
+        if scores.ndim > 1:
+            raise UsageError(f"{self.folder.path} scores {scores.shape[1]} labels: call predict() instead.")
+        return ranked(scores, documents if return_documents else None)[:top_k]
+
+    def forward(self, texts: Text | Sequence[Text], *, batch_size: int = 32) -> list[Floats]:
+        """Run the model's head.
+
+        Args:
+            texts: one text or any number of them, or of pairs of texts; cut to `max_tokens`.
+            batch_size: texts fed at a time.
+
+        Returns:
+            An array a text, without padding: hidden states (T, H) for feature-extraction; logits (T, K) of
+            the kept ids for fill-mask (column i belongs to ``folder.vocab.kept_ids[i]``); (T, labels) for
+            token-classification; (labels,) for text-classification. T counts the tokens fed.
+
+        Raises:
+            UsageError: a text without any token, where the head gives one result a text.
+            UnknownIdError: a text holds a token that the folder has no row for.
+        """
+        texts = [texts] if isinstance(texts, str | tuple) else texts
+        results: list[Floats | None] = [None] * len(texts)
+        for output in self._graph.run(texts, batch_size):
+            lengths = output.mask.sum(axis=1)
+            for text, values, length in zip(output.texts, output.values, lengths, strict=True):
+                # A copy, so that no result keeps the whole batch alive.
+                results[text] = values[:length].copy() if values.ndim == 2 else values
+        pairs = zip(texts, results, strict=True)
+        return [self._empty(text) if found is None else found for text, found in pairs]
+
+    def fill_mask(
+        self, texts: str | Sequence[str], *, top_k: int = 5, batch_size: int = 8
+    ) -> list[list[list[Candidate]]]:
+        """Predict the masked tokens of texts, over the full vocab where the folder has cold rows.
+
+        Args:
+            texts: texts with the tokenizer's mask token in them.
+            top_k: candidates a mask.
+            batch_size: texts fed at a time; each makes T x K logits.
+
+        Returns:
+            For each text, for each of its masks in order, the likeliest tokens first. Probabilities are
+            those of the full model, or those among the kept ids in a folder without cold rows.
+
+        Raises:
+            UsageError: the folder's task is not fill-mask, or `top_k` is not positive.
+        """
+        if self.task != "fill-mask" or top_k < 1:
+            raise UsageError(
+                f"{self.folder.path} does {self.task} and top_k is {top_k}: filling masks takes a folder "
+                "exported with --task fill-mask and at least one candidate."
+            )
+        texts = _as_list(texts)
+        mask_id = int(self.codec.vocab.to_compact(self.codec.mask_id))
+        results: list[list[list[Candidate]]] = [[] for _ in texts]
+        for output in self._graph.run(texts, batch_size):
+            rows, columns = np.nonzero(output.ids == mask_id)
+            hidden = None if output.hidden is None else output.hidden[rows, columns]
+            logits, ids = full_logits(
+                output.values[rows, columns], hidden, self.folder.vocab, self._graph.cold
+            )
+            best = top_candidates(logits, ids, self.codec.tokenizer, top_k)
+            for row, candidates in zip(rows, best, strict=True):
+                results[output.texts[row]].append(candidates)
+        return results
+
+    def token_ids(self, texts: Sequence[Text]) -> list[Ids]:
+        """Token ids of texts as `forward` feeds them: cut to `max_tokens`, cold ones split if need be."""
+        return [entry.ids for entry in self._graph.encode(texts)[0]]
+
+    def _embed(
+        self, texts: list[str], prompt: str, batch_size: int, columns: int | None, *, normalize: bool
+    ) -> Floats:
+        """Embeddings (n, D) of texts that begin with the prompt."""
+        dropped = self._prompt_tokens(prompt) if prompt and self.settings.drops_prompt else 0
+        # Whatever has no token keeps this row.
+        start = self._embed_nothing(normalize=normalize)[:, :columns]
+        embeddings = np.repeat(start, len(texts), axis=0)
+        whole = SENTENCE if self.settings.graph_output == SENTENCE else None
+        for output in self._graph.run(texts, batch_size, whole):
+            made = self._modules.run(output.values, output.mask, dropped=dropped, normalize=normalize)
+            embeddings[output.texts] = made[:, :columns]
+        return embeddings
+
+    def _embed_nothing(self, *, normalize: bool) -> Floats:
+        """The embedding (1, D) of a text without tokens, whose token vectors add up to nothing."""
+        tokens = self.settings.graph_output == TOKENS
+        width = self._graph.width(None if tokens else SENTENCE)
+        values = np.zeros((1, 1, width) if tokens else (1, width), np.float32)
+        return self._modules.run(values, np.ones((1, 1), np.int64), normalize=normalize)
+
+    def _prompt_tokens(self, prompt: str) -> int:
+        """Tokens at the start of a text that are its prompt's, without a special token at their end."""
+        (ids,) = self.token_ids([prompt])
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.codec.special_ids)
+
+    def _weights(self, texts: list[str], batch_size: int) -> Floats:
+        """Weights (n, V) of a sparse encoder."""
+        (module,) = (found for found in self.settings.modules if isinstance(found, SpladePooling))
+        weights = np.zeros((len(texts), self.dimension), np.float32)
+        for output in self._graph.run(texts, batch_size):
+            weights[output.texts] = self._splade(module, output)
+        return keep_largest(weights, self.settings.max_active_dims)
+
+    def _splade(self, module: SpladePooling, output: GraphOutput) -> Floats:
+        vocab, cold = self.folder.vocab, self._graph.cold
+        pooled = splade(module, output.values, output.mask, output.hidden, vocab, cold)
+        return self._modules.run(pooled, output.mask)
+
+    def _first_prompt(self, names: Sequence[str]) -> str | None:
+        return next((name for name in names if name in self.settings.prompts), None)
+
+    def _check_scores(self) -> None:
+        if self.settings.kind != "CrossEncoder":
+            raise UsageError(
+                f"{self.folder.path} does {self.task}, which scores no pairs: export a cross encoder, "
+                "a model for text-classification."
+            )
+        if self.settings.no_pairs is not None:
+            raise UsageError(f"{self.folder.path} cannot score pairs: {self.settings.no_pairs}.")
+
+    def _empty(self, text: Text) -> Floats:
+        """The output for a text without tokens."""
+        if self._graph.gives_one_row:
+            raise UsageError(f"text {shorten(text)} has no tokens to classify: leave it out.")
+        return np.zeros((0, self._graph.width()), np.float32)
+
+
+def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _columns(truncate_dim: int | None) -> int | None:
+    if truncate_dim is not None and truncate_dim < 1:
+        raise UsageError(f"truncate_dim should be 1 or more, found {truncate_dim}.")
+    return truncate_dim

@@ -1,0 +1,175 @@
+"""Block-wise quantised rows: how a quantised head lies in a file, and back to floats.
+
+A row of H numbers is cut into blocks of `block_size`; a block is stored as one scale s and an unsigned
+integer q a number, which stands for ``s * (q - z)`` with z = 2 ** (bits - 1), or a zero point of the
+block's own. It is the layout of MatMulNBits
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md): two 4-bit integers share a
+byte, the first one in its low half, and the last block of a row is padded. Rows do not depend on each
+other, so cold rows quantised alone are the rows that the full head would have.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.errors import MismatchError
+from trimserve.files.tensors import STORAGE_DTYPES, TensorSpec
+
+_BITS = (4, 8)
+_SMALLEST = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScheme:
+    """How weights are quantised.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: numbers that share a scale; a power of two, 16 or more. 32 is what other
+            tools' 4-bit files have, too; larger blocks save scales and lose accuracy.
+        accuracy_level: MatMulNBits' attribute: 4 rounds the activations to 8 bits, a block at a time,
+            which is several times as fast on CPUs with dot products of bytes; 1 keeps them in float.
+        zero_points: each block has a zero point of its own, packed as the integers are, a row from a whole
+            byte on. Other tools' graphs have them; `--quantize` makes none.
+    """
+
+    bits: int
+    block_size: int = 32
+    accuracy_level: int = 4
+    zero_points: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        if self.bits not in _BITS or size < 16 or size & (size - 1):
+            raise MismatchError(
+                f"quantisation to {self.bits} bits in blocks of {size} is not known: expected 4 or 8 bits "
+                "and a power of two from 16. Export the folder again."
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any] | None) -> Self | None:
+        """Read the manifest's entry; None for weights that are not quantised."""
+        return None if values is None else cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return asdict(self)
+
+    def blocks(self, width: int) -> int:
+        """Blocks of a row of `width` numbers."""
+        return -(-width // self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block's integers."""
+        return self.block_size * self.bits // 8
+
+    def zero_point_bytes(self, width: int) -> int:
+        """Bytes of the zero points of a row of `width` numbers."""
+        return -(-self.blocks(width) * self.bits // 8)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpecs:
+    """Where quantised rows lie in a file.
+
+    Attributes:
+        integers: uint8 (n, blocks, block bytes).
+        scales: (n, blocks), in the graph's dtype.
+        zero_points: uint8 (n, bytes), if the scheme has them.
+    """
+
+    integers: TensorSpec
+    scales: TensorSpec
+    zero_points: TensorSpec | None = None
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after them."""
+        last = self.zero_points or self.scales
+        return last.offset + last.nbytes
+
+
+def block_specs(path: Path, rows: int, width: int, scheme: BlockScheme, dtype: str) -> BlockSpecs:
+    """The layout of a file of quantised rows: all integers, then all scales, then all zero points.
+
+    Args:
+        path: the file.
+        rows: n.
+        width: H.
+        scheme: see `BlockScheme`.
+        dtype: of the scales, in safetensors' words.
+    """
+    shape = (rows, scheme.blocks(width))
+    integers = TensorSpec(
+        "integers", "U8", (*shape, scheme.block_bytes), path, 0, rows * shape[1] * scheme.block_bytes
+    )
+    nbytes = rows * shape[1] * STORAGE_DTYPES[dtype].itemsize
+    scales = TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes)
+    if not scheme.zero_points:
+        return BlockSpecs(integers, scales)
+    size = scheme.zero_point_bytes(width)
+    zeros = TensorSpec("zero_points", "U8", (rows, size), path, integers.nbytes + nbytes, rows * size)
+    return BlockSpecs(integers, scales, zeros)
+
+
+def dequantize(
+    integers: npt.NDArray[np.uint8],
+    scales: npt.NDArray[Any],
+    width: int,
+    scheme: BlockScheme,
+    zero_points: npt.NDArray[np.uint8] | None = None,
+) -> npt.NDArray[np.float32]:
+    """The rows that quantised rows stand for.
+
+    Args:
+        integers: uint8 (n, blocks, block bytes).
+        scales: float (n, blocks).
+        width: H; what a row's last block has beyond it is padding.
+        scheme: see `BlockScheme`.
+        zero_points: uint8 (n, bytes), if the scheme has them.
+
+    Returns:
+        float32 (n, H).
+    """
+    values = _unpack(integers, scheme).astype(np.float32)
+    if zero_points is None:
+        values -= np.float32(1 << (scheme.bits - 1))
+    else:
+        values -= _unpack(zero_points, scheme)[:, : scales.shape[1], None]
+    rows = values * scales.astype(np.float32)[..., None]
+    return np.ascontiguousarray(rows.reshape(len(rows), -1)[:, :width])
+
+
+def _unpack(packed: npt.NDArray[np.uint8], scheme: BlockScheme) -> npt.NDArray[np.uint8]:
+    """Integers along the last axis, one a byte."""
+    if scheme.bits == 8:
+        return packed
+    halves = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
+    return halves.reshape(*packed.shape[:-1], -1)
+
+
+def round_activations(hidden: npt.NDArray[Any], scheme: BlockScheme) -> npt.NDArray[np.float32]:
+    """What MatMulNBits multiplies its matrix with: each block of the input rounded to 8 bits.
+
+    Args:
+        hidden: float (..., H).
+        scheme: only at accuracy level 4 is anything rounded.
+
+    Returns:
+        float32 (..., H).
+    """
+    values = np.asarray(hidden, np.float32)
+    if scheme.accuracy_level != 4:
+        return values
+    width = values.shape[-1]
+    if missing := -width % scheme.block_size:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    blocks = values.reshape(*values.shape[:-1], -1, scheme.block_size)
+    # A block of zeros has no scale of its own: any will do.
+    scales = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), _SMALLEST)
+    rounded: npt.NDArray[np.float32] = (np.rint(blocks / scales) * scales).reshape(values.shape)
+    return rounded[..., :width]

@@ -1,0 +1,185 @@
+"""`trimserve.json`: what a trimmed folder was made from and which files it has."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Self
+
+from trimserve.errors import MismatchError, UsageError
+from trimserve.files.artefact import SCHEMA_VERSION
+from trimserve.folder.names import COLD_PREFIX, GRAPH_FOLDER, MANIFEST_NAME, VOCAB_NAME, check_plain_name
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size and hash of one file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CutTensor:
+    """A tensor that lost rows: where its vocab axis was and what is left of it."""
+
+    name: str
+    axis: int
+    rows_before: int
+    rows_after: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the folder was made from; `files` maps each weight file to its sha256."""
+
+    name: str
+    revision: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of `trimserve.json` (DESIGN.md section 4).
+
+    Attributes:
+        task: optimum's task name, e.g. ``"text-generation-with-past"``.
+        dtype: dtype of the graph's weights: fp32, fp16 or bf16.
+        graphs: role -> file name; the role is ``"model"`` for a single graph.
+        selection: the vocab's rule and coverage.
+        exporter: its name and the versions of what it used.
+        verification: result of `trimserve verify`, or None.
+        bytes_before: bytes of the source's weights in the graph's dtype.
+        quantization: how products are quantised (`blocks.BlockScheme`), or None; `dtype` is then the dtype
+            of what is not: embedding, norms, activations.
+        segmentation: how a cut tokenizer segments texts beside the original (layout tokenizer), or None.
+        sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
+            to the rows' norms; or None.
+        head_rows: rows of the head where it has fewer than the embedding, else None.
+    """
+
+    source: Source
+    tokenizer_sha256: str
+    vocab_size: int
+    kept: int
+    task: str
+    layout: str
+    dtype: str
+    graphs: dict[str, str]
+    cut: tuple[CutTensor, ...]
+    selection: dict[str, Any]
+    exporter: dict[str, str]
+    created: str
+    files: dict[str, FileEntry]
+    bytes_before: int = 0
+    verification: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    segmentation: dict[str, Any] | None = None
+    sketch: dict[str, Any] | None = None
+    head_rows: int | None = None
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_json(self) -> str:
+        """Serialise with stable key order and a final newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = MANIFEST_NAME) -> Self:
+        """Parse and check a manifest.
+
+        Raises:
+            MismatchError: not JSON, another schema, a missing key, or a path that leaves the folder.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise MismatchError(
+                    f"{origin} has schema {version}, this trimserve reads {SCHEMA_VERSION}: "
+                    "export the folder again or update trimserve."
+                )
+            raw["source"] = Source(**raw["source"])
+            raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
+            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+            if raw.pop("pooling", None) is not None:
+                raise MismatchError(
+                    f"{origin} was written by an earlier trimserve, which kept the pooling there: export the "
+                    "folder again."
+                )
+            manifest = cls(**raw)
+            parts = (manifest.source, *manifest.cut, *manifest.files.values())
+            for part in (manifest, *parts):
+                _check_types(part)
+            for name in (*manifest.files, *manifest.graphs.values()):
+                check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, MismatchError):
+                raise
+            raise MismatchError(
+                f"{origin} is not a manifest this version understands ({error}): export the folder again."
+            ) from error
+        return manifest
+
+
+def _field_types(part: type) -> dict[str, tuple[type, ...]]:
+    """Field of a dataclass -> the classes that its value may have; what containers hold is not looked at."""
+    hints = typing.get_type_hints(part)
+    choices = {
+        name: typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        for name, hint in hints.items()
+    }
+    return {name: tuple(typing.get_origin(one) or one for one in found) for name, found in choices.items()}
+
+
+def _check_types(part: object) -> None:
+    """Raise a TypeError that names a field whose value is of another type than declared."""
+    for name, types in _field_types(type(part)).items():
+        value = getattr(part, name)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise TypeError(f"{name} is {value!r}")
+
+
+def is_trimmed(path: Path) -> bool:
+    """Tell whether a folder holds a `trimserve.json`."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a trimmed folder.
+
+    Raises:
+        UsageError: not a trimmed folder.
+        MismatchError: not UTF-8, or see `Manifest.from_json`.
+    """
+    if not is_trimmed(path):
+        raise UsageError(
+            f"{path} is not a trimmed folder (no {MANIFEST_NAME} in it): make one with `trimserve export`."
+        )
+    file = path / MANIFEST_NAME
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise MismatchError(f"{file} is not UTF-8 text: export the folder again.") from error
+    return Manifest.from_json(text, str(file))
+
+
+def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
+    """Bytes of the graphs and their data, or of the trimmed checkpoint; never of vocab map or cold rows."""
+    names = (name for name in files if name != VOCAB_NAME and not name.startswith(COLD_PREFIX))
+    return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write `trimserve.json` into a folder, atomically."""
+    temporary = path / f".{MANIFEST_NAME}.part"
+    temporary.write_text(manifest.to_json(), "utf-8")
+    temporary.replace(path / MANIFEST_NAME)
+
+
+def with_verification(manifest: Manifest, result: Mapping[str, Any]) -> Manifest:
+    """Return the manifest with the result of a verification in it."""
+    return dataclasses.replace(manifest, verification=dict(result))

@@ -1,0 +1,46 @@
+"""The file names of a trimmed folder."""
+
+from pathlib import PurePosixPath, PureWindowsPath
+
+from trimserve.errors import MismatchError
+
+# Holds the cold rows of a quantised head.
+COLD_BLOCKS_NAME = "cold_head.onnx_data"
+MANIFEST_NAME = "trimserve.json"
+VOCAB_NAME = "vocab_map.safetensors"
+# Every file with rows, blocks or bounds of cold ids is called so.
+COLD_PREFIX = "cold_"
+COLD_NAME = "cold_rows.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
+# What sentence-transformers does around the model, and the tensors of its modules.
+SENTENCE_NAME = "sentence_modules.json"
+SENTENCE_TENSORS_NAME = "sentence_modules.safetensors"
+# Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
+GRAPH_FOLDER = "onnx"
+
+
+def check_plain_name(name: str, origin: str) -> None:
+    """Refuse a file name that could lead outside the folder.
+
+    Raises:
+        MismatchError: the name is empty, absolute, or has a folder in it.
+    """
+    plain = name not in ("", ".", "..") and "\0" not in name
+    if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+        raise MismatchError(
+            f"{origin} names the file {name!r}, which is not a plain name inside the folder: "
+            "do not use this folder unless you know who made it."
+        )
+
+
+# Scales, norms and the order; the integers and what ONNX Runtime packed them into; their graph.
+SKETCH_NAME = "cold_sketch.safetensors"
+SKETCH_DATA_NAME = "cold_sketch.onnx_data"
+SKETCH_GRAPH_NAME = "cold_sketch.onnx"
+# The same product, with the mass of each group.
+SKETCH_MASS_NAME = "cold_sketch_mass.onnx"
+SKETCH_FILES = (SKETCH_NAME, SKETCH_DATA_NAME, SKETCH_GRAPH_NAME, SKETCH_MASS_NAME)
+COLD_MAX_NAME = "cold_max.onnx"
+COLD_HEAD_NAME = "cold_head.onnx"
+# The weights of a cold head that is the full graph's own nodes (trimserve_export.from_graph.cold_head).
+COLD_WEIGHTS_NAME = "cold_head.onnx_weights"

@@ -1,0 +1,275 @@
+"""Generator: text in, text out, for a trimmed folder of a causal language model."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
+
+from trimserve.arrays import Ids
+from trimserve.decoding.beam import BeamParams, BeamSearch
+from trimserve.decoding.loop import Checker, GenerationLoop
+from trimserve.decoding.request import Request
+from trimserve.decoding.sampling import SamplingParams
+from trimserve.decoding.scoring import MassMeter, Score, Scorer
+from trimserve.decoding.stats import ColdReads, GeneratorStats
+from trimserve.errors import UsageError
+from trimserve.exact.certificate import ColdCertificate
+from trimserve.exact.checker import ExactChecker
+from trimserve.exact.draft_length import LONGEST_DRAFT, DraftLength
+from trimserve.exact.sketch import Sketch, can_be_certified
+from trimserve.folder.names import COLD_MAX_NAME
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.generation.config import GenerationConfig
+from trimserve.generation.options import MODES, GenerationOptions, Mode, beam_params
+from trimserve.generation.output import Generation, OutputReader
+from trimserve.runtime.cold_head import ColdHead
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.decoder import Decoder
+from trimserve.text.chat import Message, render_chat
+from trimserve.text.codec import Codec
+
+
+class Generator:
+    """A trimmed causal language model behind its original tokenizer.
+
+    Example:
+        >>> model = trimserve.load("qwen3-tickets")  # doctest: +SKIP
+        >>> model.generate("Summarise: …", max_new_tokens=64)[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: TrimmedFolder,
+        decoder: Decoder,
+        codec: Codec,
+        cold: ColdRows,
+        *,
+        threads: int | None = None,
+        overlap: bool | None = None,
+    ) -> None:
+        self.folder = folder
+        self.codec = codec
+        self.stats = GeneratorStats(head_share=decoder.head_share)
+        self.config = GenerationConfig(folder)
+        self.stop_ids = self.config.stop_ids
+        self._cold = cold
+        self._threads = threads
+        # The decoder on a device leaves the CPU free for checking; on the CPU both want the same cores.
+        self._overlap = decoder.device != "cpu" if overlap is None else overlap
+        self._decoder = decoder
+        self._head: ColdHead | None = None
+        self._certificate: ColdCertificate | None = None
+        count = max(cold.head_cold_ids.size, 1)
+        self._reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=cold.head_nbytes // count)
+        # By their maximum, and whether checks have the certificate, which makes them cheaper.
+        self._blocks: dict[tuple[int, bool], DraftLength] = {}
+
+    @property
+    def can_be_exact(self) -> bool:
+        """Whether the folder holds what exact mode needs; nothing where every id is kept."""
+        return COLD_MAX_NAME in self.folder.manifest.files or not self.folder.vocab.head.cold_ids.size
+
+    def generate(
+        self, prompts: str | Sequence[str], **options: Unpack[GenerationOptions]
+    ) -> list[Generation]:
+        """Generate for one prompt or several.
+
+        Args:
+            prompts: texts; the tokenizer adds its special tokens.
+            **options: see `GenerationOptions`.
+
+        Returns:
+            One result a prompt, in order.
+
+        Raises:
+            UsageError: an option out of range, or exact mode without cold rows.
+            UnknownIdError: a prompt holds a token that the model has no row for.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self._generate(self.codec.encode(texts), options)
+
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
+        """Generate for one prompt, giving text as soon as it is certain.
+
+        In exact mode only checked tokens are released; a character is never split. Arguments and errors
+        are those of `generate`.
+        """
+        (ids,) = self.codec.encode([prompt])
+        yield from self._stream(ids, options)
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Generation:
+        """Answer a conversation, through the folder's own chat template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each, oldest first.
+            **options: see `GenerationOptions`.
+
+        Raises:
+            UsageError: the folder has no chat template, or it refuses the messages; see also `generate`.
+            MissingExtraError: jinja2 is not installed.
+        """
+        (result,) = self._generate([self.chat_ids(messages)], options)
+        return result
+
+    def stream_chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[str]:
+        """Like `chat`, giving text as soon as it is certain."""
+        yield from self._stream(self.chat_ids(messages), options)
+
+    def chat_ids(self, messages: Sequence[Message]) -> Ids:
+        """The prompt's token ids for a conversation, int32 (T,)."""
+        prompt = render_chat(self.folder, messages)
+        # The template writes the special tokens itself.
+        (ids,) = self.codec.encode([prompt], add_special_tokens=False)
+        return ids
+
+    def score(self, texts: str | Sequence[str]) -> list[Score]:
+        """Log-probabilities of texts under the full model's vocab.
+
+        Args:
+            texts: one text or several; the tokenizer adds its special tokens.
+
+        Raises:
+            UsageError: the folder has no cold head.
+            UnknownIdError: a text holds a token that the model has no row for.
+        """
+        head = self._cold_head("score")
+        scorer = Scorer(self._decoder, self.folder.vocab, self._cold, head)
+        return [scorer.score(ids) for ids in self.codec.encode([texts] if isinstance(texts, str) else texts)]
+
+    def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
+        requests = self._requests(prompts, options)
+        together = self._decoder.takes_batches and not options.get("report_mass")
+        batches = [requests] if together else [[request] for request in requests]
+        beams = beam_params(options)
+        results: list[Generation] = []
+        for batch in batches:
+            readers = {id(request): OutputReader(self.codec, options.get("stop", ())) for request in batch}
+            checker = None if beams else self._checker(options)
+            steps = self._search(batch, beams, options) if beams else self._run(batch, checker)
+            for request, tokens in steps:
+                readers[id(request)].push(request, tokens)
+            mass = checker.mean_mass if isinstance(checker, MassMeter) else None
+            results += [readers[id(request)].result(request, mass) for request in batch]
+        return results
+
+    def _stream(self, prompt_ids: Ids, options: GenerationOptions) -> Iterator[str]:
+        if beam_params(options):
+            raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
+        (request,) = self._requests([prompt_ids], options)
+        reader = OutputReader(self.codec, options.get("stop", ()))
+        checker = self._checker(options)
+        for _, tokens in self._run([request], checker):
+            if piece := reader.push(request, tokens):
+                yield piece
+        if piece := reader.finish():
+            yield piece
+
+    def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
+        params, limit = self._params(options)
+        started = [ids if ids.size else self.config.first_id() for ids in prompts]
+        requests = []
+        for place, ids in enumerate(self._servable(started), 1):
+            room = self._room(place, ids)
+            most = limit if room is None else min(limit, room)
+            requests.append(Request(ids, params, most, self.stop_ids, room=room))
+        return requests
+
+    def _room(self, place: int, prompt: Ids) -> int | None:
+        """Tokens that can follow a prompt before the model's table of positions ends."""
+        context = self.config.context
+        if context is None:
+            return None
+        if prompt.size > context:
+            raise UsageError(
+                f"text {place} has {prompt.size:,} tokens, this model reads {context:,} at most: shorten it."
+            )
+        return context - prompt.size + 1  # the last one is produced and not fed
+
+    def _params(self, options: GenerationOptions) -> tuple[SamplingParams, int]:
+        """How tokens are chosen, and how many at most."""
+        limit = self._limit(options)
+        names = SamplingParams.__dataclass_fields__
+        sampling: dict[str, Any] = {name: value for name, value in options.items() if name in names}
+        forced = {key: options[key] for key in ("forced_bos_token_id",) if key in options}
+        return SamplingParams(**sampling, rules=self.config.rules(limit, **forced)), limit
+
+    def _limit(self, options: GenerationOptions) -> int:
+        limit = options.get("max_new_tokens", 128)
+        if limit < 0:
+            raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
+        return limit
+
+    def _servable(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
+        """The sequences with ids that the folder has rows for; counts cold tokens."""
+        servable = self.codec.servable(sequences)
+        self.stats.cold_tokens += servable.cold_tokens
+        return servable.sequences
+
+    def _run(
+        self, requests: Sequence[Request], checker: Checker | None
+    ) -> Iterator[tuple[Request, list[int]]]:
+        loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, overlap=self._overlap)
+        start = time.perf_counter()
+        try:
+            yield from loop.run(requests)
+        finally:
+            timings = [loop.timing, *([checker.timing] if checker else [])]
+            self.stats.count(requests, self.folder.vocab.head, timings, time.perf_counter() - start)
+
+    def _search(
+        self, requests: Sequence[Request], params: BeamParams, options: GenerationOptions
+    ) -> Iterator[tuple[Request, list[int]]]:
+        head = self._cold_head("exact mode") if self._mode(options) == "exact" else None
+        search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
+        start = time.perf_counter()
+        search.run(requests)
+        self.stats.count(requests, self.folder.vocab.head, [search.timing], time.perf_counter() - start)
+        yield from ((request, request.output) for request in requests)
+
+    def _mode(self, options: GenerationOptions) -> Mode:
+        mode = options.get("mode") or ("exact" if self.can_be_exact else "compact")
+        if mode not in MODES:
+            raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
+        return mode
+
+    def _checker(self, options: GenerationOptions) -> Checker | None:
+        mode = self._mode(options)
+        max_block = options.get("max_block", LONGEST_DRAFT)
+        if max_block < 1:
+            raise UsageError(f"max_block should be 1 or more, found {max_block}.")
+        if mode == "exact" and options.get("report_mass"):
+            raise UsageError(
+                "report_mass tells what compact mode gives up, and exact mode gives up nothing: leave it "
+                "out, or choose compact mode."
+            )
+        if mode == "compact" and not options.get("report_mass"):
+            return None
+        head = self._cold_head(f"{mode} mode" if mode == "exact" else "report_mass")
+        if head is None:
+            return None
+        if mode == "compact":
+            return MassMeter(head)
+        certificate = self._cold_certificate(head) if options.get("certify", True) else None
+        key = (max_block, certificate is not None)
+        if key not in self._blocks:
+            self._blocks[key] = DraftLength(max_block, overlap=self._overlap)
+        self.stats.cold_reads = self._reads
+        return ExactChecker(head, self.folder.vocab.head, self._blocks[key], certificate, self._reads)
+
+    def _cold_certificate(self, head: ColdHead) -> ColdCertificate | None:
+        """The certificate, opened once; None where the folder has no sketch, or it proves nothing here."""
+        after_head = self._decoder.after_head
+        if self._certificate is None and can_be_certified(self.folder, after_head):
+            sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
+            self._certificate = ColdCertificate(sketch, head, self.folder.vocab.head, self._reads)
+        return self._certificate
+
+    def _cold_head(self, purpose: str) -> ColdHead | None:
+        """The cold head, opened once; None where no id is cold."""
+        if not self.can_be_exact:
+            raise UsageError(
+                f"{purpose} needs the cold head, which {self.folder.path} does not have: export it again "
+                "without --no-cold, or use compact mode."
+            )
+        if self._head is None and self.folder.vocab.head.cold_ids.size:
+            self._head = ColdHead(self.folder, threads=self._threads)
+        return self._head

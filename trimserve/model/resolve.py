@@ -1,0 +1,102 @@
+"""From what `-m/--model` names, a folder, a graph or a hub id, to the model's files."""
+
+import json
+import re
+from pathlib import Path
+
+from trimserve.errors import MismatchError, UsageError, require
+from trimserve.files.hub import fetch_snapshot
+from trimserve.folder.manifest import Source
+from trimserve.folder.names import TOKENIZER_NAME, check_plain_name
+from trimserve.model.source import ModelSource
+
+MODULES_NAME = "modules.json"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# Everything but weights in pickle (*.bin, *.pt) and code (*.py).
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
+_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data", "*.onnx.data")
+
+
+def resolve_model(
+    name: str | Path | ModelSource, *, revision: str | None = None, weights: bool = True
+) -> ModelSource:
+    """Find a model's files.
+
+    Args:
+        name: a local folder, else a hub id; a `ModelSource` is returned as it is.
+        revision: hub branch, tag or commit.
+        weights: fetch the weights as well; tokenizer and configs always come. Never pickle or code.
+
+    Raises:
+        UsageError: no such folder, and no such model on the hub or no way to reach it; or a revision of a
+            local folder.
+        MissingExtraError: a hub id, and huggingface_hub is not installed.
+    """
+    if isinstance(name, ModelSource):
+        return name
+    path = Path(name)
+    if path.exists() and revision is not None:
+        raise UsageError(f"{name} is a local path, which has no revisions: leave --revision out.")
+    if path.is_dir():
+        return _in_folder(str(name), None, path)
+    if path.suffix == ".onnx" and path.is_file():
+        return ModelSource(str(name), None, _folder_of(path), path)
+    if path.exists():
+        raise UsageError(f"{name} is a file: pass the folder that holds the model's files.")
+    if not _HUB_ID.fullmatch(str(name)):
+        raise UsageError(f"{name} is neither a folder nor a hub id (owner/model): check the path.")
+    return _in_folder(str(name), revision, _fetch(str(name), revision, weights))
+
+
+def resolve_source(
+    made_from: Source, model: str | Path | ModelSource | None = None, revision: str | None = None
+) -> ModelSource:
+    """Find the files of the model that a trimmed folder was made from.
+
+    Args:
+        made_from: what the folder's manifest says.
+        model: where that model is found, if elsewhere.
+        revision: of a hub id; by default the one that the folder was made from.
+
+    Raises:
+        TrimserveError: see `resolve_model`.
+    """
+    name = model or made_from.name
+    if revision is None and not (isinstance(name, str | Path) and Path(name).exists()):
+        revision = made_from.revision
+    return resolve_model(name, revision=revision)
+
+
+def _in_folder(name: str, revision: str | None, path: Path) -> ModelSource:
+    """The model of a folder; sentence-transformers may keep it in one of its own, such as `0_Transformer`."""
+    modules = path / MODULES_NAME
+    if not modules.is_file():
+        return ModelSource(name, revision, path)
+    try:
+        first = str(json.loads(modules.read_text("utf-8"))[0]["path"]).rstrip("/")
+    except (ValueError, LookupError, TypeError) as error:
+        raise MismatchError(f"{modules} is no list of modules ({error!r}): fetch the model again.") from error
+    if first in ("", "."):
+        return ModelSource(name, revision, path)
+    check_plain_name(first, str(modules))
+    return ModelSource(name, revision, path / first, modules_folder=path)
+
+
+def _folder_of(graph: Path) -> Path:
+    """The folder that belongs to a graph: transformers.js keeps graphs in `onnx/`, below the tokenizer."""
+    above = graph.parent.parent
+    belongs_above = not (graph.parent / TOKENIZER_NAME).is_file() and (above / TOKENIZER_NAME).is_file()
+    return above if belongs_above else graph.parent
+
+
+def _fetch(name: str, revision: str | None, weights: bool) -> Path:
+    hub = require("huggingface_hub", extra="export", purpose=f"fetching {name}")
+    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
+    return fetch_snapshot(
+        hub,
+        name,
+        refused=f"{name} is no local folder and",
+        otherwise=", or pass a folder",
+        revision=revision,
+        allow_patterns=patterns,
+    )

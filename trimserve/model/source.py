@@ -1,0 +1,280 @@
+"""A model's files in a local folder: its configs, tokenizer, graphs and the headers of its weights."""
+
+import glob
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
+from trimserve.text.tokenizer import end_of_ids, load_tokenizer
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+GENAI_NAME = "genai_config.json"
+# Sub-configs that can hold the language model's sizes in a composite model.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
+# The last two are those of static embeddings.
+_EMBEDDING = re.compile(
+    r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$|^embedding\.weight$|^embeddings$"
+)
+HEAD_MATRIX = re.compile(r"(lm_head|embed_out)\.weight$")
+_WIDTH_KEY = re.compile(r"(_size|_dim|_inner|d_model|d_ff|d_kv|n_embd)$")
+
+
+@dataclass(frozen=True)  # no slots: what is read from disk is cached on the instance
+class ModelSource:
+    """A local folder with a model's files.
+
+    Attributes:
+        name: what the user typed, a path or a hub id.
+        revision: the hub revision asked for, if any.
+        path: the folder; files of a hub snapshot in it are links, which copying follows.
+        named_graph: the ONNX file of the folder that was named itself.
+        variant: which precision of its graphs to take, e.g. ``"q4"`` of `onnx/model_q4.onnx`.
+        modules_folder: the folder of sentence-transformers' modules.json, where `path` is that of its
+            transformer (`0_Transformer`).
+    """
+
+    name: str
+    revision: str | None
+    path: Path
+    named_graph: Path | None = None
+    variant: str | None = None
+    modules_folder: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder as a whole, of which `path` may be a part."""
+        return self.path if self.modules_folder is None else self.modules_folder
+
+    def read_root_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object of `root`; see `read_json`."""
+        return ModelSource(self.name, self.revision, self.root).read_json(name)
+
+    @cached_property
+    def graph(self) -> Path | None:
+        """The ONNX graph to trim: the named one, or the folder's where it has no safetensors weights.
+
+        Naming a variant asks for a graph, whatever else the folder has.
+
+        Raises:
+            UsageError: the folder has several graphs and none has a usual name.
+        """
+        if self.named_graph is not None or (self.has_weights and self.variant is None):
+            return self.named_graph
+        named = self.genai_model.get("decoder", {}).get("filename")
+        return find_graph(self.path, named, self.variant)
+
+    @property
+    def genai_model(self) -> dict[str, Any]:
+        """The section `model` of onnxruntime-genai's config; empty where there is none."""
+        section = self.read_json(GENAI_NAME).get("model")
+        return section if isinstance(section, dict) else {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json; empty where there is none.
+
+        Raises:
+            MismatchError: it is not a JSON object.
+        """
+        return self.read_json(CONFIG_NAME)
+
+    def read_text(self, name: str) -> str | None:
+        """Read a text file of the folder; None where it is absent.
+
+        Raises:
+            MismatchError: it is not UTF-8.
+        """
+        path = self.path / name
+        try:
+            return path.read_text("utf-8") if path.is_file() else None
+        except UnicodeDecodeError as error:
+            raise MismatchError(f"{path} is not UTF-8 ({error}): fetch the model again.") from error
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object of the folder; empty where the file is absent.
+
+        Raises:
+            MismatchError: it is not a JSON object in UTF-8.
+        """
+        text = self.read_text(name)
+        path = self.path / name
+        try:
+            content = {} if text is None else json.loads(text)
+        except ValueError as error:
+            raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
+        if not isinstance(content, dict):
+            raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
+        return content
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The path of tokenizer.json.
+
+        Raises:
+            UsageError: the folder has none.
+        """
+        path = self.path / TOKENIZER_NAME
+        if not path.is_file():
+            raise UsageError(
+                f"{self.path} has no {TOKENIZER_NAME}, which trimserve reads: make one with transformers' "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+            )
+        return path
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer, with padding and truncation off."""
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        if "vocab_size" not in self.__dict__ and self._model_rows() is None:
+            # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
+            self.__dict__["vocab_size"] = end_of_ids(tokenizer)
+        return tokenizer
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V, the rows of the token embedding: by the config, else the weights, else the tokenizer.
+
+        It may exceed the tokenizer's ids (padding rows) or fall short of them.
+        """
+        return self._model_rows() or end_of_ids(load_tokenizer(self.tokenizer_path))
+
+    def _model_rows(self) -> int | None:
+        """V by the config, else by the weights; None where neither tells it."""
+        for config in self.text_configs():
+            if isinstance(size := config.get("vocab_size"), int) and size > 0:
+                return size
+        embeddings = (spec for spec in self._matrices() if _EMBEDDING.search(spec.name))
+        spec = next(embeddings, None)
+        return None if spec is None else spec.shape[0]
+
+    def text_configs(self) -> Iterator[dict[str, Any]]:
+        """Yield the config and the sub-configs that can describe the language model, outermost first."""
+        yield self.config or self.genai_model
+        for key in _TEXT_CONFIGS:
+            if isinstance(nested := self.config.get(key), dict):
+                yield nested
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files with the weights, sorted by name; or the graph and its external data.
+
+        Raises:
+            UnsupportedModelError: the weights are pickled.
+            UsageError: there are no weights, or a file that the index names is missing.
+            MismatchError: the index names a path outside the folder.
+        """
+        if self.named_graph is None and (self.path / WEIGHTS_NAME).is_file():
+            return (self.path / WEIGHTS_NAME,)
+        if self.named_graph is None and (self.path / INDEX_NAME).is_file():
+            return self._indexed_files()
+        if self.graph is not None:
+            return tuple(sorted(self.graph.parent.glob(f"{glob.escape(self.graph.name)}*")))
+        if pickled := sorted(self.path.glob("*.bin")):
+            raise UnsupportedModelError(
+                f"{pickled[0]} is a pickle, which can run code when it is read: convert the weights to "
+                f"{WEIGHTS_NAME} with transformers' save_pretrained, or use a revision that has them."
+            )
+        raise UsageError(
+            f"{self.path} has no weights: expected {WEIGHTS_NAME}, {INDEX_NAME} with its files, or an ONNX "
+            "graph."
+        )
+
+    def _indexed_files(self) -> tuple[Path, ...]:
+        weight_map = self.read_json(INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise MismatchError(f"{self.path / INDEX_NAME} has no weight_map: fetch the model again.")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            check_plain_name(name, str(self.path / INDEX_NAME))
+            if not (self.path / name).is_file():
+                raise UsageError(
+                    f"{self.path} lacks {name}, which {INDEX_NAME} lists: fetch the model again."
+                )
+        return tuple(self.path / name for name in names)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder has safetensors weights."""
+        return (self.path / WEIGHTS_NAME).is_file() or (self.path / INDEX_NAME).is_file()
+
+    def _matrices(self) -> list[TensorSpec]:
+        files = self.weight_files if self.has_weights else ()
+        specs = (spec for file in files for spec in read_header(file)[0].values())
+        return [spec for spec in specs if len(spec.shape) == 2]
+
+    def linear_widths(self) -> frozenset[int]:
+        """Widths of the model's linear layers that are not its vocab, from the weights' headers alone.
+
+        Both sides of each matrix count, because GPT-2's Conv1D stores the transposed weight. Without
+        weights at hand, the sizes that the config names and the attention widths they imply.
+        """
+        if self.has_weights:
+            sizes = {size for spec in self._matrices() for size in spec.shape}
+        else:
+            sizes = {size for config in self.text_configs() for size in _config_widths(config)}
+        return frozenset(sizes - {self.vocab_size})
+
+    @property
+    def tied(self) -> bool:
+        """Whether the config says that the head is the embedding."""
+        return any(config.get("tie_word_embeddings") is True for config in self.text_configs())
+
+    def row_bytes(self) -> int:
+        """Bytes that one vocab id costs over all matrices with V rows, as stored; 0 without weights."""
+        rows = [spec for spec in self._matrices() if spec.shape[0] == self.vocab_size]
+        # Some checkpoints store the head of a tied model a second time.
+        counted = [
+            spec for spec in rows if not (self.tied and len(rows) > 1 and HEAD_MATRIX.search(spec.name))
+        ]
+        return sum(spec.nbytes for spec in counted) // self.vocab_size
+
+
+def _config_widths(config: dict[str, Any]) -> set[int]:
+    sizes = {value for key, value in config.items() if _WIDTH_KEY.search(key) and isinstance(value, int)}
+    head_dim = config.get("head_dim")
+    heads = {config.get("num_attention_heads"), config.get("num_key_value_heads")}
+    if isinstance(head_dim, int):
+        sizes |= {head_dim * count for count in heads if isinstance(count, int)}
+    return sizes
+
+
+def find_graph(folder: Path, named: str | None = None, variant: str | None = None) -> Path | None:
+    """Find the ONNX graph of a folder, laid out as by optimum, onnxruntime-genai or transformers.js.
+
+    Args:
+        folder: the folder.
+        named: a file that one of its configs names.
+        variant: a precision that file names end with, e.g. ``"q4"``.
+
+    Returns:
+        The graph of that name, else `model.onnx`, else `onnx/model.onnx`, else an encoder-decoder's decoder,
+        else the only one there is, or the first variant of the only one; None where there is none.
+
+    Raises:
+        UsageError: there are several, none of them with a usual name.
+    """
+    endings = ("",) if variant in (None, "", "fp32") else (f"_{variant}", "")
+    places = [
+        folder / place / f"{name}{ending}.onnx"
+        for ending in endings
+        for name in ("model", "decoder_model_merged", "decoder_model")
+        for place in ("", GRAPH_FOLDER)
+    ]
+    usual = [*([folder / named] if named else []), *places]
+    if found := next((path for path in usual if path.is_file()), None):
+        return found
+    graphs = sorted([*folder.glob("*.onnx"), *folder.glob(f"{GRAPH_FOLDER}/*.onnx")])
+    if len(graphs) > 1 and not all(path.name.startswith("model_") for path in graphs):
+        names = ", ".join(str(path.relative_to(folder)) for path in graphs)
+        raise UsageError(f"{folder} has several graphs ({names}): pass the file of the one to trim.")
+    return graphs[0] if graphs else None

@@ -1,0 +1,1 @@
+"""ONNX Runtime: sessions, decoder steps, the KV cache, cold rows and the cold head."""

@@ -1,0 +1,106 @@
+"""The cold head: hidden states -> logits of the cold ids, by graphs over the mapped cold rows."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.arrays import Floats, Ids
+from trimserve.errors import MismatchError
+from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.runtime.session import available_cpus, open_session
+
+# Of a cold graph's metadata: a JSON list, how many cold rows each of its parts holds.
+PARTS_KEY = "trimserve.parts"
+Arrays = list[npt.NDArray[Any]]
+T = TypeVar("T")
+
+
+class PartedGraph:
+    """A graph over the cold rows whose input `part` says which of them to work on.
+
+    Each thread works on a part by itself, so that a row goes from the file through cast, product and maximum
+    in one core's cache, and threads meet once a product and not once an operator.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None, packed: bool) -> None:
+        """Open a graph; `packed` if its rows are quantised: then it is one part, with threads of its own."""
+        threads = threads or available_cpus()
+        # Without prepacking, or each float matrix would have a private copy. Packed rows are in the file, and
+        # used where they lie if this is on.
+        self._session = open_session(path, threads=threads if packed else 1, prepack=packed)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if PARTS_KEY not in metadata:
+            raise MismatchError(
+                f"{path} was written by another version of trimserve: export the model again, or use compact "
+                "mode."
+            )
+        ends = np.cumsum([0, *json.loads(metadata[PARTS_KEY])]).tolist()
+        self._parts = [slice(start, end) for start, end in pairwise(ends)]
+        self._threads = min(threads, len(self._parts))
+        self._pool: ThreadPoolExecutor | None = None
+
+    def each(self, names: list[str], hidden: npt.NDArray[Any], use: Callable[[slice, Arrays], T]) -> list[T]:
+        """Run every part and pass its outputs on, with the cold rows it holds; results in the parts' order.
+
+        `use` is called in the thread that ran the part.
+        """
+        feeds: dict[str, Any] = {"hidden_states": np.ascontiguousarray(hidden)}
+        if len(self._parts) == 1:
+            return [use(self._parts[0], self._session.run(names, feeds))]
+
+        def run(number: int) -> T:
+            part = np.array(number, np.int64)
+            return use(self._parts[number], self._session.run(names, {**feeds, "part": part}))
+
+        numbers = range(len(self._parts))
+        if self._threads == 1:
+            return list(map(run, numbers))
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, "trimserve-cold")
+        return list(self._pool.map(run, numbers))
+
+
+class ColdHead:
+    """The cold rows as a matrix.
+
+    Two graphs over the same mapped bytes, tile after tile, so that nothing but the tiles at work is in
+    memory.
+    """
+
+    def __init__(self, folder: TrimmedFolder, *, threads: int | None = None) -> None:
+        self.cold_ids: Ids = folder.vocab.head.cold_ids
+        packed = not folder.manifest.files.keys().isdisjoint((COLD_BLOCKS_NAME, COLD_WEIGHTS_NAME))
+        self._maxima = PartedGraph(folder.file(COLD_MAX_NAME), threads=threads, packed=packed)
+        self._logits = PartedGraph(folder.file(COLD_HEAD_NAME), threads=threads, packed=packed)
+
+    def maxima(self, hidden: Floats) -> tuple[Floats, Ids]:
+        """The largest cold logit of each hidden state and its token id (the lowest on a tie).
+
+        Args:
+            hidden: (N, H), in the graph's dtype.
+
+        Returns:
+            float32 (N,) and int32 (N,).
+        """
+        parts = self._maxima.each(["maximum", "row"], hidden, lambda _, outputs: outputs)
+        values, rows = (np.concatenate(tiles) for tiles in zip(*parts, strict=True))
+        tile = values.argmax(axis=0)  # tiles are in id order: the first is the lowest id
+        step = np.arange(values.shape[1])
+        return values[tile, step].astype(np.float32, copy=False), self.cold_ids[rows[tile, step]]
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Logits of all cold ids: (N, H) -> float32 (N, V - K)."""
+        logits = np.empty((len(hidden), self.cold_ids.size), np.float32)
+
+        def write(rows: slice, outputs: Arrays) -> None:
+            logits[:, rows] = outputs[0].T
+
+        self._logits.each(["logits"], hidden, write)
+        return logits

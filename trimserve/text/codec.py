@@ -1,0 +1,266 @@
+"""Text to compact ids and back, through the original tokenizer, which is never cut.
+
+Segmentation is that of the full model. An id without a compact row takes a cold slot, or, in a folder
+without cold rows, is split into kept pieces (`trimserve.text.fallback`).
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer, normalizers
+
+from trimserve.arrays import Ids
+from trimserve.errors import MismatchError, UnknownIdError, UsageError
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.sentence import read_settings
+from trimserve.text.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.text.fallback import Fallback
+from trimserve.text.streaming import StreamDecoder
+from trimserve.text.tokenizer import load_tokenizer, special_ids
+
+_BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
+# A text, or two that a model reads together.
+Text = str | tuple[str, str]
+
+
+class Codec:
+    """The original tokenizer of a folder and the way from its token ids to the graph's inputs.
+
+    Attributes:
+        tokenizer: the `tokenizers.Tokenizer`; padding and truncation of its file are off.
+        vocab: the folder's VocabMap.
+        special_ids: token ids that decoding leaves out.
+    """
+
+    def __init__(self, folder: TrimmedFolder) -> None:
+        """Load the tokenizer.
+
+        Raises:
+            MismatchError: the tokenizer or the vocab belongs to another model.
+        """
+        self._folder = folder
+        self.vocab = folder.vocab
+        path = folder.file(TOKENIZER_NAME)
+        _check_hashes(folder)
+        self.tokenizer = load_tokenizer(path)
+        if read_settings(folder).lower_case:
+            lower_case_first(self.tokenizer)
+        self.special_ids = special_ids(self.tokenizer)
+        self._limit: int | None = None
+        # Truncation is state of the tokenizer object.
+        self._lock = threading.Lock()
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Token id that fills up a batch: the model's own, because some count positions from it."""
+        config = self._folder.read_json("config.json")
+        named = self._named_token("pad_token")
+        candidates = (
+            config.get("pad_token_id"),
+            (config.get("text_config") or {}).get("pad_token_id"),
+            self.tokenizer.token_to_id(named) if named else None,
+            config.get("eos_token_id"),
+            int(self.vocab.kept_ids[0]),
+        )
+        usable = (int(id_) for id_ in candidates if isinstance(id_, int) and self._is_kept(id_))
+        return next(usable)
+
+    @cached_property
+    def mask_id(self) -> int:
+        """Token id of the tokenizer's mask.
+
+        Raises:
+            UsageError: it has none.
+        """
+        named = self._named_token("mask_token")
+        found = (self.tokenizer.token_to_id(token) for token in (named, "[MASK]", "<mask>") if token)
+        mask_id = next((id_ for id_ in found if id_ is not None), None)
+        if mask_id is None:
+            raise UsageError(f"the tokenizer of {self._folder.path} has no mask token: it cannot fill masks.")
+        return int(mask_id)
+
+    def encode(
+        self, texts: Sequence[Text], *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[Ids]:
+        """Encode texts to token ids, int32 (T,) each. See `encode_typed`."""
+        encoded = self.encode_typed(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
+        return [text.ids for text in encoded]
+
+    def encode_typed(
+        self, texts: Sequence[Text], *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[Encoded]:
+        """Encode texts with the original tokenizer.
+
+        Args:
+            texts: any number of texts of any length, or of pairs of texts.
+            add_special_tokens: what the tokenizer's post-processor adds (cls, sep, bos).
+            max_tokens: longest sequence, special tokens included; a longer text loses tokens at its end
+                (at its start where tokenizer_config.json says ``"truncation_side": "left"``), of a pair
+                the longer text first.
+
+        Raises:
+            UsageError: a text is not a string, or `max_tokens` leaves no room for the special tokens.
+            UnknownIdError: the tokenizer gives an id that the model has no row for.
+        """
+        _check_texts(texts)
+        encoded: list[Encoded] = []
+        with self._lock:
+            pairs = any(isinstance(text, tuple) for text in texts)
+            self._truncate(max_tokens, add_special_tokens, pairs=pairs)
+            for start in range(0, len(texts), _BATCH):
+                part = list(texts[start : start + _BATCH])
+                encodings = self.tokenizer.encode_batch_fast(part, add_special_tokens=add_special_tokens)
+                encoded += map(_encoded, encodings)
+        self._check_rows(texts, encoded)
+        return encoded
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Decode token ids to text, without special tokens."""
+        text: str = self.tokenizer.decode(
+            np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
+        )
+        return text
+
+    def stream(self) -> StreamDecoder:
+        """Start decoding a stream of token ids."""
+        return StreamDecoder(self.tokenizer)
+
+    def servable(self, sequences: Sequence[Ids]) -> Servable:
+        """Make every id one that the folder has a row for.
+
+        Where the folder has cold rows nothing needs to be done. Without them, cold tokens are split into
+        kept pieces, and the sequences get longer.
+
+        Raises:
+            UnknownIdError: a cold token cannot be split; the message names it and the text.
+        """
+        cold = [~self.vocab.is_kept(ids) for ids in sequences]
+        count = sum(int(mask.sum()) for mask in cold)
+        if count == 0 or self._folder.has_cold:
+            return Servable(sequences, [np.ones(len(ids), np.int64) for ids in sequences], count)
+        split = [self._split(ids, mask) for ids, mask in zip(sequences, cold, strict=True)]
+        return Servable([ids for ids, _ in split], [repeats for _, repeats in split], count)
+
+    def slots(
+        self, sequences: Sequence[Ids], *, held: Sequence[int] | Ids = (), side: Side = "right"
+    ) -> SlottedBatch:
+        """Turn token ids into the graph's `input_ids` and `attention_mask`.
+
+        Args:
+            sequences: token ids (T,) each, of any lengths.
+            held: cold ids that already hold slots 0, 1, ...; new ones are appended.
+            side: where shorter sequences are padded.
+
+        Raises:
+            UnknownIdError: an id is outside 0..V-1, or see `servable`.
+        """
+        split = 0
+        if not self._folder.has_cold:
+            servable = self.servable(sequences)
+            sequences, split = servable.sequences, servable.cold_tokens
+        # Translated before it is padded: a batch of unequal texts is mostly padding.
+        joined = join(sequences)
+        slotted = self.vocab.with_slots(joined.ids, held)
+        pad = int(self.vocab.to_compact(self.pad_id))
+        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad, side)
+        return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
+
+    def _named_token(self, role: str) -> str | None:
+        token = self._folder.read_json("tokenizer_config.json").get(role)
+        return token.get("content") if isinstance(token, dict) else token
+
+    @cached_property
+    def _fallback(self) -> Fallback:
+        return Fallback(self.tokenizer, self.vocab)
+
+    def _split(self, ids: Ids, cold: npt.NDArray[np.bool_]) -> tuple[Ids, npt.NDArray[np.int64]]:
+        if not cold.any():
+            return ids, np.ones(len(ids), np.int64)
+        try:
+            return self._fallback.split(ids, cold)
+        except UnknownIdError as error:
+            raise UnknownIdError(f"text {shorten(self.decode(ids))}: {error}") from error
+
+    def _is_kept(self, id_: int) -> bool:
+        return 0 <= id_ < self.vocab.vocab_size and bool(self.vocab.is_kept(id_))
+
+    def _truncate(self, max_tokens: int | None, add_special_tokens: bool, *, pairs: bool) -> None:
+        added = self.tokenizer.num_special_tokens_to_add(pairs) if add_special_tokens else 0
+        # The library takes a limit below the number of special tokens for no limit.
+        if max_tokens is not None and max_tokens < max(added, 1):
+            raise UsageError(
+                f"max_tokens is {max_tokens} but the special tokens alone take {added}: raise it."
+            )
+        if max_tokens == self._limit:
+            return
+        if max_tokens is None:
+            self.tokenizer.no_truncation()
+        else:
+            self.tokenizer.enable_truncation(max_tokens, direction=self._truncation_side)
+        self._limit = max_tokens
+
+    @cached_property
+    def _truncation_side(self) -> str:
+        side: str = self._folder.read_json("tokenizer_config.json").get("truncation_side", "right")
+        return side
+
+    def _check_rows(self, texts: Sequence[Text], encoded: Iterable[Encoded]) -> None:
+        size = self.vocab.vocab_size
+        for text, entry in zip(texts, encoded, strict=True):
+            if entry.ids.size and int(entry.ids.max()) >= size:
+                id_ = int(entry.ids[entry.ids >= size][0])
+                raise UnknownIdError(
+                    f"text {shorten(text)}: its token {self.tokenizer.id_to_token(id_)!r} has id {id_:,} but "
+                    f"the model has {size:,} rows. Take the token out of the text."
+                )
+
+
+def lower_case_first(tokenizer: Tokenizer) -> None:
+    """Let a tokenizer lower-case a text before anything else, as `do_lower_case` asks for."""
+    before = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+
+
+def shorten(text: Text, length: int = 48) -> str:
+    """Quote a text for a message, cut to `length` characters."""
+    if isinstance(text, tuple):
+        return " and ".join(shorten(part, length // 2) for part in text)
+    return repr(text) if len(text) <= length else repr(text[: length - 1] + "…")
+
+
+def _encoded(encoding: Encoding) -> Encoded:
+    ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+    return Encoded(ids, types, bool(encoding.overflowing))
+
+
+def _check_texts(texts: Sequence[Text]) -> None:
+    if isinstance(texts, str):
+        raise UsageError("expected a list of texts, found one string: pass [text].")
+    for text in chain.from_iterable(text if isinstance(text, tuple) else (text,) for text in texts):
+        if not isinstance(text, str):
+            raise UsageError(f"expected a text, found {type(text).__name__}: pass strings.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"text {shorten(text)} holds half a surrogate pair, which is no character: clean the text."
+            ) from error
+
+
+def _check_hashes(folder: TrimmedFolder) -> None:
+    expected = folder.manifest.tokenizer_sha256
+    found = {
+        "tokenizer.json": folder.manifest.files[TOKENIZER_NAME].sha256,
+        "the vocab": folder.vocab.tokenizer_sha256 or expected,
+    }
+    for name, digest in found.items():
+        if digest != expected:
+            raise MismatchError(
+                f"{folder.path} was made for the tokenizer {expected[:12]}…, but {name} belongs to "
+                f"{digest[:12]}…: export the folder again."
+            )
