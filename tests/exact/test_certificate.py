@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from tests.support.folders import make_folder
 from trimserve.decoding.columns import Columns, History
-from trimserve.decoding.request import Block, Request
+from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.sampling import SamplingParams, choose
 from trimserve.decoding.stats import ColdReads
 from trimserve.decoding.token_rules import TokenRules
@@ -315,7 +315,7 @@ def test_no_sampled_step_differs(cases, name, params):
         for logits, own in zip(orders[0], kept, strict=True):
             history = History(request.prompt, np.array(drafts, np.int32))
             drafts.append(choose(np.concatenate([own, logits]), columns, request.params, history))
-        tokens = case.certificate.tokens(request, Block(drafts, kept, hidden))
+        tokens = case.certificate.tokens(request, Draft(drafts, kept, hidden))
         settled += sum(token is not None for token in tokens)
         for step, token in enumerate(tokens):
             if token is None:

@@ -11,7 +11,7 @@ from tests.support.generators import FullSampler, make_pair
 from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import UsageError
 from trimserve.exact import checker as exact
-from trimserve.exact.block_size import BlockSize
+from trimserve.exact.draft_length import DraftLength
 
 pytestmark = pytest.mark.export
 
@@ -366,7 +366,7 @@ def test_exact_mode_without_cold_rows_is_refused(tmp_path):
 
 
 def test_the_block_grows_while_drafts_stand_and_shrinks_after_a_rejection():
-    block = BlockSize(32)
+    block = DraftLength(32)
     sizes = []
     for _ in range(8):
         sizes.append(block.size)
@@ -380,7 +380,7 @@ def test_the_block_grows_while_drafts_stand_and_shrinks_after_a_rejection():
 
 
 def test_the_block_stays_small_where_drafts_fall_and_steps_are_dear():
-    block = BlockSize(32)
+    block = DraftLength(32)
     for _ in range(60):
         size = block.size
         stood = size // 2
@@ -389,7 +389,7 @@ def test_the_block_stays_small_where_drafts_fall_and_steps_are_dear():
 
 
 def test_what_a_block_size_learned_stays_for_the_next_request():
-    block = BlockSize(32)
+    block = DraftLength(32)
     for _ in range(20):
         block.note(block.size, block.size, block.size, 0.001, 0.010)
     learned = block.size

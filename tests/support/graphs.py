@@ -1,8 +1,8 @@
 """Tiny graphs with every layout of embedding and head that exporters and quantisers make.
 
 All numbers are small integers, and scales powers of two, so that sums are exact in whatever order a kernel
-adds: logits of a trimmed graph must equal those of the full one bit for bit. `Sketch.real` draws real numbers
-instead, for what must be equal even then.
+adds: logits of a trimmed graph must equal those of the full one bit for bit. `GraphText.real` draws real
+numbers instead, for what must be equal even then.
 """
 
 import json
@@ -20,7 +20,7 @@ CONTRIB = "com.microsoft"
 
 
 @dataclass
-class Sketch:
+class GraphText:
     """A graph in the making: lines of ONNX text, and the constants they name."""
 
     V: int = 37
@@ -65,31 +65,31 @@ class Sketch:
         return ir.from_proto(ir.to_proto(parsed))  # as a file is read: values know their constants' shapes
 
 
-def plain(s: Sketch) -> None:
+def plain(s: GraphText) -> None:
     s.add("rows = Gather(table, input_ids)", table=s.floats(s.V, s.H))
 
 
-def transposed(s: Sketch) -> None:
+def transposed(s: GraphText) -> None:
     s.add("turned = Transpose<perm = [1, 0]>(table)", table=s.floats(s.H, s.V))
     s.add("rows = Gather(turned, input_ids)")
 
 
-def second_axis(s: Sketch) -> None:
+def second_axis(s: GraphText) -> None:
     s.add("columns = Gather<axis = 1>(table, input_ids)", table=s.floats(s.H, s.V))
     s.add("rows = Transpose<perm = [1, 2, 0]>(columns)")
 
 
-def half(s: Sketch) -> None:
+def half(s: GraphText) -> None:
     s.add("small = Gather(table, input_ids)", table=s.floats(s.V, s.H, dtype=np.float16))
     s.add("rows = Cast<to = 1>(small)")
 
 
-def dequantized_after(s: Sketch) -> None:
+def dequantized_after(s: GraphText) -> None:
     s.add("integers = Gather(table, input_ids)", table=s.bytes(s.V, s.H))
     s.add("rows = DequantizeLinear(integers, scale, zero)", scale=np.float32(0.25), zero=np.uint8(120))
 
 
-def dequantized_before(s: Sketch) -> None:
+def dequantized_before(s: GraphText) -> None:
     s.add(
         "floats = DequantizeLinear<axis = 0>(table, scales, zeros)",
         table=s.bytes(s.V, s.H),
@@ -99,14 +99,14 @@ def dequantized_before(s: Sketch) -> None:
     s.add("rows = Gather(floats, input_ids)")
 
 
-def scaled_rows(s: Sketch) -> None:
+def scaled_rows(s: GraphText) -> None:
     """Integers and their scales are looked up each by itself."""
     s.add("integers = Gather(table, input_ids)", table=s.bytes(s.V, s.H).view(np.int8))
     s.add("scale = Gather(scales, input_ids)", scales=s.scales(s.V, 1))
     s.add("floats = Cast<to = 1>(integers)\nrows = Mul(floats, scale)")
 
 
-def _gather_blocks(s: Sketch, data: str, bits: int, zeros: np.ndarray | None) -> None:
+def _gather_blocks(s: GraphText, data: str, bits: int, zeros: np.ndarray | None) -> None:
     s.add("", gather_scales=s.scales(s.V, s.blocks), **({} if zeros is None else {"gather_zeros": zeros}))
     operands = ", ".join(
         [data, "input_ids", "gather_scales", *(["gather_zeros"] if zeros is not None else [])]
@@ -115,22 +115,22 @@ def _gather_blocks(s: Sketch, data: str, bits: int, zeros: np.ndarray | None) ->
     s.add(f"rows = {CONTRIB}.GatherBlockQuantized<{attributes}>({operands})")
 
 
-def blocks_int4(s: Sketch) -> None:
+def blocks_int4(s: GraphText) -> None:
     s.add("", table=s.random.integers(-8, 8, (s.V, s.H)).astype(ml_dtypes.int4))
     _gather_blocks(s, "table", 4, None)
 
 
-def blocks_uint4(s: Sketch) -> None:
+def blocks_uint4(s: GraphText) -> None:
     s.add("", table=s.random.integers(0, 16, (s.V, s.H)).astype(ml_dtypes.uint4))
     _gather_blocks(s, "table", 4, s.random.integers(0, 16, (s.V, s.blocks)).astype(ml_dtypes.uint4))
 
 
-def blocks_uint8(s: Sketch) -> None:
+def blocks_uint8(s: GraphText) -> None:
     _gather_blocks(s, "table", 8, s.bytes(s.V, s.blocks))
     s.add("", table=s.bytes(s.V, s.H))
 
 
-def blocks_reshaped(s: Sketch) -> None:
+def blocks_reshaped(s: GraphText) -> None:
     """onnxruntime-genai: the head's blocks seen as rows."""
     width = s.blocks * s.block // 2
     s.add("seen = Reshape(table, shape)", table=s.bytes(s.V, s.blocks, s.block // 2))
@@ -138,7 +138,7 @@ def blocks_reshaped(s: Sketch) -> None:
     _gather_blocks(s, "seen", 4, s.bytes(s.V, -(-s.blocks // 2)))
 
 
-def layer_norm(s: Sketch) -> None:
+def layer_norm(s: GraphText) -> None:
     s.add(
         f"rows, mask_index, total = {CONTRIB}.EmbedLayerNormalization<epsilon = 0.5>"
         "(small_ids, , table, positions, , gamma, beta)",
@@ -150,7 +150,7 @@ def layer_norm(s: Sketch) -> None:
     s.lines.insert(0, "small_ids = Cast<to = 6>(input_ids)")
 
 
-EMBEDDINGS: dict[str, Callable[[Sketch], None]] = {
+EMBEDDINGS: dict[str, Callable[[GraphText], None]] = {
     made.__name__: made
     for made in (
         plain,
@@ -169,30 +169,30 @@ EMBEDDINGS: dict[str, Callable[[Sketch], None]] = {
 }
 
 
-def matmul(s: Sketch) -> None:
+def matmul(s: GraphText) -> None:
     s.add("product = MatMul(hidden, head)", head=s.floats(s.H, s.V))
 
 
-def fused(s: Sketch) -> None:
+def fused(s: GraphText) -> None:
     s.add(f"product = {CONTRIB}.FusedMatMul<transB = 1>(hidden, head)", head=s.floats(s.V, s.H))
 
 
-def turned(s: Sketch) -> None:
+def turned(s: GraphText) -> None:
     s.add("across = Transpose(head)\nproduct = MatMul(hidden, across)", head=s.floats(s.V, s.H))
 
 
-def _flattened(s: Sketch, product: str) -> None:
+def _flattened(s: GraphText, product: str) -> None:
     s.add("lines = Reshape(hidden, flat)", flat=np.array([-1, s.H], np.int64))
     s.add(product)
 
 
-def gemm(s: Sketch) -> None:
+def gemm(s: GraphText) -> None:
     _flattened(s, "scored = Gemm<transB = 1, alpha = 2.0>(lines, head, gemm_bias)")
     s.add("product = Reshape(scored, unflat)", unflat=np.array([1, -1, s.V], np.int64))
     s.add("", head=s.floats(s.V, s.H), gemm_bias=s.floats(s.V))
 
 
-def gemm_by_column(s: Sketch) -> None:
+def gemm_by_column(s: GraphText) -> None:
     """The shape is put together when the graph runs."""
     _flattened(s, "scored = Gemm(lines, head)")
     s.add("rows_shape = Shape<start = 0, end = 2>(input_ids)\nwhole = Concat<axis = 0>(rows_shape, last)")
@@ -200,7 +200,7 @@ def gemm_by_column(s: Sketch) -> None:
 
 
 def nbits(
-    s: Sketch, bits: int, *, flat: bool = False, zeros: str = "", bias: bool = False, order: bool = False
+    s: GraphText, bits: int, *, flat: bool = False, zeros: str = "", bias: bool = False, order: bool = False
 ) -> None:
     n = s.blocks
     data, scales = s.bytes(s.V, n, s.block * bits // 8), s.scales(s.V, n)
@@ -221,31 +221,31 @@ def nbits(
     s.add(f"product = {CONTRIB}.MatMulNBits<{attributes}>({operands})", **tensors)
 
 
-def nbits_2(s: Sketch) -> None:
+def nbits_2(s: GraphText) -> None:
     nbits(s, 2, zeros="packed")
 
 
-def nbits_4(s: Sketch) -> None:
+def nbits_4(s: GraphText) -> None:
     nbits(s, 4)
 
 
-def nbits_4_flat(s: Sketch) -> None:
+def nbits_4_flat(s: GraphText) -> None:
     nbits(s, 4, flat=True, zeros="packed")
 
 
-def nbits_4_bias(s: Sketch) -> None:
+def nbits_4_bias(s: GraphText) -> None:
     nbits(s, 4, zeros="packed", bias=True)
 
 
-def nbits_4_float_zeros(s: Sketch) -> None:
+def nbits_4_float_zeros(s: GraphText) -> None:
     nbits(s, 4, zeros="float")
 
 
-def nbits_8(s: Sketch) -> None:
+def nbits_8(s: GraphText) -> None:
     nbits(s, 8, zeros="packed")
 
 
-def _qdq(s: Sketch, dtype) -> None:
+def _qdq(s: GraphText, dtype) -> None:
     info = ml_dtypes.iinfo(dtype)
     integers = s.random.integers(info.min, info.max + 1, (s.H, s.V)).astype(dtype)
     zeros = s.random.integers(info.min, info.max + 1, (s.blocks, s.V)).astype(dtype)
@@ -258,15 +258,15 @@ def _qdq(s: Sketch, dtype) -> None:
     s.add("product = MatMul(hidden, head)")
 
 
-def qdq_int4(s: Sketch) -> None:
+def qdq_int4(s: GraphText) -> None:
     _qdq(s, ml_dtypes.int4)
 
 
-def qdq_uint4(s: Sketch) -> None:
+def qdq_uint4(s: GraphText) -> None:
     _qdq(s, ml_dtypes.uint4)
 
 
-def qdq_by_token(s: Sketch) -> None:
+def qdq_by_token(s: GraphText) -> None:
     """A scale a token."""
     s.add(
         "head = DequantizeLinear<axis = 1>(head_q, head_scales)",
@@ -276,7 +276,7 @@ def qdq_by_token(s: Sketch) -> None:
     s.add("product = MatMul(hidden, head)")
 
 
-def qdq_one_scale(s: Sketch) -> None:
+def qdq_one_scale(s: GraphText) -> None:
     s.add(
         "head = DequantizeLinear(head_q, head_scale, head_zero)",
         head_q=s.bytes(s.H, s.V),
@@ -286,22 +286,22 @@ def qdq_one_scale(s: Sketch) -> None:
     s.add("product = MatMul(hidden, head)")
 
 
-def _integer(s: Sketch, weight: np.ndarray, zero: np.ndarray, scale: np.ndarray) -> None:
+def _integer(s: GraphText, weight: np.ndarray, zero: np.ndarray, scale: np.ndarray) -> None:
     s.add("q, q_scale, q_zero = DynamicQuantizeLinear(hidden)")
     s.add("whole = MatMulInteger(q, head, q_zero, head_zero)", head=weight, head_zero=zero)
     s.add("both = Mul(q_scale, head_scale)\nwide = Cast<to = 1>(whole)", head_scale=scale)
     s.add("product = Mul(wide, both)")
 
 
-def integer(s: Sketch) -> None:
+def integer(s: GraphText) -> None:
     _integer(s, s.bytes(s.H, s.V), np.uint8(7), np.float32(0.5))
 
 
-def integer_by_token(s: Sketch) -> None:
+def integer_by_token(s: GraphText) -> None:
     _integer(s, s.bytes(s.H, s.V).view(np.int8), np.zeros(s.V, np.int8), s.scales(s.V))
 
 
-def integer_fused(s: Sketch) -> None:
+def integer_fused(s: GraphText) -> None:
     s.add(
         f"product = {CONTRIB}.DynamicQuantizeMatMul(hidden, head, head_scale, head_zero, head_bias)",
         head=s.bytes(s.H, s.V),
@@ -311,7 +311,7 @@ def integer_fused(s: Sketch) -> None:
     )
 
 
-def integer_fused_scalar(s: Sketch) -> None:
+def integer_fused_scalar(s: GraphText) -> None:
     """One scale for all tokens; zero points and bias left out."""
     s.add(
         f"product = {CONTRIB}.DynamicQuantizeMatMul(hidden, head, head_scale)",
@@ -320,7 +320,7 @@ def integer_fused_scalar(s: Sketch) -> None:
     )
 
 
-def integer_to_float(s: Sketch) -> None:
+def integer_to_float(s: GraphText) -> None:
     s.add("q, q_scale, q_zero = DynamicQuantizeLinear(hidden)")
     s.add(
         f"product = {CONTRIB}.MatMulIntegerToFloat"
@@ -332,7 +332,7 @@ def integer_to_float(s: Sketch) -> None:
     )
 
 
-def static_integer(s: Sketch) -> None:
+def static_integer(s: GraphText) -> None:
     """Static quantisation: the logits are integers for a moment."""
     s.add("q = QuantizeLinear(hidden, q_scale, q_zero)", q_scale=np.float32(0.25), q_zero=np.uint8(128))
     s.add(
@@ -346,7 +346,7 @@ def static_integer(s: Sketch) -> None:
     s.add("product = DequantizeLinear(whole, y_scale, y_zero)")
 
 
-def static_to_float(s: Sketch) -> None:
+def static_to_float(s: GraphText) -> None:
     """Activations by one constant scale, logits in floats."""
     s.add("q = QuantizeLinear(hidden, q_scale, q_zero)", q_scale=np.float32(0.25), q_zero=np.uint8(128))
     s.add(
@@ -359,12 +359,12 @@ def static_to_float(s: Sketch) -> None:
     )
 
 
-def nbits_4_g_idx(s: Sketch) -> None:
+def nbits_4_g_idx(s: GraphText) -> None:
     """The order of the columns, as GPTQ has it."""
     nbits(s, 4, zeros="packed", order=True)
 
 
-def bnb4(s: Sketch) -> None:
+def bnb4(s: GraphText) -> None:
     attributes = f"K = {s.H}, N = {s.V}, block_size = {s.block}, quant_type = 1"
     s.add(
         f"product = {CONTRIB}.MatMulBnb4<{attributes}>(hidden, data, absmax)",
@@ -373,7 +373,7 @@ def bnb4(s: Sketch) -> None:
     )
 
 
-HEADS: dict[str, Callable[[Sketch], None]] = {
+HEADS: dict[str, Callable[[GraphText], None]] = {
     made.__name__: made
     for made in (
         matmul,
@@ -404,26 +404,26 @@ HEADS: dict[str, Callable[[Sketch], None]] = {
 }
 
 
-def tied(s: Sketch) -> None:
+def tied(s: GraphText) -> None:
     plain(s)
     middle(s)
     s.add("across = Transpose(table)\nproduct = MatMul(hidden, across)")
 
 
-def tied_fused(s: Sketch) -> None:
+def tied_fused(s: GraphText) -> None:
     plain(s)
     middle(s)
     s.add(f"product = {CONTRIB}.FusedMatMul<transB = 1>(hidden, table)")
 
 
-def tied_transposed(s: Sketch) -> None:
+def tied_transposed(s: GraphText) -> None:
     """onnxruntime-genai, float: the head's matrix turned for the embedding."""
     transposed(s)
     middle(s)
     s.add("product = MatMul(hidden, table)")
 
 
-def tied_blocks(s: Sketch) -> None:
+def tied_blocks(s: GraphText) -> None:
     """onnxruntime-genai, int4: one matrix of blocks for both, with one set of scales and zero points."""
     blocks_reshaped(s)
     middle(s)
@@ -433,7 +433,7 @@ def tied_blocks(s: Sketch) -> None:
     )
 
 
-def tied_int8(s: Sketch) -> None:
+def tied_int8(s: GraphText) -> None:
     """quantize_dynamic: the integers are looked up, and turned for the head."""
     dequantized_after(s)
     middle(s)
@@ -444,38 +444,38 @@ def tied_int8(s: Sketch) -> None:
 TIED = {made.__name__: made for made in (tied, tied_fused, tied_transposed, tied_blocks, tied_int8)}
 
 
-def middle(s: Sketch) -> None:
+def middle(s: GraphText) -> None:
     """A body: a square matrix, to be left alone even where H equals V."""
     s.add("hidden = MatMul(rows, square)", square=np.eye(s.H, dtype=np.float32)[::-1].copy())
 
 
-def _bare(s: Sketch) -> None:
+def _bare(s: GraphText) -> None:
     s.add("logits = Identity(product)")
 
 
-def _biased(s: Sketch) -> None:
+def _biased(s: GraphText) -> None:
     s.add("logits = Add(bias, product)", bias=s.floats(1, s.V))
 
 
-def _capped(s: Sketch) -> None:
+def _capped(s: GraphText) -> None:
     s.add("small = Div(product, thirty)\nbent = Tanh(small)", thirty=np.float32(32))
     s.add("logits = Mul(bent, thirty)")
 
 
-def _masked(s: Sketch) -> None:
+def _masked(s: GraphText) -> None:
     s.add("logits = Where(allowed, product, low)", allowed=s.floats(s.V) > 0, low=np.float32(-1e9))
 
 
-def _cast(s: Sketch) -> None:
+def _cast(s: GraphText) -> None:
     s.add("half = Cast<to = 10>(product)\nlogits = Cast<to = 1>(half)")
 
 
 AFTER = {"bare": _bare, "biased": _biased, "capped": _capped, "masked": _masked, "cast": _cast}
 
 
-def sketch(embedding: str, head: str, after: str = "bare", **sizes: int) -> Sketch:
+def sketch(embedding: str, head: str, after: str = "bare", **sizes: int) -> GraphText:
     """A graph of an embedding, a body and a head."""
-    made = Sketch(**sizes)
+    made = GraphText(**sizes)
     EMBEDDINGS[embedding](made)
     middle(made)
     HEADS[head](made)
@@ -483,9 +483,9 @@ def sketch(embedding: str, head: str, after: str = "bare", **sizes: int) -> Sket
     return made
 
 
-def sketch_tied(kind: str, after: str = "bare", **sizes: int) -> Sketch:
+def sketch_tied(kind: str, after: str = "bare", **sizes: int) -> GraphText:
     """A graph whose head shares the embedding's constants."""
-    made = Sketch(**sizes)
+    made = GraphText(**sizes)
     TIED[kind](made)
     AFTER[after](made)
     return made
@@ -502,7 +502,7 @@ def run(model: ir.Model | Path, feeds: Mapping[str, np.ndarray]) -> list[np.ndar
     return session.run(None, dict(feeds))
 
 
-def save(made: Sketch, folder: Path, name: str = "model.onnx") -> Path:
+def save(made: GraphText, folder: Path, name: str = "model.onnx") -> Path:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     ir.save(made.model(), folder / name, external_data="weights.data", size_threshold_bytes=64)
     (folder / "config.json").write_text(json.dumps({"vocab_size": made.V}))

@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from trimserve.counting.count import Interrupted as Interrupted
     from trimserve.counting.count import Tally as Tally
     from trimserve.counting.count import count_corpus as count_corpus
-    from trimserve.counting.plan import Engine as Engine
     from trimserve.counting.plan import How as How
     from trimserve.counting.plan import Shard as Shard
+    from trimserve.counting.plan import Where as Where
 
 __getattr__, __dir__, __all__ = lazy_face(
     __name__,
     {
-        "Engine": "trimserve.counting.plan",
+        "Where": "trimserve.counting.plan",
         "How": "trimserve.counting.plan",
         "Interrupted": "trimserve.counting.count",
         "Shard": "trimserve.counting.plan",

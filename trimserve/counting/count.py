@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from trimserve.arrays import Counts, Ids
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.files import CorpusSource
-from trimserve.counting.block import OnBytes, ignore
 from trimserve.counting.engine import CorpusCounter
 from trimserve.counting.plan import How
+from trimserve.counting.slice_counts import OnBytes, ignore
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from trimserve.arrays import Counts
 from trimserve.corpus.documents import CUT_CONTEXT, Document
-from trimserve.counting.block import Block
-from trimserve.counting.encoding.encoders import Encoder, Flat
+from trimserve.counting.encoding.encoders import Flat, IdEncoder
+from trimserve.counting.slice_counts import SliceCounts
 from trimserve.process import release_free_memory
 
 # More documents a batch would only hold memory.
@@ -31,10 +31,10 @@ _Out = TypeVar("_Out")
 class DocumentCounter:
     """Adds documents up, batch by batch; what it holds is whole after every batch, also after Ctrl-C."""
 
-    def __init__(self, encoder: Encoder, rows: int) -> None:
+    def __init__(self, encoder: IdEncoder, rows: int) -> None:
         """Count with an encoder that gives ids below `rows`."""
         self._encoder = encoder
-        self._block = Block.empty(rows)
+        self._block = SliceCounts.empty(rows)
         self._presence = _Presence(rows)
         self._drop_cuts = newline_is_space(encoder)
 
@@ -76,7 +76,7 @@ class DocumentCounter:
             block.texts += int(np.count_nonzero(begins))
             block.characters += sum(len(document.text) for document in batch)
 
-    def finish(self, *, shared: bool = False) -> Block:
+    def finish(self, *, shared: bool = False) -> SliceCounts:
         """The sums; `shared` where all of it was one document, of which there are further parts elsewhere."""
         if shared:
             self._block.open_ids = self._presence.open_ids
@@ -130,13 +130,13 @@ def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Doc
         yield batch
 
 
-def newline_is_space(encoder: Encoder) -> bool:
+def newline_is_space(encoder: IdEncoder) -> bool:
     """Whether the tokenizer takes a newline for the space before the next word, as XLM-R's does."""
     broken, spaced = _split(encoder.encode(["a\nb", "a b"]))
     return np.array_equal(broken, spaced)
 
 
-def encode_parts(encoder: Encoder, documents: Sequence[Document], *, drop_cuts: bool = False) -> Flat:
+def encode_parts(encoder: IdEncoder, documents: Sequence[Document], *, drop_cuts: bool = False) -> Flat:
     """Encode documents; a part behind its context, whose own tokens are then taken off.
 
     Some tokenizers put a space before the first word of a text, which the middle of a document does not

@@ -15,10 +15,9 @@ from tokenizers import Tokenizer
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import Document
 from trimserve.corpus.files import CorpusFile, CorpusSource
-from trimserve.counting.block import Block, OnBytes
 from trimserve.counting.documents import DocumentCounter, uninterrupted
 from trimserve.counting.encoding.choosing import choose_encoder
-from trimserve.counting.encoding.encoders import Encoder
+from trimserve.counting.encoding.encoders import IdEncoder
 from trimserve.counting.plan import (
     _SAMPLE_LEAST,
     _SAMPLE_SHARE,
@@ -28,6 +27,7 @@ from trimserve.counting.plan import (
     head,
     sample_texts,
 )
+from trimserve.counting.slice_counts import OnBytes, SliceCounts
 from trimserve.counting.sums import Sums, plan_hash
 from trimserve.counting.workers.job import Job
 from trimserve.counting.workers.processes import count_local
@@ -62,7 +62,7 @@ class CorpusCounter:
         planned = corpus.slices()
         self.slices = planned if how.shard is None else how.shard.choose(planned)
         self.sums = Sums(
-            plan_hash(self.slices, corpus.options), Block.empty(rows), sharded=how.shard is not None
+            plan_hash(self.slices, corpus.options), SliceCounts.empty(rows), sharded=how.shard is not None
         )
 
     def count(self, on_bytes: OnBytes) -> None:
@@ -94,7 +94,7 @@ class CorpusCounter:
         """Whether the corpus is not shared out: a shard may hold nothing."""
         return self._how.shard is None
 
-    def _choose_encoder(self, first: Sequence[Document]) -> Encoder:
+    def _choose_encoder(self, first: Sequence[Document]) -> IdEncoder:
         """Choose on beginnings of the slices and on the first texts of a stream."""
         streamed = sum(len(document.text) for document in first)
         total = sum(piece.bytes for piece in self.slices) + streamed
@@ -112,7 +112,7 @@ class CorpusCounter:
         parts = [piece.file for piece in self.slices if not piece.whole or piece.file.format == "parquet"]
         return list(dict.fromkeys(parts)) if self.slices_are_all else []
 
-    def _count_slices(self, job: Job, encoder: Encoder, on_bytes: OnBytes) -> None:
+    def _count_slices(self, job: Job, encoder: IdEncoder, on_bytes: OnBytes) -> None:
         numbers = [number for number in range(len(self.slices)) if number not in self.sums.done]
         waiting = [self.slices[number] for number in numbers]
         if self._how.engine == "ray":
@@ -126,7 +126,7 @@ class CorpusCounter:
                 with uninterrupted():
                     self.sums.add(numbers[index], waiting[index], block)
 
-    def _count_stream(self, encoder: Encoder, documents: Iterable[Document], on_bytes: OnBytes) -> None:
+    def _count_stream(self, encoder: IdEncoder, documents: Iterable[Document], on_bytes: OnBytes) -> None:
         corpus, sums = self._corpus, self.sums
         counter = DocumentCounter(encoder, sums.total.counts.size)
         before = 0

@@ -12,7 +12,7 @@ from trimserve.corpus.reader import SliceReader
 from trimserve.corpus.slices import Slice
 from trimserve.errors import UsageError
 
-Engine = Literal["local", "ray"]
+Where = Literal["local", "ray"]
 SAMPLE_CHARACTERS = 1 << 18
 _SAMPLE_SHARE = 256
 _SAMPLE_LEAST = 1 << 14
@@ -89,7 +89,7 @@ class How:
         shard: the part of the corpus to count; None means all of it.
     """
 
-    engine: Engine = "local"
+    engine: Where = "local"
     workers: int | None = None
     shard: Shard | None = None
 

@@ -15,7 +15,7 @@ from trimserve.arrays import Counts
 from trimserve.corpus.documents import Reading
 from trimserve.corpus.files import CorpusSource
 from trimserve.corpus.slices import Slice
-from trimserve.counting.block import Block
+from trimserve.counting.slice_counts import SliceCounts
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.hashes import sha256_file
 
@@ -41,14 +41,14 @@ class Sums:
     """
 
     plan: str
-    total: Block
+    total: SliceCounts
     done: set[int] = field(default_factory=set)
     open_ids: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     sources: list[CorpusSource] = field(default_factory=list)
     beyond_rows: int = 0
     sharded: bool = False
 
-    def add(self, number: int, piece: Slice, block: Block) -> None:
+    def add(self, number: int, piece: Slice, block: SliceCounts) -> None:
         """Add the block of a slice."""
         self.total.add(block)
         if block.open_ids is not None:
@@ -99,7 +99,7 @@ class Sums:
             raise MismatchError(f"{name} is damaged ({error}): count anew without --resume.") from error
 
 
-def _part(piece: Slice, block: Block) -> CorpusSource:
+def _part(piece: Slice, block: SliceCounts) -> CorpusSource:
     file = piece.file
     if block.sha256 is not None:
         return CorpusSource(f"{file.name}, bytes {piece.start}-{piece.end}", block.sha256, piece.bytes)

@@ -14,7 +14,7 @@ import numpy as np
 from trimserve.arrays import Floats
 from trimserve.decoding.columns import Columns
 from trimserve.decoding.feeder import Feeder
-from trimserve.decoding.request import Block, Request
+from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.slots import DraftSlots
 from trimserve.decoding.stats import Timing
 from trimserve.errors import NoTokenError
@@ -36,11 +36,11 @@ class Checker(Protocol):
     timing: Timing
 
     @property
-    def block_size(self) -> int:
+    def draft_length(self) -> int:
         """How many tokens to draft before the next check."""
         ...
 
-    def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+    def check(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
         """The full model's tokens, one list a request: the drafts that stand, then the first that differs."""
         ...
 
@@ -107,11 +107,11 @@ class GenerationLoop:
             )
 
     def _draft(
-        self, requests: Sequence[Request], cache: KVCache, step: Step, flying: Sequence[Block] = ()
-    ) -> list[Block]:
+        self, requests: Sequence[Request], cache: KVCache, step: Step, flying: Sequence[Draft] = ()
+    ) -> list[Draft]:
         """Draft a block from `step` on; `flying` are blocks drafted before it that are being checked."""
         before = [block.tokens for block in flying] or [[] for _ in requests]
-        size = self._checker.block_size if self._checker else 1
+        size = self._checker.draft_length if self._checker else 1
         size = min(size, _tokens_left(requests) - len(before[0]))
         drafts: list[list[int]] = [[] for _ in requests]
         steps = [step]
@@ -129,7 +129,7 @@ class GenerationLoop:
         logits = _joined([s.logits[:, -1:] for s in steps])
         hidden = _joined([s.hidden[:, -1:] for s in steps])
         step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
-        return [Block(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
+        return [Draft(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
 
     def _draft_token(self, request: Request, logits: Floats, hidden: Floats, past: Sequence[int]) -> int:
         try:
@@ -141,8 +141,8 @@ class GenerationLoop:
             return int(self._kept.ids[logits.argmax()])
 
     def _check(
-        self, requests: Sequence[Request], blocks: Sequence[Block], cache: KVCache
-    ) -> tuple[list[list[int]], list[Block]]:
+        self, requests: Sequence[Request], blocks: Sequence[Draft], cache: KVCache
+    ) -> tuple[list[list[int]], list[Draft]]:
         """Have blocks checked; with overlap, draft the next ones meanwhile, as if these stood."""
         if self._checker is None:
             return [block.tokens for block in blocks], []
@@ -159,7 +159,7 @@ class GenerationLoop:
             ahead = self._draft(requests, cache, step, blocks)
             return checked.result(), ahead
 
-    def _note(self, request: Request, block: Block, taken: Sequence[int]) -> None:
+    def _note(self, request: Request, block: Draft, taken: Sequence[int]) -> None:
         request.drafted += len(block.tokens)
         request.rejected += taken != block.tokens[: len(taken)]
         if request.slots is not None:
@@ -184,7 +184,7 @@ def _all_ended(requests: Sequence[Request], drafts: Sequence[Sequence[int]]) -> 
     return all(tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True))
 
 
-def _all_stood(blocks: Sequence[Block], checked: Sequence[Sequence[int]]) -> bool:
+def _all_stood(blocks: Sequence[Draft], checked: Sequence[Sequence[int]]) -> bool:
     return all(block.tokens == tokens for block, tokens in zip(blocks, checked, strict=True))
 
 
@@ -201,11 +201,11 @@ class InStep:
         self.timing = checker.timing
 
     @property
-    def block_size(self) -> int:
+    def draft_length(self) -> int:
         """How many tokens to draft before the next check."""
-        return self._checker.block_size
+        return self._checker.draft_length
 
-    def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+    def check(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
         """The full model's tokens for each request; those that go on get equally many."""
         checked = self._checker.check(requests, blocks)
         going_on = [

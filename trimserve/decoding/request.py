@@ -96,7 +96,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Draft:
     """Drafts of one request, one entry a step.
 
     Attributes:

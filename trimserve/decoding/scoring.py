@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Floats, Ids
-from trimserve.decoding.request import Block, Request
+from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.stats import Timing
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
@@ -93,7 +93,7 @@ class MassMeter:
             on ids that compact mode cannot produce.
     """
 
-    block_size = _POSITIONS
+    draft_length = _POSITIONS
     replaces = False
 
     def __init__(self, head: ColdHead) -> None:
@@ -106,7 +106,7 @@ class MassMeter:
         """Mean of `masses`, 0 before the first step."""
         return float(np.mean(self.masses)) if self.masses else 0.0
 
-    def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+    def check(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
         """Accept every draft, and note the cold mass of each step."""
         for request, block in zip(requests, blocks, strict=True):
             start = time.perf_counter()

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from trimserve.arrays import Doubles, Floats, Ids
 from trimserve.decoding.columns import Columns, History
-from trimserve.decoding.request import Block, Request
+from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.sampling import (
     LARGEST_NOISE,
     SamplingParams,
@@ -111,7 +111,7 @@ class ColdCertificate:
             values[open_steps], ids[open_steps] = self._maxima(hidden[open_steps])
         return values, ids
 
-    def tokens(self, request: Request, block: Block) -> Sequence[int | None]:
+    def tokens(self, request: Request, block: Draft) -> Sequence[int | None]:
         """See `exact.Certificate`."""
         nothing: list[int | None] = [None] * len(block.tokens)
         if request.params.needs_all_logits or not self._sampled.asks():

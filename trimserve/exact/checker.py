@@ -15,11 +15,11 @@ import numpy as np
 
 from trimserve.arrays import Floats, Ids
 from trimserve.decoding.columns import Columns
-from trimserve.decoding.request import Block, Request
+from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.sampling import choose, obey
 from trimserve.decoding.stats import ColdReads, Timing
 from trimserve.decoding.token_rules import Verdict
-from trimserve.exact.block_size import BlockSize
+from trimserve.exact.draft_length import DraftLength
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.vocab.map import VocabMap
 
@@ -39,7 +39,7 @@ class Certificate(Protocol):
         """
         ...
 
-    def tokens(self, request: Request, block: Block) -> Sequence[int | None]:
+    def tokens(self, request: Request, block: Draft) -> Sequence[int | None]:
         """The full model's token at each step of a block whose earlier drafts stand; None if not proven."""
         ...
 
@@ -53,7 +53,7 @@ class ExactChecker:
         self,
         head: ColdHead,
         vocab: VocabMap,
-        block: BlockSize | None = None,
+        block: DraftLength | None = None,
         certificate: Certificate | None = None,
         reads: ColdReads | None = None,
     ) -> None:
@@ -73,16 +73,16 @@ class ExactChecker:
             Columns(ids, vocab.vocab_size)
             for ids in (vocab.kept_ids, head.cold_ids, np.arange(vocab.vocab_size, dtype=np.int32))
         )
-        self._block = block or BlockSize()
+        self._block = block or DraftLength()
         self._block.start()
         self.timing = Timing()
 
     @property
-    def block_size(self) -> int:
+    def draft_length(self) -> int:
         """How many tokens to draft before the next check."""
         return self._block.size
 
-    def check(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+    def check(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
         """The full model's tokens for each request, up to the first that differs from its draft."""
         start = time.perf_counter()
         plain = [row for row, request in enumerate(requests) if request.params.takes_allowed_maximum]
@@ -97,7 +97,7 @@ class ExactChecker:
         self._learn(blocks, checked, time.perf_counter() - start)
         return checked
 
-    def _check_greedy(self, requests: Sequence[Request], blocks: Sequence[Block]) -> list[list[int]]:
+    def _check_greedy(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
         hidden = np.concatenate([block.hidden for block in blocks])
         logits = np.concatenate([block.logits for block in blocks])
         ends = np.cumsum([len(block.tokens) for block in blocks])
@@ -142,7 +142,7 @@ class ExactChecker:
         best = logits.argmax()
         return float(logits[best]), int(self._cold.ids[best])
 
-    def _replay(self, request: Request, block: Block) -> list[int]:
+    def _replay(self, request: Request, block: Draft) -> list[int]:
         start = time.perf_counter()
         self._reads.steps += len(block.tokens)
         proven: Sequence[int | None] = [None] * len(block.tokens)
@@ -176,7 +176,7 @@ class ExactChecker:
         self.timing.cold_head += time.perf_counter() - start
         return logits
 
-    def _learn(self, blocks: Sequence[Block], checked: Sequence[list[int]], check_seconds: float) -> None:
+    def _learn(self, blocks: Sequence[Draft], checked: Sequence[list[int]], check_seconds: float) -> None:
         size = max(len(block.tokens) for block in blocks)
         stood = sum(
             tokens[-1] == block.tokens[len(tokens) - 1] for block, tokens in zip(blocks, checked, strict=True)

@@ -43,15 +43,6 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Pooling:
-    """How a sentence embedding is made from the hidden states."""
-
-    mode: str = "mean"  # mean, cls, max or last
-    normalize: bool = False
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of `trimserve.json` (DESIGN.md section 4).
 
@@ -86,7 +77,6 @@ class Manifest:
     exporter: dict[str, str]
     created: str
     files: dict[str, FileEntry]
-    pooling: Pooling | None = None
     bytes_before: int = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
@@ -118,10 +108,14 @@ class Manifest:
             raw["source"] = Source(**raw["source"])
             raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            raw["pooling"] = Pooling(**raw["pooling"]) if raw["pooling"] else None
+            if raw.pop("pooling", None) is not None:
+                raise MismatchError(
+                    f"{origin} was written by an earlier trimserve, which kept the pooling there: export the "
+                    "folder again."
+                )
             manifest = cls(**raw)
             parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            for part in (manifest, *parts, *([manifest.pooling] if manifest.pooling else [])):
+            for part in (manifest, *parts):
                 _check_types(part)
             for name in (*manifest.files, *manifest.graphs.values()):
                 check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)

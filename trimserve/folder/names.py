@@ -12,6 +12,9 @@ VOCAB_NAME = "vocab_map.safetensors"
 COLD_PREFIX = "cold_"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+# What sentence-transformers does around the model, and the tensors of its modules.
+SENTENCE_NAME = "sentence_modules.json"
+SENTENCE_TENSORS_NAME = "sentence_modules.safetensors"
 # Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
 GRAPH_FOLDER = "onnx"
 

@@ -11,15 +11,15 @@ from trimserve.decoding.request import Request
 from trimserve.decoding.scoring import MassMeter, Score, Scorer
 from trimserve.decoding.stats import ColdReads, GeneratorStats
 from trimserve.errors import UsageError
-from trimserve.exact.block_size import MAX_BLOCK, BlockSize
 from trimserve.exact.certificate import ColdCertificate
 from trimserve.exact.checker import ExactChecker
+from trimserve.exact.draft_length import LONGEST_DRAFT, DraftLength
 from trimserve.exact.sketch import Sketch, can_be_certified
 from trimserve.folder.names import COLD_MAX_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.generation.config import GenerationConfig
 from trimserve.generation.options import MODES, GenerationOptions, Mode
-from trimserve.generation.output import Generation, Reader
+from trimserve.generation.output import Generation, OutputReader
 from trimserve.generation.plan import GenerationPlan, make_plan
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
@@ -61,7 +61,7 @@ class Generator:
         count = max(cold.head_cold_ids.size, 1)
         self._reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=cold.head_nbytes // count)
         # By their maximum, and whether checks have the certificate, which makes them cheaper.
-        self._blocks: dict[tuple[int, bool], BlockSize] = {}
+        self._blocks: dict[tuple[int, bool], DraftLength] = {}
 
     @property
     def can_be_exact(self) -> bool:
@@ -175,9 +175,9 @@ class Generator:
         known = GenerationOptions.__annotations__.keys()
         return make_plan(self.config, options, known, self.folder.vocab.vocab_size)
 
-    def _reader(self, request: Request, plan: GenerationPlan) -> Reader:
+    def _reader(self, request: Request, plan: GenerationPlan) -> OutputReader:
         by_bytes = self.config.library >= 5
-        return Reader(self.codec, plan.stop, plan.stop_strings, request.prompt, by_bytes=by_bytes)
+        return OutputReader(self.codec, plan.stop, plan.stop_strings, request.prompt, by_bytes=by_bytes)
 
     def _requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
         started = [ids if ids.size else self.config.first_id(plan.settings) for ids in prompts]
@@ -238,7 +238,7 @@ class Generator:
 
     def _checker(self, options: GenerationOptions) -> Checker | None:
         mode = self._mode(options)
-        max_block = options.get("max_block", MAX_BLOCK)
+        max_block = options.get("max_block", LONGEST_DRAFT)
         if max_block < 1:
             raise UsageError(f"max_block should be 1 or more, found {max_block}.")
         if mode == "exact" and options.get("report_mass"):
@@ -256,7 +256,7 @@ class Generator:
         certificate = self._cold_certificate(head) if options.get("certify", True) else None
         key = (max_block, certificate is not None)
         if key not in self._blocks:
-            self._blocks[key] = BlockSize(max_block, overlap=self._overlap)
+            self._blocks[key] = DraftLength(max_block, overlap=self._overlap)
         self.stats.cold_reads = self._reads
         return ExactChecker(head, self.folder.vocab.head, self._blocks[key], certificate, self._reads)
 

@@ -34,7 +34,7 @@ class Generation:
     cold_mass: float | None = None
 
 
-class Reader:
+class OutputReader:
     """Turns one request's tokens into text and watches for stop strings."""
 
     def __init__(

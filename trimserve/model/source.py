@@ -22,7 +22,10 @@ INDEX_NAME = "model.safetensors.index.json"
 GENAI_NAME = "genai_config.json"
 # Sub-configs that can hold the language model's sizes in a composite model.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+# The last two are those of static embeddings.
+_EMBEDDING = re.compile(
+    r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$|^embedding\.weight$|^embeddings$"
+)
 HEAD_MATRIX = re.compile(r"(lm_head|embed_out)\.weight$")
 _WIDTH_KEY = re.compile(r"(_size|_dim|_inner|d_model|d_ff|d_kv|n_embd)$")
 
@@ -37,6 +40,8 @@ class ModelSource:
         path: the folder; files of a hub snapshot in it are links, which copying follows.
         named_graph: the ONNX file of the folder that was named itself.
         variant: which precision of its graphs to take, e.g. ``"q4"`` of `onnx/model_q4.onnx`.
+        modules_folder: the folder of sentence-transformers' modules.json, where `path` is that of its
+            transformer (`0_Transformer`).
     """
 
     name: str
@@ -44,6 +49,16 @@ class ModelSource:
     path: Path
     named_graph: Path | None = None
     variant: str | None = None
+    modules_folder: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder as a whole, of which `path` may be a part."""
+        return self.path if self.modules_folder is None else self.modules_folder
+
+    def read_root_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object of `root`; see `read_json`."""
+        return ModelSource(self.name, self.revision, self.root).read_json(name)
 
     @cached_property
     def graph(self) -> Path | None:

@@ -15,7 +15,7 @@ from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import Reading, Unit
 from trimserve.counting.count import Interrupted, Tally, count_corpus
 from trimserve.counting.encoding.encoders import limit_threads
-from trimserve.counting.plan import Engine, How, Shard
+from trimserve.counting.plan import How, Shard, Where
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.hashes import sha256_file
 from trimserve.model.resolve import resolve_model
@@ -39,7 +39,7 @@ class ProfileOptions(TypedDict, total=False):
     unit: Unit
     skip_bad: bool
     workers: int
-    engine: Engine
+    engine: Where
     shard: str
     resume: Profile
     progress: bool

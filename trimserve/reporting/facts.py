@@ -52,7 +52,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
+class CorpusFacts:
     """What was profiled."""
 
     texts: int
@@ -145,7 +145,7 @@ class Report:
 
     model: str
     vocab_size: int
-    corpus: Corpus
+    corpus: CorpusFacts
     missing: Missing
     choice: Point
     options: dict[str, Any]
@@ -193,7 +193,7 @@ def gather(inputs: Inputs, *, top: int = 30) -> Report:
     return Report(
         model=merged.tokenizer_name,
         vocab_size=merged.vocab_size,
-        corpus=Corpus(
+        corpus=CorpusFacts(
             merged.texts,
             merged.characters,
             merged.tokens,

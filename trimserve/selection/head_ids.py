@@ -9,11 +9,11 @@ from trimserve.model.prize import read_weight_bytes
 from trimserve.profiles.model import Model, find_source
 from trimserve.profiles.profile import Profile
 from trimserve.selection.ranking import covering, round_up
-from trimserve.selection.rule import Rule
+from trimserve.selection.rule import SelectionRule
 from trimserve.vocab.map import Reason
 
 
-def output_ids(profile: Profile, rule: Rule, reason: npt.NDArray[np.int8]) -> Ids | None:
+def output_ids(profile: Profile, rule: SelectionRule, reason: npt.NDArray[np.int8]) -> Ids | None:
     """The kept ids that stay in the head, increasing; None where it takes all of them.
 
     Structural and explicit ids stay. The ids most frequent in completions join them up to the rule's

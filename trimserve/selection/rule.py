@@ -12,7 +12,7 @@ _SIZES = ("coverage", "top_k", "max_bytes")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class SelectionRule:
     """What decides how many ids stay; at most one of coverage, top_k and max_bytes.
 
     Attributes:

@@ -20,7 +20,7 @@ from trimserve.profiles.profile import Profile
 from trimserve.selection.head_ids import check_untied, output_ids
 from trimserve.selection.keep_file import KeepList, check_named, read_keep_file
 from trimserve.selection.ranking import Mass, affordable, covering, occurrences, ranked, round_up
-from trimserve.selection.rule import Rule
+from trimserve.selection.rule import SelectionRule
 from trimserve.text.dead_ids import dead_ids
 from trimserve.vocab.map import Reason, VocabMap
 
@@ -57,18 +57,19 @@ def select(  # noqa: PLR0913 - the options are the public interface
 
     Args:
         profiles: one profile, or several of one model, which are added up; by name where there are floors.
-        coverage: see `Rule`, as the next six.
-        top_k: see `Rule`.
-        min_count: see `Rule`.
-        max_bytes: see `Rule`.
-        min_docs: see `Rule`.
-        output_coverage: see `Rule`.
-        separate_output: see `Rule`; the vocab then has `output_ids`, unless completions need all kept ids.
-        floors: see `Rule`; the names are those of `profiles`.
+        coverage: see `SelectionRule`, as the next six.
+        top_k: see `SelectionRule`.
+        min_count: see `SelectionRule`.
+        max_bytes: see `SelectionRule`.
+        min_docs: see `SelectionRule`.
+        output_coverage: see `SelectionRule`.
+        separate_output: see `SelectionRule`; the vocab then has `output_ids`, unless completions need all
+            kept ids.
+        floors: see `SelectionRule`; the names are those of `profiles`.
         keep_tokens: tokens of the vocabulary, or texts, all of whose tokens stay.
         keep_ids: token ids that stay.
         keep_file: a keep list of this or another tool; see `keepfile.read_keep_file`.
-        multiple_of: see `Rule`; a power of two suits matrix kernels.
+        multiple_of: see `SelectionRule`; a power of two suits matrix kernels.
         model: where the tokenizer is, for `keep_tokens`, `keep_file` and dead ids; by default as profiled.
 
     Returns:
@@ -79,7 +80,7 @@ def select(  # noqa: PLR0913 - the options are the public interface
         UnknownIdError: a keep id outside 0..V-1.
         MismatchError: profiles or a model with different tokenizers.
     """
-    rule = Rule(
+    rule = SelectionRule(
         coverage,
         top_k,
         min_count,
@@ -135,7 +136,9 @@ def _explicit_ids(
     return explicit
 
 
-def _floors(profile: Profile, rule: Rule, named: Mapping[str, Profile]) -> dict[str, tuple[float, Mass]]:
+def _floors(
+    profile: Profile, rule: SelectionRule, named: Mapping[str, Profile]
+) -> dict[str, tuple[float, Mass]]:
     """Name -> the share that is covered at least, and (V,) the occurrences that it is a share of."""
     floors: dict[str, tuple[float, Mass]] = {}
     for name, share in rule.floors.items():
@@ -158,7 +161,7 @@ def _completions(profile: Profile) -> Mass:
 
 def _reasons(
     profile: Profile,
-    rule: Rule,
+    rule: SelectionRule,
     explicit: Sequence[int],
     floors: Mapping[str, tuple[float, Mass]],
     dead: Callable[[], Ids],
@@ -194,7 +197,7 @@ def _dead_ids(profile: Profile, model: Model | None) -> Ids:
     return dead_ids(source.tokenizer())
 
 
-def _eligible(profile: Profile, rule: Rule) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def _eligible(profile: Profile, rule: SelectionRule) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Which ids may stay for their frequency, and which may not even fill K up, bool (V,) each."""
     eligible = profile.counts >= (rule.min_count or 1)
     if rule.min_docs is None:
@@ -221,7 +224,9 @@ def _take_floor(
     reason[order[: covering(mass, share, order, taken)]] = Reason.PROFILE
 
 
-def _limit(profile: Profile, rule: Rule, order: npt.NDArray[np.int64], taken: npt.NDArray[np.int64]) -> int:
+def _limit(
+    profile: Profile, rule: SelectionRule, order: npt.NDArray[np.int64], taken: npt.NDArray[np.int64]
+) -> int:
     """How many ids may stay for their frequency at most."""
     if rule.top_k is not None:
         if rule.top_k < taken.size:
@@ -259,7 +264,7 @@ def _token_ids(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[int]:
 
 
 def _facts(
-    profile: Profile, rule: Rule, explicit: Sequence[int], kept_ids: Ids, reason: Reasons
+    profile: Profile, rule: SelectionRule, explicit: Sequence[int], kept_ids: Ids, reason: Reasons
 ) -> dict[str, Any]:
     options = rule.to_dict()
     if explicit:
@@ -278,7 +283,9 @@ def _facts(
     }
 
 
-def _floor_facts(profile: Profile, rule: Rule, named: Mapping[str, Profile], kept_ids: Ids) -> dict[str, Any]:
+def _floor_facts(
+    profile: Profile, rule: SelectionRule, named: Mapping[str, Profile], kept_ids: Ids
+) -> dict[str, Any]:
     """What the kept ids cover of each named profile, and of completions where they were counted apart."""
     facts: dict[str, Any] = {}
     if len(named) > 1 or rule.floors:

@@ -13,6 +13,7 @@ from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import Manifest, is_trimmed, read_manifest
 from trimserve.folder.names import VOCAB_NAME
 from trimserve.folder.opening import list_files
+from trimserve.folder.sentence import write_settings
 from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve.model.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.version import __version__
@@ -21,12 +22,14 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.configs import compact_config
 from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import head_rows
-from trimserve_export.checkpoint.pooling import read_pooling
+from trimserve_export.checkpoint.sentence_config import read_declared, task_of_modules
+from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.from_graph.trimmed import GENERATION_CONFIG, trim_to_folder, write_generation_config
 from trimserve_export.graphs.writing import GRAPH_NAME
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.options import Options
+from trimserve_export.planning import check_cold
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +53,14 @@ def fill_from_graph(
         MismatchError: the vocab was made for another tokenizer or vocab size.
     """
     check_vocab(source, vocab)
+    task = options.task
+    if task == "auto" and is_sentence_transformers(source):
+        task = task_of_modules(source)
     made = trim_to_folder(
         source,
         vocab,
         folder,
-        task=options.task,
+        task=task,
         layout=options.layout,
         cold=options.writes_cold,
         link=options.link,
@@ -67,6 +73,11 @@ def fill_from_graph(
         _copy_texts(source, folder, texts)
         if options.layout == "graph" and source.genai_model:
             _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
+    if options.layout == "runtime":
+        declared = read_declared(source, made.task, None, in_graph=made.gives_embeddings)
+        check_cold(declared, options)
+        if declared is not None:
+            write_settings(folder, declared.settings, declared.tensors)
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,
@@ -83,7 +94,6 @@ def fill_from_graph(
         exporter={"trimserve": __version__} | made.exporter,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=list_files(folder),
-        pooling=read_pooling(source) if made.task == "feature-extraction" else None,
         generation=_generation(source, made.task, options.layout),
         bytes_before=made.bytes_before,
         quantization=made.quantization,
@@ -128,7 +138,7 @@ def _compact(config: dict[str, Any], vocab: VocabMap) -> dict[str, Any]:
     return moved | {key: _compact(value, vocab) for key, value in sections if isinstance(value, dict)}
 
 
-def check_road(source: ModelSource, options: Options) -> None:
+def check_options(source: ModelSource, options: Options) -> None:
     """Refuse options that only the other kind of source has.
 
     Raises:

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
-class Tally:
+class Differences:
     """What a sweep over the texts has seen so far."""
 
     values: int = 0
@@ -44,8 +44,8 @@ class Tally:
 class Sweep:
     """Differences over all texts: of the vocab logits, and of every other output."""
 
-    logits: Tally = field(default_factory=Tally)
-    others: Tally = field(default_factory=Tally)
+    logits: Differences = field(default_factory=Differences)
+    others: Differences = field(default_factory=Differences)
 
 
 def sweep(full: Model, trimmed: Model, texts: Iterable[Ids], bound: RoundingBound) -> Sweep:

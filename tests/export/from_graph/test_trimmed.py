@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support import graphs
 from tests.support.exports import open_graph, read_float32
 from tests.support.folders import make_vocab
-from tests.support.graphs import EMBEDDINGS, HEADS, Sketch, middle, nbits, save, sketch, sketch_tied
+from tests.support.graphs import EMBEDDINGS, HEADS, GraphText, middle, nbits, save, sketch, sketch_tied
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.files.quantized import BlockScheme, block_specs, dequantize
 from trimserve.files.tensors import map_tensor
@@ -40,7 +40,7 @@ def run(path: Path, ids: np.ndarray, cold_rows: np.ndarray) -> dict[str, np.ndar
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def assert_serves(made: Sketch, root: Path, task: str = "fill-mask") -> dict[str, np.ndarray]:
+def assert_serves(made: GraphText, root: Path, task: str = "fill-mask") -> dict[str, np.ndarray]:
     """Export a graph, feed kept and cold ids, compare with the full graph; returns the cold rows."""
     source = resolve_model(save(made, root / "model"))
     for name in ("trimmed", "full"):
@@ -105,7 +105,7 @@ BY_GRAPH = (
 def test_cold_head_gives_the_full_graphs_logits(tmp_path, monkeypatch, head, real):
     monkeypatch.setattr(graph_head, "_TILE_ROWS", 11)
     monkeypatch.setattr(cold_graph, "_BLOCK_TILE_ROWS", 16)
-    made = Sketch(H=48, real=real)
+    made = GraphText(H=48, real=real)
     EMBEDDINGS["blocks_int4"](made)
     middle(made)
     {**HEADS, "nbits_8_symmetric": partial(nbits, bits=8)}[head](made)
@@ -247,7 +247,7 @@ def test_weights_are_hashed_by_name(tmp_path):
 
 def test_task_by_outputs():
     def graph(outputs: str) -> ir.Graph:
-        made = Sketch()
+        made = GraphText()
         made.add(f"{outputs.split()[-1]} = Identity(x)")
         return made.model(outputs, "int64[b, s] input_ids, float[b, s, n] x").graph
 

@@ -16,7 +16,7 @@ from tests.support.exports import open_graph, read_float32
 from tests.support.folders import make_vocab
 from tests.support.generators import FullSampler, open_generator
 from tests.support.graph_folders import TEXTS, accept_files, save_graph, shift_rows, vocab_of
-from tests.support.graphs import CONTRIB, EMBEDDINGS, HEADS, Sketch
+from tests.support.graphs import CONTRIB, EMBEDDINGS, HEADS, GraphText
 from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.tensors import read_header
@@ -35,21 +35,21 @@ VOCAB = make_vocab(KEPT, V)
 IDS = np.array([[0, 3, 5, 36, 34, 3, 20, 19, 1]])
 
 
-def second(s: Sketch) -> None:
+def second(s: GraphText) -> None:
     s.add("layered = Gather(large, input_ids)", large=s.floats(V, WIDTH))
 
 
-def second_by_column(s: Sketch) -> None:
+def second_by_column(s: GraphText) -> None:
     s.add("turned = Transpose<perm = [1, 0]>(large)", large=s.floats(WIDTH, V))
     s.add("layered = Gather(turned, input_ids)")
 
 
-def second_int8(s: Sketch) -> None:
+def second_int8(s: GraphText) -> None:
     s.add("bytes = Gather(large, input_ids)", large=s.bytes(V, WIDTH))
     s.add("layered = DequantizeLinear(bytes, step, mid)", step=np.float32(0.5), mid=np.uint8(99))
 
 
-def second_blocks(s: Sketch) -> None:
+def second_blocks(s: GraphText) -> None:
     """Blocks of 16 numbers, of which the graph goes on with the first."""
     s.add("", large=s.bytes(V, 16), large_scales=s.scales(V, 1), large_zeros=s.bytes(V, 1))
     attributes = "gather_axis = 0, quantize_axis = 1, bits = 8, block_size = 16"
@@ -59,31 +59,31 @@ def second_blocks(s: Sketch) -> None:
     s.add("", start=np.array([0]), stop=np.array([WIDTH]), last=np.array([-1]))
 
 
-def _guard(s: Sketch, other: str) -> None:
+def _guard(s: GraphText, other: str) -> None:
     s.add("above = GreaterOrEqual(input_ids, lowest)\nbelow = Less(input_ids, end)")
     s.add(f"inside = And(above, below)\nsafe = Where(inside, input_ids, {other})")
     s.add("", lowest=np.array(0), end=np.array(SHORTER))
 
 
-def guarded(s: Sketch) -> None:
+def guarded(s: GraphText) -> None:
     """Gemma 3n's second table has no rows for the last ids; here they read that of another id."""
     _guard(s, "seven")
     s.add("layered = Gather(large, safe)", large=s.floats(SHORTER, WIDTH), seven=np.array(7))
 
 
-def guarded_by_expand(s: Sketch) -> None:
+def guarded_by_expand(s: GraphText) -> None:
     s.add("shape = Shape(input_ids)\nfilled = Expand(seven, shape)", seven=np.array(7))
     _guard(s, "filled")
     s.add("layered = Gather(large, safe)", large=s.floats(SHORTER, WIDTH))
 
 
-def guarded_by_zeros(s: Sketch) -> None:
+def guarded_by_zeros(s: GraphText) -> None:
     s.add("shape = Shape(input_ids)\nfilled = ConstantOfShape<value = int64[1] {0}>(shape)")
     _guard(s, "filled")
     s.add("layered = Gather(large, safe)", large=s.floats(V, WIDTH))
 
 
-def guarded_int8(s: Sketch) -> None:
+def guarded_int8(s: GraphText) -> None:
     _guard(s, "seven")
     s.add("bytes = Gather(large, safe)", large=s.bytes(SHORTER, WIDTH), seven=np.array(7))
     s.add("layered = DequantizeLinear(bytes, step, mid)", step=np.float32(0.5), mid=np.uint8(99))
@@ -104,8 +104,8 @@ SECOND = {
 }
 
 
-def several(kind: str, embedding: str = "plain", head: str = "matmul") -> Sketch:
-    made = Sketch()
+def several(kind: str, embedding: str = "plain", head: str = "matmul") -> GraphText:
+    made = GraphText()
     SECOND[kind](made)  # the first in the graph, and not the embedding
     EMBEDDINGS[embedding](made)
     made.add("up = MatMul(layered, widen)\nhidden = Add(rows, up)", widen=made.floats(WIDTH, H))
@@ -114,7 +114,7 @@ def several(kind: str, embedding: str = "plain", head: str = "matmul") -> Sketch
     return made
 
 
-def tied(kind: str) -> Sketch:
+def tied(kind: str) -> GraphText:
     made = several(kind)
     made.lines[-2:] = [
         "across = Transpose(table)\nproduct = MatMul(hidden, across)",
@@ -123,14 +123,14 @@ def tied(kind: str) -> Sketch:
     return made
 
 
-def save(made: Sketch, folder):
+def save(made: GraphText, folder):
     folder.mkdir()
     ir.save(made.model(), folder / "model.onnx", external_data="weights.data", size_threshold_bytes=64)
     (folder / "config.json").write_text(json.dumps({"vocab_size": V}))
     return resolve_model(folder)
 
 
-def trimmed_beside_full(made: Sketch, root):
+def trimmed_beside_full(made: GraphText, root):
     """Export, feed kept and cold ids, compare with the graph as it was; returns the cold rows."""
     source = save(made, root / "model")
     (root / "trimmed").mkdir()

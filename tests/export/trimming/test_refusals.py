@@ -8,7 +8,7 @@ pytest.importorskip("onnx_ir")
 import onnx_ir as ir
 
 from tests.support.folders import make_vocab
-from tests.support.graphs import CONTRIB, EMBEDDINGS, HEADS, Sketch, middle, sketch
+from tests.support.graphs import CONTRIB, EMBEDDINGS, HEADS, GraphText, middle, sketch
 from trimserve.errors import UnsupportedModelError
 from trimserve_export.trimming import trim_graph
 
@@ -18,7 +18,7 @@ V = 37
 VOCAB = make_vocab((0, 1, 2, 5, 7, 8, 20, 29, 30, 35, 36), V)
 
 
-def refuse(made: Sketch, match: str, outputs: str | None = None, *, has_head: bool = True) -> None:
+def refuse(made: GraphText, match: str, outputs: str | None = None, *, has_head: bool = True) -> None:
     model = made.model(outputs)
     before = ir.to_proto(model).SerializeToString()
     with pytest.raises(UnsupportedModelError, match=match):
@@ -26,7 +26,7 @@ def refuse(made: Sketch, match: str, outputs: str | None = None, *, has_head: bo
     assert ir.to_proto(model).SerializeToString() == before
 
 
-def with_line(line: str, **tensors: np.ndarray) -> Sketch:
+def with_line(line: str, **tensors: np.ndarray) -> GraphText:
     made = sketch("plain", "matmul")
     made.add(line, **tensors)
     return made
@@ -71,7 +71,7 @@ def test_id_that_is_not_kept():
     ],
 )
 def test_ways_to_the_logits(line, match):
-    made = Sketch()
+    made = GraphText()
     EMBEDDINGS["plain"](made)
     middle(made)
     HEADS["matmul"](made)
@@ -84,14 +84,14 @@ def test_ways_to_the_logits(line, match):
 
 
 def test_weight_that_is_no_constant():
-    made = Sketch()
+    made = GraphText()
     EMBEDDINGS["plain"](made)
     made.add("wide = Softmax(table)\nlogits = MatMul(rows, wide)")
     refuse(made, "Softmax .* makes the table of MatMul")
 
 
 def test_table_for_two_axes():
-    made = Sketch(V=V, H=V)
+    made = GraphText(V=V, H=V)
     EMBEDDINGS["plain"](made)
     made.add("logits = MatMul(rows, table)")
     refuse(made, "along axis 0 for one node and along axis 1 for another")
@@ -126,14 +126,14 @@ def test_attributes(attribute, value, head, match):
 
 
 def test_nothing_to_trim():
-    made = Sketch()
+    made = GraphText()
     made.add("x = Shape(input_ids)")
     refuse(made, "nothing to trim", "int64[n] x", has_head=False)
     refuse(made, "no output logits", "int64[n] x")
 
 
 def test_operator_of_another_domain():
-    made = Sketch()
+    made = GraphText()
     EMBEDDINGS["plain"](made)
     made.add(f"logits = {CONTRIB}.QMoE(rows)")
     refuse(made, "QMoE")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.folders import make_vocab
-from tests.support.graphs import EMBEDDINGS, HEADS, TIED, Sketch, run, sketch, sketch_tied
+from tests.support.graphs import EMBEDDINGS, HEADS, TIED, GraphText, run, sketch, sketch_tied
 from trimserve.vocab.map import VocabMap
 from trimserve_export.trimming import trim_graph
 
@@ -21,7 +21,7 @@ KEPT = (0, 1, 2, 5, 7, 8, 20, 29, 30, 35, 36)
 VOCAB = make_vocab(KEPT, V)
 
 
-def trimmed_equals_full(made: Sketch, vocab: VocabMap = VOCAB) -> tuple[np.ndarray, ir.Model]:
+def trimmed_equals_full(made: GraphText, vocab: VocabMap = VOCAB) -> tuple[np.ndarray, ir.Model]:
     compact = np.random.default_rng(1).integers(0, len(vocab), (1, 9))
     (full,) = run(made.model(), {"input_ids": vocab.to_original(compact).astype(np.int64)})
     model = made.model()
@@ -119,9 +119,9 @@ def test_shifted_row_is_noticed(kind, head):
     assert not np.array_equal(found[0, :4, 4], full[0, :4, KEPT[4]])  # the head's
 
 
-def compared(line: str, **tensors: np.ndarray) -> Sketch:
+def compared(line: str, **tensors: np.ndarray) -> GraphText:
     """A graph whose rows get a number more where ids compare in some way."""
-    made = Sketch()
+    made = GraphText()
     EMBEDDINGS["plain"](made)
     made.add(line, **tensors)
     made.add("number = Cast<to = 1>(flag)\nlast = Unsqueeze(number, minus)", minus=np.array([-1]))
@@ -167,9 +167,9 @@ def test_shared_small_constant_changes_for_the_comparison_alone():
     trimmed_equals_full(compared(line, five=np.array(5)))
 
 
-def merged() -> Sketch:
+def merged() -> GraphText:
     """Two branches over the same constants, as optimum-onnx merges decoders."""
-    made = Sketch()
+    made = GraphText()
     branch = "across{n} = Transpose(table)\n made{n} = MatMul(found{n}, across{n})"
     for n in (1, 2):
         made.lines.append("")
@@ -201,7 +201,7 @@ def test_branches_share_one_cut():
 
 
 def test_two_tables_are_both_cut():
-    made = Sketch()
+    made = GraphText()
     EMBEDDINGS["plain"](made)
     made.add("layered = Gather(large, input_ids)", large=made.floats(made.V, made.H))
     made.add("hidden = Add(rows, layered)")
@@ -211,7 +211,7 @@ def test_two_tables_are_both_cut():
 
 
 def test_graph_without_a_head():
-    made = Sketch()
+    made = GraphText()
     EMBEDDINGS["blocks_uint8"](made)
     model = made.model(f"float[batch, seq, {made.H}] rows")
     (full,) = run(model, {"input_ids": np.array([KEPT])})
@@ -221,7 +221,7 @@ def test_graph_without_a_head():
 
 
 def test_graph_without_an_embedding():
-    made = Sketch()
+    made = GraphText()
     HEADS["nbits_4"](made)
     made.add("logits = Identity(product)")
     inputs = f"float[batch, seq, {made.H}] hidden"

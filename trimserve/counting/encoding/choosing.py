@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from trimserve.counting.encoding.encoders import Encoder, Engine, FastEncoder, Flat, PlainEncoder
+from trimserve.counting.encoding.encoders import EncoderName, FastEncoder, Flat, IdEncoder, PlainEncoder
 from trimserve.counting.encoding.words import WordEncoder
 from trimserve.errors import UsageError
 
@@ -37,7 +37,7 @@ _AWKWARD = (
 )
 
 
-def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: bytes) -> Encoder:
+def make_encoder(engine: EncoderName, tokenizer: Tokenizer, tokenizer_json: bytes) -> IdEncoder:
     """Make an encoder of a given engine.
 
     Raises:
@@ -49,7 +49,9 @@ def make_encoder(engine: Engine, tokenizer: Tokenizer, tokenizer_json: bytes) ->
     return WordEncoder(tokenizer) if engine == "words" else PlainEncoder(tokenizer)
 
 
-def choose_encoder(tokenizer: Tokenizer, tokenizer_json: bytes, sample: Sequence[str], size: int) -> Encoder:
+def choose_encoder(
+    tokenizer: Tokenizer, tokenizer_json: bytes, sample: Sequence[str], size: int
+) -> IdEncoder:
     """The fastest encoder that gives id for id what `tokenizers` gives on the sample and on awkward texts.
 
     Args:
@@ -61,7 +63,7 @@ def choose_encoder(tokenizer: Tokenizer, tokenizer_json: bytes, sample: Sequence
     plain = PlainEncoder(tokenizer)
     texts = [*_AWKWARD, *sample]
     expected: Flat | None = None
-    engine: Engine
+    engine: EncoderName
     # fastokens knows BPE alone; trying others would cost the parsing of their vocab.
     fast = size >= _WORTH_LOADING and isinstance(tokenizer.model, BPE)
     for engine in ("fastokens", "words") if fast else ("words",):

@@ -19,7 +19,7 @@ def limit_threads(workers: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
 
 
-Engine = Literal["fastokens", "words", "tokenizers"]
+EncoderName = Literal["fastokens", "words", "tokenizers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Flat:
     lengths: npt.NDArray[np.int64]
 
 
-class Encoder(Protocol):
+class IdEncoder(Protocol):
     """Encodes texts, without the tokens that a post-processor adds.
 
     Attributes:
@@ -44,7 +44,7 @@ class Encoder(Protocol):
         beside: whether the interpreter is free while it encodes, and it may use more than one core.
     """
 
-    name: Engine
+    name: EncoderName
     batch_characters: int
     beside: bool
 
@@ -56,7 +56,7 @@ class Encoder(Protocol):
 class PlainEncoder:
     """The reference: `tokenizers` itself, on all its threads."""
 
-    name: Engine = "tokenizers"
+    name: EncoderName = "tokenizers"
     batch_characters = 1 << 18
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -75,7 +75,7 @@ class PlainEncoder:
 class FastEncoder:
     """`fastokens`, which gives all ids of a batch in one buffer."""
 
-    name: Engine = "fastokens"
+    name: EncoderName = "fastokens"
     batch_characters = 1 << 19
 
     def __init__(self, tokenizer_json: bytes) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from trimserve.counting.encoding.encoders import Engine, Flat, PlainEncoder
+from trimserve.counting.encoding.encoders import EncoderName, Flat, PlainEncoder
 from trimserve.counting.encoding.joints import components, find_joint
 
 _PROBES = ("a", "1", "Z.")
@@ -116,7 +116,7 @@ class _Words:
 class WordEncoder:
     """Looks words up, and encodes only those that are met for the first time."""
 
-    name: Engine = "words"
+    name: EncoderName = "words"
     batch_characters = 1 << 19
     beside = False
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from trimserve.corpus.documents import Faults, Reading
 from trimserve.corpus.reader import SliceReader
 from trimserve.corpus.slices import Slice
-from trimserve.counting.block import Block, OnBytes, ignore
 from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.encoding.choosing import make_encoder
-from trimserve.counting.encoding.encoders import Encoder, Engine
+from trimserve.counting.encoding.encoders import EncoderName, IdEncoder
+from trimserve.counting.slice_counts import OnBytes, SliceCounts, ignore
 from trimserve.text.tokenizer import parse_tokenizer
 
 
@@ -24,15 +24,15 @@ class Job:
     """
 
     tokenizer_json: bytes
-    engine: Engine
+    engine: EncoderName
     rows: int
     reading: Reading
 
-    def make_encoder(self) -> Encoder:
+    def make_encoder(self) -> IdEncoder:
         """Make the encoder, which takes a second for a large vocab."""
         return make_encoder(self.engine, parse_tokenizer(self.tokenizer_json), self.tokenizer_json)
 
-    def count(self, piece: Slice, encoder: Encoder, on_bytes: OnBytes = ignore) -> Block:
+    def count(self, piece: Slice, encoder: IdEncoder, on_bytes: OnBytes = ignore) -> SliceCounts:
         """Count a slice.
 
         Args:

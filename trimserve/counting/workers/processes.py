@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import IO, Self, cast
 
 from trimserve.corpus.slices import Slice
-from trimserve.counting.block import Block, OnBytes, ignore
-from trimserve.counting.encoding.encoders import Encoder
+from trimserve.counting.encoding.encoders import IdEncoder
+from trimserve.counting.slice_counts import OnBytes, SliceCounts, ignore
 from trimserve.counting.workers import wire
 from trimserve.counting.workers.job import Job
 from trimserve.errors import TrimserveError
@@ -21,8 +21,8 @@ BYTES_A_PROCESS = {"fastokens": 1 << 28, "words": 1 << 25, "tokenizers": 1 << 23
 
 
 def count_local(
-    job: Job, encoder: Encoder, slices: Sequence[Slice], workers: int, on_bytes: OnBytes = ignore
-) -> Generator[tuple[int, Block]]:
+    job: Job, encoder: IdEncoder, slices: Sequence[Slice], workers: int, on_bytes: OnBytes = ignore
+) -> Generator[tuple[int, SliceCounts]]:
     """Count slices, in this process if there is little to do.
 
     Args:
@@ -47,8 +47,8 @@ def count_local(
 
 
 def _count_here(
-    job: Job, encoder: Encoder, slices: Sequence[Slice], on_bytes: OnBytes
-) -> Generator[tuple[int, Block]]:
+    job: Job, encoder: IdEncoder, slices: Sequence[Slice], on_bytes: OnBytes
+) -> Generator[tuple[int, SliceCounts]]:
     for number, piece in enumerate(slices):
         done = 0
 
@@ -63,7 +63,7 @@ def _count_here(
 
 def _count_in_processes(
     job: Job, slices: Sequence[Slice], processes: int, on_bytes: OnBytes
-) -> Generator[tuple[int, Block]]:
+) -> Generator[tuple[int, SliceCounts]]:
     """A thread waits for each process; blocks are yielded here as they come."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_Process(job)) for _ in range(processes)]
@@ -73,7 +73,7 @@ def _count_in_processes(
             stack.callback(worker.kill)
         idle = list(workers)
         waiting = iter(enumerate(slices))
-        running: dict[Future[Block], tuple[int, _Process]] = {}
+        running: dict[Future[SliceCounts], tuple[int, _Process]] = {}
         while True:
             for worker, (number, piece) in zip(list(idle), waiting, strict=False):
                 running[pool.submit(worker.ask, piece)] = (number, worker)
@@ -112,7 +112,7 @@ class _Process:
         self._lock = threading.Lock()
         self._send(wire.job_message(job))
 
-    def ask(self, piece: Slice) -> Block:
+    def ask(self, piece: Slice) -> SliceCounts:
         """Send a slice and wait for its block."""
         with self._lock:
             self._send(wire.slice_message(piece))

@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from trimserve.corpus.slices import Slice
-from trimserve.counting.block import Block, OnBytes, ignore
+from trimserve.counting.slice_counts import OnBytes, SliceCounts, ignore
 from trimserve.counting.workers import wire
 from trimserve.counting.workers.job import Job
 from trimserve.errors import require
@@ -13,7 +13,7 @@ from trimserve.errors import require
 
 def count_ray(
     job: Job, slices: Sequence[Slice], workers: int | None, on_bytes: OnBytes = ignore
-) -> Generator[tuple[int, Block]]:
+) -> Generator[tuple[int, SliceCounts]]:
     """Count slices on a Ray cluster; the files have to lie under the same paths on every machine.
 
     A slice whose worker dies is counted again by another one; Ray gives each result once.

@@ -15,8 +15,8 @@ from trimserve import errors
 from trimserve.corpus.documents import Reading
 from trimserve.corpus.files import CorpusFile
 from trimserve.corpus.slices import Slice
-from trimserve.counting.block import Block
-from trimserve.counting.encoding.encoders import Encoder
+from trimserve.counting.encoding.encoders import IdEncoder
+from trimserve.counting.slice_counts import SliceCounts
 from trimserve.counting.workers.job import Job
 from trimserve.text.chat import ChatTemplate
 
@@ -58,7 +58,7 @@ def read_slice(message: Message) -> Slice:
     return Slice(**facts | {"file": CorpusFile(**facts["file"])})
 
 
-def answer(job: Job, piece: Slice, encoder: Encoder) -> Message:
+def answer(job: Job, piece: Slice, encoder: IdEncoder) -> Message:
     """Count a slice: the block to send, or the error that the other side shall raise."""
     try:
         block = job.count(piece, encoder)
@@ -72,7 +72,7 @@ def answer(job: Job, piece: Slice, encoder: Encoder) -> Message:
     return Message(json.dumps({name: getattr(block, name) for name in _FACTS}), safetensors.save(arrays))
 
 
-def read_block(message: Message) -> Block:
+def read_block(message: Message) -> SliceCounts:
     """The block of an answer.
 
     Raises:
@@ -84,7 +84,7 @@ def read_block(message: Message) -> Block:
         known = getattr(errors, facts["error"], OSError)
         raise known(*facts["told"])
     facts["skipped"] = Counter(facts["skipped"])
-    return Block(**facts | safetensors.load(message.arrays))
+    return SliceCounts(**facts | safetensors.load(message.arrays))
 
 
 def send(stream: IO[bytes], message: Message) -> None:

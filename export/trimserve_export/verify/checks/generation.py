@@ -24,7 +24,7 @@ _MAX_COLD_IDS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CheckedStep:
     """One step of the full model: the id it takes, its logits (V,), the head's input (1, 1, H)."""
 
     token: int
@@ -115,19 +115,19 @@ def _greedy(
     forbidden: npt.NDArray[np.bool_],
     rules: TokenRules,
     stop_ids: frozenset[int],
-) -> list[Step]:
+) -> list[CheckedStep]:
     """Decode with the full graph and its KV cache, one token a time; the lowest id wins a tie."""
     if isinstance(full, GraphModel):
         decoder, past, start = full, {}, prompt
     else:  # the encoder reads the prompt
         decoder, past, start = full.decoder, full.encoder.run(prompt), np.array([full.start_id], np.int32)
-    steps: list[Step] = []
+    steps: list[CheckedStep] = []
     ids = start
     while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in stop_ids):
         outputs = decoder.run(ids, past, keep=1)
         verdict = rules.at(start, np.array([step.token for step in steps], np.int32), prompt)
         logits = _obey(verdict, np.where(forbidden, -np.inf, outputs["logits"][0, -1]))
-        steps.append(Step(int(logits.argmax()), logits, outputs["hidden_states"]))
+        steps.append(CheckedStep(int(logits.argmax()), logits, outputs["hidden_states"]))
         ids, past = np.array([steps[-1].token], np.int32), past | outputs
     return steps
 
@@ -140,7 +140,7 @@ def _obey(verdict: Verdict, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.where(np.isin(ids, verdict.banned), -np.inf, logits)
 
 
-def _parting(context: Context, ids: Sequence[int], expected: Sequence[Step]) -> Parting | None:
+def _parting(context: Context, ids: Sequence[int], expected: Sequence[CheckedStep]) -> Parting | None:
     for number, (token, step) in enumerate(zip(ids, expected, strict=False)):
         if token != step.token:
             gap = float(step.logits[step.token]) - float(step.logits[token])

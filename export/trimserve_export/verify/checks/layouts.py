@@ -15,14 +15,14 @@ from trimserve.text.tokenizer import load_tokenizer
 from trimserve_export.from_graph.trimmed import save_untrimmed
 from trimserve_export.layouts.drop_in import id_table
 from trimserve_export.layouts.segmentation import unknown_id
-from trimserve_export.verify.checks.numbers import check_tally
+from trimserve_export.verify.checks.numbers import check_differences
 from trimserve_export.verify.checks.parts import check_part_outputs, has_parts
 from trimserve_export.verify.checks.quantized import quantized_checks
 from trimserve_export.verify.checks.retrimmed import check_retrimmed
 from trimserve_export.verify.checks.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
-from trimserve_export.verify.sweep import Tally
+from trimserve_export.verify.sweep import Differences
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -93,7 +93,7 @@ def check_id_tables(context: Context) -> Check:
 
 def check_layout_outputs(context: Context) -> Check:
     """Compare all outputs with the full graph's, on texts and on kept ids; what is not kept must be -inf."""
-    folder, tally = context.folder, Tally()
+    folder, differences = context.folder, Differences()
     session = open_session(folder.file(folder.manifest.graphs["model"]))
     # A graph that was cut and no more is compared with what it was cut from: on a CPU fp16 is rounded where
     # ONNX Runtime casts, which the serving passes move.
@@ -105,11 +105,11 @@ def check_layout_outputs(context: Context) -> Check:
         fed = folder.vocab.to_compact(ids) if folder.manifest.layout == "tokenizer" else ids
         for name, found in _run(session, fed).items():
             if name == "logits" and context.full.has_vocab_head:
-                _add_logits(context, tally, expected, found)
+                _add_logits(context, differences, expected, found)
             else:
-                tally.add(expected[name], found)
-    return check_tally(
-        "layout-outputs", tally, f"outputs on {len(sequences)} texts and sequences of kept ids"
+                differences.add(expected[name], found)
+    return check_differences(
+        "layout-outputs", differences, f"outputs on {len(sequences)} texts and sequences of kept ids"
     )
 
 
@@ -139,15 +139,15 @@ def _sequences(context: Context) -> Iterator[Ids]:
         yield random.choice(vocab.kept_ids, min(limit, len(vocab)), replace=False)
 
 
-def _add_logits(context: Context, tally: Tally, expected: dict[str, Array], found: Array) -> None:
+def _add_logits(context: Context, differences: Differences, expected: dict[str, Array], found: Array) -> None:
     vocab, full = context.folder.vocab, expected["logits"]
     bound = context.bound.of(expected["hidden_states"])
     if context.folder.manifest.layout == "tokenizer":
-        tally.add(full[..., vocab.kept_ids], found, bound)
+        differences.add(full[..., vocab.kept_ids], found, bound)
         return
-    tally.add(full[..., vocab.kept_ids], found[..., vocab.kept_ids], bound)
+    differences.add(full[..., vocab.kept_ids], found[..., vocab.kept_ids], bound)
     rest = found[..., vocab.cold_ids]
-    tally.add(np.full_like(rest, -np.inf), rest)
+    differences.add(np.full_like(rest, -np.inf), rest)
 
 
 def _run(session: "ort.InferenceSession", ids: npt.ArrayLike) -> dict[str, Array]:

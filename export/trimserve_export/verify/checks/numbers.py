@@ -7,15 +7,17 @@ from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
-from trimserve_export.verify.sweep import Tally, unchanged_outputs
+from trimserve_export.verify.sweep import Differences, unchanged_outputs
 
 _SLOT_SEQUENCES, _SLOT_TOKENS = 4, 32
 _RUNTIME_TEXTS = 100
+# What `Encoder.forward` gives, in the order in which it looks for them.
+_RESULTS = ("last_hidden_state", "sentence_embedding", "logits")
 
 
 def check_hidden_states(context: Context) -> Check:
     """Compare every output but vocab logits, bit for bit, on every text."""
-    return check_tally("hidden-states", context.sweep.others, f"outputs on {_texts(context)}")
+    return check_differences("hidden-states", context.sweep.others, f"outputs on {_texts(context)}")
 
 
 def check_kept_logits(context: Context) -> Check:
@@ -25,7 +27,7 @@ def check_kept_logits(context: Context) -> Check:
     another tail than K, is a difference within the rounding bound of both results accepted, and said.
     """
     kept = len(context.folder.vocab.head)
-    return check_tally(
+    return check_differences(
         "kept-logits", context.sweep.logits, f"logits of {kept:,} kept ids on {_texts(context)}"
     )
 
@@ -35,36 +37,41 @@ def check_runtime_outputs(context: Context) -> Check:
     model = load(context.folder.path)
     if not isinstance(model, Encoder):
         return Check("runtime-outputs", False, None, f"{context.folder.path} does not load as an encoder")
-    kept, tally = context.folder.vocab.kept_ids, Tally()
+    kept, differences = context.folder.vocab.kept_ids, Differences()
     for text in context.texts[:_RUNTIME_TEXTS]:
         ids = context.encode(text)
-        if ids is None or not 0 < len(ids) <= context.max_tokens or not context.trimmed.can_feed(ids):
+        if ids is None or not context.trimmed.can_feed(ids):
+            continue
+        (ids,) = model.token_ids([text])  # as they are fed: cut to the longest input
+        if not 0 < len(ids) <= context.max_tokens:
             continue
         outputs = context.full.run(ids)
-        full = outputs.get("last_hidden_state", outputs.get("logits"))
+        full = next((outputs[name] for name in _RESULTS if name in outputs), None)
         if full is None:
             return Check(
                 "runtime-outputs", False, None, "the full graph has no output that the runtime gives"
             )
         if context.full.has_vocab_head:
             bound = context.bound.of(outputs["hidden_states"])
-            tally.add(full[0][..., kept], model.forward([text])[0], bound)
+            differences.add(full[0][..., kept], model.forward([text])[0], bound)
         else:
-            tally.add(full[0], model.forward([text])[0])
-    return check_tally("runtime-outputs", tally, "what the runtime gives for each text by itself")
+            differences.add(full[0], model.forward([text])[0])
+    return check_differences("runtime-outputs", differences, "what the runtime gives for each text by itself")
 
 
 def check_cold_slots(context: Context) -> Check:
     """Compare all outputs on sequences of cold ids, mixed with kept ones and repeated."""
-    tally = Tally()
+    differences = Differences()
     sequences = _cold_sequences(context)
     names = unchanged_outputs(context.full)
     for ids in sequences:
         full, trimmed = context.full.run(ids), context.trimmed.run(ids)
         for name in names:
-            tally.add(full[name], trimmed[name])
+            differences.add(full[name], trimmed[name])
     tokens = sum(len(ids) for ids in sequences)
-    return check_tally("cold-slots", tally, f"outputs on {tokens} tokens, most of them through cold slots")
+    return check_differences(
+        "cold-slots", differences, f"outputs on {tokens} tokens, most of them through cold slots"
+    )
 
 
 def _cold_sequences(context: Context) -> list[Ids]:
@@ -85,11 +92,11 @@ def _texts(context: Context) -> str:
     return f"{used} texts" if used == given else f"{used} of {given} texts (the others have no ids to feed)"
 
 
-def check_tally(name: str, tally: Tally, what: str) -> Check:
+def check_differences(name: str, differences: Differences, what: str) -> Check:
     """Turn what a comparison has seen into a check; `what` says what was compared."""
-    ok = tally.values > 0 and tally.beyond_bound == 0
-    if tally.unequal == 0 and ok:
-        return Check(name, True, 0.0, f"{tally.values:,} numbers bit for bit equal: {what}")
+    ok = differences.values > 0 and differences.beyond_bound == 0
+    if differences.unequal == 0 and ok:
+        return Check(name, True, 0.0, f"{differences.values:,} numbers bit for bit equal: {what}")
     within = " within the rounding bound 2 gamma ||h|| max||w||" if ok else ""
-    detail = f"{tally.unequal:,} of {tally.values:,} numbers differ{within}: {what}"
-    return Check(name, ok, tally.max_abs_diff, detail)
+    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}: {what}"
+    return Check(name, ok, differences.max_abs_diff, detail)

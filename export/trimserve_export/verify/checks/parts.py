@@ -14,7 +14,7 @@ from trimserve_export.from_graph.trimmed import save_untrimmed
 from trimserve_export.graphs.writing import GRAPH_NAME
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
-from trimserve_export.verify.sweep import Tally
+from trimserve_export.verify.sweep import Differences
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -41,21 +41,21 @@ def has_parts(manifest: Manifest) -> bool:
 
 def check_part_outputs(context: Context) -> Check:
     """Compare all outputs of each graph with those of the graph that it was cut from."""
-    folder, tally = context.folder, Tally()
+    folder, differences = context.folder, Differences()
     for role, name in folder.manifest.graphs.items():
         scratch = _scratch(context) / role
         scratch.mkdir()
         full = open_session(save_untrimmed(context.source, scratch, role))
         trimmed = open_session(folder.file(name))
         for feeds in _all_feeds(full, folder.vocab):
-            _compare(context, tally, _run(full, feeds), _run(trimmed, _as_fed(context, feeds)))
-    ok = tally.values > 0 and tally.beyond_bound == 0
+            _compare(context, differences, _run(full, feeds), _run(trimmed, _as_fed(context, feeds)))
+    ok = differences.values > 0 and differences.beyond_bound == 0
     what = f"outputs of {len(folder.manifest.graphs)} graphs on drawn ids"
-    if ok and tally.unequal == 0:
-        return Check("layout-outputs", True, 0.0, f"{tally.values:,} numbers bit for bit equal: {what}")
+    if ok and differences.unequal == 0:
+        return Check("layout-outputs", True, 0.0, f"{differences.values:,} numbers bit for bit equal: {what}")
     within = f" within {_ROUNDING:g} of the largest logit" if ok else ""
-    detail = f"{tally.unequal:,} of {tally.values:,} numbers differ{within}: {what}"
-    return Check("layout-outputs", ok, tally.max_abs_diff, detail)
+    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}: {what}"
+    return Check("layout-outputs", ok, differences.max_abs_diff, detail)
 
 
 def _scratch(context: Context) -> Path:
@@ -77,19 +77,19 @@ def _as_fed(context: Context, feeds: Feeds) -> Feeds:
     return feeds | {"input_ids": context.folder.vocab.to_compact(ids).astype(ids.dtype)}
 
 
-def _compare(context: Context, tally: Tally, full: Feeds, found: Feeds) -> None:
+def _compare(context: Context, differences: Differences, full: Feeds, found: Feeds) -> None:
     vocab = context.folder.vocab
     for name, expected in full.items():
         if name != "logits" or expected.shape[-1] != vocab.vocab_size:
-            tally.add(expected, found[name])
+            differences.add(expected, found[name])
             continue
         logits = found[name]
         if context.folder.manifest.layout == "graph":
             rest = logits[..., vocab.cold_ids]
-            tally.add(np.full_like(rest, -np.inf), rest)
+            differences.add(np.full_like(rest, -np.inf), rest)
             logits = logits[..., vocab.kept_ids]
         bound = _ROUNDING * float(np.abs(expected).max())
-        tally.add(expected[..., vocab.kept_ids], logits, bound)
+        differences.add(expected[..., vocab.kept_ids], logits, bound)
 
 
 def _all_feeds(session: "ort.InferenceSession", vocab: VocabMap) -> Iterator[Feeds]:

@@ -13,7 +13,7 @@ OnBytes = Callable[[int], None]
 
 
 @dataclass
-class Block:
+class SliceCounts:
     """Counts of a stretch, without the tokens that serving adds around each text.
 
     Attributes:
@@ -38,11 +38,11 @@ class Block:
     sha256: str | None = None
 
     @classmethod
-    def empty(cls, rows: int) -> "Block":
+    def empty(cls, rows: int) -> "SliceCounts":
         """Nothing counted."""
         return cls(np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
-    def add(self, other: "Block") -> None:
+    def add(self, other: "SliceCounts") -> None:
         """Add another stretch, whose own document is still open."""
         self.counts += other.counts
         self.document_counts += other.document_counts
