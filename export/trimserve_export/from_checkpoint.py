@@ -11,6 +11,7 @@ from trimserve.files.quantized import BlockScheme
 from trimserve.folder.manifest import FileEntry, Manifest, Source
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.opening import list_files
+from trimserve.folder.sentence import write_settings
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
@@ -65,6 +66,8 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
     if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         columns = len(plan.vocab) if cut else plan.vocab.vocab_size
         write_genai_config(staging / graphs["model"], vocab_size=columns)
+    if plan.declared is not None and plan.choice is not None and plan.options.layout == "runtime":
+        write_settings(staging, plan.declared.settings, plan.declared.tensors)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, graphs, list_files(staging))
     return dataclasses.replace(manifest, segmentation=segmentation)
@@ -138,7 +141,7 @@ def _manifest(
         exporter={"trimserve": __version__} | _exporter_facts(plan),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
-        pooling=plan.pooling,
+        generation=plan.generation,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
         lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),

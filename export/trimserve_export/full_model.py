@@ -15,6 +15,7 @@ from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full
 from trimserve_export.pipeline import ExportResult, export
 from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.static_embedding import is_static, serve_full_static
 
 
 def export_full(
@@ -44,6 +45,8 @@ def export_full(
     """
     if source.graph is not None:
         return serve_full(source, output, task=task)
+    if is_static(source):
+        return serve_full_static(source, output, dtype)
     made_by = load_exporter(exporter)
     quantize = None if scheme is None else f"int{scheme.bits}"
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:

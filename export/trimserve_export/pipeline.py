@@ -28,6 +28,7 @@ from trimserve_export.options import Options
 from trimserve_export.planning import Plan, plan_export
 from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import whole_source
+from trimserve_export.static_embedding import fill_from_static, is_static
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         if layout == "tokenizer":
             check_vocab(source, vocab)
             vocab = close_vocab(vocab, source, profile)
-        plan = plan_export(source, vocab, options, sample) if source.graph is None else None
+        static = is_static(source)
+        plan = plan_export(source, vocab, options, sample) if source.graph is None and not static else None
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
     return _result(target, manifest, plan, time.perf_counter() - start)
@@ -179,9 +181,11 @@ def check_early(source: ModelSource, options: Options) -> ModelSource:
 def _fill(
     folder: Path, source: ModelSource, vocab: VocabMap, options: Options, plan: Plan | None, *, progress: bool
 ) -> Manifest:
-    """Write everything into an empty folder; a plan is there for a checkpoint, none for a graph."""
+    """Write everything into an empty folder; a plan is there for a checkpoint of transformers alone."""
     if plan is not None:
         filled = fill_from_checkpoint(plan, folder, progress=progress)
+    elif is_static(source):
+        filled = fill_from_static(source, vocab, options, folder)
     else:
         filled = fill_from_graph(source, vocab, options, folder, CONFIG_FILES)
     manifest = with_card(filled, source, folder)

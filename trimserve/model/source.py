@@ -32,7 +32,10 @@ INDEX_NAME = "model.safetensors.index.json"
 GENAI_NAME = "genai_config.json"
 # Sub-configs that can hold the language model's sizes in a composite model.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+# The last two are those of static embeddings.
+_EMBEDDING = re.compile(
+    r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$|^embedding\.weight$|^embeddings$"
+)
 HEAD_MATRIX = re.compile(r"(lm_head|embed_out)\.weight$")
 _WIDTH_KEY = re.compile(r"(_size|_dim|_inner|d_model|d_ff|d_kv|n_embd)$")
 
@@ -51,6 +54,8 @@ class ModelSource:
         ask_library: ask transformers for the tokenizer also where no setting can matter.
         made_of: the user's own files, where the folder is a temporary one that was made of them.
         adapter: name of the adapter that was merged into the model, if it was given beside it.
+        modules_folder: the folder of sentence-transformers' modules.json, where `path` is that of its
+            transformer (`0_Transformer`).
     """
 
     name: str
@@ -62,6 +67,16 @@ class ModelSource:
     ask_library: bool = False
     made_of: tuple[Path, ...] | None = None
     adapter: str | None = None
+    modules_folder: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder as a whole, of which `path` may be a part."""
+        return self.path if self.modules_folder is None else self.modules_folder
+
+    def read_root_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object of `root`; see `read_json`."""
+        return ModelSource(self.name, self.revision, self.root).read_json(name)
 
     @cached_property
     def graph(self) -> Path | None:
@@ -122,12 +137,23 @@ class ModelSource:
         return content
 
     @cached_property
+    def is_static_embedding(self) -> bool:
+        """Whether it begins with sentence-transformers' StaticEmbedding, a table of vectors by token id."""
+        try:
+            first = json.loads((self.root / "modules.json").read_text("utf-8"))[0]["type"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        return str(first).endswith(".StaticEmbedding")
+
+    @cached_property
     def effective(self) -> EffectiveTokenizer:
         """What the folder's texts are tokenized with: tokenizer.json, or what its library makes of it.
 
         Raises:
             TrimserveError: see `effective_tokenizer`.
         """
+        if self.is_static_embedding:
+            return original_tokenizer(self.path, {"reason": "StaticEmbedding takes the file as it is"})
         return effective_tokenizer(
             self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
         )

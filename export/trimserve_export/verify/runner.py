@@ -22,6 +22,7 @@ from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, r
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.full_model import export_full
 from trimserve_export.source.whole import whole_source
+from trimserve_export.static_embedding import is_static, stored_static
 from trimserve_export.verify.checks.generation import check_generated_ids
 from trimserve_export.verify.checks.layouts import layout_checks
 from trimserve_export.verify.checks.numbers import (
@@ -122,6 +123,8 @@ def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
     if source.graph is not None:
         return StoredVocab({}, {}, tied=False)
+    if is_static(source):
+        return stored_static(source)
     config = load_config(source.path)
     classes = (TASK_CLASSES[task], architecture_class(config))
     axes = [find_vocab_axes(config, found) for found in classes if found is not None]
