@@ -17,7 +17,7 @@ from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import read_settings
-from trimserve.text.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
 from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
@@ -147,15 +147,11 @@ class Codec:
         split = [self._split(ids, mask) for ids, mask in zip(sequences, cold, strict=True)]
         return Servable([ids for ids, _ in split], [repeats for _, repeats in split], count)
 
-    def slots(
-        self, sequences: Sequence[Ids], *, held: Sequence[int] | Ids = (), side: Side = "right"
-    ) -> SlottedBatch:
-        """Turn token ids into the graph's `input_ids` and `attention_mask`.
+    def slots(self, sequences: Sequence[Ids]) -> SlottedBatch:
+        """Turn token ids into the graph's `input_ids` and `attention_mask`, padded on the right.
 
         Args:
             sequences: token ids (T,) each, of any lengths.
-            held: cold ids that already hold slots 0, 1, ...; new ones are appended.
-            side: where shorter sequences are padded.
 
         Raises:
             UnknownIdError: an id is outside 0..V-1, or see `servable`.
@@ -166,9 +162,9 @@ class Codec:
             sequences, split = servable.sequences, servable.cold_tokens
         # Translated before it is padded: a batch of unequal texts is mostly padding.
         joined = join(sequences)
-        slotted = self.vocab.with_slots(joined.ids, held)
+        slotted = self.vocab.with_slots(joined.ids)
         pad = int(self.vocab.to_compact(self.pad_id))
-        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad, side)
+        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
