@@ -49,7 +49,7 @@ def make(path: Path, family: str, kind: str = "byte_level_bpe", **config) -> tup
 def trim(model: Path, target: Path, **options) -> Path:
     source = resolve_model(model)
     kept = np.union1d(structural_ids(source), np.arange(0, source.vocab_size, 2)).astype(np.int32)
-    digest = sha256_file(source.tokenizer_path)
+    digest = source.tokenizer_sha256
     vocab = VocabMap(kept, np.zeros(len(kept), np.uint8), source.vocab_size, digest)
     return export(model, vocab, target, progress=False, **options).path
 
