@@ -167,6 +167,12 @@ class Codec:
         ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
+    @cached_property
+    def named_ids(self) -> frozenset[int]:
+        """Token ids of the special tokens that have a role or are listed: transformers' `all_special_ids`."""
+        found = map(self.tokenizer.token_to_id, self._settings["named_tokens"])
+        return frozenset(id_ for id_ in found if id_ is not None)
+
     def _named_token(self, role: str) -> str | None:
         token: str | None = self._settings["special_tokens"].get(role)
         return token
