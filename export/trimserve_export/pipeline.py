@@ -128,7 +128,18 @@ def export(  # noqa: PLR0913 - the options are the public interface
     """
     start = time.perf_counter()
     options = Options(
-        task, exporter, dtype, layout, to, cold, trust_remote_code, quantize, device, link, variant, sketch
+        task=task,
+        exporter=exporter,
+        dtype=dtype,
+        layout=layout,
+        to=to,
+        cold=cold,
+        trust_remote_code=trust_remote_code,
+        quantize=quantize,
+        device=device,
+        link=link,
+        variant=variant,
+        sketch=sketch,
     )
     target = Path(output)
     with full_source(resolve_model(model, revision=revision), near=target.parent) as source:
