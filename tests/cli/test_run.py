@@ -15,7 +15,6 @@ from tests.support.models import save_model
 from tests.support.rounding import gamma
 from tests.support.tiny_tokenizers import CHAT_TEMPLATE
 from trimserve.cli.main import main
-from trimserve.files.hashes import sha256_file
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
@@ -53,7 +52,7 @@ def trimmed(path, family, *, cold=True, **settings):
     (source_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     source = resolve_model(source_path)
     kept = np.union1d(structural_ids(source), np.arange(0, source.vocab_size, 2))
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, path / "trimmed", progress=False, cold=cold)
     return path / "trimmed"
 

@@ -1,6 +1,7 @@
 """Trimmed encoders against the untrimmed models, run by transformers in torch."""
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,13 +17,15 @@ import transformers
 
 from tests.support.folders import make_vocab
 from tests.support.models import FAMILIES, save_model
-from tests.support.rounding import assert_within, gamma, model_bound
+from tests.support.rounding import assert_within, model_bound
 from trimserve.encoder.answers import label_scores
 from trimserve.encoder.encoder import Encoder
 from trimserve.encoder.pooling import pool
 from trimserve.errors import UnknownIdError, UnsupportedModelError, UsageError
-from trimserve.files.hashes import sha256_file
-from trimserve.folder.manifest import Pooling
+from trimserve.folder.manifest import write_manifest
+from trimserve.folder.names import SENTENCE_NAME
+from trimserve.folder.opening import list_files
+from trimserve.folder.sentence import SentenceSettings, write_settings
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
@@ -88,7 +91,7 @@ def make_pair(root: Path, family: str, *, every: int = 2, keep: Sequence[int] = 
     source = resolve_model(path)
     kept = np.union1d(structural_ids(source), [] if every == 0 else np.arange(0, source.vocab_size, every))
     kept = np.union1d(kept, keep).astype(np.int32)
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False, **options)
     model = getattr(transformers, FAMILIES[family].model_class).from_pretrained(path).eval()
     encoder = load(root / "trimmed")
@@ -161,47 +164,21 @@ def test_nothing_to_embed_gives_no_rows(pairs):
     assert pairs("bert").encoder.fill_mask([]) == []
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls", "max", "last"])
-def test_pooling_equals_a_loop_over_texts(mode):
-    rng = np.random.default_rng(0)
-    hidden, mask = rng.normal(size=(4, 7, 5)).astype(np.float32) - 3, np.zeros((4, 7), np.int64)
-    reference = {
-        "mean": lambda tokens: tokens.mean(axis=0),
-        "cls": lambda tokens: tokens[0],
-        "max": lambda tokens: tokens.max(axis=0),
-        "last": lambda tokens: tokens[-1],
-    }[mode]
-    for row, length in enumerate([7, 1, 3, 5]):
-        mask[row, :length] = 1
-    expected = np.stack([reference(hidden[row, : mask[row].sum()]) for row in range(4)])
-    # Seven numbers are added, six of them perhaps zeros of padding, and the sum is divided.
-    bound = 2 * gamma(7 + 1) * np.abs(hidden).max() if mode == "mean" else 0
-    assert_within(pool(hidden, mask, mode), expected, bound, rows=0)
-
-
 def test_an_unknown_pooling_is_refused():
     with pytest.raises(UnsupportedModelError, match="'median'"):
-        pool(np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.int64), "median")
+        pool(np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.int64), ["median"])
 
 
-def test_the_folders_pooling_is_used(pairs):
-    pair = pairs("mpnet_encoder")
-    manifest = replace(pair.encoder.folder.manifest, pooling=Pooling("cls", True, 4))
-    encoder = with_manifest(pair, manifest)
-    assert encoder.max_tokens == 4
-    embeddings = encoder.encode(TEXTS)
-    cut = Pair(encoder, pair.model, pair.path)
-    cls = np.stack([cut.reference(text)[0] for text in TEXTS])
-    # The first token attends to the same tokens however a text is cut, so texts may have one embedding.
-    distinct = np.unique(cls, axis=0, return_index=True)[1]
-    expected, bound = unit_vectors(cls[distinct], cut.bound)
-    assert_within(embeddings[distinct], expected, bound, rows=0)
-    assert encoder.stats.truncated == sum(len(ids) > 4 for ids in encoder.codec.encode(TEXTS))
-
-
-def with_manifest(pair: Pair, manifest) -> Encoder:
-    folder = replace(pair.encoder.folder, manifest=manifest)
-    return Encoder(folder, pair.encoder._session, pair.encoder.codec, pair.encoder._cold)
+def with_settings(pair: Pair, target: Path, settings: SentenceSettings) -> Encoder:
+    """The folder's encoder, as if its source had declared other settings."""
+    shutil.copytree(pair.path, target)
+    (target / SENTENCE_NAME).unlink()
+    write_settings(target, settings, {})
+    manifest = replace(pair.encoder.folder.manifest, files=list_files(target))
+    write_manifest(target, manifest)
+    encoder = load(target)
+    assert isinstance(encoder, Encoder)
+    return encoder
 
 
 @pytest.mark.parametrize(
@@ -228,7 +205,8 @@ def test_a_text_without_tokens(pairs):
 
 def test_stats_count_what_was_fed(pairs):
     pair = pairs("bert_encoder")
-    encoder = Encoder(pair.encoder.folder, pair.encoder._session, pair.encoder.codec, pair.encoder._cold)
+    encoder = load(pair.path)
+    assert isinstance(encoder, Encoder)
     encoder.encode(TEXTS)
     ids = encoder.codec.encode(TEXTS)
     cold = sum(int((~encoder.folder.vocab.is_kept(row)).sum()) for row in ids)
@@ -306,9 +284,8 @@ def test_without_cold_rows_cold_tokens_are_split(no_cold):
     assert encoder.stats.cold_tokens == 2
 
 
-def test_without_cold_rows_a_text_that_gets_too_long_is_cut_but_keeps_its_end(no_cold):
-    manifest = replace(no_cold.encoder.folder.manifest, pooling=Pooling(max_tokens=6))
-    encoder = with_manifest(no_cold, manifest)
+def test_without_cold_rows_a_text_that_gets_too_long_is_cut_but_keeps_its_end(no_cold, tmp_path):
+    encoder = with_settings(no_cold, tmp_path / "cut", SentenceSettings(max_tokens=6))
     (ids,) = encoder.token_ids(["the cat sat the"])
     tokens = [encoder.codec.tokenizer.id_to_token(id_) for id_ in ids.tolist()]
     assert tokens == ["[CLS]", "the", "c", "##at", "s", "[SEP]"]
@@ -330,7 +307,7 @@ def test_minilm_in_a_domain_embeds_every_language_as_the_full_model(tmp_path, da
     source = resolve_model(path)
     banking = (data_dir / "corpora" / "banking77-en" / "text.txt").read_text("utf-8")[:200_000]
     kept = np.union1d(structural_ids(source), source.tokenizer().encode(banking).ids).astype(np.int32)
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "trimmed", progress=False)
     encoder = load(tmp_path / "trimmed")
     texts = [file.read_text("utf-8")[500:900] for file in sorted(data_dir.glob("corpora/udhr-25langs/*.txt"))]

@@ -185,7 +185,7 @@ def test_a_cold_stop_id_ends_the_sequence(tiny):
     ids = generator.codec.encode(["dog"])[0]
     full = greedy_of_full(tiny, ids, 25)
     cold = [t for t in full if not generator.folder.vocab.is_kept(t)]
-    (request,) = generator._requests([ids], {"max_new_tokens": 25})
+    (request,) = generator._requests([ids], generator.plan({"max_new_tokens": 25}))
     request.stop_ids = frozenset({cold[-1]})
     checker = generator._checker({})
     for _ in generator._run([request], checker):
@@ -356,12 +356,11 @@ def test_exact_mode_without_cold_rows_is_refused(tmp_path):
     from tests.support.folders import make_vocab
     from tests.support.generators import open_generator
     from tests.support.models import save_model
-    from trimserve.files.hashes import sha256_file
     from trimserve.model.resolve import resolve_model
     from trimserve_export.pipeline import export
 
     source = resolve_model(str(save_model("llama_tied", tmp_path / "model", tokenizer="byte_level_bpe")))
-    vocab = make_vocab(list(range(290)), source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(list(range(290)), source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "out", cold=False, progress=False)
     generator = open_generator(tmp_path / "out")
     assert generator.generate("the cat", max_new_tokens=3)[0].ids

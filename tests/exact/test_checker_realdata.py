@@ -17,7 +17,6 @@ import transformers
 from tests.support.folders import make_vocab
 from tests.support.generators import open_generator
 from tests.support.rounding import model_bound
-from trimserve.files.hashes import sha256_file
 from trimserve.generation.generator import Generator
 from trimserve.model.resolve import resolve_model
 from trimserve.profiles.profiling import profile
@@ -118,7 +117,7 @@ def test_with_128_kept_ids_nearly_every_token_is_cold_and_still_right(
 ):
     """Hostile: the first token, the eos and most others are cold."""
     source = resolve_model(str(model_dir))
-    vocab = make_vocab(list(range(128)), source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(list(range(128)), source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "out", progress=False)
     generator = open_generator(tmp_path / "out")
     rejected, ties = assert_greedy_of_full(full_model, generator, prompts_of(data_dir, 26))

@@ -204,7 +204,6 @@ def test_encoder_from_a_masked_language_model(vocab, tmp_path):
     model = save_model("bert", tmp_path / "model", rows=V)
     export(model, vocab, tmp_path / "out", task="feature-extraction")
     folder = open_folder(tmp_path / "out")
-    assert folder.manifest.pooling is not None
     assert read_float32(folder.path / "cold_rows.safetensors").keys() == {"embedding", "head_bias"}
 
 
@@ -232,8 +231,7 @@ TASKS = {name: family.task for name, family in FAMILIES.items()}
 @pytest.mark.parametrize("family", TASKS)
 def test_task_follows_from_the_architecture(family):
     config = transformers.PretrainedConfig(architectures=[FAMILIES[family].model_class])
-    assert infer_task(config, sentence_transformers=False) == TASKS[family]
-    assert infer_task(config, sentence_transformers=True) == "feature-extraction"
+    assert infer_task(config) == TASKS[family]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +245,7 @@ def test_task_follows_from_the_architecture(family):
 def test_task_that_is_not_known_is_asked_for(architecture, message):
     config = transformers.PretrainedConfig(architectures=[architecture] if architecture else None)
     with pytest.raises(UnsupportedModelError, match=message):
-        infer_task(config, sentence_transformers=False)
+        infer_task(config)
 
 
 @pytest.mark.parametrize(

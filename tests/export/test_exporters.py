@@ -21,7 +21,6 @@ from tests.support.models import GENERATE, needs_transformers_5, save_model
 from tests.support.rounding import assert_within, model_bound
 from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
@@ -259,7 +258,7 @@ def test_a_half_precision_folder_is_verified_on_the_cpu(tmp_path):
     model = save_model("llama_tied", tmp_path / "model", **SIZES)
     source = resolve_model(model)
     kept = np.union1d(structural_ids(source), np.arange(0, 288))
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     options = {"exporter": "genai", "device": "cuda", "quantize": "int4"}
     export(source, vocab, tmp_path / "out", dtype="fp16", **options)
     assert open_folder(tmp_path / "out").manifest.exporter["device"] == "cuda"
@@ -296,7 +295,7 @@ def test_onnxruntime_genai_runs_what_was_made_of_its_graphs(tmp_path, layout, qu
     model = save_model("llama_tied", tmp_path / "model", **SIZES)
     source = resolve_model(model)
     kept = np.union1d(structural_ids(source), np.arange(0, 288))
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     result = export(source, vocab, tmp_path / "out", exporter="genai", layout=layout, quantize=quantize)
     vocab = open_folder(result.path).vocab
     full = load_exporter("genai").export_checkpoint(
@@ -327,7 +326,7 @@ def test_verify_sees_shifted_rows_of_a_quantised_table(tmp_path, layout):
     model = save_model("llama_tied", tmp_path / "model", **SIZES)
     source = resolve_model(model)
     kept = np.union1d(structural_ids(source), np.arange(0, 288))
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     folder = export(source, vocab, tmp_path / "out", exporter="genai", layout=layout, quantize="int4").path
     checks = verify(folder, model, store=False).checks
     assert [check for check in checks if not check.ok] == []

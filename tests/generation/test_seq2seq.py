@@ -301,7 +301,7 @@ def test_what_export_makes_is_verified(translators, family):
     result = verify(translator.path, translator.source, store=False, progress=False)
     assert result.ok, result.failed
     names = [check.name for check in result.checks]
-    assert names[-4:] == ["hidden-states", "kept-logits", "cold-slots", "generated-ids"]
+    assert names[-5:] == ["hidden-states", "kept-logits", "cold-slots", "generated-ids", "source"]
 
 
 def test_each_vocab_matrix_is_stored_once_for_both_graphs(translator):
@@ -472,8 +472,8 @@ def test_two_vocabs_are_refused(tmp_path, monkeypatch):
 def test_a_model_for_both_is_not_taken_for_a_part_of_it():
     for name in ("T5ForConditionalGeneration", "MarianMTModel"):
         config = transformers.PretrainedConfig(architectures=[name], is_encoder_decoder=True)
-        assert infer_task(config, sentence_transformers=False) == TASK
+        assert infer_task(config) == TASK
     for name in ("T5EncoderModel", "BartModel"):
         config = transformers.PretrainedConfig(architectures=[name], is_encoder_decoder=True)
         with pytest.raises(UnsupportedModelError, match="part of an encoder-decoder"):
-            infer_task(config, sentence_transformers=False)
+            infer_task(config)

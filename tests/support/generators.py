@@ -16,7 +16,6 @@ from tests.support.folders import make_vocab
 from tests.support.models import GENERATE, save_model
 from trimserve.decoding.columns import Columns, History
 from trimserve.decoding.sampling import SamplingParams, choose
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.opening import open_folder
 from trimserve.generation.generator import Generator
 from trimserve.model.resolve import resolve_model
@@ -71,7 +70,7 @@ def make_pair(
         others = np.setdiff1d(np.arange(source.vocab_size), structural)
         picked = np.random.default_rng(1).choice(others, max(0, (kept or 0) - structural.size), replace=False)
         kept_ids = sorted([*structural.tolist(), *picked.tolist()])
-    vocab = make_vocab(kept_ids, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept_ids, source.vocab_size, source.tokenizer_sha256)
     if output_ids is not None:
         vocab = dataclasses.replace(vocab, output_ids=np.array(output_ids, np.int32))
     export(source, vocab, root / "trimmed", quantize=quantize, progress=False)

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
     base = "the model that a compact checkpoint of fine-tuning was cut from (default: the one it names)"
     parser.add_argument("--base", help=base)
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="LoRA or another adapter to merge into the model (peft)"
+    )
     ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group()
     ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
     ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
@@ -66,7 +69,6 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
-    from trimserve.finetune.restoring import full_source
     from trimserve.folder.staging import check_target
     from trimserve.model.resolve import resolve_model
     from trimserve.profiles.merging import add_up
@@ -83,10 +85,15 @@ def run(args: argparse.Namespace) -> int:
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(exporter.Options)}
     exporter.Options(**settings)  # refuses what is not built before a corpus is read
+    whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve export")
     checkpoint = resolve_model(args.model, revision=args.revision)
     if args.vocab is None and args.profile is None and args.corpus is None:
         args.vocab = _own_vocab(checkpoint, options)
-    with full_source(checkpoint, args.base, near=args.output.parent) as source:
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    with whole.whole_source(
+        checkpoint, args.base, adapter=args.adapter, near=args.output.parent, **trusted
+    ) as source:
+        exporter.check_early(source, exporter.Options(**settings))  # before minutes of reading a corpus
         profiles = _profiles(args, source)
         vocab = load_vocab(args.vocab) if profiles is None else select(profiles, model=source, **options)
         if args.layout == "tokenizer":

@@ -13,6 +13,8 @@ from trimserve_export.verify.sweep import Differences, unchanged_outputs
 
 _SLOT_SEQUENCES, _SLOT_TOKENS = 4, 32
 _RUNTIME_TEXTS = 100
+# What `Encoder.forward` gives, in the order in which it looks for them.
+_RESULTS = ("last_hidden_state", "sentence_embedding", "logits")
 
 
 def check_hidden_states(context: Context) -> Check:
@@ -40,10 +42,13 @@ def check_runtime_outputs(context: Context) -> Check:
     kept, differences = context.folder.vocab.kept_ids, Differences()
     for text in context.texts[:_RUNTIME_TEXTS]:
         ids = context.encode(text)
-        if ids is None or not 0 < len(ids) <= context.max_tokens or not context.trimmed.can_feed(ids):
+        if ids is None or not context.trimmed.can_feed(ids):
+            continue
+        (ids,) = model.token_ids([text])  # as they are fed: cut to the longest input
+        if not 0 < len(ids) <= context.max_tokens:
             continue
         outputs = context.full.run(ids)
-        full = outputs.get("last_hidden_state", outputs.get("logits"))
+        full = next((outputs[name] for name in _RESULTS if name in outputs), None)
         if full is None:
             return Check(
                 "runtime-outputs", False, None, "the full graph has no output that the runtime gives"
