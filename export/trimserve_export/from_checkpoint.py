@@ -11,12 +11,15 @@ from trimserve.files.quantized import BlockScheme
 from trimserve.folder.manifest import FileEntry, Manifest, Source
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.opening import list_files
+from trimserve.folder.sentence import write_settings
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.axes import load_config
 from trimserve_export.checkpoint.head_ids import compact_head, head_rows
+from trimserve_export.checkpoint.lengths import lengths_of
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
@@ -63,6 +66,8 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
     if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         columns = len(plan.vocab) if cut else plan.vocab.vocab_size
         write_genai_config(staging / graphs["model"], vocab_size=columns)
+    if plan.declared is not None and plan.choice is not None and plan.options.layout == "runtime":
+        write_settings(staging, plan.declared.settings, plan.declared.tensors)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, graphs, list_files(staging))
     return dataclasses.replace(manifest, segmentation=segmentation)
@@ -117,7 +122,10 @@ def _manifest(
     to_onnx = options.to == "onnx"
     return Manifest(
         source=Source(
-            source.name, source.revision, {path.name: sha256_file(path) for path in source.weight_files}
+            source.name,
+            source.revision,
+            {path.name: sha256_file(path) for path in source.recorded_files},
+            source.adapter,
         ),
         tokenizer_sha256=source.tokenizer_sha256,
         tokenizer=tokenizer_entry(source, options.layout),
@@ -133,9 +141,10 @@ def _manifest(
         exporter={"trimserve": __version__} | _exporter_facts(plan),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
-        pooling=plan.pooling,
+        generation=plan.generation,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
+        lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),
     )
 
 

@@ -21,12 +21,13 @@ from trimserve.generation.generator import Generator
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
 from trimserve.runtime.cold_rows import ColdRows
-from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.decoder import Decoder, Step
 from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
 from trimserve_export.full_model import export_full
 from trimserve_export.pipeline import export
 from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.verify.rounding import GraphBound
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class FullSampler:
     """The same sampler on the untrimmed ONNX graph, a token at a time: nothing drafted, nothing checked."""
 
     def __init__(self, graph: Path, vocab_size: int) -> None:
+        self._graph = graph
         self._decoder = Decoder(open_session(graph))
         self._columns = Columns(np.arange(vocab_size, dtype=np.int32), vocab_size)
 
@@ -117,5 +119,12 @@ class FullSampler:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of every position, float32 (T, V)."""
+        return self._all(ids).logits[0]
+
+    def rounding(self, ids: np.ndarray, dtype: str = "fp32") -> float:
+        """How far another order of the head's sums may move a logit of any position."""
+        return GraphBound(self._graph, dtype).of(self._all(ids).hidden)
+
+    def _all(self, ids: np.ndarray) -> Step:
         cache = self._decoder.empty_cache(1)
-        return self._decoder.step(cache, ids[None].astype(np.int64), self._decoder.no_rows, keep=0).logits[0]
+        return self._decoder.step(cache, ids[None].astype(np.int64), self._decoder.no_rows, keep=0)

@@ -143,7 +143,7 @@ class Workbench:
 
     def full_model(self, cell: Cell) -> Model:
         """The untrimmed model that a cell is compared with."""
-        return _open(self._full_folder(cell, self.model(cell.family)), {}, _all_ids(V))
+        return _open(self._full_folder(cell, self.model(cell.family)), {}, VocabMap.everything(V))
 
     def model(self, family: str) -> Made:
         """A family's model."""
@@ -205,7 +205,7 @@ class Workbench:
         write_layout_graph(
             graph,
             target,
-            _all_ids(V),
+            VocabMap.everything(V),
             drop_in=False,
             has_head=has_vocab_head(made.task),
             scheme=None if exporter.QUANTIZES else scheme,
@@ -256,10 +256,6 @@ def _make(family: str, path: Path) -> Made:
     return Made(source, task, closed)
 
 
-def _all_ids(size: int) -> VocabMap:
-    return VocabMap(np.arange(size, dtype=np.int32), np.zeros(size, np.uint8), size)
-
-
 def _open(path: Path, graphs: Mapping[str, str], vocab: VocabMap, cold: ColdRows | None = None) -> Model:
     """The model of a folder; of a plain one the graph, or the encoder-decoder's two."""
     if not graphs:
@@ -275,7 +271,7 @@ def compare(folder: TrimmedFolder, full: Model) -> None:
     """Every output on random ids: kept logits and all else equal bit for bit, the other logits -inf."""
     vocab, layout = folder.vocab, folder.manifest.layout
     cold = ColdRows(folder) if layout == "runtime" and folder.has_cold else None
-    known = {"runtime": vocab, "tokenizer": _all_ids(len(vocab)), "graph": _all_ids(V)}[layout]
+    known = vocab if layout == "runtime" else VocabMap.everything(V if layout == "graph" else len(vocab))
     trimmed = _open(folder.path, folder.manifest.graphs, known, cold)
     for ids in _sequences(vocab, with_cold=layout != "tokenizer"):
         expected = full.run(ids)

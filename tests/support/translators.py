@@ -102,7 +102,8 @@ class Translator:
 
     @cached_property
     def torch_model(self) -> transformers.PreTrainedModel:
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained(self.source, dtype=torch.float32).eval()
+        with torch.inference_mode(False):  # weights made in that mode cannot be changed later
+            return transformers.AutoModelForSeq2SeqLM.from_pretrained(self.source, dtype=torch.float32).eval()
 
     def encode(self, text: str) -> np.ndarray:
         return self.generator.codec.encode([text])[0]

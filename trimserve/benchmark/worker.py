@@ -80,7 +80,9 @@ def generate(model: "Generator", request: dict[str, Any]) -> dict[str, Any]:
         ms a token after the first (None if no answer has two), ms to the first token, the ids, the
         share of tokens whose draft stood, and a digest of the answers.
     """
-    options: dict[str, Any] = {"mode": request["mode"]}
+    from trimserve.generation.plan import PLAIN  # an encoder's process needs none of it
+
+    options: dict[str, Any] = {**PLAIN, "mode": request["mode"]}
     rejected, answers = model.stats.rejected, []
     first_ms, token_ms = [], []
     for text in request["texts"]:

@@ -34,6 +34,9 @@ SOURCE_TOKENIZER_FILES = (
     "target.spm",
     "tekken.json",
 )
+# What sentence-transformers does around the model, and the tensors of its modules.
+SENTENCE_NAME = "sentence_modules.json"
+SENTENCE_TENSORS_NAME = "sentence_modules.safetensors"
 # Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
 GRAPH_FOLDER = "onnx"
 

@@ -107,6 +107,7 @@ def profile(
         except Interrupted as stop:
             raise ProfileInterrupted(_profile_of(stop.tally, source, structural)) from None
     _warn_without_newlines(tally.counts, tokenizer)
+    _warn_without_completions(tally, chat=bool(options.get("chat")))
     return _profile_of(tally, source, structural)
 
 
@@ -156,4 +157,15 @@ def _warn_without_newlines(counts: Counts, tokenizer: Tokenizer) -> None:
         log.warning(
             "no newline token was counted: if the corpus was split into lines, profile whole documents "
             "instead, or line breaks will be cold."
+        )
+
+
+def _warn_without_completions(tally: Tally, *, chat: bool) -> None:
+    if tally.output_counts is not None and not tally.output_counts.any():
+        what = "no message of an assistant" if chat else "no text in the output column"
+        log.warning(
+            "no token of a completion was counted in %d texts: the corpus has %s, so the profile is one of "
+            "prompts alone.",
+            tally.texts,
+            what,
         )

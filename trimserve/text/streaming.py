@@ -40,7 +40,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._cleaner = CleanStream() if clean else None
         self._special = special_ids(tokenizer)
-        types = [decoder.get("type") for decoder in _decoders(tokenizer)]
+        types = decoder_types(tokenizer)
         self._local = _is_local(tokenizer)
         self._byte_runs = "ByteFallback" in types
         self._window: list[int] = []
@@ -94,6 +94,11 @@ class StreamDecoder:
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def decoder_types(tokenizer: Tokenizer) -> list[str]:
+    """The kinds of the decoders that a tokenizer runs one after the other."""
+    return [str(decoder.get("type")) for decoder in _decoders(tokenizer)]
 
 
 def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from trimserve.errors import MismatchError
+from trimserve.files.content import check_content
 
 
 def end_of_ids(tokenizer: Tokenizer) -> int:
@@ -36,6 +37,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def unreadable(path: Path, error: Exception) -> MismatchError:
     """The error of a file that the tokenizers library cannot read."""
+    if path.is_file():
+        check_content(path)
     return MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.")
 
 

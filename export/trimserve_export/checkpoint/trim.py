@@ -174,8 +174,7 @@ def stream_tensors(
     Yields:
         The bytes of each chunk as it is written.
     """
-    for file in source.weight_files:
-        specs, metadata = read_header(file)
+    for file, (specs, metadata) in source.headers.items():
         tensors = {name: _kept(spec, stored, vocab.kept_ids) for name, spec in specs.items()}
         yield from write_tensors(target / file.name, tensors, metadata)
     if (source.path / INDEX_NAME).is_file() and len(source.weight_files) > 1:
@@ -235,9 +234,10 @@ class GuardedRows:
 
 def _write_index(source: ModelSource, target: Path) -> None:
     index = source.read_json(INDEX_NAME)
-    headers = (read_header(target / file.name)[0] for file in source.weight_files)
-    size = sum(spec.nbytes for header in headers for spec in header.values())
+    headers = {file.name: read_header(target / file.name)[0] for file in source.weight_files}
+    size = sum(spec.nbytes for header in headers.values() for spec in header.values())
     index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+    index["weight_map"] = {name: file for file, header in headers.items() for name in header}
     (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 

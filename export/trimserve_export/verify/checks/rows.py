@@ -41,7 +41,7 @@ def check_files(context: Context) -> Check:
     folder, source = context.folder, context.source
     open_folder(folder.path, hash_all=True)
     recorded = folder.manifest.source.files
-    for path in source.weight_files:
+    for path in source.recorded_files:
         if path.name in recorded and recorded[path.name] != sha256_file(path):
             raise MismatchError(
                 f"{path} is not the file that this folder was made from (expected sha256 "
