@@ -285,7 +285,7 @@ class Encoder:
             logits, ids = full_logits(
                 output.values[rows, columns], hidden, self.folder.vocab, self._graph.cold
             )
-            best = top_candidates(logits, ids, self.codec.tokenizer, top_k)
+            best = top_candidates(logits, ids, self.codec.token_text, top_k)
             for row, candidates in zip(rows, best, strict=True):
                 results[output.texts[row]].append(candidates)
         return results

@@ -93,8 +93,6 @@ def _settings(loaded: Any, backend: Tokenizer) -> Json:  # noqa: ANN401 - a toke
 def _phrase(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    if "sentencepiece" in str(error).lower() and "sentencepiece" not in text.lower():
-        text += " (it needs sentencepiece)"
     return text.rstrip(".:")[:200]
 
 

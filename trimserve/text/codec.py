@@ -122,9 +122,14 @@ class Codec:
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Decode token ids to text, without special tokens."""
-        text: str = self.tokenizer.decode(
-            np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
-        )
+        return self._decode(np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True)
+
+    def token_text(self, id_: int) -> str:
+        """The text of one token, also of a special one."""
+        return self._decode([id_], skip_special_tokens=False)
+
+    def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self._settings["clean_up"] else text
 
     def stream(self) -> StreamDecoder:

@@ -5,6 +5,7 @@ one that config_sentence_transformers.json names.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,7 +333,7 @@ def _check_transformer(declared: Mapping[str, Any], first: Listed, task: str) ->
 
 def _lowers_first(source: ModelSource) -> bool:
     """Whether sentence-transformers leaves the normaliser as it is: it has a Lowercase already."""
-    normalizer = source.read_json("tokenizer.json").get("normalizer") or {}
+    normalizer = json.loads(source.effective.content).get("normalizer") or {}
     inner = normalizer.get("normalizers", ()) if normalizer.get("type") == "Sequence" else (normalizer,)
     return any(entry.get("type") == "Lowercase" for entry in inner)
 
