@@ -66,7 +66,8 @@ def load(
     from trimserve.runtime.seq2seq import Seq2seqDecoder
 
     if folder.manifest.task == GENERATION_TASK:
-        return Generator(folder, Decoder(sessions["model"], device=device), codec, cold, threads=threads)
+        decoder = Decoder(sessions["model"], device=device, lengths=folder.manifest.lengths)
+        return Generator(folder, decoder, codec, cold, threads=threads)
     pair = Seq2seqDecoder(sessions["encoder"], sessions["decoder"], codec, cold, device=device)
     return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
 

@@ -93,8 +93,8 @@ def _head_bytes(source: ModelSource, matrices: list[TensorSpec], heads: list[Ten
     if heads:
         return _bytes(heads) + biases
     architectures = source.config.get("architectures") or [""]
-    tied = str(architectures[0]).endswith(_HEAD_CLASSES)
-    return max((spec.nbytes for spec in matrices), default=0) + biases if tied else 0
+    has_head = str(architectures[0]).endswith(_HEAD_CLASSES)
+    return max((spec.nbytes for spec in matrices), default=0) + biases if has_head else 0
 
 
 def _is_encoders(spec: TensorSpec, source: ModelSource) -> bool:

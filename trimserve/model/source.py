@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,20 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, UsageError
+from trimserve.errors import MismatchError, TrimserveError, UsageError
 from trimserve.files.content import check_content
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
+from trimserve.folder.tokenizer_settings import declared_settings
+from trimserve.model.effective_tokenizer import (
+    EffectiveTokenizer,
+    effective_tokenizer,
+    has_tokenizer,
+    original_tokenizer,
+)
 from trimserve.model.tensor_names import unwrapped_names
 from trimserve.model.weights import no_weights
-from trimserve.text.tokenizer import end_of_ids, load_tokenizer
+from trimserve.text.tokenizer import end_of_ids, unreadable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -25,7 +32,10 @@ INDEX_NAME = "model.safetensors.index.json"
 GENAI_NAME = "genai_config.json"
 # Sub-configs that can hold the language model's sizes in a composite model.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+# The last two are those of static embeddings.
+_EMBEDDING = re.compile(
+    r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$|^embedding\.weight$|^embeddings$"
+)
 HEAD_MATRIX = re.compile(r"(lm_head|embed_out)\.weight$")
 _WIDTH_KEY = re.compile(r"(_size|_dim|_inner|d_model|d_ff|d_kv|n_embd)$")
 
@@ -40,8 +50,12 @@ class ModelSource:
         path: the folder; files of a hub snapshot in it are links, which copying follows.
         named_graph: the ONNX file of the folder that was named itself.
         variant: which precision of its graphs to take, e.g. ``"q4"`` of `onnx/model_q4.onnx`.
+        trust_remote_code: allow code that the folder brings, for its tokenizer.
+        ask_library: ask transformers for the tokenizer also where no setting can matter.
         made_of: the user's own files, where the folder is a temporary one that was made of them.
         adapter: name of the adapter that was merged into the model, if it was given beside it.
+        modules_folder: the folder of sentence-transformers' modules.json, where `path` is that of its
+            transformer (`0_Transformer`).
     """
 
     name: str
@@ -49,8 +63,20 @@ class ModelSource:
     path: Path
     named_graph: Path | None = None
     variant: str | None = None
+    trust_remote_code: bool = False
+    ask_library: bool = False
     made_of: tuple[Path, ...] | None = None
     adapter: str | None = None
+    modules_folder: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder as a whole, of which `path` may be a part."""
+        return self.path if self.modules_folder is None else self.modules_folder
+
+    def read_root_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object of `root`; see `read_json`."""
+        return ModelSource(self.name, self.revision, self.root).read_json(name)
 
     @cached_property
     def graph(self) -> Path | None:
@@ -110,24 +136,65 @@ class ModelSource:
             raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
         return content
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """The path of tokenizer.json.
+    @cached_property
+    def is_static_embedding(self) -> bool:
+        """Whether it begins with sentence-transformers' StaticEmbedding, a table of vectors by token id."""
+        try:
+            first = json.loads((self.root / "modules.json").read_text("utf-8"))[0]["type"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        return str(first).endswith(".StaticEmbedding")
+
+    @cached_property
+    def effective(self) -> EffectiveTokenizer:
+        """What the folder's texts are tokenized with: tokenizer.json, or what its library makes of it.
 
         Raises:
-            UsageError: the folder has none.
+            TrimserveError: see `effective_tokenizer`.
+        """
+        if self.is_static_embedding:
+            return original_tokenizer(self.path, {"reason": "StaticEmbedding takes the file as it is"})
+        return effective_tokenizer(
+            self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
+        )
+
+    @property
+    def tokenizer_settings(self) -> Mapping[str, Any]:
+        """What a tokenizer.json cannot hold: see `declared_settings`; also without a tokenizer."""
+        if has_tokenizer(self.path):
+            return self.effective.settings
+        return declared_settings(*map(self.read_json, ("tokenizer_config.json", "special_tokens_map.json")))
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the effective tokenizer, which profiles, vocabs and folders are bound to."""
+        return self.effective.sha256
+
+    def has_tokenizer(self, sha256: str) -> bool:
+        """Whether a profile or a vocab that is bound to this hash belongs to the folder's tokenizer.
+
+        Where it is the hash of tokenizer.json as it is, that file is taken and no library is asked: `export`
+        compares again.
         """
         path = self.path / TOKENIZER_NAME
-        if not path.is_file():
-            raise UsageError(
-                f"{self.path} has no {TOKENIZER_NAME}, which trimserve reads: make one with transformers' "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-            )
-        return path
+        if "effective" not in self.__dict__ and not self.ask_library and path.is_file():
+            original = original_tokenizer(self.path)
+            if original.sha256 == sha256:
+                self.__dict__["effective"] = original
+        return self.tokenizer_sha256 == sha256
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer, with padding and truncation off."""
-        tokenizer = load_tokenizer(self.tokenizer_path)
+        """Load the effective tokenizer, with padding and truncation off.
+
+        Raises:
+            MismatchError: it is not one that the tokenizers library can read.
+        """
+        try:
+            tokenizer = self.effective.load()
+        except Exception as error:  # the library raises bare Exception
+            if isinstance(error, TrimserveError):
+                raise
+            raise unreadable(self.path / TOKENIZER_NAME, error) from error
         if "vocab_size" not in self.__dict__ and self._model_rows() is None:
             # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
             self.__dict__["vocab_size"] = end_of_ids(tokenizer)
@@ -139,7 +206,7 @@ class ModelSource:
 
         It may exceed the tokenizer's ids (padding rows) or fall short of them.
         """
-        return self._model_rows() or end_of_ids(load_tokenizer(self.tokenizer_path))
+        return self._model_rows() or end_of_ids(self.effective.load())
 
     def _model_rows(self) -> int | None:
         """V by the config, else by the weights; None where neither tells it."""

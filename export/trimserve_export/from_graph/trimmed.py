@@ -39,6 +39,7 @@ from trimserve_export.trimming.facts import (
     quantization,
 )
 from trimserve_export.trimming.parts import ENCODER, Part, find_parts, main_part, one_variant
+from trimserve_export.trimming.sentence_outputs import gives_embeddings, name_hidden_states
 from trimserve_export.trimming.trim import trim_graph, trim_head
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ _HEAD_TASKS = ("fill-mask", *GENERATOR_TASKS)
 
 @dataclass(frozen=True, slots=True)
 class TrimmedGraph:
-    """What was made of a graph; fields as in `Manifest`."""
+    """What was made of a graph; fields as in `Manifest`.
+
+    Attributes:
+        gives_embeddings: the graph gives sentence embeddings: sentence-transformers' modules are in it.
+    """
 
     task: str
     graphs: dict[str, str]
@@ -59,6 +64,7 @@ class TrimmedGraph:
     source: Source
     exporter: dict[str, str]
     quantization: dict[str, Any] | None
+    gives_embeddings: bool = False
 
 
 def trim_to_folder(
@@ -122,6 +128,7 @@ def trim_to_folder(
         ),
         exporter=_exporter(source),
         quantization=quantization(model, has_head=task in _HEAD_TASKS),
+        gives_embeddings=gives_embeddings(model.graph),
     )
 
 
@@ -150,6 +157,8 @@ def _write_for_runtime(
         return write_seq2seq(named, vocab, folder, cold=cold, writer=writer)
     (part,) = parts
     untrimmed, trimmed = load_graph(part.path), load_graph(part.path)
+    for model in (untrimmed, trimmed):
+        name_hidden_states(model.graph)
     has_head = task in _HEAD_TASKS
     turn_tables(untrimmed.graph)
     if vocab.output_ids is None:
@@ -208,6 +217,7 @@ def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
             turn_tables(model.graph)
         return serve_seq2seq(models, folder, rows=source.vocab_size)
     model = load_graph(main_part(list(parts.values()), source).path)
+    name_hidden_states(model.graph)
     turn_tables(model.graph)
     return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
 

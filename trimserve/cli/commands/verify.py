@@ -9,6 +9,7 @@ from trimserve.console import table
 from trimserve.errors import require
 
 NOT_VERIFIED = 3
+_OUTCOMES = {True: "ok", False: "FAILED", None: "not compared"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +29,13 @@ def run(args: argparse.Namespace) -> int:
     export = require("trimserve_export.verify", extra="export", purpose="trimserve verify")
     texts = None if args.texts is None else read_lines(args.texts)
     result = export.verify(args.folder, args.model, texts=texts, revision=args.revision, adapter=args.adapter)
-    rows = [
-        (check.name, "ok" if check.ok else "FAILED", _number(check.max_abs_diff)) for check in result.checks
-    ]
+    rows = [(check.name, _OUTCOMES[check.ok], _number(check.max_abs_diff)) for check in result.checks]
     lines = [table(("check", "result", "largest difference"), rows), ""]
     lines += [f"{check.name}: {check.detail}" for check in result.checks]
-    lines.append(f"{args.folder}: " + ("verified" if result.ok else f"FAILED {', '.join(result.failed)}"))
+    rest = f" (not compared: {', '.join(result.not_compared)})" if result.not_compared else ""
+    lines.append(
+        f"{args.folder}: " + (f"verified{rest}" if result.ok else f"FAILED {', '.join(result.failed)}")
+    )
     emit(args, result.to_dict(), "\n".join(lines))
     return 0 if result.ok else NOT_VERIFIED
 
