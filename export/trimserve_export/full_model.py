@@ -13,6 +13,7 @@ from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full
 from trimserve_export.pipeline import ExportResult, export
 from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.static_embedding import is_static, serve_full_static
 
 
 def export_full(
@@ -42,6 +43,8 @@ def export_full(
     """
     if source.graph is not None:
         return serve_full(source, output, task=task)
+    if is_static(source):
+        return serve_full_static(source, output, dtype)
     made_by = load_exporter(exporter)
     quantize = None if scheme is None else f"int{scheme.bits}"
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
@@ -65,7 +68,7 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
     """
     manifest = like.manifest
     everything = VocabMap.everything(like.vocab.vocab_size, like.vocab.tokenizer_sha256)
-    options: dict[str, Any] = {"task": manifest.task}
+    options: dict[str, Any] = {"task": manifest.task, "adapter": manifest.source.adapter}
     if source.graph is None:  # a graph is taken as it is, dtype and quantisation too
         schemes = (name for name, scheme in SCHEMES.items() if scheme.to_dict() == manifest.quantization)
         options |= {"dtype": manifest.dtype, "quantize": next(schemes, None)}

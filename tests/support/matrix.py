@@ -249,9 +249,7 @@ def _make(family: str, path: Path) -> Made:
     others = np.setdiff1d(named, structural)
     kept = np.union1d(structural, others[: -len(structural) % _MULTIPLE]).astype(np.int32)
     rule = {"options": {"multiple_of": _MULTIPLE}}
-    chosen = VocabMap(
-        kept, np.full(len(kept), Reason.EXPLICIT, np.uint8), V, sha256_file(source.tokenizer_path), rule
-    )
+    chosen = VocabMap(kept, np.full(len(kept), Reason.EXPLICIT, np.uint8), V, source.tokenizer_sha256, rule)
     closed = close_vocab(chosen, source, None)
     assert len(closed) % _MULTIPLE == 0, len(closed)
     assert closed.cold_ids.size, "nothing is cold"
@@ -328,7 +326,7 @@ def folder_outcome(name: str, data: Path, layout: str, root: Path) -> str:
     kept = np.union1d(structural, others)
     kept = np.union1d(kept, np.setdiff1d(np.arange(rows), kept)[: -len(kept) % _MULTIPLE]).astype(np.int32)
     reason = np.full(len(kept), Reason.EXPLICIT, np.uint8)
-    vocab = VocabMap(kept, reason, rows, sha256_file(source.tokenizer_path), {"options": {"multiple_of": 32}})
+    vocab = VocabMap(kept, reason, rows, source.tokenizer_sha256, {"options": {"multiple_of": 32}})
     try:
         folder = open_folder(export(source, vocab, root / "out", layout=layout, progress=False).path)
     except UnsupportedModelError as error:

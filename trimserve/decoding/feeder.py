@@ -13,6 +13,7 @@ from trimserve.decoding.stats import Timing
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder, Step
 from trimserve.runtime.kv_cache import KVCache
+from trimserve.runtime.restarting_cache import RestartingCache
 from trimserve.text.batching import join
 from trimserve.vocab.map import VocabMap
 
@@ -39,6 +40,8 @@ class Feeder:
         start = time.perf_counter()
         cache = self._decoder.start([request.source for request in requests])
         self.timing.model += time.perf_counter() - start
+        if (unchanged := self._decoder.restarts_after) is not None:
+            cache = RestartingCache(cache, len(requests), unchanged)
         step = self._step(cache, ids, mask)
         self.timing.prompts += time.perf_counter() - start
         return cache, step
@@ -47,7 +50,7 @@ class Feeder:
         """Feed one token id to each sequence."""
         ids = np.array(tokens, np.int32)
         columns = self._kept.find(ids)
-        if columns.size < ids.size:
+        if columns.size < ids.size or isinstance(cache, RestartingCache):
             return self._step(cache, ids[:, None])
         start = time.perf_counter()  # nearly every step: no slot is needed
         step = self._decoder.step(cache, columns.astype(np.int64)[:, None], self._decoder.no_rows)
@@ -58,6 +61,8 @@ class Feeder:
         self, cache: KVCache, ids: npt.NDArray[np.integer[Any]], mask: npt.NDArray[np.int64] | None = None
     ) -> Step:
         start = time.perf_counter()
+        if isinstance(cache, RestartingCache):
+            ids = cache.feed(ids.astype(np.int32, copy=False), self._decoder.empty_cache(len(ids)))
         slotted = self._vocab.with_slots(ids)
         rows = self._cold.embeddings(slotted.cold_ids) if slotted.cold_tokens else self._decoder.no_rows
         step = self._decoder.step(cache, slotted.ids, rows, mask=mask)

@@ -1,6 +1,9 @@
 """The longest text that an encoder takes."""
 
+from typing import Any
+
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.sentence import read_settings
 from trimserve.model.structural import PAD_POSITION_MODELS
 
 # What transformers writes for "no limit" is 1e30.
@@ -10,13 +13,15 @@ _NO_LIMIT = 1 << 24
 def longest_input(folder: TrimmedFolder) -> int | None:
     """Most tokens of one text that an encoder takes; None if there is no limit.
 
-    It is what the pooling declares, or the tokenizer's limit, but never more than the model has positions.
+    It is what sentence-transformers takes, or the tokenizer's limit, but never more than the model's
+    positions.
     """
     config = folder.read_json("config.json")
-    declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
+    declared: Any = read_settings(folder).max_tokens
     if declared is None:
-        declared = folder.read_json("tokenizer_config.json").get("model_max_length")
-    positions = config.get("max_position_embeddings")
+        declared = folder.tokenizer_settings["model_max_length"]
+    lengths = folder.manifest.lengths
+    positions = config.get("max_position_embeddings") if lengths is None else lengths.longest
     if positions and config.get("model_type") in PAD_POSITION_MODELS:
         # Positions of these models begin after the pad id.
         pad_id = config.get("pad_token_id")
