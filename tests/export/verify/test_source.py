@@ -212,6 +212,10 @@ def sentence(tmp_path_factory) -> tuple[Path, Path]:
     pytest.importorskip("sentence_transformers")
     root = tmp_path_factory.mktemp("sentence")
     model = save_model("bert_encoder", root / "model")
+    # A tokenizer that tells "The" from "the", so that lower-casing before it counts.
+    change_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    normalizer = json.loads((model / "tokenizer.json").read_text("utf-8"))["normalizer"]
+    change_json(model / "tokenizer.json", normalizer=normalizer | {"lowercase": False})
     types = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
     modules = [
         {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
