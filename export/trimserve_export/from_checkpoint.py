@@ -11,6 +11,7 @@ from trimserve.files.quantized import BlockScheme
 from trimserve.folder.manifest import FileEntry, Manifest, Source
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.opening import list_files
+from trimserve.folder.sentence import write_settings
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
@@ -19,6 +20,7 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import load_config
 from trimserve_export.checkpoint.head_ids import compact_head, head_rows
 from trimserve_export.checkpoint.lengths import lengths_of
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
@@ -28,7 +30,6 @@ from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
-    TOKENIZER_FILES,
     copy_files,
     write_cut_files,
     write_layout_graph,
@@ -60,11 +61,13 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         if to_onnx:
             copy_files(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
         if not cut:
-            copy_files(TOKENIZER_FILES, plan.source.path, staging)
+            copy_tokenizer(plan.source, staging)
         segmentation = write_cut_files(plan.source, plan.vocab, staging, plan.sample) if cut else None
     if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         columns = len(plan.vocab) if cut else plan.vocab.vocab_size
         write_genai_config(staging / graphs["model"], vocab_size=columns)
+    if plan.declared is not None and plan.choice is not None and plan.options.layout == "runtime":
+        write_settings(staging, plan.declared.settings, plan.declared.tensors)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, graphs, list_files(staging))
     return dataclasses.replace(manifest, segmentation=segmentation)
@@ -119,9 +122,13 @@ def _manifest(
     to_onnx = options.to == "onnx"
     return Manifest(
         source=Source(
-            source.name, source.revision, {path.name: sha256_file(path) for path in source.weight_files}
+            source.name,
+            source.revision,
+            {path.name: sha256_file(path) for path in source.recorded_files},
+            source.adapter,
         ),
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
+        tokenizer=tokenizer_entry(source, options.layout),
         vocab_size=plan.vocab.vocab_size,
         kept=len(plan.vocab),
         head_rows=head_rows(plan.vocab),
@@ -134,7 +141,7 @@ def _manifest(
         exporter={"trimserve": __version__} | _exporter_facts(plan),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
-        pooling=plan.pooling,
+        generation=plan.generation,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
         lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),

@@ -4,17 +4,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimserve.files.quantized import BlockScheme
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.source import ModelSource
-from trimserve.vocab.map import Reason, VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.exporters.exporter import GraphJob, load_exporter
 from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full
 from trimserve_export.pipeline import ExportResult, export
 from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.static_embedding import is_static, serve_full_static
 
 
 def export_full(
@@ -44,6 +43,8 @@ def export_full(
     """
     if source.graph is not None:
         return serve_full(source, output, task=task)
+    if is_static(source):
+        return serve_full_static(source, output, dtype)
     made_by = load_exporter(exporter)
     quantize = None if scheme is None else f"int{scheme.bits}"
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
@@ -65,10 +66,9 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
     Raises:
         TrimserveError: see `pipeline.export`.
     """
-    manifest, size = like.manifest, like.vocab.vocab_size
-    kept = np.arange(size, dtype=np.int32)
-    everything = VocabMap(kept, np.full(size, Reason.EXPLICIT, np.uint8), size, like.vocab.tokenizer_sha256)
-    options: dict[str, Any] = {"task": manifest.task}
+    manifest = like.manifest
+    everything = VocabMap.everything(like.vocab.vocab_size, like.vocab.tokenizer_sha256)
+    options: dict[str, Any] = {"task": manifest.task, "adapter": manifest.source.adapter}
     if source.graph is None:  # a graph is taken as it is, dtype and quantisation too
         schemes = (name for name, scheme in SCHEMES.items() if scheme.to_dict() == manifest.quantization)
         options |= {"dtype": manifest.dtype, "quantize": next(schemes, None)}

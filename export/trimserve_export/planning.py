@@ -1,19 +1,21 @@
-"""Settle what an export will do before anything is written: task, choice, pooling."""
+"""Settle what an export will do before anything is written: task, exporter, what is done around the graph."""
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
-from trimserve.errors import UnsupportedModelError
+from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.files.quantized import BlockScheme
-from trimserve.folder.manifest import Pooling
-from trimserve.folder.tasks import TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import load_config
+from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import check_task_of_head
-from trimserve_export.checkpoint.pooling import is_sentence_transformers, read_pooling
+from trimserve_export.checkpoint.sentence_config import Declared, read_declared, task_of_modules
+from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
 from trimserve_export.checkpoint.tasks import check_task, infer_task
 from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.exporters.exporter import GraphJob
@@ -34,8 +36,9 @@ class Plan:
         options: what was asked for.
         task: one of `tasks.TASKS`.
         choice: what makes the graph; None where none is made.
-        pooling: how hidden states become one embedding a text, where the task has that.
+        declared: what sentence-transformers does around the graph, where the task has that.
         sample: texts to compare a cut tokenizer with the original one on.
+        generation: see `Manifest.generation`.
     """
 
     source: ModelSource
@@ -43,8 +46,9 @@ class Plan:
     options: Options
     task: str
     choice: Choice | None
-    pooling: Pooling | None
+    declared: Declared | None
     sample: Sample | None = None
+    generation: dict[str, Any] | None = None
 
     @property
     def job(self) -> GraphJob:
@@ -71,7 +75,7 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     config = load_config(source.path, trust_remote_code=options.trust_remote_code)
     task = options.task
     if task == "auto":
-        task = infer_task(config, sentence_transformers=is_sentence_transformers(source))
+        task = task_of_modules(source) if is_sentence_transformers(source) else infer_task(config)
     check_task(task)
     check_task_of_head(vocab, task)
     choice = choose_exporter(options.exporter, config, _job(task, options)) if options.to == "onnx" else None
@@ -86,9 +90,26 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
         raise UnsupportedModelError(
             "cold rows in blocks with bf16 scales are not built: choose --dtype fp16, or --no-cold."
         )
-    pooling = read_pooling(source) if task == "feature-extraction" else None
+    declared = read_declared(source, task, config)
+    check_cold(declared, options)
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
-    return Plan(source, vocab, options, task, choice, pooling, sample)
+    generation = None
+    if task in GENERATOR_TASKS and options.layout == "runtime" and options.to == "onnx":
+        generation = read_generation(source, trust_remote_code=options.trust_remote_code)
+    return Plan(source, vocab, options, task, choice, declared, sample, generation)
+
+
+def check_cold(declared: Declared | None, options: Options) -> None:
+    """Refuse to leave out rows that every vector of a sparse encoder needs.
+
+    Raises:
+        UsageError: see above.
+    """
+    if declared is not None and declared.settings.is_sparse and not options.cold:
+        raise UsageError(
+            "a sparse encoder gives a weight for every token id, so it needs the rows that were not kept: "
+            "leave --no-cold out."
+        )
 
 
 def _check_pad_is_kept(config: PretrainedConfig, task: str, vocab: VocabMap) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from trimserve.files.hashes import sha256_file
-from trimserve.folder.manifest import Manifest, Pooling, Source, write_manifest
+from trimserve.folder.manifest import Manifest, Source, write_manifest
 from trimserve.folder.names import COLD_NAME, TOKENIZER_NAME, VOCAB_NAME
 from trimserve.folder.opening import TrimmedFolder, list_files, open_folder
+from trimserve.folder.sentence import SentenceSettings, write_settings
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import Reason, VocabMap
 
@@ -31,7 +32,7 @@ def make_folder(
     task: str = "feature-extraction",
     layout: str = "runtime",
     dtype: str = "fp32",
-    pooling: Pooling | None = None,
+    settings: SentenceSettings | None = None,
 ) -> TrimmedFolder:
     """Write a trimmed folder and open it.
 
@@ -49,6 +50,8 @@ def make_folder(
     contents = {**(files or {}), **({COLD_NAME: cold_rows} if cold_rows is not None else {})}
     for name, content in contents.items():
         (path / name).write_bytes(content)
+    if settings is not None:
+        write_settings(path, settings, {})
     manifest = Manifest(
         source=Source("made by a test", None, {}),
         tokenizer_sha256=digest,
@@ -63,7 +66,6 @@ def make_folder(
         exporter={},
         created="2026-01-01T00:00:00+00:00",
         files=list_files(path),
-        pooling=pooling,
     )
     write_manifest(path, manifest)
     return open_folder(path)

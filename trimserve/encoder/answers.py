@@ -9,6 +9,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from trimserve.arrays import Floats, Ids
+from trimserve.encoder.activations import softmax
 from trimserve.files.tensors import to_float32
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.vocab.map import VocabMap
@@ -24,13 +25,6 @@ class Candidate:
     token: str
     id: int
     probability: float
-
-
-def softmax(logits: Floats) -> Floats:
-    """Probabilities over the last axis."""
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: Floats = weights / weights.sum(axis=-1, keepdims=True)
-    return probabilities
 
 
 def full_logits(logits: Floats, hidden: Floats | None, vocab: VocabMap, cold: ColdRows) -> tuple[Floats, Ids]:

@@ -1,74 +1,33 @@
-"""Encoder: texts to embeddings or head outputs, for a trimmed folder of an encoder model.
+"""Encoder: texts to embeddings, scores or head outputs, for a trimmed folder of an encoder model."""
 
-Cold tokens are fed from their own rows, so that outputs are the full model's on any text. A text's output
-does not depend on the texts it shares a batch with, up to rounding: padding is masked, but another batch
-shape can make the runtime add in another order.
-"""
-
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.arrays import Floats, Ids, Mask
+from trimserve.arrays import Floats, Ids
 from trimserve.encoder.answers import Candidate, full_logits, top_candidates
-from trimserve.encoder.limits import longest_input
-from trimserve.encoder.pooling import normalize_rows, pool
-from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.folder.manifest import Lengths, Pooling
+from trimserve.encoder.cross_encoder import Pair, RankedDocument, ranked, scored_pairs, to_scores
+from trimserve.encoder.graph import EncoderGraph, GraphOutput
+from trimserve.encoder.modules import SentenceModules
+from trimserve.encoder.pooling import normalize_rows
+from trimserve.encoder.similarity import similarity, similarity_pairwise
+from trimserve.encoder.sparse import SparseVector, keep_largest, sparse_vectors, splade
+from trimserve.errors import UsageError
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
-from trimserve.text.batching import Encoded, join
-from trimserve.text.codec import Codec, shorten
+from trimserve.folder.sentence import SENTENCE, TOKENS, SpladePooling, read_settings
+from trimserve.folder.tasks import EMBEDDING_TASK
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.text.codec import Codec, Text, shorten
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-from trimserve.folder.tasks import EMBEDDING_TASK
-
-_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "logits_to_keep"})
-_ID_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-# Padded tokens fed at a time on a CPU: activations grow with them (a MiniLM process took 400 MB for 32
-# texts of 234 tokens, 150 MB for 1,024 tokens), and more of them only cost cache misses.
-_CPU_BATCH_TOKENS = 1024
 
 
-@dataclass(slots=True)
-class EncoderStats:
-    """What an encoder has done since it was loaded: the live coverage, which shows drift.
-
-    Attributes:
-        texts: texts encoded.
-        tokens: tokens fed, special tokens included, padding not.
-        cold_tokens: tokens without a compact row (in a folder without cold rows they were split).
-        truncated: texts that were cut to the model's longest input.
-    """
-
-    texts: int = 0
-    tokens: int = 0
-    cold_tokens: int = 0
-    truncated: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """What the graph gave for one batch.
-
-    Attributes:
-        texts: int64 (B,), which of the caller's texts they are.
-        ids: int64 (B, T), as they were fed.
-        mask: int64 (B, T).
-        values: float32 (B, T, D) or (B, D), by the head.
-        hidden: the vocab head's input (B, T, H), or None.
-    """
-
-    texts: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.int64]
-    mask: Mask
-    values: Floats
-    hidden: Floats | None
+# The prompts that sentence-transformers takes for queries and documents where none is asked for.
+_QUERY_PROMPTS = ("query",)
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 class Encoder:
@@ -83,6 +42,7 @@ class Encoder:
         folder: the opened folder.
         codec: the original tokenizer.
         task: optimum's task name.
+        settings: prompts, modules and what else sentence-transformers does around the graph.
         max_tokens: longest input, special tokens included; None if the model has no limit.
         stats: see `EncoderStats`.
     """
@@ -93,61 +53,186 @@ class Encoder:
         self.folder = folder
         self.codec = codec
         self.task = folder.manifest.task
-        self.max_tokens = longest_input(folder)
-        self.stats = EncoderStats()
-        self._unchanged = (folder.manifest.lengths or Lengths()).unchanged
-        self._session = session
-        on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
-        self._batch_tokens = _CPU_BATCH_TOKENS if on_cpu else sys.maxsize
-        self._cold = cold
-        self._inputs = {value.name: value for value in session.get_inputs()}
-        self._outputs = {value.name: value for value in session.get_outputs()}
-        self._cold_inputs = tuple(cold_widths(session))
-        self._result = "last_hidden_state" if self.task == EMBEDDING_TASK else "logits"
-        self._check_graph()
+        self.settings = read_settings(folder)
+        self._modules = SentenceModules.of_folder(folder, self.settings)
+        self._graph = EncoderGraph(folder, session, codec, cold, self.settings)
+        self.max_tokens = self._graph.max_tokens
+        self.stats = self._graph.stats
 
     @property
     def dimension(self) -> int:
-        """H, numbers of an embedding; columns of the head's output for other tasks."""
-        size = self._outputs[self._result].shape[-1]
-        return size if isinstance(size, int) else self._cold.width
+        """Numbers of an embedding, or of a row of the head's output for other tasks."""
+        if self.settings.is_sparse:
+            return self.codec.vocab.vocab_size
+        if self.task != EMBEDDING_TASK:
+            return self._graph.width()
+        return int(self._embed_nothing(normalize=False).shape[1])
 
     def encode(
-        self, texts: str | Sequence[str], *, batch_size: int = 32, normalize: bool | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        batch_size: int = 32,
+        normalize: bool | None = None,
     ) -> Floats:
-        """Embed texts, pooled as the source model declares, else by the mean of its tokens.
+        """Embed texts as sentence-transformers does with the source model: `SentenceTransformer.encode`.
 
-        A text longer than `max_tokens` is cut and counted in `stats`; one without any token (possible
-        where the tokenizer adds no special tokens) gets the zero vector.
+        A folder that it was not made for pools by the mean of a text's tokens. A text longer than
+        `max_tokens` is cut and counted in `stats`. A sparse encoder gives one weight for each token id; see
+        `encode_sparse` for those that are not 0 alone.
 
         Args:
             texts: one text or any number of them.
+            prompt_name: one of ``settings.prompts``, put before each text; the folder's default prompt where
+                neither this nor `prompt` is given.
+            prompt: the prompt itself; an empty one for none.
+            truncate_dim: numbers of an embedding that stay, counted from the first; the folder's by default.
             batch_size: texts fed at a time; texts of like length are fed together, and on a CPU fewer of
                 long ones.
-            normalize: scale embeddings to length 1; as the source model declares by default.
+            normalize: scale embeddings to length 1 (after they are truncated); False leaves out the
+                normalisation that the source model ends with.
 
         Returns:
-            float32 (n, H), in the order of `texts`.
+            float32 (n, D), in the order of `texts`.
 
         Raises:
-            UsageError: the folder's task is not feature-extraction.
+            UsageError: the folder gives no embeddings, there is no such prompt, or `truncate_dim` is not
+                positive.
             UnknownIdError: a text holds a token that the folder has no row for.
         """
-        if self.task != EMBEDDING_TASK:
+        if not (self.task == EMBEDDING_TASK or self.settings.is_sparse):
             raise UsageError(f"{self.folder.path} does {self.task}, not embeddings: call forward().")
-        texts = [texts] if isinstance(texts, str) else texts
-        pooling = self.folder.manifest.pooling or Pooling()
-        embeddings = np.zeros((len(texts), self.dimension), np.float32)
-        for output in self._run(texts, batch_size):
-            embeddings[output.texts] = pool(output.values, output.mask, pooling.mode)
-        wanted = pooling.normalize if normalize is None else normalize
-        return normalize_rows(embeddings) if wanted else embeddings
+        before = self.settings.prompt(prompt_name, prompt)
+        texts = [before + text for text in _as_list(texts)]
+        columns = _columns(self.settings.truncate_dim if truncate_dim is None else truncate_dim)
+        if self.settings.is_sparse:
+            embeddings = self._weights(texts, batch_size)[:, :columns]
+        else:
+            embeddings = self._embed(texts, before, batch_size, columns, normalize=normalize is not False)
+        return normalize_rows(embeddings) if normalize else embeddings
 
-    def forward(self, texts: str | Sequence[str], *, batch_size: int = 32) -> list[Floats]:
+    def encode_query(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Floats:
+        """Embed queries: `encode` with the prompt ``"query"`` where the folder has one."""
+        return self.encode(texts, prompt_name=self._first_prompt(_QUERY_PROMPTS), batch_size=batch_size)
+
+    def encode_document(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Floats:
+        """Embed documents: `encode` with the prompt ``"document"``, ``"passage"`` or ``"corpus"``."""
+        return self.encode(texts, prompt_name=self._first_prompt(_DOCUMENT_PROMPTS), batch_size=batch_size)
+
+    def encode_sparse(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+    ) -> list[SparseVector]:
+        """Embed texts as sparse vectors: `SparseEncoder.encode`, without the zeros.
+
+        Args:
+            texts: see `encode`.
+            prompt_name: see `encode`.
+            prompt: see `encode`.
+            batch_size: see `encode`.
+
+        Returns:
+            Token ids and weights of each text.
+
+        Raises:
+            UsageError: the folder is no sparse encoder, or there is no such prompt.
+        """
+        if not self.settings.is_sparse:
+            raise UsageError(f"{self.folder.path} is no sparse encoder: call encode().")
+        before = self.settings.prompt(prompt_name, prompt)
+        return sparse_vectors(self._weights([before + text for text in _as_list(texts)], batch_size))
+
+    def similarity(self, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
+        """Compare embeddings (n, D) with embeddings (m, D) by the folder's function; float32 (n, m)."""
+        return similarity(self.settings.similarity, first, second)
+
+    def similarity_pairwise(self, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
+        """Compare embeddings (n, D) one by one with embeddings (n, D); float32 (n,)."""
+        return similarity_pairwise(self.settings.similarity, first, second)
+
+    def predict(
+        self,
+        pairs: Pair | Sequence[Pair],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        apply_softmax: bool = False,
+    ) -> Floats:
+        """Score pairs of texts that are read together: `CrossEncoder.predict`.
+
+        Args:
+            pairs: one pair or any number of them, e.g. of a query and a document. A pair longer than
+                `max_tokens` loses tokens of its longer text.
+            prompt_name: one of ``settings.prompts``, put before the first text of each pair.
+            prompt: the prompt itself.
+            batch_size: pairs fed at a time.
+            apply_softmax: turn the scores of several labels into probabilities.
+
+        Returns:
+            float32 (n,) where the model has one label, else (n, labels); () or (labels,) for one pair.
+
+        Raises:
+            UsageError: the folder gives no scores, or there is no such prompt.
+        """
+        self._check_scores()
+        inputs, single = scored_pairs(pairs, self.settings.prompt(prompt_name, prompt))
+        scores: list[Floats] = [np.zeros(0, np.float32)] * len(inputs)
+        for output in self._graph.run(inputs, batch_size):
+            made = self._modules.run(output.values, output.mask, result="scores")
+            for text, row in zip(output.texts, made, strict=True):
+                scores[text] = row
+        width = len(scores[0]) if scores else 1
+        table = np.array(scores, np.float32).reshape(len(inputs), width)
+        found = to_scores(table, self.settings.activation, apply_softmax=apply_softmax)
+        return np.asarray(found[0], np.float32) if single else found
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+    ) -> list[RankedDocument]:
+        """Sort documents by their score with a query, the best first: `CrossEncoder.rank`.
+
+        Args:
+            query: the first text of each pair.
+            documents: the second ones.
+            top_k: how many to give; all by default.
+            return_documents: give the texts as well.
+            prompt_name: see `predict`.
+            prompt: see `predict`.
+            batch_size: see `predict`.
+
+        Returns:
+            For each document its place in `documents` as `corpus_id`, and its `score`.
+
+        Raises:
+            UsageError: see `predict`; or the model has several labels.
+        """
+        pairs = [(query, document) for document in documents]
+        scores = self.predict(pairs, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size)
+        if scores.ndim > 1:
+            raise UsageError(f"{self.folder.path} scores {scores.shape[1]} labels: call predict() instead.")
+        return ranked(scores, documents if return_documents else None)[:top_k]
+
+    def forward(self, texts: Text | Sequence[Text], *, batch_size: int = 32) -> list[Floats]:
         """Run the model's head.
 
         Args:
-            texts: one text or any number of them; cut to `max_tokens`.
+            texts: one text or any number of them, or of pairs of texts; cut to `max_tokens`.
             batch_size: texts fed at a time.
 
         Returns:
@@ -159,9 +244,9 @@ class Encoder:
             UsageError: a text without any token, where the head gives one result a text.
             UnknownIdError: a text holds a token that the folder has no row for.
         """
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = [texts] if isinstance(texts, str | tuple) else texts
         results: list[Floats | None] = [None] * len(texts)
-        for output in self._run(texts, batch_size):
+        for output in self._graph.run(texts, batch_size):
             lengths = output.mask.sum(axis=1)
             for text, values, length in zip(output.texts, output.values, lengths, strict=True):
                 # A copy, so that no result keeps the whole batch alive.
@@ -191,107 +276,87 @@ class Encoder:
                 f"{self.folder.path} does {self.task} and top_k is {top_k}: filling masks takes a folder "
                 "exported with --task fill-mask and at least one candidate."
             )
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = _as_list(texts)
         mask_id = int(self.codec.vocab.to_compact(self.codec.mask_id))
         results: list[list[list[Candidate]]] = [[] for _ in texts]
-        for output in self._run(texts, batch_size):
+        for output in self._graph.run(texts, batch_size):
             rows, columns = np.nonzero(output.ids == mask_id)
             hidden = None if output.hidden is None else output.hidden[rows, columns]
-            logits, ids = full_logits(output.values[rows, columns], hidden, self.folder.vocab, self._cold)
+            logits, ids = full_logits(
+                output.values[rows, columns], hidden, self.folder.vocab, self._graph.cold
+            )
             best = top_candidates(logits, ids, self.codec.tokenizer, top_k)
             for row, candidates in zip(rows, best, strict=True):
                 results[output.texts[row]].append(candidates)
         return results
 
-    def token_ids(self, texts: Sequence[str]) -> list[Ids]:
+    def token_ids(self, texts: Sequence[Text]) -> list[Ids]:
         """Token ids of texts as `forward` feeds them: cut to `max_tokens`, cold ones split if need be."""
-        return [entry.ids for entry in self._encode(texts)[0]]
+        return [entry.ids for entry in self._graph.encode(texts)[0]]
 
-    def _run(self, texts: Sequence[str], batch_size: int) -> Iterator[_Output]:
-        """Feed texts, longest first, in batches of like length; a text without tokens is left out."""
-        if batch_size < 1:
-            raise UsageError(f"batch_size should be 1 or more, found {batch_size}.")
-        encoded, split = self._encode(texts)
-        lengths = np.array([len(text.ids) for text in encoded], np.int64)
-        self.stats.texts += len(texts)
-        self.stats.tokens += int(lengths.sum())
-        self.stats.cold_tokens += split
-        self.stats.truncated += sum(text.truncated for text in encoded)
-        order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
-        while order.size:
-            # The longest text comes first and sets the width of its batch.
-            longest = int(lengths[order[0]])
-            fits = min(batch_size, max(1, self._batch_tokens // longest))
-            if self._unchanged is not None and longest > self._unchanged:
-                # Positions depend on the length, and a graph has one for the whole batch.
-                fits = min(fits, int(np.count_nonzero(lengths[order] == longest)))
-            yield self._run_batch(order[:fits], encoded)
-            order = order[fits:]
+    def _embed(
+        self, texts: list[str], prompt: str, batch_size: int, columns: int | None, *, normalize: bool
+    ) -> Floats:
+        """Embeddings (n, D) of texts that begin with the prompt."""
+        dropped = self._prompt_tokens(prompt) if prompt and self.settings.drops_prompt else 0
+        # Whatever has no token keeps this row.
+        start = self._embed_nothing(normalize=normalize)[:, :columns]
+        embeddings = np.repeat(start, len(texts), axis=0)
+        whole = SENTENCE if self.settings.graph_output == SENTENCE else None
+        for output in self._graph.run(texts, batch_size, whole):
+            made = self._modules.run(output.values, output.mask, dropped=dropped, normalize=normalize)
+            embeddings[output.texts] = made[:, :columns]
+        return embeddings
 
-    def _run_batch(self, chosen: npt.NDArray[np.int64], encoded: Sequence[Encoded]) -> _Output:
-        batch = self.codec.slots([encoded[text].ids for text in chosen])
-        self.stats.cold_tokens += batch.cold_tokens
-        feeds: dict[str, npt.NDArray[Any]] = {
-            "input_ids": batch.ids,
-            "attention_mask": batch.attention_mask,
-            "logits_to_keep": np.array(0, np.int64),
-        }
-        feeds |= zip(self._cold_inputs, self._cold.embeddings(batch.cold_ids), strict=True)
-        if "token_type_ids" in self._inputs:
-            feeds["token_type_ids"], _ = join([encoded[text].type_ids for text in chosen]).padded(0)
-        if "position_ids" in self._inputs:
-            feeds["position_ids"] = np.tile(np.arange(batch.ids.shape[1]), (len(chosen), 1))
-        values, hidden = self._call(feeds)
-        return _Output(chosen, batch.ids, batch.attention_mask, values, hidden)
+    def _embed_nothing(self, *, normalize: bool) -> Floats:
+        """The embedding (1, D) of a text without tokens, whose token vectors add up to nothing."""
+        tokens = self.settings.graph_output == TOKENS
+        width = self._graph.width(None if tokens else SENTENCE)
+        values = np.zeros((1, 1, width) if tokens else (1, width), np.float32)
+        return self._modules.run(values, np.ones((1, 1), np.int64), normalize=normalize)
 
-    def _call(self, feeds: dict[str, npt.NDArray[Any]]) -> tuple[Floats, Floats | None]:
-        names = [name for name in (self._result, "hidden_states") if name in self._outputs]
-        typed = {
-            name: feeds[name].astype(_ID_DTYPES.get(value.type, feeds[name].dtype), copy=False)
-            for name, value in self._inputs.items()
-        }
-        values, *hidden = (array.astype(np.float32, copy=False) for array in self._session.run(names, typed))
-        return values, hidden[0] if hidden else None
+    def _prompt_tokens(self, prompt: str) -> int:
+        """Tokens at the start of a text that are its prompt's, without a special token at their end."""
+        (ids,) = self.token_ids([prompt])
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.codec.special_ids)
 
-    def _encode(self, texts: Sequence[str]) -> tuple[list[Encoded], int]:
-        """Encode texts as they are fed, and count the cold tokens that were split for it."""
-        encoded = self.codec.encode_typed(texts, max_tokens=self.max_tokens)
-        if self.folder.has_cold:
-            return encoded, 0
-        cold_tokens = sum(int((~self.codec.vocab.is_kept(entry.ids)).sum()) for entry in encoded)
-        return [self._split(entry) for entry in encoded], cold_tokens
+    def _weights(self, texts: list[str], batch_size: int) -> Floats:
+        """Weights (n, V) of a sparse encoder."""
+        (module,) = (found for found in self.settings.modules if isinstance(found, SpladePooling))
+        weights = np.zeros((len(texts), self.dimension), np.float32)
+        for output in self._graph.run(texts, batch_size):
+            weights[output.texts] = self._splade(module, output)
+        return keep_largest(weights, self.settings.max_active_dims)
 
-    def _split(self, encoded: Encoded) -> Encoded:
-        """Split cold tokens into kept pieces, and cut what has become too long."""
-        servable = self.codec.servable([encoded.ids])
-        (ids,), (repeats,) = servable.sequences, servable.repeats
-        longer = Encoded(ids, np.repeat(encoded.type_ids, repeats), encoded.truncated)
-        if self.max_tokens is None or len(ids) <= self.max_tokens:
-            return longer
-        # Tokens go from the end of the text, not the special ones behind it.
-        ordinary = np.flatnonzero(~np.isin(ids, list(self.codec.special_ids)))
-        tail = len(ids) - 1 - int(ordinary[-1])
-        stay = np.r_[0 : self.max_tokens - tail, len(ids) - tail : len(ids)]
-        return Encoded(ids[stay], longer.type_ids[stay], truncated=True)
+    def _splade(self, module: SpladePooling, output: GraphOutput) -> Floats:
+        vocab, cold = self.folder.vocab, self._graph.cold
+        pooled = splade(module, output.values, output.mask, output.hidden, vocab, cold)
+        return self._modules.run(pooled, output.mask)
 
-    def _empty(self, text: str) -> Floats:
+    def _first_prompt(self, names: Sequence[str]) -> str | None:
+        return next((name for name in names if name in self.settings.prompts), None)
+
+    def _check_scores(self) -> None:
+        if self.settings.kind != "CrossEncoder":
+            raise UsageError(
+                f"{self.folder.path} does {self.task}, which scores no pairs: export a cross encoder, "
+                "a model for text-classification."
+            )
+        if self.settings.no_pairs is not None:
+            raise UsageError(f"{self.folder.path} cannot score pairs: {self.settings.no_pairs}.")
+
+    def _empty(self, text: Text) -> Floats:
         """The output for a text without tokens."""
-        if len(self._outputs[self._result].shape) == 2:
+        if self._graph.gives_one_row:
             raise UsageError(f"text {shorten(text)} has no tokens to classify: leave it out.")
-        return np.zeros((0, self.dimension), np.float32)
+        return np.zeros((0, self._graph.width()), np.float32)
 
-    def _check_graph(self) -> None:
-        unknown = sorted(self._inputs.keys() - _INPUTS - set(self._cold_inputs))
-        missing = sorted({"input_ids", COLD_INPUT} - self._inputs.keys())
-        missing += [] if self._result in self._outputs else [self._result]
-        if unknown or missing:
-            found = f"lacks {', '.join(missing)}" if missing else f"also wants {', '.join(unknown)}"
-            raise UnsupportedModelError(
-                f"the graph in {self.folder.path} {found}, so it is no {self.task} encoder made for serving: "
-                "export the model again."
-            )
-        if self.folder.manifest.dtype == "bf16":
-            raise UnsupportedModelError(
-                f"{self.folder.path} is a bf16 encoder, which ONNX Runtime cannot be fed from numpy: export "
-                "it with --dtype fp32 or fp16."
-            )
+
+def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _columns(truncate_dim: int | None) -> int | None:
+    if truncate_dim is not None and truncate_dim < 1:
+        raise UsageError(f"truncate_dim should be 1 or more, found {truncate_dim}.")
+    return truncate_dim

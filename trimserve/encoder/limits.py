@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.sentence import read_settings
 from trimserve.model.structural import PAD_POSITION_MODELS
 
 # What transformers writes for "no limit" is 1e30.
@@ -13,12 +14,13 @@ _NO_LIMIT = 1 << 24
 def longest_input(folder: TrimmedFolder) -> int | None:
     """Most tokens of one text that an encoder takes; None if there is no limit.
 
-    It is what the pooling declares, or the tokenizer's limit, but never more than the model has positions.
+    It is what sentence-transformers takes, or the tokenizer's limit, but never more than the model's
+    positions.
     """
     config = folder.read_json("config.json")
-    declared = folder.manifest.pooling.max_tokens if folder.manifest.pooling else None
+    declared: Any = read_settings(folder).max_tokens
     if declared is None:
-        declared = folder.read_json("tokenizer_config.json").get("model_max_length")
+        declared = folder.tokenizer_settings["model_max_length"]
     lengths = folder.manifest.lengths
     positions = usable_positions(config) if lengths is None else lengths.longest
     limits = (limit for limit in (declared, positions) if isinstance(limit, int | float))

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from trimserve.folder.manifest import CutTensor as CutTensor
     from trimserve.folder.manifest import FileEntry as FileEntry
     from trimserve.folder.manifest import Manifest as Manifest
-    from trimserve.folder.manifest import Pooling as Pooling
     from trimserve.folder.manifest import Source as Source
     from trimserve.folder.manifest import is_trimmed as is_trimmed
     from trimserve.folder.manifest import read_manifest as read_manifest
@@ -41,7 +40,6 @@ __getattr__, __dir__, __all__ = lazy_face(
         "GRAPH_FOLDER": "trimserve.folder.names",
         "MANIFEST_NAME": "trimserve.folder.names",
         "Manifest": "trimserve.folder.manifest",
-        "Pooling": "trimserve.folder.manifest",
         "Source": "trimserve.folder.manifest",
         "TEXT2TEXT_TASK": "trimserve.folder.tasks",
         "TOKENIZER_NAME": "trimserve.folder.names",

@@ -35,20 +35,19 @@ class CutTensor:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the folder was made from; `files` maps each weight file to its sha256."""
+    """What the folder was made from.
+
+    Attributes:
+        name: of the model, a path or a hub id.
+        revision: of a hub id.
+        files: each weight file, those of an adapter too -> its sha256.
+        adapter: name of the adapter that was merged into the model, if it was given beside it.
+    """
 
     name: str
     revision: str | None
     files: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Pooling:
-    """How a sentence embedding is made from the hidden states."""
-
-    mode: str = "mean"  # mean, cls, max or last
-    normalize: bool = False
-    max_tokens: int | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,11 @@ class Manifest:
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
         head_rows: rows of the head where it has fewer than the embedding, else None.
+        tokenizer: which file texts are tokenized with (`file`), the library and version that made or proved
+            it, and `settings` that the file cannot hold; empty in folders of older versions.
         lengths: how long a text may be; None in folders made before this was written down.
+        generation: of a generator: `transformers_version`, which read the source's configs, and the settings
+            that it takes from config.json where there is no generation_config.json.
     """
 
     source: Source
@@ -101,14 +104,15 @@ class Manifest:
     exporter: dict[str, str]
     created: str
     files: dict[str, FileEntry]
-    pooling: Pooling | None = None
     bytes_before: int = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
+    tokenizer: dict[str, Any] = field(default_factory=dict)
     lengths: Lengths | None = None
+    generation: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -133,11 +137,15 @@ class Manifest:
             raw["source"] = Source(**raw["source"])
             raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            raw["pooling"] = Pooling(**raw["pooling"]) if raw["pooling"] else None
+            if raw.pop("pooling", None) is not None:
+                raise MismatchError(
+                    f"{origin} was written by an earlier trimserve, which kept the pooling there: export the "
+                    "folder again."
+                )
             raw["lengths"] = Lengths(**raw["lengths"]) if raw.get("lengths") else None
             manifest = cls(**raw)
             parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            optional = (part for part in (manifest.pooling, manifest.lengths) if part is not None)
+            optional = [manifest.lengths] if manifest.lengths is not None else []
             for part in (manifest, *parts, *optional):
                 _check_types(part)
             for name in (*manifest.files, *manifest.graphs.values()):

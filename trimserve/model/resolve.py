@@ -1,14 +1,16 @@
 """From what `-m/--model` names, a folder, a graph or a hub id, to the model's files."""
 
+import json
 import re
 from pathlib import Path
 
-from trimserve.errors import UsageError, require
+from trimserve.errors import MismatchError, UsageError, require
 from trimserve.files.hub import fetch_snapshot
 from trimserve.folder.manifest import Source
-from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.folder.names import TOKENIZER_NAME, check_plain_name
 from trimserve.model.source import ModelSource
 
+MODULES_NAME = "modules.json"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights in pickle (*.bin, *.pt) and code (*.py).
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
@@ -36,14 +38,14 @@ def resolve_model(
     if path.exists() and revision is not None:
         raise UsageError(f"{name} is a local path, which has no revisions: leave --revision out.")
     if path.is_dir():
-        return ModelSource(str(name), None, path)
+        return _in_folder(str(name), None, path)
     if path.suffix == ".onnx" and path.is_file():
         return ModelSource(str(name), None, _folder_of(path), path)
     if path.exists():
         raise UsageError(f"{name} is a file: pass the folder that holds the model's files.")
     if not _HUB_ID.fullmatch(str(name)):
         raise UsageError(f"{name} is neither a folder nor a hub id (owner/model): check the path.")
-    return ModelSource(str(name), revision, _fetch(str(name), revision, weights))
+    return _in_folder(str(name), revision, _fetch(str(name), revision, weights))
 
 
 def resolve_source(
@@ -63,6 +65,21 @@ def resolve_source(
     if revision is None and not (isinstance(name, str | Path) and Path(name).exists()):
         revision = made_from.revision
     return resolve_model(name, revision=revision)
+
+
+def _in_folder(name: str, revision: str | None, path: Path) -> ModelSource:
+    """The model of a folder; sentence-transformers may keep it in one of its own, such as `0_Transformer`."""
+    modules = path / MODULES_NAME
+    if not modules.is_file():
+        return ModelSource(name, revision, path)
+    try:
+        first = str(json.loads(modules.read_text("utf-8"))[0]["path"]).rstrip("/")
+    except (ValueError, LookupError, TypeError) as error:
+        raise MismatchError(f"{modules} is no list of modules ({error!r}): fetch the model again.") from error
+    if first in ("", "."):
+        return ModelSource(name, revision, path)
+    check_plain_name(first, str(modules))
+    return ModelSource(name, revision, path / first, modules_folder=path)
 
 
 def _folder_of(graph: Path) -> Path:

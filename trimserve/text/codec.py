@@ -7,21 +7,25 @@ without cold rows, is split into kept pieces (`trimserve.text.fallback`).
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer, normalizers
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
-from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.text.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.folder.sentence import read_settings
+from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
+from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
 from trimserve.text.tokenizer import load_tokenizer, special_ids
 
 _BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
+# A text, or two that a model reads together.
+Text = str | tuple[str, str]
 
 
 class Codec:
@@ -41,9 +45,12 @@ class Codec:
         """
         self._folder = folder
         self.vocab = folder.vocab
-        path = folder.file(TOKENIZER_NAME)
         _check_hashes(folder)
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(folder.tokenizer_path)
+        self._settings = folder.tokenizer_settings
+        self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
+        if read_settings(folder).lower_case:
+            lower_case_first(self.tokenizer)
         self.special_ids = special_ids(self.tokenizer)
         self._limit: int | None = None
         # Truncation is state of the tokenizer object.
@@ -79,22 +86,23 @@ class Codec:
         return int(mask_id)
 
     def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, max_tokens: int | None = None
+        self, texts: Sequence[Text], *, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[Ids]:
         """Encode texts to token ids, int32 (T,) each. See `encode_typed`."""
         encoded = self.encode_typed(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         return [text.ids for text in encoded]
 
     def encode_typed(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, max_tokens: int | None = None
+        self, texts: Sequence[Text], *, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[Encoded]:
         """Encode texts with the original tokenizer.
 
         Args:
-            texts: any number of texts of any length.
+            texts: any number of texts of any length, or of pairs of texts.
             add_special_tokens: what the tokenizer's post-processor adds (cls, sep, bos).
             max_tokens: longest sequence, special tokens included; a longer text loses tokens at its end
-                (at its start where tokenizer_config.json says ``"truncation_side": "left"``).
+                (at its start where the tokenizer's truncation side is "left"), of a pair the longer text
+                first.
 
         Raises:
             UsageError: a text is not a string, or `max_tokens` leaves no room for the special tokens.
@@ -103,7 +111,8 @@ class Codec:
         _check_texts(texts)
         encoded: list[Encoded] = []
         with self._lock:
-            self._truncate(max_tokens, add_special_tokens)
+            pairs = any(isinstance(text, tuple) for text in texts)
+            self._truncate(max_tokens, add_special_tokens, pairs=pairs)
             for start in range(0, len(texts), _BATCH):
                 part = list(texts[start : start + _BATCH])
                 encodings = self.tokenizer.encode_batch_fast(part, add_special_tokens=add_special_tokens)
@@ -116,11 +125,11 @@ class Codec:
         text: str = self.tokenizer.decode(
             np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
         )
-        return text
+        return clean_up(text) if self._settings["clean_up"] else text
 
     def stream(self) -> StreamDecoder:
-        """Start decoding a stream of token ids."""
-        return StreamDecoder(self.tokenizer)
+        """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
+        return StreamDecoder(self.tokenizer, clean=bool(self._settings["clean_up"]))
 
     def servable(self, sequences: Sequence[Ids]) -> Servable:
         """Make every id one that the folder has a row for.
@@ -138,15 +147,11 @@ class Codec:
         split = [self._split(ids, mask) for ids, mask in zip(sequences, cold, strict=True)]
         return Servable([ids for ids, _ in split], [repeats for _, repeats in split], count)
 
-    def slots(
-        self, sequences: Sequence[Ids], *, held: Sequence[int] | Ids = (), side: Side = "right"
-    ) -> SlottedBatch:
-        """Turn token ids into the graph's `input_ids` and `attention_mask`.
+    def slots(self, sequences: Sequence[Ids]) -> SlottedBatch:
+        """Turn token ids into the graph's `input_ids` and `attention_mask`, padded on the right.
 
         Args:
             sequences: token ids (T,) each, of any lengths.
-            held: cold ids that already hold slots 0, 1, ...; new ones are appended.
-            side: where shorter sequences are padded.
 
         Raises:
             UnknownIdError: an id is outside 0..V-1, or see `servable`.
@@ -157,14 +162,14 @@ class Codec:
             sequences, split = servable.sequences, servable.cold_tokens
         # Translated before it is padded: a batch of unequal texts is mostly padding.
         joined = join(sequences)
-        slotted = self.vocab.with_slots(joined.ids, held)
+        slotted = self.vocab.with_slots(joined.ids)
         pad = int(self.vocab.to_compact(self.pad_id))
-        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad, side)
+        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
-        token = self._folder.read_json("tokenizer_config.json").get(role)
-        return token.get("content") if isinstance(token, dict) else token
+        token: str | None = self._settings["special_tokens"].get(role)
+        return token
 
     @cached_property
     def _fallback(self) -> Fallback:
@@ -181,8 +186,8 @@ class Codec:
     def _is_kept(self, id_: int) -> bool:
         return 0 <= id_ < self.vocab.vocab_size and bool(self.vocab.is_kept(id_))
 
-    def _truncate(self, max_tokens: int | None, add_special_tokens: bool) -> None:
-        added = self.tokenizer.num_special_tokens_to_add(False) if add_special_tokens else 0
+    def _truncate(self, max_tokens: int | None, add_special_tokens: bool, *, pairs: bool) -> None:
+        added = self.tokenizer.num_special_tokens_to_add(pairs) if add_special_tokens else 0
         # The library takes a limit below the number of special tokens for no limit.
         if max_tokens is not None and max_tokens < max(added, 1):
             raise UsageError(
@@ -198,10 +203,10 @@ class Codec:
 
     @cached_property
     def _truncation_side(self) -> str:
-        side: str = self._folder.read_json("tokenizer_config.json").get("truncation_side", "right")
+        side: str = self._settings["truncation_side"]
         return side
 
-    def _check_rows(self, texts: Sequence[str], encoded: Iterable[Encoded]) -> None:
+    def _check_rows(self, texts: Sequence[Text], encoded: Iterable[Encoded]) -> None:
         size = self.vocab.vocab_size
         for text, entry in zip(texts, encoded, strict=True):
             if entry.ids.size and int(entry.ids.max()) >= size:
@@ -212,8 +217,16 @@ class Codec:
                 )
 
 
-def shorten(text: str, length: int = 48) -> str:
+def lower_case_first(tokenizer: Tokenizer) -> None:
+    """Let a tokenizer lower-case a text before anything else, as `do_lower_case` asks for."""
+    before = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+
+
+def shorten(text: Text, length: int = 48) -> str:
     """Quote a text for a message, cut to `length` characters."""
+    if isinstance(text, tuple):
+        return " and ".join(shorten(part, length // 2) for part in text)
     return repr(text) if len(text) <= length else repr(text[: length - 1] + "…")
 
 
@@ -222,10 +235,10 @@ def _encoded(encoding: Encoding) -> Encoded:
     return Encoded(ids, types, bool(encoding.overflowing))
 
 
-def _check_texts(texts: Sequence[str]) -> None:
+def _check_texts(texts: Sequence[Text]) -> None:
     if isinstance(texts, str):
         raise UsageError("expected a list of texts, found one string: pass [text].")
-    for text in texts:
+    for text in chain.from_iterable(text if isinstance(text, tuple) else (text,) for text in texts):
         if not isinstance(text, str):
             raise UsageError(f"expected a text, found {type(text).__name__}: pass strings.")
         try:
@@ -239,7 +252,7 @@ def _check_texts(texts: Sequence[str]) -> None:
 def _check_hashes(folder: TrimmedFolder) -> None:
     expected = folder.manifest.tokenizer_sha256
     found = {
-        "tokenizer.json": folder.manifest.files[TOKENIZER_NAME].sha256,
+        folder.tokenizer_path.name: folder.manifest.files[folder.tokenizer_path.name].sha256,
         "the vocab": folder.vocab.tokenizer_sha256 or expected,
     }
     for name, digest in found.items():

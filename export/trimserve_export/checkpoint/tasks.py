@@ -33,19 +33,12 @@ _TASK_OF_HEAD = {
 _TEXT2TEXT_HEADS = ("ForConditionalGeneration", "MTModel")
 
 
-def infer_task(config: PretrainedConfig, *, sentence_transformers: bool) -> str:
+def infer_task(config: PretrainedConfig) -> str:
     """Tell the task of a checkpoint by its architecture.
-
-    Args:
-        config: the model's config.
-        sentence_transformers: the folder has a modules.json, so its model makes hidden states for pooling
-            whatever class it was trained in.
 
     Raises:
         UnsupportedModelError: no architecture, or one whose task is not known or not built yet.
     """
-    if sentence_transformers:
-        return "feature-extraction"
     name = (config.architectures or [""])[0]
     if config.is_encoder_decoder and name.endswith(_TEXT2TEXT_HEADS):
         return TEXT2TEXT_TASK

@@ -15,6 +15,7 @@ from trimserve_export.graphs.turned import Turned
 from trimserve_export.serving.quantize import block_attributes_of
 from trimserve_export.trimming.plan import VocabPlan, optional_input
 from trimserve_export.trimming.rows import DTYPES
+from trimserve_export.trimming.sentence_outputs import gives_embeddings
 from trimserve_export.trimming.trim import LOGITS
 
 _DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
@@ -33,7 +34,7 @@ def infer_task(graph: ir.Graph, rows: int) -> str:
     outputs = {value.name: value.shape for value in graph.outputs}
     if any(str(value.name).startswith("past_key_values.") for value in graph.inputs):
         return GENERATION_TASK
-    if "last_hidden_state" in outputs:
+    if "last_hidden_state" in outputs or gives_embeddings(graph):
         return "feature-extraction"
     shape = outputs.get(LOGITS)
     if shape is None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.files.quantized import BlockScheme
-from trimserve.finetune.restoring import full_source
 from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
 from trimserve.folder.opening import open_folder
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
@@ -18,9 +17,12 @@ from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
+from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
 from trimserve_export.full_model import export_full
+from trimserve_export.source.whole import whole_source
+from trimserve_export.static_embedding import is_static, stored_static
 from trimserve_export.verify.checks.generation import check_generated_ids
 from trimserve_export.verify.checks.layouts import layout_checks
 from trimserve_export.verify.checks.numbers import (
@@ -51,6 +53,7 @@ def verify(
     *,
     texts: Iterable[str] | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     store: bool = True,
     progress: bool = True,
 ) -> VerifyResult:
@@ -63,6 +66,7 @@ def verify(
         model: the full model, a folder or hub id; by default the source that the manifest names.
         texts: texts to compare on, beside the built-in hostile ones; by default ordinary built-in ones.
         revision: hub revision of `model`.
+        adapter: what was merged into it; by default the adapter that the manifest names, if any.
         store: write the result into the folder's manifest and model card.
         progress: show a bar on a terminal.
 
@@ -84,7 +88,11 @@ def verify(
         opened = open_folder(path)
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
-    with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch, full_source(source) as source:
+    with (
+        tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch,
+        whole_source(source, adapter=adapter or manifest.source.adapter, renamed=True) as source,
+    ):
+        source = ask_library(source)
         full = _export_full(source, manifest, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
@@ -115,6 +123,8 @@ def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path
 def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
     if source.graph is not None:
         return StoredVocab({}, {}, tied=False)
+    if is_static(source):
+        return stored_static(source)
     config = load_config(source.path)
     classes = (TASK_CLASSES[task], architecture_class(config))
     axes = [find_vocab_axes(config, found) for found in classes if found is not None]

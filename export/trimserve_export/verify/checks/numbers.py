@@ -1,5 +1,7 @@
 """Checks of numbers: the trimmed graph against the full one on the same token ids."""
 
+import platform
+
 import numpy as np
 
 from trimserve.arrays import Ids
@@ -11,6 +13,8 @@ from trimserve_export.verify.sweep import Differences, unchanged_outputs
 
 _SLOT_SEQUENCES, _SLOT_TOKENS = 4, 32
 _RUNTIME_TEXTS = 100
+# What `Encoder.forward` gives, in the order in which it looks for them.
+_RESULTS = ("last_hidden_state", "sentence_embedding", "logits")
 
 
 def check_hidden_states(context: Context) -> Check:
@@ -38,10 +42,13 @@ def check_runtime_outputs(context: Context) -> Check:
     kept, differences = context.folder.vocab.kept_ids, Differences()
     for text in context.texts[:_RUNTIME_TEXTS]:
         ids = context.encode(text)
-        if ids is None or not 0 < len(ids) <= context.max_tokens or not context.trimmed.can_feed(ids):
+        if ids is None or not context.trimmed.can_feed(ids):
+            continue
+        (ids,) = model.token_ids([text])  # as they are fed: cut to the longest input
+        if not 0 < len(ids) <= context.max_tokens:
             continue
         outputs = context.full.run(ids)
-        full = outputs.get("last_hidden_state", outputs.get("logits"))
+        full = next((outputs[name] for name in _RESULTS if name in outputs), None)
         if full is None:
             return Check(
                 "runtime-outputs", False, None, "the full graph has no output that the runtime gives"
@@ -88,10 +95,24 @@ def _texts(context: Context) -> str:
 
 
 def check_differences(name: str, differences: Differences, what: str) -> Check:
-    """Turn what a comparison has seen into a check; `what` says what was compared."""
+    """Turn what a comparison has seen into a check.
+
+    Args:
+        name: of the check.
+        differences: what was seen.
+        what: what was compared.
+    """
     ok = differences.values > 0 and differences.beyond_bound == 0
+    here = where_it_holds(differences)
     if differences.unequal == 0 and ok:
-        return Check(name, True, 0.0, f"{differences.values:,} numbers bit for bit equal: {what}")
+        return Check(name, True, 0.0, f"{differences.values:,} numbers bit for bit equal{here}: {what}")
     within = " within the rounding bound 2 gamma ||h|| max||w||" if ok else ""
-    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}: {what}"
+    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}{here}: {what}"
     return Check(name, ok, differences.max_abs_diff, detail)
+
+
+def where_it_holds(differences: Differences) -> str:
+    """For a message: what was seen of sums that another processor may add up in another order."""
+    if not differences.of_one_processor:
+        return ""
+    return f" on this {platform.machine()} processor (another may differ by the rounding of logits)"

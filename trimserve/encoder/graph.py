@@ -1,0 +1,227 @@
+"""The graph side of an encoder: texts in, batches of what the graph says of them out.
+
+Cold tokens are fed from their own rows, so that outputs are the full model's on any text. A text's output
+does not depend on the texts it shares a batch with, up to rounding: padding is masked, but another batch
+shape can make the runtime add in another order.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimserve.arrays import Floats, Mask
+from trimserve.encoder.limits import longest_input
+from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.folder.manifest import Lengths
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.sentence import SENTENCE, SentenceSettings
+from trimserve.folder.tasks import EMBEDDING_TASK
+from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
+from trimserve.text.batching import Encoded, join
+from trimserve.text.codec import Codec, Text
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "logits_to_keep"})
+_ID_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+# Padded tokens fed at a time on a CPU: activations grow with them (a MiniLM process took 400 MB for 32
+# texts of 234 tokens, 150 MB for 1,024 tokens), and more of them only cost cache misses.
+_CPU_BATCH_TOKENS = 1024
+
+
+@dataclass(slots=True)
+class EncoderStats:
+    """What an encoder has done since it was loaded: the live coverage, which shows drift.
+
+    Attributes:
+        texts: texts encoded.
+        tokens: tokens fed, special tokens included, padding not.
+        cold_tokens: tokens without a compact row (in a folder without cold rows they were split).
+        truncated: texts that were cut to the model's longest input.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    cold_tokens: int = 0
+    truncated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GraphOutput:
+    """What the graph gave for one batch.
+
+    Attributes:
+        texts: int64 (B,), which of the caller's texts they are.
+        ids: int64 (B, T), as they were fed.
+        mask: int64 (B, T).
+        values: float32 (B, T, D) or (B, D), by the head.
+        hidden: the vocab head's input (B, T, H), or None.
+    """
+
+    texts: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    mask: Mask
+    values: Floats
+    hidden: Floats | None
+
+
+class EncoderGraph:
+    """A trimmed encoder's graph behind its original tokenizer.
+
+    Attributes:
+        folder: the opened folder.
+        codec: the original tokenizer.
+        task: optimum's task name.
+        max_tokens: longest input, special tokens included; None if the model has no limit.
+        stats: see `EncoderStats`.
+        cold: rows of the cold ids.
+        result: the graph's output that `forward` gives.
+    """
+
+    def __init__(
+        self,
+        folder: TrimmedFolder,
+        session: "ort.InferenceSession",
+        codec: Codec,
+        cold: ColdRows,
+        settings: SentenceSettings,
+    ) -> None:
+        """Check that the graph is one of the folder's task.
+
+        Raises:
+            UnsupportedModelError: it is not.
+        """
+        self.folder = folder
+        self.codec = codec
+        self.task = folder.manifest.task
+        self.max_tokens = longest_input(folder)
+        self.stats = EncoderStats()
+        self._unchanged = (folder.manifest.lengths or Lengths()).unchanged
+        self._session = session
+        self._settings = settings
+        on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
+        self._batch_tokens = _CPU_BATCH_TOKENS if on_cpu else sys.maxsize
+        self.cold = cold
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = {value.name: value for value in session.get_outputs()}
+        self._cold_inputs = tuple(cold_widths(session))
+        self.result = "logits"
+        if self.task == EMBEDDING_TASK:
+            whole = SENTENCE in self._outputs and "last_hidden_state" not in self._outputs
+            self.result = SENTENCE if whole else "last_hidden_state"
+        self._check_graph()
+
+    def width(self, name: str | None = None) -> int:
+        """Columns of an output, by default the result: H, or those of the head's output."""
+        size = self._outputs[name or self.result].shape[-1]
+        return size if isinstance(size, int) else self.cold.width
+
+    @property
+    def gives_one_row(self) -> bool:
+        """Whether the result has one row a text and not one a token."""
+        return len(self._outputs[self.result].shape) == 2
+
+    def run(self, texts: Sequence[Text], batch_size: int, result: str | None = None) -> Iterator[GraphOutput]:
+        """Feed texts, longest first, in batches of like length; a text without tokens is left out.
+
+        Args:
+            texts: texts or pairs of texts.
+            batch_size: texts fed at a time, at most.
+            result: the graph's output that is wanted; `result` by default.
+        """
+        if batch_size < 1:
+            raise UsageError(f"batch_size should be 1 or more, found {batch_size}.")
+        encoded, split = self.encode(texts)
+        lengths = np.array([len(text.ids) for text in encoded], np.int64)
+        self.stats.texts += len(texts)
+        self.stats.tokens += int(lengths.sum())
+        self.stats.cold_tokens += split
+        self.stats.truncated += sum(text.truncated for text in encoded)
+        order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
+        while order.size:
+            # The longest text comes first and sets the width of its batch.
+            longest = int(lengths[order[0]])
+            fits = min(batch_size, max(1, self._batch_tokens // longest))
+            # Nothing would tell padding from tokens; or positions depend on the length, and a graph has one
+            # for the whole batch.
+            unmasked = "attention_mask" not in self._inputs
+            if unmasked or (self._unchanged is not None and longest > self._unchanged):
+                fits = min(fits, int(np.count_nonzero(lengths[order] == longest)))
+            yield self._run_batch(order[:fits], encoded, result or self.result)
+            order = order[fits:]
+
+    def _run_batch(
+        self, chosen: npt.NDArray[np.int64], encoded: Sequence[Encoded], result: str
+    ) -> GraphOutput:
+        batch = self.codec.slots([encoded[text].ids for text in chosen])
+        self.stats.cold_tokens += batch.cold_tokens
+        feeds: dict[str, npt.NDArray[Any]] = {
+            "input_ids": batch.ids,
+            "attention_mask": batch.attention_mask,
+            "logits_to_keep": np.array(0, np.int64),
+        }
+        feeds |= zip(self._cold_inputs, self.cold.embeddings(batch.cold_ids), strict=True)
+        if "token_type_ids" in self._inputs:
+            types, _ = join([encoded[text].type_ids for text in chosen]).padded(0)
+            feeds["token_type_ids"] = types if self._settings.type_ids else np.zeros_like(types)
+        if "position_ids" in self._inputs:
+            feeds["position_ids"] = np.tile(np.arange(batch.ids.shape[1]), (len(chosen), 1))
+        values, hidden = self._call(feeds, result)
+        return GraphOutput(chosen, batch.ids, batch.attention_mask, values, hidden)
+
+    def _call(self, feeds: dict[str, npt.NDArray[Any]], result: str) -> tuple[Floats, Floats | None]:
+        names = [name for name in (result, "hidden_states") if name in self._outputs]
+        typed = {
+            name: feeds[name].astype(_ID_DTYPES.get(value.type, feeds[name].dtype), copy=False)
+            for name, value in self._inputs.items()
+        }
+        values, *hidden = (array.astype(np.float32, copy=False) for array in self._session.run(names, typed))
+        return values, hidden[0] if hidden else None
+
+    def encode(self, texts: Sequence[Text]) -> tuple[list[Encoded], int]:
+        """Encode texts as they are fed, and count the cold tokens that were split for it."""
+        encoded = self.codec.encode_typed(
+            texts, add_special_tokens=self._settings.special_tokens, max_tokens=self.max_tokens
+        )
+        if self.folder.has_cold:
+            return encoded, 0
+        cold_tokens = sum(int((~self.codec.vocab.is_kept(entry.ids)).sum()) for entry in encoded)
+        return [self._split(entry) for entry in encoded], cold_tokens
+
+    def _split(self, encoded: Encoded) -> Encoded:
+        """Split cold tokens into kept pieces, and cut what has become too long."""
+        servable = self.codec.servable([encoded.ids])
+        (ids,), (repeats,) = servable.sequences, servable.repeats
+        longer = Encoded(ids, np.repeat(encoded.type_ids, repeats), encoded.truncated)
+        if self.max_tokens is None or len(ids) <= self.max_tokens:
+            return longer
+        # Tokens go from the end of the text, not the special ones behind it.
+        ordinary = np.flatnonzero(~np.isin(ids, list(self.codec.special_ids)))
+        tail = len(ids) - 1 - int(ordinary[-1])
+        stay = np.r_[0 : self.max_tokens - tail, len(ids) - tail : len(ids)]
+        return Encoded(ids[stay], longer.type_ids[stay], truncated=True)
+
+    def _check_graph(self) -> None:
+        if self._settings.graph_output == SENTENCE and SENTENCE not in self._outputs:
+            raise UnsupportedModelError(
+                f"the graph in {self.folder.path} has no output {SENTENCE}: export the model again."
+            )
+        unknown = sorted(self._inputs.keys() - _INPUTS - set(self._cold_inputs))
+        missing = sorted({"input_ids", COLD_INPUT} - self._inputs.keys())
+        missing += [] if self.result in self._outputs else [self.result]
+        if unknown or missing:
+            found = f"lacks {', '.join(missing)}" if missing else f"also wants {', '.join(unknown)}"
+            raise UnsupportedModelError(
+                f"the graph in {self.folder.path} {found}, so it is no {self.task} encoder made for serving: "
+                "export the model again."
+            )
+        if self.folder.manifest.dtype == "bf16":
+            raise UnsupportedModelError(
+                f"{self.folder.path} is a bf16 encoder, which ONNX Runtime cannot be fed from numpy: export "
+                "it with --dtype fp32 or fp16."
+            )

@@ -1,0 +1,226 @@
+"""What sentence-transformers does around a model, as a trimmed folder keeps it: two files.
+
+The originals lie in folders of their own (`1_Pooling/config.json`, `2_Dense/model.safetensors`), in formats
+that changed over the years. They are read and checked once, at export; a trimmed folder has them in one form.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from trimserve.arrays import Floats
+from trimserve.errors import MismatchError, UsageError
+from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, to_float32, write_tensors
+from trimserve.folder.names import SENTENCE_NAME, SENTENCE_TENSORS_NAME
+from trimserve.folder.opening import TrimmedFolder
+
+# The classes of sentence-transformers that a folder may be made for.
+Kind = Literal["SentenceTransformer", "SparseEncoder", "CrossEncoder"]
+KINDS: tuple[Kind, ...] = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
+# What modules hand on to each other.
+TOKENS, SENTENCE, SCORES = "token_embeddings", "sentence_embedding", "scores"
+POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """Token vectors to one vector a text; several modes are put one behind the other.
+
+    Attributes:
+        modes: of `POOLING_MODES`.
+        include_prompt: whether the prompt's tokens count.
+    """
+
+    type: ClassVar[str] = "Pooling"
+    modes: tuple[str, ...] = ("mean",)
+    include_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SpladePooling:
+    """Logits over the vocab to one weight for each token id.
+
+    Attributes:
+        strategy: ``"max"`` or ``"sum"`` over the text's tokens.
+        activation: ``"relu"`` for log(1 + relu(x)), ``"log1p_relu"`` for the logarithm twice.
+    """
+
+    type: ClassVar[str] = "SpladePooling"
+    strategy: str = "max"
+    activation: str = "relu"
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A linear layer and its activation; tensors `weight`, and maybe `bias` and `residual`.
+
+    Attributes:
+        activation: of `activations.ACTIVATIONS`.
+        input: what it reads.
+        output: what it writes.
+        residual: add the input, or the input times `residual` where there is one.
+    """
+
+    type: ClassVar[str] = "Dense"
+    activation: str = "Tanh"
+    input: str = SENTENCE
+    output: str = SENTENCE
+    residual: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """Layer normalisation of the embedding; tensors `weight` and `bias`."""
+
+    type: ClassVar[str] = "LayerNorm"
+
+
+@dataclass(frozen=True, slots=True)
+class Normalize:
+    """Scale the embedding to length 1."""
+
+    type: ClassVar[str] = "Normalize"
+
+
+Module = Pooling | SpladePooling | Dense | LayerNorm | Normalize
+_MODULES: dict[str, type[Module]] = {
+    known.type: known for known in (Pooling, SpladePooling, Dense, LayerNorm, Normalize)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceSettings:
+    """Everything between a text and its embedding or score that is not the graph.
+
+    Attributes:
+        kind: the class of sentence-transformers that the folder was made for.
+        modules: what comes after the transformer, in order; tensors of module i are called ``"i.weight"``.
+        graph_output: what the graph gives the first module: token vectors, or where all modules are in the
+            graph the embedding itself; ``"scores"`` for a classification head.
+        prompts: name -> text that is put before each text.
+        default_prompt_name: the prompt where none is asked for.
+        similarity: how embeddings are compared, of `SIMILARITIES`.
+        truncate_dim: numbers of an embedding that stay, counted from the first; None for all.
+        max_active_dims: weights of a sparse vector that stay, the largest; None for all.
+        max_tokens: longest input, special tokens included; None where the tokenizer's own limit holds.
+        lower_case: lower-case a text before the tokenizer's own normaliser.
+        special_tokens: let the tokenizer add its special tokens.
+        type_ids: feed the tokenizer's `token_type_ids`; zeros where the source's library leaves them out.
+        activation: of a cross encoder's scores, of `activations.ACTIVATIONS`.
+        no_pairs: why pairs cannot be scored, as the end of a sentence; None where they can.
+    """
+
+    kind: Kind = "SentenceTransformer"
+    modules: tuple[Module, ...] = (Pooling(),)
+    graph_output: str = TOKENS
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    similarity: str = "cosine"
+    truncate_dim: int | None = None
+    max_active_dims: int | None = None
+    max_tokens: int | None = None
+    lower_case: bool = False
+    special_tokens: bool = True
+    type_ids: bool = True
+    activation: str = "Identity"
+    no_pairs: str | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether embeddings have one number for each token id, most of them 0."""
+        return any(isinstance(module, SpladePooling) for module in self.modules)
+
+    @property
+    def drops_prompt(self) -> bool:
+        """Whether a pooling leaves the prompt's tokens out."""
+        return any(isinstance(module, Pooling) and not module.include_prompt for module in self.modules)
+
+    def prompt(self, name: str | None, text: str | None) -> str:
+        """What is put before each text; empty for nothing.
+
+        Args:
+            name: one of `prompts`.
+            text: the prompt itself.
+
+        Raises:
+            UsageError: both are given, or there is no prompt of this name.
+        """
+        if name is not None and text is not None:
+            raise UsageError("both a prompt and the name of one were given: leave one of them out.")
+        if text is not None:
+            return text
+        chosen = self.default_prompt_name if name is None else name
+        if chosen is None:
+            return ""
+        if chosen not in self.prompts:
+            known = ", ".join(map(repr, self.prompts)) or "none"
+            raise UsageError(f"there is no prompt {chosen!r}: the folder has {known}.")
+        return self.prompts[chosen]
+
+    def to_json(self) -> str:
+        """Serialise with stable key order and a final newline."""
+        modules = [{"type": module.type} | dataclasses.asdict(module) for module in self.modules]
+        content = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        document = content | {"modules": modules, "prompts": dict(self.prompts)}
+        return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> Self:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            MismatchError: it is not that.
+        """
+        try:
+            raw = json.loads(text)
+            raw["modules"] = tuple(_module(dict(entry)) for entry in raw["modules"])
+            settings = cls(**raw)
+            if settings.kind not in KINDS or settings.similarity not in SIMILARITIES:
+                raise ValueError(f"{settings.kind}, {settings.similarity}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MismatchError(
+                f"{origin} is not what this version understands ({error}): export the folder again."
+            ) from error
+        return settings
+
+
+def _module(entry: dict[str, Any]) -> Module:
+    made = _MODULES[entry.pop("type")](**entry)
+    return dataclasses.replace(made, modes=tuple(made.modes)) if isinstance(made, Pooling) else made
+
+
+def write_settings(folder: Path, settings: SentenceSettings, tensors: Mapping[str, Floats]) -> None:
+    """Write both files into a folder; that of the tensors only where there are some."""
+    (folder / SENTENCE_NAME).write_text(settings.to_json(), "utf-8")
+    if tensors:
+        arrays = {name: ArrayTensor(values) for name, values in tensors.items()}
+        exhaust(write_tensors(folder / SENTENCE_TENSORS_NAME, arrays))
+
+
+def read_settings(folder: TrimmedFolder) -> SentenceSettings:
+    """Read the settings of a folder; mean pooling and nothing else where it has none.
+
+    Raises:
+        MismatchError: the file is not what this version writes.
+    """
+    if SENTENCE_NAME not in folder.manifest.files:
+        return SentenceSettings()
+    path = folder.path / SENTENCE_NAME
+    try:
+        return SentenceSettings.from_json(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise MismatchError(f"{path} is not UTF-8 text: export the folder again.") from error
+
+
+def read_tensors(folder: TrimmedFolder) -> dict[str, Floats]:
+    """Read the modules' tensors, float32 each, into memory; they are small beside the graph."""
+    if SENTENCE_TENSORS_NAME not in folder.manifest.files:
+        return {}
+    specs, _ = read_header(folder.path / SENTENCE_TENSORS_NAME)
+    return {name: to_float32(np.array(map_tensor(spec)), spec.dtype) for name, spec in specs.items()}
