@@ -5,7 +5,8 @@ without cold rows, is split into kept pieces (`trimserve.text.fallback`).
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 
@@ -115,7 +116,7 @@ class Codec:
             for start in range(0, len(texts), _BATCH):
                 part = list(texts[start : start + _BATCH])
                 encodings = self.tokenizer.encode_batch_fast(part, add_special_tokens=add_special_tokens)
-                encoded += map(_encoded, encodings)
+                encoded += map(as_encoded, encodings)
         self._check_rows(texts, encoded)
         return encoded
 
@@ -169,6 +170,27 @@ class Codec:
         pad = int(self.vocab.to_compact(self.pad_id))
         ids, mask = Joined(slotted.ids, joined.lengths).padded(pad, side)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
+
+    @contextmanager
+    def lent(self) -> Iterator[Tokenizer]:
+        """Lend the tokenizer to one caller, who may change its truncation."""
+        with self._lock:
+            try:
+                self.tokenizer.no_truncation()
+                yield self.tokenizer
+            finally:
+                self._limit = None
+                self.tokenizer.no_truncation()
+
+    def named_id(self, role: str, *usual: str) -> int | None:
+        """The id of the token that has a role in tokenizer_config.json, else of the first usual one."""
+        found = (self.tokenizer.token_to_id(token) for token in (self._named_token(role), *usual) if token)
+        return next((int(token_id) for token_id in found if token_id is not None), None)
+
+    @property
+    def truncation_side(self) -> str:
+        """Where a text that is too long loses tokens: right or left."""
+        return self._truncation_side
 
     def _named_token(self, role: str) -> str | None:
         token = self._folder.read_json("tokenizer_config.json").get(role)
@@ -233,7 +255,8 @@ def shorten(text: Text, length: int = 48) -> str:
     return repr(text) if len(text) <= length else repr(text[: length - 1] + "…")
 
 
-def _encoded(encoding: Encoding) -> Encoded:
+def as_encoded(encoding: Encoding) -> Encoded:
+    """The part of the tokenizer's answer that is fed."""
     ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
     return Encoded(ids, types, bool(encoding.overflowing))
 
