@@ -25,10 +25,10 @@ from trimserve.generation.fields import FIELDS, check_settings  # noqa: E402
 from trimserve.model.resolve import resolve_model  # noqa: E402
 from trimserve.model.structural import structural_ids  # noqa: E402
 from trimserve.text.stop_matcher import StopMatcher  # noqa: E402
-from trimserve_export.checkpoint.generation_settings import known_fields  # noqa: E402
+from trimserve_export.checkpoint.generation_settings import known_fields, read_generation  # noqa: E402
 from trimserve_export.pipeline import export  # noqa: E402
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.next]
 
 PROMPTS = ("the cat sat on the mat", "a dog and a cat. the dog")
 TOKENS = 24
@@ -314,3 +314,36 @@ def test_what_cannot_be_honoured_is_refused_by_name_at_export_and_at_load(pair, 
             progress=False,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_config_json_speaks_where_there_is_no_generation_config(pair, tmp_path):
+    """As the installed transformers reads it; with a generation_config.json it has no say."""
+    legacy = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "max_new_tokens": 9, "eos_token_id": 5}
+    for number, own in enumerate((None, {"repetition_penalty": 1.2})):
+        folder = tmp_path / f"model{number}"
+        shutil.copytree(pair.model_path, folder)
+        config = json.loads((folder / "config.json").read_text()) | legacy
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / FILE).unlink(missing_ok=True)
+        if own is not None:
+            (folder / FILE).write_text(json.dumps(own))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config
+        found = read_generation(resolve_model(str(folder)))
+        assert found["transformers_version"] == transformers.__version__
+        settings = found if own is None else own
+        for name in (*legacy, "no_repeat_ngram_size", "bos_token_id"):
+            default = known_fields()[name]
+            assert settings.get(name, default) == getattr(theirs, name), name
+
+
+def test_the_runtime_takes_the_settings_of_the_manifest_without_a_file(pair, bare, tmp_path):
+    shutil.copytree(pair.generator.folder.path, tmp_path / "trimmed")
+    (tmp_path / "trimmed" / FILE).unlink()
+    manifest = read_manifest(tmp_path / "trimmed")
+    generation = {"transformers_version": "5.0.0", "repetition_penalty": 1.5, "max_new_tokens": 9}
+    made = replace(manifest, files=list_files(tmp_path / "trimmed"), generation=generation)
+    write_manifest(tmp_path / "trimmed", made)
+    model = open_generator(tmp_path / "trimmed")
+    expected = bare.generate(PROMPTS, repetition_penalty=1.5, max_new_tokens=9)
+    assert [made.ids for made in model.generate(PROMPTS)] == [made.ids for made in expected]
+    assert model.config.library == 5

@@ -97,18 +97,20 @@ def encode_windows(
     """Encode a question with each window of its context.
 
     Raises:
-        UsageError: the question alone fills a window.
+        UsageError: the question leaves no room in a window.
     """
     strategy = "only_second" if question_first else "only_first"
     first, second = (question, context) if question_first else (context, question)
-    try:
-        tokenizer.enable_truncation(length, stride=stride, strategy=strategy, direction=side)
-        encoding = tokenizer.encode(first, second)
-    except Exception as error:  # the library's own class of errors is Exception
+    asked, given = (len(tokenizer.encode(text, add_special_tokens=False)) for text in (question, context))
+    room = length - asked - tokenizer.num_special_tokens_to_add(True)
+    # The library panics where a window has nothing of its own.
+    if given > room and room <= stride:
         raise UsageError(
-            f"question {shorten(question)} leaves no room for its context in {length} tokens ({error}): "
-            "shorten it, lower doc_stride or raise max_seq_len."
-        ) from error
+            f"question {shorten(question)} leaves {room} of {length} tokens for its context, and windows share "
+            f"{stride}: shorten it, lower doc_stride or raise max_seq_len."
+        )
+    tokenizer.enable_truncation(length, stride=stride, strategy=strategy, direction=side)
+    encoding = tokenizer.encode(first, second)
     return [encoding, *encoding.overflowing]
 
 
