@@ -1,6 +1,5 @@
 """What encoders say of texts against transformers' pipelines with the full model in torch."""
 
-
 import numpy as np
 import pytest
 

@@ -129,7 +129,7 @@ def test_each_setting_of_the_folder_and_of_the_call_is_generates(pair, bare, ful
     seen: list[list[int]] = []
     for number, case in enumerate(cases):
         expected = [by_torch(pair, full, prompt, **case) for prompt in prompts]
-        assert expected not in (plain, seen), case  # it matters
+        assert expected != (seen if "encoder_no_repeat_ngram_size" in case else plain), case  # it matters
         seen = expected if "encoder_repetition_penalty" in case else seen
         length = {} if "max_length" in case else {"max_new_tokens": TOKENS}
         folder = with_settings(pair, tmp_path / str(number), case | length)

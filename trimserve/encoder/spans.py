@@ -106,8 +106,8 @@ def encode_windows(
     # The library panics where a window has nothing of its own.
     if given > room and room <= stride:
         raise UsageError(
-            f"question {shorten(question)} leaves {room} of {length} tokens for its context, and windows share "
-            f"{stride}: shorten it, lower doc_stride or raise max_seq_len."
+            f"question {shorten(question)} leaves {room} of {length} tokens for its context, and windows "
+            f"share {stride}: shorten it, lower doc_stride or raise max_seq_len."
         )
     tokenizer.enable_truncation(length, stride=stride, strategy=strategy, direction=side)
     encoding = tokenizer.encode(first, second)
