@@ -18,7 +18,6 @@ from tests.support.generators import Pair, open_generator  # noqa: E402
 from tests.support.models import save_model  # noqa: E402
 from trimserve.decoding.sampling import SamplingParams, filter_scores  # noqa: E402
 from trimserve.errors import UnsupportedModelError, UsageError  # noqa: E402
-from trimserve.files.hashes import sha256_file  # noqa: E402
 from trimserve.folder.manifest import read_manifest, write_manifest  # noqa: E402
 from trimserve.folder.opening import list_files  # noqa: E402
 from trimserve.generation.fields import FIELDS, check_settings  # noqa: E402
@@ -42,7 +41,7 @@ def pair(tmp_path_factory, one_thread):  # noqa: ARG001
     structural = structural_ids(source)
     others = np.setdiff1d(np.arange(source.vocab_size), structural)[::2]
     kept = np.union1d(structural, others)[: 128 + structural.size].tolist()
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False)
     return Pair(open_generator(root / "trimmed"), source.path, root)
 

@@ -76,11 +76,11 @@ class _Step:
 class ColdCertificate:
     """A `Certificate` by a sketch of the cold rows."""
 
-    def __init__(self, sketch: Sketch, head: ColdHead, vocab: VocabMap, reads: ColdReads) -> None:
+    def __init__(self, sketch: Sketch, head: ColdHead, head_vocab: VocabMap, reads: ColdReads) -> None:
         self._sketch = sketch
         self._head = head
-        self._vocab = vocab
-        self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
+        self._head_vocab = head_vocab
+        self._kept = Columns(head_vocab.kept_ids, head_vocab.vocab_size)
         self._reads = reads
         self._greedy, self._sampled = Worth(), Worth()
         # A place of each cold row; where an id is repeated, the last.
@@ -166,7 +166,7 @@ class ColdCertificate:
             cut, floor = allowed.cut, allowed.floor
         found = self._noisy_rivals(step, groups, params, number, float(sums.max()), cut)
         token = self._decide(found, sums)
-        if found is None or token is None or self._vocab.is_kept(token):
+        if found is None or token is None or self._head_vocab.is_kept(token):
             return token
         noise = gumbel_noise(params.seed, number, np.array([token], np.int32))
         score = float((found.lower[found.ids == token] - noise).min()) - 1e-9
@@ -224,7 +224,7 @@ class ColdCertificate:
     def _edited(self, product: SketchedProduct, row: int, params: SamplingParams, history: History) -> Rivals:
         """The cold ids whose logits are changed one by one, and their bounds after that."""
         ids = edited_ids(params, history)
-        ids = ids[~self._vocab.is_kept(ids)]
+        ids = ids[~self._head_vocab.is_kept(ids)]
         if not ids.size:
             return _none()
         places = self._place_of[np.searchsorted(self._head.cold_ids, ids)]

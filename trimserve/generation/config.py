@@ -32,6 +32,7 @@ class GenerationConfig:
             UnsupportedModelError: one of them cannot be honoured; the message names it.
         """
         self._path = folder.path
+        self._lengths = folder.manifest.lengths
         config = folder.read_json("config.json")
         generation = folder.read_json(CONFIG_NAME)
         parts = (config.get("text_config") or {}, config, generation)
@@ -49,11 +50,14 @@ class GenerationConfig:
 
     @property
     def context(self) -> int | None:
-        """Tokens that a decoder can be fed; None where positions are computed (rotary) and never end."""
-        if any(name.startswith(("rope", "rotary")) for name in self._merged):
+        """Tokens that a decoder can be fed: as many as the model was made for; None for no limit."""
+        if self._lengths is not None:
+            return self._lengths.longest
+        if self._merged.get("alibi"):
             return None
-        limit: int | None = self._merged.get("max_position_embeddings", self._merged.get("n_positions"))
-        return limit
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        limits: list[int] = [self._merged[name] for name in names if name in self._merged]
+        return limits[0] if limits else None
 
     def rules(self, max_new_tokens: int, changes: Mapping[str, Any] | None = None) -> TokenRules | None:
         """What is forced and forbidden in an output of so many tokens; `changes` overrides entries."""

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from trimserve.arrays import Floats
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.sentence import (
     KINDS,
     SCORES,
@@ -209,9 +210,11 @@ def _check(settings: SentenceSettings, task: str, source: ModelSource) -> None:
 
 def _static(settings: SentenceSettings, source: ModelSource) -> SentenceSettings:
     """A static embedding is the mean of its tokens' rows; its tokenizer cuts as tokenizer.json says."""
-    truncation = source.read_json("tokenizer.json").get("truncation") or {}
+    truncation = source.read_json(TOKENIZER_NAME).get("truncation") or {}
     if truncation.get("strategy", "LongestFirst") != "LongestFirst" or truncation.get("stride", 0):
-        raise UnsupportedModelError(f"{source.tokenizer_path} truncates in an unusual way: {truncation}.")
+        raise UnsupportedModelError(
+            f"{source.path / TOKENIZER_NAME} truncates in an unusual way: {truncation}."
+        )
     return dataclasses.replace(
         settings,
         modules=(Pooling(), *settings.modules),
