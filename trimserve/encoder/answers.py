@@ -113,7 +113,7 @@ def fill_in(candidate: Candidate, ids: Ids, place: int, codec: Codec, *, only_ma
     filled = ids.copy()
     filled[place] = candidate.id
     shown = filled[filled != codec.named_id("pad_token", "[PAD]", "<pad>")]
-    text: str = codec.tokenizer.decode(shown.tolist(), skip_special_tokens=only_mask)
+    text = codec.decode(shown, skip_special_tokens=only_mask)
     return replace(candidate, sequence=text)
 
 

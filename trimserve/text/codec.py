@@ -121,10 +121,10 @@ class Codec:
         self._check_rows(texts, encoded)
         return encoded
 
-    def decode(self, ids: npt.ArrayLike) -> str:
-        """Decode token ids to text, without special tokens."""
+    def decode(self, ids: npt.ArrayLike, *, skip_special_tokens: bool = True) -> str:
+        """Decode token ids to text, by default without special tokens."""
         text: str = self.tokenizer.decode(
-            np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
+            np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=skip_special_tokens
         )
         return clean_up(text) if self._settings["clean_up"] else text
 
