@@ -30,7 +30,7 @@ _GENERATION = (
     "num_beams",
     "length_penalty",
 )
-_ENCODING = ("corpus", "text_column", "top", "batch_size")
+_ENCODING = ("corpus", "text_column", "top", "batch_size", "prompt_name", "prompt", "pairs", "query")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoding.add_argument("--corpus", metavar="FILE", help="texts to search in: a text a line, or .jsonl")
     encoding.add_argument("--text-column", metavar="C", help="field of a .jsonl record with the text")
     encoding.add_argument("--top", type=int, metavar="N", help="hits a query or tokens a mask (default: 5)")
+    encoding.add_argument(
+        "--prompt-name", metavar="NAME", help="put a prompt of the folder before each text (its default one)"
+    )
+    encoding.add_argument("--prompt", metavar="TEXT", help="put this before each text; an empty one for none")
+    encoding.add_argument(
+        "--pairs",
+        action="store_true",
+        default=None,
+        help='rerankers: each text is a pair, as a JSON list ["query", "document"] or with a TAB between',
+    )
+    encoding.add_argument("--query", metavar="TEXT", help="rerankers: sort the texts by their score with it")
     encoding.add_argument("--batch-size", type=int, metavar="N", help="texts fed at a time (default: 32)")
 
 
