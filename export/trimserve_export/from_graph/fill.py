@@ -13,7 +13,6 @@ from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import Manifest, is_trimmed, read_manifest
 from trimserve.folder.names import VOCAB_NAME
 from trimserve.folder.opening import list_files
-from trimserve.folder.sentence import write_settings
 from trimserve.model.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
@@ -21,6 +20,7 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.configs import compact_config
 from trimserve_export.checkpoint.head_ids import head_rows
 from trimserve_export.checkpoint.sentence_config import read_declared, task_of_modules
+from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.from_graph.trimmed import GENERATION_CONFIG, trim_to_folder, write_generation_config
@@ -71,11 +71,11 @@ def fill_from_graph(
         _copy_texts(source, folder, texts)
         if options.layout == "graph" and source.genai_model:
             _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
+    declared = None
     if options.layout == "runtime":
         declared = read_declared(source, made.task, None, in_graph=made.gives_embeddings)
         check_cold(declared, options)
-        if declared is not None:
-            write_settings(folder, declared.settings, declared.tensors)
+    write_declared(source, declared, folder, options.layout)
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,
