@@ -18,7 +18,7 @@ from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.head_ids import compact_head, head_rows
 from trimserve_export.checkpoint.sentence_files import write_declared
-from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
 from trimserve_export.exporters.choice import Choice
@@ -77,7 +77,7 @@ def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tri
         plan.source,
         plan.vocab,
         checkpoint,
-        model_class=TASK_CLASSES[plan.task],
+        model_class=plan.model_class,
         cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
         trust_remote_code=plan.options.trust_remote_code,
         progress=progress,

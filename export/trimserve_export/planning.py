@@ -10,11 +10,11 @@ from trimserve.files.quantized import BlockScheme
 from trimserve.folder.tasks import TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
-from trimserve_export.checkpoint.axes import load_config
+from trimserve_export.checkpoint.axes import ModelClass, load_config
 from trimserve_export.checkpoint.head_ids import check_task_of_head
 from trimserve_export.checkpoint.sentence_config import Declared, read_declared, task_of_modules
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
-from trimserve_export.checkpoint.tasks import check_task, infer_task
+from trimserve_export.checkpoint.tasks import check_task, infer_task, task_class
 from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample
@@ -33,6 +33,7 @@ class Plan:
         vocab: the kept ids.
         options: what was asked for.
         task: one of `tasks.TASKS`.
+        model_class: what loads the weights.
         choice: what makes the graph; None where none is made.
         declared: what sentence-transformers does around the graph, where the task has that.
         sample: texts to compare a cut tokenizer with the original one on.
@@ -42,6 +43,7 @@ class Plan:
     vocab: VocabMap
     options: Options
     task: str
+    model_class: ModelClass
     choice: Choice | None
     declared: Declared | None
     sample: Sample | None = None
@@ -89,7 +91,7 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     declared = read_declared(source, task, config)
     check_cold(declared, options)
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
-    return Plan(source, vocab, options, task, choice, declared, sample)
+    return Plan(source, vocab, options, task, task_class(task, config), choice, declared, sample)
 
 
 def check_cold(declared: Declared | None, options: Options) -> None:

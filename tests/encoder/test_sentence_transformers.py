@@ -10,9 +10,10 @@ pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
 
 import torch
+import transformers
 
 from tests.support.folders import make_vocab
-from tests.support.models import save_model
+from tests.support.models import save_model, with_random_weights
 from tests.support.sentence_models import (
     HIDDEN,
     NEW,
@@ -29,6 +30,7 @@ from tests.support.sentence_models import (
     trimmed,
     write_json,
 )
+from tests.support.tiny_tokenizers import KINDS
 from trimserve.encoder.activations import ACTIVATIONS, activate
 from trimserve.encoder.pooling import pool
 from trimserve.errors import UsageError
@@ -333,3 +335,21 @@ def test_the_originals_lie_beside_what_the_runtime_reads(folder, tmp_path):
     trimmed(folder, tmp_path / "trimmed")
     for name in ("modules.json", "config_sentence_transformers.json"):
         assert (tmp_path / "trimmed" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["T5EncoderModel", "T5ForConditionalGeneration"])
+def test_the_encoder_of_an_encoder_decoder(tmp_path, name):
+    sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.T5Config(vocab_size=80, **sizes, **ids)
+    folder = tmp_path / "model"
+    with_random_weights(getattr(transformers, name)(config), 0).save_pretrained(folder)
+    KINDS["unigram"]().save(str(folder / "tokenizer.json"))
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    write_json(
+        folder / "tokenizer_config.json", tokenizer | {"model_input_names": ["input_ids", "attention_mask"]}
+    )
+    dense = DENSE | {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+    add_modules(folder, MEAN, ("Dense", dense), ("Normalize", {}))
+    save_weights(folder / "2_Dense", linear_weight=(8, HIDDEN))
+    assert_close(trimmed(folder, tmp_path / "trimmed").encode(TEXTS), library(folder).encode(TEXTS))
