@@ -105,6 +105,11 @@ def _cached(folder: Path, trust: bool, always: bool, signature: object) -> Effec
     if not always and class_name in _PLAIN and _is_surely_plain(folder):
         return _as_it_is(folder, f"{class_name} takes the file as it is")
     found = ask_transformers(folder, trust_remote_code=trust)
+    if "python" in found:
+        raise UnsupportedModelError(
+            f"{folder}: transformers {found['version']} tokenizes with {found['python']}, a class in Python "
+            f"whose ids no {TOKENIZER_NAME} gives: use a model of a class that has a fast tokenizer."
+        )
     if "error" in found:
         reason = f"transformers {found['version']} cannot load it ({found['error']})"
         as_it_is = _as_it_is(folder, reason)
