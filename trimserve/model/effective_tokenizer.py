@@ -90,9 +90,7 @@ def effective_tokenizer(
 @functools.lru_cache(maxsize=4)  # a command asks for the same folder several times
 def _cached(folder: Path, trust: bool, always: bool, signature: object) -> EffectiveTokenizer:
     del signature  # part of the key: a file that changed
-    if not any(
-        (folder / name).is_file() for name in SOURCE_TOKENIZER_FILES if not name.endswith("_config.json")
-    ):
+    if not has_tokenizer(folder):
         raise UsageError(
             f"{folder} has no {TOKENIZER_NAME} and no other file of a tokenizer: make one with transformers' "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
