@@ -6,10 +6,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from trimserve.folder.tokenizer_settings import ROLES, content_of
+from trimserve.folder.tokenizer_settings import LISTS, ROLES, content_of
 
 Json = Mapping[str, Any]
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -92,7 +92,7 @@ def _added(tokenizer: Tokenizer, decoder: Mapping[str, Json]) -> Iterator[str]:
 def _named(tokenizer: Tokenizer, names: Json, file: str) -> Iterator[str]:
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     tokens: list[tuple[str, str | Json | None]] = [(role, names.get(role)) for role in ROLES]
-    for key in _LISTS:
+    for key in LISTS:
         listed = names.get(key) or []
         tokens += [(key, token) for token in (listed.values() if isinstance(listed, dict) else listed)]
     for key, token in tokens:

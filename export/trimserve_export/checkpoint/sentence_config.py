@@ -29,6 +29,7 @@ from trimserve.folder.sentence import (
     SpladePooling,
 )
 from trimserve.model.source import ModelSource
+from trimserve.model.structural import PROMPTS_NAME
 from trimserve.text.chat import chat_templates
 from trimserve_export.checkpoint.sentence_modules import (
     MODULES_NAME,
@@ -40,7 +41,6 @@ from trimserve_export.checkpoint.sentence_modules import (
     read_modules,
 )
 
-PROMPTS_NAME = "config_sentence_transformers.json"
 # The first of these that holds something is the transformer's.
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
