@@ -91,8 +91,8 @@ def _read_config(peft: Any, adapter: ModelSource) -> Any:  # noqa: ANN401 - peft
         return peft.PeftConfig.from_pretrained(adapter.path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MismatchError(
-            f"{adapter.path / ADAPTER_CONFIG} is no config that peft {peft.__version__} reads ({error}): save "
-            "the adapter again with its save_pretrained."
+            f"{adapter.path / ADAPTER_CONFIG} is no config that peft {peft.__version__} reads ({error}): "
+            "save the adapter again with its save_pretrained."
         ) from error
 
 
