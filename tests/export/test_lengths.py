@@ -26,7 +26,7 @@ from trimserve_export.exporters.choice import is_installed
 from trimserve_export.exporters.exporter import EXPORTERS, load_exporter
 from trimserve_export.verify.plain_run import GraphModel
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.next]
 
 LIMIT, LONGEST = 16, 64
 # Logits of these models are of size 10; fp32 sums in another order differ by 1e-5 of that.

@@ -32,7 +32,7 @@ from trimserve_export.verify.source import lengths, original
 from trimserve_export.verify.source.check import check_source
 from trimserve_export.verify.texts import HOSTILE
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.next]
 
 LIMIT = 16
 TEXTS = ["the cat sat on the mat", "where is my parcel? it was charged twice"]
