@@ -212,11 +212,14 @@ class Original:
     def _forget_length(self) -> None:
         """Have dynamic frequencies begin anew: in transformers they stay those of the longest text so far."""
         for module in self.model.modules():
-            longest = getattr(module, "original_max_seq_len", None)
-            original = getattr(module, "original_inv_freq", None)
-            if longest is not None and original is not None and hasattr(module, "max_seq_len_cached"):
-                module.max_seq_len_cached = longest
-                module.register_buffer("inv_freq", original, persistent=False)
+            kinds = getattr(module, "rope_type", None)
+            named = kinds.items() if isinstance(kinds, dict) else [(None, kinds)]
+            for layer_type, kind in named:
+                if "dynamic" in str(kind):
+                    prefix = "" if layer_type is None else f"{layer_type}_"
+                    original = getattr(module, f"{prefix}original_inv_freq")
+                    module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+                    setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
     def _types(self) -> str:
         return " ".join(str(module.get("type")) for module in self._modules())
