@@ -9,7 +9,6 @@ from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import BlockScheme
 from trimserve.folder.manifest import Manifest
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
-from trimserve.folder.sentence import write_settings
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import GENAI_NAME
 from trimserve.vocab.file import save_vocab
@@ -17,8 +16,9 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import load_config
 from trimserve_export.checkpoint.head_ids import compact_head
 from trimserve_export.checkpoint.lengths import lengths_of
+from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer
-from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
 from trimserve_export.exporters.choice import Choice
@@ -63,8 +63,8 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
     if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         columns = len(plan.vocab) if cut else plan.vocab.vocab_size
         write_genai_config(staging / graphs["model"], vocab_size=columns)
-    if plan.declared is not None and plan.choice is not None and plan.options.layout == "runtime":
-        write_settings(staging, plan.declared.settings, plan.declared.tensors)
+    if to_onnx or cut:  # a checkpoint of compact ids beside the original tokenizer is for no library
+        write_declared(plan.source, plan.declared, staging, plan.options.layout)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     made = dataclasses.replace(_made(plan, trimmed, graphs), segmentation=segmentation)
     return assemble_manifest(plan.source, plan.vocab, plan.options.layout, staging, made)
@@ -76,7 +76,7 @@ def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tri
         plan.source,
         plan.vocab,
         checkpoint,
-        model_class=TASK_CLASSES[plan.task],
+        model_class=plan.model_class,
         cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
         trust_remote_code=plan.options.trust_remote_code,
         progress=progress,

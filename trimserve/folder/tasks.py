@@ -9,15 +9,18 @@ Task = Literal[
     "fill-mask",
     "text-classification",
     "token-classification",
+    "question-answering",
 ]
 # The tasks of a Generator; any other is an Encoder's.
 GENERATION_TASK: Final = "text-generation-with-past"
 TEXT2TEXT_TASK: Final = "text2text-generation-with-past"
 GENERATOR_TASKS: tuple[Task, ...] = (GENERATION_TASK, TEXT2TEXT_TASK)
 EMBEDDING_TASK: Final = "feature-extraction"
+ANSWERING_TASK: Final = "question-answering"
 ENCODER_TASKS: tuple[Task, ...] = (
     EMBEDDING_TASK,
     "fill-mask",
     "text-classification",
     "token-classification",
+    ANSWERING_TASK,
 )
