@@ -11,7 +11,6 @@ from trimserve.files.quantized import BlockScheme
 from trimserve.folder.manifest import FileEntry, Manifest, Source
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.opening import list_files
-from trimserve.folder.sentence import write_settings
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
@@ -20,13 +19,13 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import load_config
 from trimserve_export.checkpoint.head_ids import compact_head, head_rows
 from trimserve_export.checkpoint.lengths import lengths_of
+from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
-from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
 from trimserve_export.exporters.choice import Choice
 from trimserve_export.graphs.reading import load_graph
-from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
@@ -66,8 +65,8 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
     if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         columns = len(plan.vocab) if cut else plan.vocab.vocab_size
         write_genai_config(staging / graphs["model"], vocab_size=columns)
-    if plan.declared is not None and plan.choice is not None and plan.options.layout == "runtime":
-        write_settings(staging, plan.declared.settings, plan.declared.tensors)
+    if to_onnx or cut:  # a checkpoint of compact ids beside the original tokenizer is for no library
+        write_declared(plan.source, plan.declared, staging, plan.options.layout)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     manifest = _manifest(plan, trimmed, graphs, list_files(staging))
     return dataclasses.replace(manifest, segmentation=segmentation)
@@ -79,7 +78,7 @@ def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tri
         plan.source,
         plan.vocab,
         checkpoint,
-        model_class=TASK_CLASSES[plan.task],
+        model_class=plan.model_class,
         cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
         trust_remote_code=plan.options.trust_remote_code,
         progress=progress,
@@ -191,5 +190,4 @@ def _make_servable(exported: Path, output: Path, rows: int, head: VocabMap | Non
         return make_servable(exported, output, rows=rows, has_head=has_head).path
     model = load_graph(exported)
     trim_head(model, head)
-    turn_tables(model.graph)
     return serve(model, output, rows=rows, has_head=True, head_rows=len(head)).path

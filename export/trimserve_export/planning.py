@@ -11,12 +11,12 @@ from trimserve.files.quantized import BlockScheme
 from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
-from trimserve_export.checkpoint.axes import load_config
+from trimserve_export.checkpoint.axes import ModelClass, load_config
 from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import check_task_of_head
 from trimserve_export.checkpoint.sentence_config import Declared, read_declared, task_of_modules
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
-from trimserve_export.checkpoint.tasks import check_task, infer_task
+from trimserve_export.checkpoint.tasks import check_task, infer_task, task_class
 from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample
@@ -35,6 +35,7 @@ class Plan:
         vocab: the kept ids.
         options: what was asked for.
         task: one of `tasks.TASKS`.
+        model_class: what loads the weights.
         choice: what makes the graph; None where none is made.
         declared: what sentence-transformers does around the graph, where the task has that.
         sample: texts to compare a cut tokenizer with the original one on.
@@ -45,6 +46,7 @@ class Plan:
     vocab: VocabMap
     options: Options
     task: str
+    model_class: ModelClass
     choice: Choice | None
     declared: Declared | None
     sample: Sample | None = None
@@ -96,7 +98,7 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     generation = None
     if task in GENERATOR_TASKS and options.layout == "runtime" and options.to == "onnx":
         generation = read_generation(source, trust_remote_code=options.trust_remote_code)
-    return Plan(source, vocab, options, task, choice, declared, sample, generation)
+    return Plan(source, vocab, options, task, task_class(task, config), choice, declared, sample, generation)
 
 
 def check_cold(declared: Declared | None, options: Options) -> None:

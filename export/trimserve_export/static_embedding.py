@@ -28,12 +28,12 @@ from trimserve.files.tensors import (
 from trimserve.folder.manifest import CutTensor, Manifest, Source
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.opening import list_files
-from trimserve.folder.sentence import write_settings
 from trimserve.model.source import ModelSource
 from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.sentence_config import read_declared
+from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.sentence_modules import STATIC, is_sentence_transformers, list_modules
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.stored import StoredVocab
@@ -78,8 +78,7 @@ def fill_from_static(source: ModelSource, vocab: VocabMap, options: Options, fol
         cold = TensorRows(spec, vocab.cold_ids)
         exhaust(write_tensors(folder / COLD_NAME, {"embedding": cold}, {"tied": "false"}))
     declared = read_declared(source, TASK, None)
-    if declared is not None:
-        write_settings(folder, declared.settings, declared.tensors)
+    write_declared(source, declared, folder, options.layout)
     copy_tokenizer(source, folder)
     copy_files(CONFIG_FILES, source.path, folder)
     save_vocab(vocab, folder / VOCAB_NAME)

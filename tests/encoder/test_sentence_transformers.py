@@ -10,8 +10,10 @@ pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
 
 import torch
+import transformers
 
-from tests.support.models import save_model
+from tests.support.folders import make_vocab
+from tests.support.models import save_model, with_random_weights
 from tests.support.sentence_models import (
     HIDDEN,
     NEW,
@@ -28,10 +30,12 @@ from tests.support.sentence_models import (
     trimmed,
     write_json,
 )
+from tests.support.tiny_tokenizers import KINDS
 from trimserve.encoder.activations import ACTIVATIONS, activate
 from trimserve.encoder.pooling import pool
 from trimserve.errors import UsageError
 from trimserve.folder.opening import open_folder
+from trimserve_export.pipeline import export
 
 pytestmark = pytest.mark.export
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -309,3 +313,43 @@ def test_a_text_that_is_all_prompt():
     hidden, mask = np.ones((1, 2, 3), np.float32), np.ones((1, 2), np.int64)
     assert pool(hidden, mask, ("mean", "weightedmean", "lasttoken"), dropped=2).tolist() == [[0.0] * 9]
     assert pool(hidden, mask, ("cls",), dropped=2).tolist() == [[1.0] * 3]
+
+
+def test_a_folder_for_other_runtimes_loads_in_the_library(folder, tmp_path):
+    """Every id is kept, so that the cut tokenizer segments as the original one."""
+    pooling = ("Pooling", {"word_embedding_dimension": HIDDEN, "pooling_mode_cls_token": True})
+    add_modules(folder, pooling, ("Dense", DENSE), ("Normalize", {}))
+    save_weights(folder / "2_Dense", linear_weight=(8, HIDDEN), linear_bias=(8,))
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 9, "do_lower_case": False})
+    write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": "the "}})
+    export(folder, make_vocab(range(V), V), tmp_path / "out", to="safetensors", layout="tokenizer")
+    made, model = library(tmp_path / "out"), library(folder)
+    assert_close(made.encode(TEXTS, prompt_name="query"), model.encode(TEXTS, prompt_name="query"))
+    manifest = open_folder(tmp_path / "out", hash_all=True).manifest
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= manifest.files.keys()
+
+
+def test_the_originals_lie_beside_what_the_runtime_reads(folder, tmp_path):
+    add_modules(folder, MEAN)
+    write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": "the "}})
+    trimmed(folder, tmp_path / "trimmed")
+    for name in ("modules.json", "config_sentence_transformers.json"):
+        assert (tmp_path / "trimmed" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["T5EncoderModel", "T5ForConditionalGeneration"])
+def test_the_encoder_of_an_encoder_decoder(tmp_path, name):
+    sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.T5Config(vocab_size=80, **sizes, **ids)
+    folder = tmp_path / "model"
+    with_random_weights(getattr(transformers, name)(config), 0).save_pretrained(folder)
+    KINDS["unigram"]().save(str(folder / "tokenizer.json"))
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    write_json(
+        folder / "tokenizer_config.json", tokenizer | {"model_input_names": ["input_ids", "attention_mask"]}
+    )
+    dense = DENSE | {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+    add_modules(folder, MEAN, ("Dense", dense), ("Normalize", {}))
+    save_weights(folder / "2_Dense", linear_weight=(8, HIDDEN))
+    assert_close(trimmed(folder, tmp_path / "trimmed").encode(TEXTS), library(folder).encode(TEXTS))

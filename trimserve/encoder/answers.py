@@ -1,11 +1,11 @@
 """What an encoder's head says, for people: tokens for a mask, labels for a text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from trimserve.arrays import Floats, Ids
 from trimserve.encoder.activations import softmax
@@ -75,14 +75,14 @@ def cold_logits(hidden: Floats, cold: ColdRows) -> Floats:
 
 
 def top_candidates(
-    logits: Floats, ids: Ids, tokenizer: Tokenizer, top_k: int, targets: Ids | None = None
+    logits: Floats, ids: Ids, text_of: Callable[[int], str], top_k: int, targets: Ids | None = None
 ) -> list[list[Candidate]]:
     """The likeliest tokens of each row.
 
     Args:
         logits: float32 (n, C).
         ids: token ids of the columns, int32 (C,).
-        tokenizer: gives the tokens' texts.
+        text_of: a token's text by its id.
         top_k: how many of them; fewer if there are no more.
         targets: the token ids to choose among, if not all.
     """
@@ -95,8 +95,7 @@ def top_candidates(
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     best_ids, shares = ids[best].tolist(), np.take_along_axis(probabilities, best, axis=1).tolist()
     return [
-        [Candidate(tokenizer.decode([id_], skip_special_tokens=False), id_, share) for id_, share in pairs]
-        for pairs in map(zip, best_ids, shares)
+        [Candidate(text_of(id_), id_, share) for id_, share in pairs] for pairs in map(zip, best_ids, shares)
     ]
 
 

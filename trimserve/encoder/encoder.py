@@ -280,9 +280,12 @@ class Encoder(TaskMethods):
         return self._modules.run(values, np.ones((1, 1), np.int64), normalize=normalize)
 
     def _prompt_tokens(self, prompt: str) -> int:
-        """Tokens at the start of a text that are its prompt's, without a special token at their end."""
+        """Tokens at the start of a text that are its prompt's.
+
+        A last one does not count that transformers' `all_special_ids` hold: sentence-transformers' rule.
+        """
         (ids,) = self.token_ids([prompt])
-        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.codec.special_ids)
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.codec.named_ids)
 
     def _weights(self, texts: list[str], batch_size: int) -> Floats:
         """Weights (n, V) of a sparse encoder."""

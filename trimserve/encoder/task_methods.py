@@ -170,7 +170,7 @@ class TaskMethods:
             logits, ids = full_logits(
                 output.values[rows, columns], hidden, self.folder.vocab, self._graph.cold
             )
-            best = top_candidates(logits, ids, self.codec.tokenizer, top_k, wanted)
+            best = top_candidates(logits, ids, self.codec.token_text, top_k, wanted)
             masks = np.bincount(rows, minlength=len(output.texts))
             for row, place, candidates in zip(rows, columns, best, strict=True):
                 text, only = output.texts[row], bool(masks[row] == 1)

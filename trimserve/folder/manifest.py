@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
-from trimserve.folder.names import COLD_PREFIX, GRAPH_FOLDER, MANIFEST_NAME, VOCAB_NAME, check_plain_name
+from trimserve.folder.names import COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class Manifest:
             for part in (manifest, *parts, *optional):
                 _check_types(part)
             for name in (*manifest.files, *manifest.graphs.values()):
-                check_plain_name(name.removeprefix(f"{GRAPH_FOLDER}/"), origin)
+                check_inner_name(name, origin)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, MismatchError):
                 raise

@@ -1,5 +1,6 @@
 """The file names of a trimmed folder."""
 
+import re
 from pathlib import PurePosixPath, PureWindowsPath
 
 from trimserve.errors import MismatchError
@@ -37,8 +38,25 @@ SOURCE_TOKENIZER_FILES = (
 # What sentence-transformers does around the model, and the tensors of its modules.
 SENTENCE_NAME = "sentence_modules.json"
 SENTENCE_TENSORS_NAME = "sentence_modules.safetensors"
-# Where folders for transformers.js keep their graphs; the only folder that a trimmed folder may have in it.
+# Where folders for transformers.js keep their graphs.
 GRAPH_FOLDER = "onnx"
+# The folders that a trimmed folder may have in it: that one, and those of sentence-transformers' modules.
+_INNER_FOLDER = re.compile(rf"{GRAPH_FOLDER}|[1-9]\d?_[A-Za-z]+", re.ASCII)
+
+
+def is_inner_folder(name: str) -> bool:
+    """Whether a trimmed folder may have a folder of this name in it."""
+    return _INNER_FOLDER.fullmatch(name) is not None
+
+
+def check_inner_name(name: str, origin: str) -> None:
+    """Refuse a file name that is neither plain nor a plain one in a folder that may be there.
+
+    Raises:
+        MismatchError: see above.
+    """
+    inner, slash, plain = name.partition("/")
+    check_plain_name(plain if slash and is_inner_folder(inner) else name, origin)
 
 
 def check_plain_name(name: str, origin: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from trimserve.errors import MismatchError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import FileEntry, Manifest, read_manifest
-from trimserve.folder.names import COLD_NAME, GRAPH_FOLDER, MANIFEST_NAME, TOKENIZER_NAME, VOCAB_NAME
+from trimserve.folder.names import COLD_NAME, MANIFEST_NAME, TOKENIZER_NAME, VOCAB_NAME, is_inner_folder
 from trimserve.folder.tokenizer_settings import declared_settings
 from trimserve.vocab.file import load_vocab
 from trimserve.vocab.map import VocabMap
@@ -125,9 +125,11 @@ def _check_file(path: Path, entry: FileEntry, hash_all: bool) -> None:
 
 
 def list_files(path: Path) -> dict[str, FileEntry]:
-    """Size and hash of every file in a folder, and in its `onnx`, except the manifest, by name, sorted."""
+    """Size and hash of every file of a folder and of those in it, except the manifest, by name, sorted."""
     return {
         file.relative_to(path).as_posix(): FileEntry(file.stat().st_size, sha256_file(file))
-        for file in sorted([*path.iterdir(), *path.glob(f"{GRAPH_FOLDER}/*")])
-        if file.is_file() and file.name != MANIFEST_NAME
+        for file in sorted([*path.iterdir(), *path.glob("*/*")])
+        if file.is_file()
+        and file.name != MANIFEST_NAME
+        and (file.parent == path or is_inner_folder(file.parent.name))
     }

@@ -76,7 +76,7 @@ def _in_folder(name: str, revision: str | None, path: Path) -> ModelSource:
         first = str(json.loads(modules.read_text("utf-8"))[0]["path"]).rstrip("/")
     except (ValueError, LookupError, TypeError) as error:
         raise MismatchError(f"{modules} is no list of modules ({error!r}): fetch the model again.") from error
-    if first in ("", "."):
+    if first in ("", ".") or not (path / first).is_dir():
         return ModelSource(name, revision, path)
     check_plain_name(first, str(modules))
     return ModelSource(name, revision, path / first, modules_folder=path)

@@ -14,6 +14,8 @@ from trimserve.text.chat import chat_templates
 from trimserve.text.tokenizer import ids_of_tokens, newline_ids, tokenizer_ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
+# What sentence-transformers says of a folder as a whole.
+PROMPTS_NAME = "config_sentence_transformers.json"
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 # Models that number positions by cumsum(ids != pad) * (ids != pad) + pad: in their graphs the pad id is
 # both compared with ids and added to positions, so its compact id must equal it.
@@ -43,7 +45,7 @@ def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> I
 
     Special and added tokens; the byte alphabet or byte-fallback pieces; unk; ids named in the configs of
     model, generation and tokenizer and in the post-processor; newline tokens; the chat template's
-    literals; and 0..pad where the model computes positions from the pad id.
+    literals; sentence-transformers' prompts; and 0..pad where the model computes positions from the pad id.
 
     Args:
         source: the model's files.
@@ -62,6 +64,7 @@ def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> I
         ),
         newline_ids(tokenizer),
         template_ids(tokenizer, all_templates(source)),
+        prompt_ids(tokenizer, sentence_prompts(source)),
         pad_position_ids(source),
     )
     found = np.unique(np.fromiter(ids, np.int64))
@@ -113,6 +116,20 @@ def template_ids(tokenizer: Tokenizer, templates: Iterable[str]) -> Iterator[int
     texts = {lead + text for text in literals | set(_ROLES) for lead in leads}
     texts |= {text.strip() for text in literals} | {role + "\n" for role in _ROLES}
     for encoding in tokenizer.encode_batch_fast(sorted(texts), add_special_tokens=False):
+        yield from encoding.ids
+
+
+def sentence_prompts(source: ModelSource) -> list[str]:
+    """The prompts that sentence-transformers puts before a folder's texts."""
+    prompts = source.read_root_json(PROMPTS_NAME).get("prompts")
+    named = prompts.values() if isinstance(prompts, dict) else ()
+    return [text for text in named if isinstance(text, str) and text]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompts: Iterable[str]) -> Iterator[int]:
+    """Yield the ids that the tokenizer gives for prompts, which stand at the start of many texts."""
+    texts = sorted({text for prompt in prompts for text in (prompt, prompt.strip())})
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
         yield from encoding.ids
 
 

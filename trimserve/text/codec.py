@@ -123,10 +123,13 @@ class Codec:
 
     def decode(self, ids: npt.ArrayLike, *, skip_special_tokens: bool = True) -> str:
         """Decode token ids to text, by default without special tokens."""
-        text: str = self.tokenizer.decode(
-            np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=skip_special_tokens
-        )
+        listed = np.asarray(ids, np.int64).ravel().tolist()
+        text: str = self.tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self._settings["clean_up"] else text
+
+    def token_text(self, id_: int) -> str:
+        """The text of one token, also of a special one."""
+        return self.decode([id_], skip_special_tokens=False)
 
     def stream(self) -> StreamDecoder:
         """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
@@ -167,6 +170,12 @@ class Codec:
         pad = int(self.vocab.to_compact(self.pad_id))
         ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
+
+    @cached_property
+    def named_ids(self) -> frozenset[int]:
+        """Token ids of the special tokens that have a role or are listed: transformers' `all_special_ids`."""
+        found = map(self.tokenizer.token_to_id, self._settings["named_tokens"])
+        return frozenset(id_ for id_ in found if id_ is not None)
 
     @contextmanager
     def lent(self) -> Iterator[Tokenizer]:

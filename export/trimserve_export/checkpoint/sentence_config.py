@@ -5,6 +5,7 @@ one that config_sentence_transformers.json names.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from trimserve.folder.sentence import (
     SpladePooling,
 )
 from trimserve.model.source import ModelSource
+from trimserve.model.structural import PROMPTS_NAME
 from trimserve.text.chat import chat_templates
 from trimserve_export.checkpoint.sentence_modules import (
     MODULES_NAME,
@@ -39,7 +41,6 @@ from trimserve_export.checkpoint.sentence_modules import (
     read_modules,
 )
 
-PROMPTS_NAME = "config_sentence_transformers.json"
 # The first of these that holds something is the transformer's.
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
@@ -332,7 +333,7 @@ def _check_transformer(declared: Mapping[str, Any], first: Listed, task: str) ->
 
 def _lowers_first(source: ModelSource) -> bool:
     """Whether sentence-transformers leaves the normaliser as it is: it has a Lowercase already."""
-    normalizer = source.read_json("tokenizer.json").get("normalizer") or {}
+    normalizer = json.loads(source.effective.content).get("normalizer") or {}
     inner = normalizer.get("normalizers", ()) if normalizer.get("type") == "Sequence" else (normalizer,)
     return any(entry.get("type") == "Lowercase" for entry in inner)
 

@@ -32,6 +32,8 @@ _TASK_OF_HEAD = {
     "ForQuestionAnswering": ANSWERING_TASK,
     "Model": "feature-extraction",
 }
+# Encoder-decoders whose encoder has a class of its own.
+_ENCODERS_OF_PAIRS = frozenset({"t5", "mt5", "umt5"})
 _TEXT2TEXT_HEADS = ("ForConditionalGeneration", "MTModel")
 
 
@@ -55,6 +57,21 @@ def infer_task(config: PretrainedConfig) -> str:
         f"the task cannot be told from architectures = {config.architectures}: pass --task, one of "
         f"{', '.join(TASKS)}."
     )
+
+
+def task_class(task: str, config: PretrainedConfig) -> ModelClass:
+    """The class that loads a model for a task.
+
+    Hidden states of an encoder-decoder are those of its encoder alone, as sentence-transformers takes them.
+
+    Args:
+        task: one of `TASKS`.
+        config: the model's config.
+    """
+    encoder: ModelClass = transformers.AutoModelForTextEncoding
+    if task == "feature-extraction" and config.model_type in _ENCODERS_OF_PAIRS:
+        return encoder
+    return TASK_CLASSES[task]
 
 
 def has_vocab_head(task: str) -> bool:
@@ -85,7 +102,7 @@ def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool =
         UnsupportedModelError: weights that the task needs are not in the checkpoint.
     """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model, report = TASK_CLASSES[task].from_pretrained(
+    model, report = task_class(task, config).from_pretrained(
         folder,
         config=config,
         dtype=TORCH_DTYPES[dtype],

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from optimum.exporters.onnx import OnnxConfig, onnx_export_from_model
+from optimum.exporters.onnx.model_configs import T5EncoderOnnxConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import logging as optimum_logging
 from transformers import PretrainedConfig, PreTrainedModel
@@ -65,8 +66,33 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
             # Merging an encoder-decoder's two decoders would write them once more: the serving passes take
             # one of them. They also tie weights themselves.
             skip = seq2seq or _parameter_bytes(model) > _MAX_POST_PROCESSED_BYTES
-            onnx_export_from_model(model, output, task=job.task, do_validation=False, no_post_process=skip)
+            onnx_export_from_model(
+                model,
+                output,
+                task=job.task,
+                do_validation=False,
+                no_post_process=skip,
+                custom_onnx_configs=_own_configs(model, job.task),
+            )
     return output if seq2seq else output / "model.onnx"
+
+
+class _EncoderOfPair(T5EncoderOnnxConfig):  # type: ignore[misc]
+    """The encoder of an encoder-decoder by itself; optimum's own has no mask."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Names and axes."""
+        axes = {0: "batch_size", 1: "sequence_length"}
+        return {"input_ids": axes, "attention_mask": axes}
+
+
+def _own_configs(model: PreTrainedModel, task: str) -> dict[str, OnnxConfig] | None:
+    """What optimum-onnx is to export where it would take the decoder as well."""
+    alone = task == "feature-extraction" and type(model).__name__.endswith("EncoderModel")
+    if not alone or not hasattr(model.config, "decoder_start_token_id"):
+        return None
+    return {"model": _EncoderOfPair(model.config, task=task)}
 
 
 def _name() -> str:

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
-from trimserve_export.checkpoint.tasks import TASK_CLASSES, check_task, load_model
+from trimserve_export.checkpoint.tasks import check_task, load_model, task_class
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.exporters.rope import rope_by_length
@@ -47,7 +47,7 @@ def check_model(config: PretrainedConfig, task: str) -> None:
         raise UnsupportedModelError(
             "transformers' exporter leaves out the encoder of an encoder-decoder: use --exporter optimum."
         )
-    if type(config) not in TASK_CLASSES[task]._model_mapping:
+    if type(config) not in task_class(task, config)._model_mapping:
         raise UnsupportedModelError(
             f"{_name()} has no {task} class for {config.model_type!r} models: choose another task."
         )

@@ -12,7 +12,6 @@ from trimserve.errors import UsageError
 from trimserve.folder.manifest import Manifest, is_trimmed, read_manifest
 from trimserve.folder.names import VOCAB_NAME
 from trimserve.folder.opening import list_files
-from trimserve.folder.sentence import write_settings
 from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve.model.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.version import __version__
@@ -23,6 +22,7 @@ from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import head_rows
 from trimserve_export.checkpoint.lengths import lengths_of_graph
 from trimserve_export.checkpoint.sentence_config import read_declared, task_of_modules
+from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.trim import check_vocab
@@ -74,11 +74,11 @@ def fill_from_graph(
         _copy_texts(source, folder, texts)
         if options.layout == "graph" and source.genai_model:
             _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
+    declared = None
     if options.layout == "runtime":
         declared = read_declared(source, made.task, None, in_graph=made.gives_embeddings)
         check_cold(declared, options)
-        if declared is not None:
-            write_settings(folder, declared.settings, declared.tensors)
+    write_declared(source, declared, folder, options.layout)
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,

@@ -19,7 +19,7 @@ from trimserve_export.card import with_card
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
 from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
-from trimserve_export.checkpoint.tasks import TASK_CLASSES, has_vocab_head
+from trimserve_export.checkpoint.tasks import has_vocab_head, task_class
 from trimserve_export.full_model import export_full
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import is_static, stored_static
@@ -126,7 +126,7 @@ def _stored_vocab(source: ModelSource, task: str) -> StoredVocab:
     if is_static(source):
         return stored_static(source)
     config = load_config(source.path)
-    classes = (TASK_CLASSES[task], architecture_class(config))
+    classes = (task_class(task, config), architecture_class(config))
     axes = [find_vocab_axes(config, found) for found in classes if found is not None]
     return find_stored_vocab(read_specs(source), axes, source.vocab_size)
 

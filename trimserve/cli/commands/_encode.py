@@ -3,31 +3,22 @@
 import argparse
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from trimserve.arrays import Floats
+from trimserve.cli.commands._sentence import Result, embed, given_prompts, rank, score, search
 from trimserve.cli.inputs import read_texts
 from trimserve.cli.output import emit
-from trimserve.console import progress, table
+from trimserve.console import table
 from trimserve.encoder.answers import Candidate
 from trimserve.encoder.encoder import Encoder
-from trimserve.encoder.pooling import normalize_rows
 from trimserve.errors import UsageError
 from trimserve.folder.tasks import ANSWERING_TASK, EMBEDDING_TASK
 from trimserve.text.codec import shorten
 
 logger = logging.getLogger(__name__)
 _TOP = 5
-_SHOWN_NUMBERS = 4
-_SHOWN_CHARACTERS = 88
-_PART = 1024  # texts of a corpus embedded between two steps of the progress bar
 # Options that one task alone has.
 _OF_TASK = {"targets": "fill-mask", "aggregation": "token-classification", "context": ANSWERING_TASK}
-# A result: what goes into the JSON document, and the lines for people.
-Result = tuple[dict[str, Any], list[str]]
 
 
 def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: dict[str, Any]) -> int:
@@ -37,7 +28,7 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
         args: the command line, for the output format.
         model: the encoder.
         texts: texts or queries.
-        options: those of corpus, text_column, top, batch_size, targets, aggregation, context that were given.
+        options: those of the command's options for encoders that were given.
     """
     _check_options(model, options)
     start = time.perf_counter()
@@ -46,19 +37,21 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
     top = options.get("top", _TOP)
     if top < 1:
         raise UsageError(f"--top should be 1 or more, found {top}.")
-    if "corpus" in options:
+    prompts = given_prompts(options)
+    if "query" in options:
+        most = options.get("top", len(texts))
+        document, lines = rank(model, options["query"], texts, most, prompts, batch_size)
+    elif "pairs" in options:
+        document, lines = score(model, texts, prompts, batch_size)
+    elif "corpus" in options:
         corpus = read_texts(options["corpus"], options.get("text_column"))
-        document, lines = _search(model, texts, corpus, top, batch_size)
-    elif model.task == EMBEDDING_TASK:
-        document, lines = _embed(model, texts, batch_size)
-    elif model.task == "fill-mask":
-        document, lines = _fill_mask(model, texts, top, options.get("targets"), batch_size)
-    elif model.task == "token-classification":
-        document, lines = _tag(model, texts, options.get("aggregation"), batch_size)
-    elif model.task == ANSWERING_TASK:
-        document, lines = _answer(model, texts, options.get("context"), options.get("top", 1), batch_size)
+        document, lines = search(model, texts, corpus, top, prompts, batch_size)
+    elif model.task == EMBEDDING_TASK or model.settings.is_sparse:
+        document, lines = embed(model, texts, prompts, batch_size)
+    elif prompts:
+        raise UsageError(f"{model.folder.path} does {model.task}, which takes no prompt: leave it out.")
     else:
-        document, lines = _classify(model, texts, options.get("top"), batch_size)
+        document, lines = _of_task(model, texts, options, top, batch_size)
     stats = model.stats
     document |= {
         "task": model.task,
@@ -73,56 +66,22 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
     return 0
 
 
+def _of_task(model: Encoder, texts: list[str], options: dict[str, Any], top: int, batch_size: int) -> Result:
+    """What the folder's task says of each text, as the task's pipeline in transformers has it."""
+    if model.task == "fill-mask":
+        return _fill_mask(model, texts, top, options.get("targets"), batch_size)
+    if model.task == "token-classification":
+        return _tag(model, texts, options.get("aggregation"), batch_size)
+    if model.task == ANSWERING_TASK:
+        return _answer(model, texts, options.get("context"), options.get("top", 1), batch_size)
+    return _classify(model, texts, options.get("top"), batch_size)
+
+
 def _check_options(model: Encoder, options: dict[str, Any]) -> None:
     """Refuse options that the folder's task would ignore."""
     for name, task in _OF_TASK.items():
         if name in options and model.task != task:
             raise UsageError(f"{model.folder.path} does {model.task}: --{name} is for {task}, leave it out.")
-
-
-def _embed(model: Encoder, texts: list[str], batch_size: int) -> Result:
-    embeddings = model.encode(texts, batch_size=batch_size)
-    norms = np.linalg.norm(embeddings, axis=1)
-    rows = [
-        (
-            shorten(text),
-            embeddings.shape[1],
-            f"{norm:.4f}",
-            ", ".join(f"{number:.4f}" for number in vector[:_SHOWN_NUMBERS]) + ", …",
-        )
-        for text, vector, norm in zip(texts, embeddings, norms, strict=True)
-    ]
-    return {"embeddings": embeddings.tolist()}, [table(("text", "numbers", "norm", "embedding"), rows)]
-
-
-def _search(model: Encoder, queries: list[str], corpus: Sequence[str], top: int, batch_size: int) -> Result:
-    if model.task != EMBEDDING_TASK:
-        raise UsageError(
-            f"{model.folder.path} does {model.task}: --corpus takes a feature-extraction folder."
-        )
-    found = normalize_rows(_embed_corpus(model, corpus, batch_size))
-    cosines = normalize_rows(model.encode(queries, batch_size=batch_size)) @ found.T
-    best = np.argsort(-cosines, axis=1, kind="stable")[:, :top]
-    hits = [
-        [{"text": corpus[i], "index": i, "cosine": float(row[i])} for i in indices.tolist()]
-        for row, indices in zip(cosines, best, strict=True)
-    ]
-    tables = [
-        table(
-            (_one_line(query), "cosine"), [(_one_line(hit["text"]), f"{hit['cosine']:.3f}") for hit in found]
-        )
-        for query, found in zip(queries, hits, strict=True)
-    ]
-    return {"queries": queries, "hits": hits, "corpus_texts": len(corpus)}, ["\n\n".join(tables)]
-
-
-def _embed_corpus(model: Encoder, corpus: Sequence[str], batch_size: int) -> Floats:
-    parts = []
-    with progress(len(corpus), "embedding the corpus", "text") as bar:
-        for start in range(0, len(corpus), _PART):
-            parts.append(model.encode(corpus[start : start + _PART], batch_size=batch_size))
-            bar.update(len(parts[-1]))
-    return np.concatenate(parts)
 
 
 def _fill_mask(
@@ -193,8 +152,3 @@ def _answer(model: Encoder, questions: list[str], context: str | None, top: int,
         for question, given in zip(questions, answers, strict=True)
     ]
     return {"answers": answers}, ["\n\n".join(lines)]
-
-
-def _one_line(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= _SHOWN_CHARACTERS else flat[: _SHOWN_CHARACTERS - 1] + "…"

@@ -35,7 +35,10 @@ _GENERATION = (
     "num_beams",
     "length_penalty",
 )
-_ENCODING = ("corpus", "text_column", "top", "batch_size", "targets", "aggregation", "context")
+_ENCODING = (
+    *("corpus", "text_column", "top", "batch_size", "targets", "aggregation", "context"),
+    *("prompt_name", "prompt", "pairs", "query"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +108,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="entities: how tokens become words and words one entity (default: none)",
     )
     encoding.add_argument("--context", metavar="TEXT", help="questions: the text that holds the answer")
+    encoding.add_argument(
+        "--prompt-name", metavar="NAME", help="put a prompt of the folder before each text (its default one)"
+    )
+    encoding.add_argument("--prompt", metavar="TEXT", help="put this before each text; an empty one for none")
+    encoding.add_argument(
+        "--pairs",
+        action="store_true",
+        default=None,
+        help='rerankers: each text is a pair, as a JSON list ["query", "document"] or with a TAB between',
+    )
+    encoding.add_argument("--query", metavar="TEXT", help="rerankers: sort the texts by their score with it")
     encoding.add_argument("--batch-size", type=int, metavar="N", help="texts fed at a time (default: 32)")
 
 

@@ -32,7 +32,8 @@ def check_library(source: ModelSource) -> None:
     Raises:
         MissingExtraError: see above; the message names pip.
     """
-    if source.graph is None and (source.path / _MODULES_NAME).is_file() and not _has_sentence_library():
+    folder = getattr(source, "root", source.path)
+    if source.graph is None and (folder / _MODULES_NAME).is_file() and not _has_sentence_library():
         raise MissingExtraError(
             f"{source.name} is a {_SENTENCE_LIBRARY} model (it has a {_MODULES_NAME}), and verify compares "
             f"with that library, which is not installed. Install it with: pip install {_SENTENCE_LIBRARY}"
