@@ -178,6 +178,8 @@ class Original:
     def _run(self, inputs: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad(), tracing.quiet():
             made = self.model(**inputs)
+        if "start_logits" in made:  # of an answer's first token, and of its last
+            return torch.stack([made["start_logits"], made["end_logits"]], dim=-1)
         names = (
             ("last_hidden_state",) if self.task == "feature-extraction" else ("logits", "prediction_logits")
         )
@@ -200,9 +202,12 @@ class Original:
         """What `model.generate()` adds with the folder's own settings, without drawing at random."""
         row = torch.tensor([list(ids)], dtype=torch.int64)
         self._forget_length()
+        options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False}
+        if getattr(self.model.generation_config, "stop_strings", None):
+            options["tokenizer"] = self.tokenizer
         with torch.no_grad(), tracing.quiet():
             out = self.model.generate(  # type: ignore[operator]
-                row, attention_mask=torch.ones_like(row), max_new_tokens=count, do_sample=False
+                row, attention_mask=torch.ones_like(row), **options
             )
         # An encoder-decoder's output begins with its start id.
         skipped = 1 if self.task == TEXT2TEXT_TASK else row.shape[1]
