@@ -33,7 +33,9 @@ fmt: $(READY)  ## format and fix the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(READY)  ## ruff, mypy --strict and the order of imports, changing nothing
+lint: $(READY)  ## pages and figures against their rows, ruff, mypy --strict, the order of imports
+	$(BIN)/python -m bench.readme --check
+	$(BIN)/python -m bench.plot --check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -42,8 +44,8 @@ lint: $(READY)  ## ruff, mypy --strict and the order of imports, changing nothin
 test: $(READY)  ## the whole suite but its slow tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
 
-test-slow: $(READY)  ## the slow tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+test-slow: $(READY)  ## the slow tests and those that read real data
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'slow or realdata'
 
 # The transformers 5 environment: what needs no optimum-onnx.
 NEXT := .venv-next

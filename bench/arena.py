@@ -87,7 +87,9 @@ def main() -> int:
         with profiled_sessions(Path(scratch)):
             model: Any = load(args.folder, device=args.device, threads=args.threads)
             request = args.request
-            model.generate(request["prompts"], max_new_tokens=request["tokens"], mode=request["mode"])
+            model.generate(
+                request["prompts"], max_new_tokens=request["tokens"], mode=request["mode"], temperature=0.0
+            )
             del model
             gc.collect()  # closes the sessions
         print(json.dumps(held(Path(scratch).iterdir())))

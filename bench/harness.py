@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT, SCHEMA_VERSION, Neighbours, bandwidth, circumstances
+from bench.realdata import data_folder
 from trimserve.benchmark import measuring
 from trimserve.benchmark.measuring import Ratio, Spread, alternately, paired_ratio, ratio, spread
 from trimserve.errors import TrimserveError
@@ -58,11 +59,6 @@ RESULTS = ROOT / "bench" / "results"
 SCRATCH = ROOT / "build" / "bench"
 # Timed steps below which a median is not published.
 MIN_STEPS = 30
-
-
-def data_folder() -> Path:
-    """Where corpora, tokenizers and models lie: ``TRIMSERVE_DATA``, or ../shared/data."""
-    return Path(os.environ.get("TRIMSERVE_DATA", ROOT.parent / "shared" / "data"))
 
 
 def fresh_process(arguments: Sequence[str], *, python: str | Path = sys.executable) -> dict[str, Any]:

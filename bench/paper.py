@@ -257,7 +257,6 @@ def main() -> int:
     args = parser.parse_args()
     data = harness.data_folder()
     tokenizers = args.tokenizers or data / "tokenizers"
-    names = args.corpora or sorted(path.name for path in (data / "corpora").iterdir() if path.is_dir())
     sets: dict[str, tuple[list[str], list[str]]] = {}
     if args.glue:
         names = [name for name in PUBLISHED if (args.glue / name).is_dir()]
@@ -265,6 +264,7 @@ def main() -> int:
             parser.error(f"{args.glue} holds none of {', '.join(PUBLISHED)}")
         sets = {name: glue_texts(args.glue, name) for name in names}
     else:
+        names = args.corpora or sorted(path.name for path in (data / "corpora").iterdir() if path.is_dir())
         sets = {name: corpus_texts(data / "corpora" / name) for name in names[: 1 if args.quick else None]}
     rows = []
     for data_name, texts in sets.items():

@@ -145,12 +145,30 @@ def draw(name: str, theme: figures.Theme, target: Path) -> None:
         canvas.savefig(target, transparent=True, metadata=about)
 
 
+def stale() -> list[Path]:
+    """The files of figures that are missing, or were drawn from other rows than the newest ones."""
+    wanted = {FOLDER / f"{name}-{theme.name}.svg": name for name in measured() for theme in figures.THEMES}
+    found = {svg: svg.stem.rpartition("-")[0] for svg in FOLDER.glob("*.svg")}
+    return sorted(
+        svg
+        for svg, name in (wanted | found).items()
+        if name not in FIGURES or not svg.exists() or drawn_from(svg) != digest(rows_of(FIGURES[name]))
+    )
+
+
 def main() -> int:
-    """Draw all figures that were measured."""
+    """Draw all figures that were measured, or say which show other rows than the newest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write PNG files there instead")
+    parser.add_argument(
+        "--check", action="store_true", help="draw nothing; fail where a figure is out of date"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="figures (default: all that were measured)")
     args = parser.parse_args()
+    if args.check:
+        for svg in (old := stale()):
+            print(f"{svg} shows other rows than bench/results has: run make plots", file=sys.stderr)
+        return int(bool(old))
     folder = args.png or FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for name in args.names or measured():

@@ -163,7 +163,9 @@ def measure_full(full: Generator, texts: Texts, tokens: int) -> dict[str, Any]:
     """The full model: nll a token, the tokens it is counted by, and its answers."""
     scores = full.score(list(texts.scored))
     counted = sum(score.ids.size - 1 for score in scores)
-    answers = [answer.text for answer in full.generate(list(texts.prompts), max_new_tokens=tokens)]
+    answers = [
+        answer.text for answer in full.generate(list(texts.prompts), max_new_tokens=tokens, temperature=0.0)
+    ]
     nll = -sum(score.total for score in scores) / counted
     return {"nll": nll, "tokens": counted, "answers": answers, "ids": [score.ids for score in scores]}
 
@@ -178,7 +180,10 @@ def measure_kept(
     exact = -sum(score.total for score in model.score(list(texts.scored))) / full["tokens"]
     answers = {
         mode: [
-            answer.text for answer in model.generate(list(texts.prompts), max_new_tokens=tokens, mode=mode)
+            answer.text
+            for answer in model.generate(
+                list(texts.prompts), max_new_tokens=tokens, mode=mode, temperature=0.0
+            )
         ]
         for mode in ("exact", "compact")
     }

@@ -5,6 +5,7 @@ A table stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``, a figur
 makes.
 """
 
+import argparse
 import json
 import os
 import re
@@ -169,8 +170,24 @@ def render(text: str, page: Path = PAGES[0]) -> str:
     return _BLOCK.sub(made, text)
 
 
+def stale() -> list[Path]:
+    """The pages that do not say what the newest rows say."""
+    texts = {page: page.read_text("utf-8") for page in PAGES}
+    return [page for page, text in texts.items() if render(text, page) != text]
+
+
 def main() -> int:
-    """Rewrite the pages in place."""
+    """Rewrite the pages in place, or say which do not say what the newest rows say."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a page is out of date"
+    )
+    if parser.parse_args().check:
+        for page in (old := stale()):
+            print(f"{page} says other numbers than bench/results: run make plots", file=sys.stderr)
+        return int(bool(old))
     for page in PAGES:
         page.write_text(render(page.read_text("utf-8"), page), "utf-8")
     return 0

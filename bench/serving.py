@@ -36,7 +36,7 @@ def worker(folder: Path, device: str, threads: int) -> None:
     print("{}", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        options: dict[str, Any] = {"mode": request["mode"]}
+        options: dict[str, Any] = {"mode": request["mode"], "temperature": 0.0}
         begin = time.perf_counter_ns()
         model.generate(request["prompts"], max_new_tokens=1, **options)
         middle = time.perf_counter_ns()

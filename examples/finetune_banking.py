@@ -10,7 +10,6 @@ import contextlib
 import csv
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,6 @@ from trimserve.vocab.file import load_vocab, save_vocab
 BATCH, RATE, SEED = 32, 5e-4, 0
 VARIANTS = ("full", "trimmed")
 HEADER = ("all-MiniLM-L6-v2 on banking77", *VARIANTS)
-_DATA = Path(os.environ.get("TRIMSERVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def minilm() -> Path:
@@ -192,8 +190,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, ...]]:
 def main() -> int:
     """Compare and print; 0 if both variants trained alike."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = _DATA / "corpora" / "banking77-en"
-    parser.add_argument("--data", type=Path, default=default, help="folder of train.csv and test.csv")
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.csv and test.csv")
     parser.add_argument("--texts", type=int, default=3200, help="training texts, 32 a step")
     parser.add_argument("--tests", type=int, help="test texts (default: all)")
     parser.add_argument("--format", choices=("human", "json"), default="human")

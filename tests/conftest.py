@@ -1,11 +1,13 @@
 """Fixtures for every test module; makers of tiny tokenizers are in `tests.support.tiny_tokenizers`."""
 
-import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from bench.realdata import VARIABLE, data_folder
+from tests.support.realdata import hide, shown, unmarked
 from tests.support.tiny_tokenizers import KINDS, save_model_folder
 
 # A busy machine is slow now and then; that is no failure.
@@ -14,6 +16,24 @@ settings.load_profile("trimserve")
 
 # Helper modules hold no tests, and some of them need the [export] extra as soon as they are imported.
 collect_ignore = ["support"]
+
+
+def pytest_configure() -> None:
+    """Hide the real data, so that what a test needs is the same on every machine."""
+    hide()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test that asks for the data and says so nowhere."""
+    if wrong := unmarked(items):
+        raise pytest.UsageError(f"uses data_dir without the mark realdata: {', '.join(wrong)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Show the real data to a test with the mark realdata, its fixtures and what it starts."""
+    with shown() if item.get_closest_marker("realdata") else nullcontext():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +52,9 @@ def model_folder(request, model_folders) -> Path:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real corpora, tokenizers and models; skips the test where it is absent."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = Path(os.environ.get("TRIMSERVE_DATA", default))
+    path = data_folder()
     if not path.is_dir():
-        pytest.skip(f"no real data at {path}: set TRIMSERVE_DATA")
+        pytest.skip(f"no real data at {path}: set {VARIABLE}")
     return path
 
 

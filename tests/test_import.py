@@ -49,18 +49,18 @@ def test_public_names_are_imported_when_they_are_used():
 
 
 FACES = {
-    "trimserve.corpus.corpus": "Corpus",
-    "trimserve.counting.count": "count_corpus",
-    "trimserve.encoder.encoder": "Encoder",
-    "trimserve.exact.checker": "ExactChecker",
+    "trimserve.corpus": "Corpus",
+    "trimserve.counting": "count_corpus",
+    "trimserve.encoder": "Encoder",
+    "trimserve.exact": "ExactChecker",
     "trimserve.finetune": "restore",
-    "trimserve.folder.opening": "TrimmedFolder",
-    "trimserve.decoding.loop": "Generator",
-    "trimserve.profiles.profile": "Profile",
+    "trimserve.folder": "TrimmedFolder",
+    "trimserve.generation": "Generator",
+    "trimserve.profiles": "Profile",
     "trimserve.reporting": "gather",
-    "trimserve.selection.select_ids": "select",
-    "trimserve.text.codec": "Codec",
-    "trimserve.vocab.map": "VocabMap",
+    "trimserve.selection": "select",
+    "trimserve.text": "Codec",
+    "trimserve.vocab": "VocabMap",
 }
 
 

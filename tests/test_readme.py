@@ -5,17 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme
 from trimserve.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
-
-
-@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
-def test_measured_tables_equal_the_result_files(page):
-    text = page.read_text("utf-8")
-    assert readme.render(text, page) == text, "run: python -m bench.readme"
 
 
 def test_first_screen_has_the_measured_table():

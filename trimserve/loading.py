@@ -10,6 +10,7 @@ from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.process import release_free_memory
 from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
+from trimserve.runtime.contract import served_fault
 from trimserve.runtime.session import open_session, prepacks
 from trimserve.text.codec import Codec
 
@@ -55,6 +56,7 @@ def load(
         for role, name in folder.manifest.graphs.items()
     }
     cold = ColdRows(folder, widths=_row_widths(folder, next(iter(sessions.values()))))
+    _check_graphs(folder, sessions)
     if folder.manifest.task not in GENERATOR_TASKS:
         return Encoder(folder, sessions["model"], codec, cold)
     # An encoder's process needs none of these.
@@ -64,9 +66,19 @@ def load(
     from trimserve.runtime.seq2seq import Seq2seqDecoder
 
     if folder.manifest.task == GENERATION_TASK:
-        return Generator(folder, Decoder(sessions["model"], device=device), codec, cold, threads=threads)
+        decoder = Decoder(sessions["model"], device=device, lengths=folder.manifest.lengths)
+        return Generator(folder, decoder, codec, cold, threads=threads)
     pair = Seq2seqDecoder(sessions["encoder"], sessions["decoder"], codec, cold, device=device)
     return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
+
+
+def _check_graphs(folder: TrimmedFolder, sessions: "dict[str, ort.InferenceSession]") -> None:
+    for role, session in sessions.items():
+        if (fault := served_fault(session, folder.manifest.task, role)) is not None:
+            raise UnsupportedModelError(
+                f"{folder.path}: as {folder.manifest.task}, the graph {fault}, so it was not made for "
+                "serving: export the model again."
+            )
 
 
 def check_runnable(folder: TrimmedFolder) -> None:

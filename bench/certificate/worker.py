@@ -81,6 +81,7 @@ def serve(folder: Path, threads: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         options = {name: request[name] for name in ("mode", "certify", "max_block") if name in request}
+        options["temperature"] = 0.0
         first = _generate(model, dropper, request["prompt"], {**options, "max_new_tokens": 1})
         every = _generate(model, dropper, request["prompt"], {**options, "max_new_tokens": request["tokens"]})
         ids = every[1]

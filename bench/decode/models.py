@@ -255,19 +255,13 @@ def float32_copy(model: Path, folder: Path) -> Path:
     return folder
 
 
-def everything(vocab_size: int) -> VocabMap:
-    """A vocab that keeps every id: the full model for the same runtime."""
-    ids = np.arange(vocab_size, dtype=np.int32)
-    return VocabMap(ids, np.full(vocab_size, Reason.EXPLICIT, np.uint8), vocab_size)
-
-
 def export_both(model: Path, vocab: VocabMap, work: Path, quantize: str | None) -> dict[str, Path]:
     """Export a model with every id and with the vocab's."""
     from trimserve_export import export
 
     folders = {name: work / f"{name}-{quantize or 'fp32'}" for name in ("full", "trimmed")}
     if not folders["full"].exists():
-        full = everything(vocab.vocab_size)
+        full = VocabMap.everything(vocab.vocab_size)
         export(model, full, folders["full"], cold=False, quantize=quantize, progress=False)
     if not folders["trimmed"].exists():
         export(model, vocab, folders["trimmed"], quantize=quantize, progress=False)

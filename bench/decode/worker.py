@@ -92,7 +92,7 @@ def answer(document: dict[str, Any]) -> None:
 
 def generate(model: Generator, request: dict[str, Any], head: CountingHead | None) -> dict[str, Any]:
     """Generate one token, then all of them: the difference is the time of decoding alone."""
-    options: dict[str, Any] = {"mode": request["mode"]} if request["mode"] else {}
+    options: dict[str, Any] = {"temperature": 0.0} | ({"mode": request["mode"]} if request["mode"] else {})
     options |= {name: request[name] for name in ("max_block", "certify") if name in request}
     first_ms, _ = timed_ms(lambda: model.generate(request["prompt"], max_new_tokens=1, **options))
     before, sizes = _counts(model), Counter(head.sizes) if head else Counter()

@@ -18,7 +18,7 @@ import numpy as np
 from bench import harness
 from trimserve.console import human_bytes, table
 from trimserve.folder.manifest import read_manifest
-from trimserve.vocab.map import Reason, VocabMap
+from trimserve.vocab.map import VocabMap
 
 BATCH_SIZE = 32
 WARM_UP, STEPS = 3, 30
@@ -30,12 +30,7 @@ def full_folder(model: Path, vocab: VocabMap, target: Path) -> None:
     """Export a model with every row kept, so that the runtime can load the full model too."""
     from trimserve_export import export  # seconds to import
 
-    everything = VocabMap(
-        np.arange(vocab.vocab_size, dtype=np.int32),
-        np.full(vocab.vocab_size, Reason.EXPLICIT, np.uint8),
-        vocab.vocab_size,
-        vocab.tokenizer_sha256,
-    )
+    everything = VocabMap.everything(vocab.vocab_size, vocab.tokenizer_sha256)
     export(model, everything, target, cold=False, overwrite=True)
 
 

@@ -46,7 +46,7 @@ def main(folder: Path, threads: int) -> dict[str, dict[str, int]]:
         setattr(loading, name, counted(stage, getattr(loading, name)))
     model = loading.load(folder, threads=threads)
     for mode in ("compact", "exact"):
-        model.generate(_PROMPT, max_new_tokens=_TOKENS, mode=mode)
+        model.generate(_PROMPT, max_new_tokens=_TOKENS, mode=mode, temperature=0.0)
         stages[f"{mode} answer"] = memory()
     return stages
 

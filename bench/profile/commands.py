@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.profile.data import DATA, TOKENIZERS, all_corpora, items, write_items
+from bench.profile.data import TOKENIZERS, all_corpora, items, write_items
 from trimserve.console import human_bytes
 
 SIZES = (2, 8, 32, 128)  # megabytes; beyond 57 the corpora begin again
@@ -43,7 +43,12 @@ def profile_command(
     Raises:
         RuntimeError: it failed; its stderr was passed on.
     """
-    model = ["-m", str(DATA / "tokenizers" / name), "-o", str(folder / "profile.safetensors")]
+    model = [
+        "-m",
+        str(harness.data_folder() / "tokenizers" / name),
+        "-o",
+        str(folder / "profile.safetensors"),
+    ]
     command = [sys.executable, "-c", _CLI, "profile", *arguments, *model]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=harness.ROOT

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from bench import harness
 
-DATA = harness.data_folder()
 TOKENIZERS = ("qwen2", "xlm-roberta", "mbert-cased")
 # Name in the tables -> folder.
 CORPORA = {"medquad": "medquad-en", "law-de": "law-de", "kdconv": "dialogue-zh-kdconv"}
@@ -17,7 +16,7 @@ _LONG_BLOCK = 1 << 16
 
 def items(corpus: str) -> Iterator[str]:
     """The items of a corpus: blocks between blank lines, or some lines of a block without any."""
-    for file in text_files(DATA / "corpora" / corpus):
+    for file in text_files(harness.data_folder() / "corpora" / corpus):
         for block in file.read_text("utf-8").split("\n\n"):
             lines = block.split("\n")
             step = len(lines) if len(block) < _LONG_BLOCK else _LINES
@@ -32,7 +31,7 @@ def text_files(corpus: Path) -> list[Path]:
 
 def all_corpora() -> list[str]:
     """The folders of all corpora."""
-    return sorted(path.name for path in (DATA / "corpora").iterdir() if path.is_dir())
+    return sorted(path.name for path in (harness.data_folder() / "corpora").iterdir() if path.is_dir())
 
 
 def write_items(path: Path, corpora: Sequence[str], limit: int, *, repeat: bool = False) -> int:

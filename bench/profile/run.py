@@ -25,7 +25,7 @@ import numpy as np
 from bench import harness
 from bench.profile import tables as profile_tables
 from bench.profile.commands import measure_memory, measure_scaling
-from bench.profile.data import CORPORA, DATA, TOKENIZERS, all_corpora, text_files, write_items
+from bench.profile.data import CORPORA, TOKENIZERS, all_corpora, text_files, write_items
 from bench.profile.worker import VARIANTS
 from trimserve.console import table
 
@@ -73,10 +73,10 @@ def check(names: Sequence[str]) -> None:
     from trimserve.text.tokenizer import load_tokenizer
 
     for name in names:
-        folder = DATA / "tokenizers" / name
+        folder = harness.data_folder() / "tokenizers" / name
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         for corpus in all_corpora():
-            files = text_files(DATA / "corpora" / corpus)
+            files = text_files(harness.data_folder() / "corpora" / corpus)
             counted = profile(files, folder, progress=False)
             texts = [file.read_bytes().decode() for file in files]
             expected = Counter(id_ for text in texts for id_ in tokenizer.encode(text).ids)
@@ -95,7 +95,10 @@ def main() -> int:
     parser.add_argument("--check", nargs="*", metavar="TOKENIZER", help="compare the counts of all corpora")
     args = parser.parse_args()
     if args.check is not None:
-        check(args.check or sorted(path.name for path in (DATA / "tokenizers").iterdir() if path.is_dir()))
+        check(
+            args.check
+            or sorted(path.name for path in (harness.data_folder() / "tokenizers").iterdir() if path.is_dir())
+        )
         return 0
     measure = measure_scaling if args.scaling else measure_memory if args.memory else measure_throughput
     with tempfile.TemporaryDirectory(prefix="trimserve-profile-") as scratch:

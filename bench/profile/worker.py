@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from bench.profile.data import DATA
+from bench.realdata import data_folder
 from trimserve.corpus.corpus import Corpus
 from trimserve.counting.encoding import choosing
 from trimserve.counting.encoding.encoders import FastEncoder
@@ -106,7 +106,7 @@ def measure(name: str, order: int, files: list[Path]) -> dict[str, dict[str, flo
     Raises:
         AssertionError: the counts differ from the loop's.
     """
-    file = DATA / "tokenizers" / name / "tokenizer.json"
+    file = data_folder() / "tokenizers" / name / "tokenizer.json"
     tokenizer, content = load_tokenizer(file), file.read_bytes()
     tokenizer.encode_batch_fast(["warm", "up"])
     loads = FastokensLoads()

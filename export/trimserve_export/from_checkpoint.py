@@ -16,8 +16,11 @@ from trimserve.model.source import GENAI_NAME
 from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.axes import load_config
 from trimserve_export.checkpoint.head_ids import compact_head, head_rows
+from trimserve_export.checkpoint.lengths import lengths_of
 from trimserve_export.checkpoint.sentence_files import write_declared
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
@@ -27,7 +30,6 @@ from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
-    TOKENIZER_FILES,
     copy_files,
     write_cut_files,
     write_layout_graph,
@@ -59,7 +61,7 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         if to_onnx:
             copy_files(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
         if not cut:
-            copy_files(TOKENIZER_FILES, plan.source.path, staging)
+            copy_tokenizer(plan.source, staging)
         segmentation = write_cut_files(plan.source, plan.vocab, staging, plan.sample) if cut else None
     if plan.options.layout != "runtime" and plan.task == GENERATION_TASK and graphs:
         columns = len(plan.vocab) if cut else plan.vocab.vocab_size
@@ -120,9 +122,13 @@ def _manifest(
     to_onnx = options.to == "onnx"
     return Manifest(
         source=Source(
-            source.name, source.revision, {path.name: sha256_file(path) for path in source.weight_files}
+            source.name,
+            source.revision,
+            {path.name: sha256_file(path) for path in source.recorded_files},
+            source.adapter,
         ),
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
+        tokenizer=tokenizer_entry(source, options.layout),
         vocab_size=plan.vocab.vocab_size,
         kept=len(plan.vocab),
         head_rows=head_rows(plan.vocab),
@@ -135,8 +141,10 @@ def _manifest(
         exporter={"trimserve": __version__} | _exporter_facts(plan),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=files,
+        generation=plan.generation,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
+        lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),
     )
 
 

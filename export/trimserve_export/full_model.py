@@ -4,12 +4,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimserve.files.quantized import BlockScheme
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.source import ModelSource
-from trimserve.vocab.map import Reason, VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.exporters.exporter import GraphJob, load_exporter
 from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full
@@ -68,10 +66,9 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
     Raises:
         TrimserveError: see `pipeline.export`.
     """
-    manifest, size = like.manifest, like.vocab.vocab_size
-    kept = np.arange(size, dtype=np.int32)
-    everything = VocabMap(kept, np.full(size, Reason.EXPLICIT, np.uint8), size, like.vocab.tokenizer_sha256)
-    options: dict[str, Any] = {"task": manifest.task}
+    manifest = like.manifest
+    everything = VocabMap.everything(like.vocab.vocab_size, like.vocab.tokenizer_sha256)
+    options: dict[str, Any] = {"task": manifest.task, "adapter": manifest.source.adapter}
     if source.graph is None:  # a graph is taken as it is, dtype and quantisation too
         schemes = (name for name, scheme in SCHEMES.items() if scheme.to_dict() == manifest.quantization)
         options |= {"dtype": manifest.dtype, "quantize": next(schemes, None)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.errors import UsageError, require
+from trimserve.errors import require
 from trimserve.folder.manifest import is_trimmed, read_manifest
 from trimserve.folder.names import COLD_NAME
 from trimserve.model.prize import WeightBytes
@@ -119,21 +119,26 @@ def inspect(path: str | Path, *, kept: int = DEFAULT_KEPT, revision: str | None 
 
     Raises:
         UsageError: nothing that trimserve knows.
-        UnsupportedModelError: a model whose vocab tensors are not understood.
-        MissingExtraError: a model folder, and torch is not installed.
+        UnsupportedModelError: a model that cannot be exported; see `admission.check_source`.
+        MissingExtraError: a model folder or a graph, and torch is not installed.
     """
     local = Path(path)
     if is_trimmed(local):
         return _inspect_trimmed(local)
-    if local.is_file() and local.suffix == ".onnx":
-        return OnnxFacts(str(path), _onnx_bytes(local))
     source = resolve_model(path, revision=revision)
-    graphs = sorted(source.path.glob("*.onnx")) + sorted(source.path.glob("onnx/*.onnx"))
-    if graphs and not source.has_weights:
-        return OnnxFacts(str(graphs[0]), _onnx_bytes(graphs[0]))
-    if not source.config:
-        raise UsageError(f"{path} has no config.json: expected a model folder or a trimmed folder.")
-    return _inspect_model(source, kept)
+    require("transformers", extra="export", purpose="inspecting a model")
+    from trimserve_export.source.admission import check_source
+    from trimserve_export.source.whole import whole_source
+
+    with whole_source(source) as whole:
+        if whole.graph is not None:
+            whole = _one_variant(whole)
+        check_source(whole)
+        return (
+            _inspect_model(whole, kept)
+            if whole.graph is None
+            else OnnxFacts(str(whole.graph), _onnx_bytes(whole.graph))
+        )
 
 
 def to_dict(facts: Inspection) -> dict[str, Any]:
@@ -165,8 +170,15 @@ def _onnx_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *data) if file.is_file())
 
 
+def _one_variant(source: ModelSource) -> ModelSource:
+    """The first variant of a folder that has several and no plain one: export asks for the one to take."""
+    from trimserve_export.trimming.parts import find_parts
+
+    variants = sorted({part.variant for part in find_parts(source)})
+    return source if "" in variants or len(variants) < 2 else dataclasses.replace(source, variant=variants[0])
+
+
 def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
-    require("transformers", extra="export", purpose="inspecting a model")
     from trimserve_export.checkpoint.axes import load_config
     from trimserve_export.checkpoint.stored import read_specs, stored_vocab
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimserve.finetune.restoring import full_source
 from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
 from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.staging import staged_folder
@@ -17,15 +16,18 @@ from trimserve.profiles.profile import Profile
 from trimserve.vocab.map import VocabMap
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint.head_ids import check_layout
+from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.cold_head.sketch import SKETCH_BITS, add_sketch, wants_sketch
 from trimserve_export.from_checkpoint import fill_from_checkpoint
 from trimserve_export.from_graph.fill import check_options, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.segmentation import Sample
-from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES
+from trimserve_export.layouts.writing import CONFIG_FILES
 from trimserve_export.options import Options
 from trimserve_export.planning import Plan, plan_export
+from trimserve_export.source.admission import check_source
+from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import fill_from_static, is_static
 
 
@@ -83,6 +85,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     profile: Profile | None = None,
     sample: Sample | None = None,
     progress: bool = True,
@@ -118,6 +121,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         overwrite: replace a folder that trimserve made.
         trust_remote_code: allow code that the model folder brings.
         revision: hub branch, tag or commit.
+        adapter: a folder or hub id of an adapter, which peft merges into the model first.
         profile: what the vocab was selected from, if at hand: layout tokenizer closes the vocab with it.
         sample: texts that the cut tokenizer is compared with the original one on (layout tokenizer).
         progress: show a bar on stderr if it is a terminal.
@@ -129,13 +133,25 @@ def export(  # noqa: PLR0913 - the options are the public interface
     """
     start = time.perf_counter()
     options = Options(
-        task, exporter, dtype, layout, to, cold, trust_remote_code, quantize, device, link, variant, sketch
+        task=task,
+        exporter=exporter,
+        dtype=dtype,
+        layout=layout,
+        to=to,
+        cold=cold,
+        trust_remote_code=trust_remote_code,
+        quantize=quantize,
+        device=device,
+        link=link,
+        variant=variant,
+        sketch=sketch,
     )
     target = Path(output)
-    with full_source(resolve_model(model, revision=revision), near=target.parent) as source:
-        if variant is not None:
-            source = dataclasses.replace(source, variant=variant)
-        check_options(source, options)
+    found = resolve_model(model, revision=revision)
+    with whole_source(
+        found, adapter=adapter, near=target.parent, trust_remote_code=trust_remote_code
+    ) as source:
+        source = ask_library(check_early(source, options), trust_remote_code=trust_remote_code)
         check_layout(vocab, layout=layout, to=to)
         if layout == "tokenizer":
             check_vocab(source, vocab)
@@ -147,6 +163,21 @@ def export(  # noqa: PLR0913 - the options are the public interface
     return _result(target, manifest, plan, time.perf_counter() - start)
 
 
+def check_early(source: ModelSource, options: Options) -> ModelSource:
+    """Refuse what files and options tell, before a corpus is read; gives the source with the chosen variant.
+
+    Raises:
+        TrimserveError: see `admission.check_source`; or options that the source does not have.
+    """
+    if options.variant is not None:
+        source = dataclasses.replace(source, variant=options.variant)
+    check_options(source, options)
+    check_source(
+        source, task=options.task, layout=options.layout, trust_remote_code=options.trust_remote_code
+    )
+    return source
+
+
 def _fill(
     folder: Path, source: ModelSource, vocab: VocabMap, options: Options, plan: Plan | None, *, progress: bool
 ) -> Manifest:
@@ -156,7 +187,7 @@ def _fill(
     elif is_static(source):
         filled = fill_from_static(source, vocab, options, folder)
     else:
-        filled = fill_from_graph(source, vocab, options, folder, (*TOKENIZER_FILES, *CONFIG_FILES))
+        filled = fill_from_graph(source, vocab, options, folder, CONFIG_FILES)
     manifest = with_card(filled, source, folder)
     write_manifest(folder, manifest)
     if wants_sketch(manifest, options.sketch):

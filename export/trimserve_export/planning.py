@@ -2,15 +2,17 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.files.quantized import BlockScheme
-from trimserve.folder.tasks import TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import ModelClass, load_config
+from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import check_task_of_head
 from trimserve_export.checkpoint.sentence_config import Declared, read_declared, task_of_modules
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
@@ -37,6 +39,7 @@ class Plan:
         choice: what makes the graph; None where none is made.
         declared: what sentence-transformers does around the graph, where the task has that.
         sample: texts to compare a cut tokenizer with the original one on.
+        generation: see `Manifest.generation`.
     """
 
     source: ModelSource
@@ -47,6 +50,7 @@ class Plan:
     choice: Choice | None
     declared: Declared | None
     sample: Sample | None = None
+    generation: dict[str, Any] | None = None
 
     @property
     def job(self) -> GraphJob:
@@ -91,7 +95,11 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     declared = read_declared(source, task, config)
     check_cold(declared, options)
     logger.info("%s: task %s, %s of %s rows", source.name, task, len(vocab), vocab.vocab_size)
-    return Plan(source, vocab, options, task, task_class(task, config), choice, declared, sample)
+    generation = None
+    if task in GENERATOR_TASKS and options.layout == "runtime" and options.to == "onnx":
+        generation = read_generation(source, trust_remote_code=options.trust_remote_code)
+    model_class = task_class(task, config)
+    return Plan(source, vocab, options, task, model_class, choice, declared, sample, generation)
 
 
 def check_cold(declared: Declared | None, options: Options) -> None:

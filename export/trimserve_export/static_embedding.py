@@ -35,10 +35,11 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.sentence_config import read_declared
 from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.sentence_modules import STATIC, is_sentence_transformers, list_modules
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.stored import StoredVocab
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.graphs.writing import GRAPH_NAME
-from trimserve_export.layouts.writing import CONFIG_FILES, TOKENIZER_FILES, copy_files
+from trimserve_export.layouts.writing import CONFIG_FILES, copy_files
 from trimserve_export.options import Options
 from trimserve_export.serving.servable import serve
 
@@ -78,12 +79,14 @@ def fill_from_static(source: ModelSource, vocab: VocabMap, options: Options, fol
         exhaust(write_tensors(folder / COLD_NAME, {"embedding": cold}, {"tied": "false"}))
     declared = read_declared(source, TASK, None)
     write_declared(source, declared, folder, options.layout)
-    copy_files((*TOKENIZER_FILES, *CONFIG_FILES), source.path, folder)
+    copy_tokenizer(source, folder)
+    copy_files(CONFIG_FILES, source.path, folder)
     save_vocab(vocab, folder / VOCAB_NAME)
     width = _DTYPES[options.dtype].itemsize
     return Manifest(
         source=Source(source.name, source.revision, {spec.path.name: sha256_file(spec.path)}),
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
+        tokenizer=tokenizer_entry(source, options.layout),
         vocab_size=vocab.vocab_size,
         kept=len(vocab),
         task=TASK,

@@ -71,7 +71,9 @@ def test_published_rows_and_parameters_agree_with_the_shapes():
             model = paper.MODELS[name]
             kept = round(model.vocab_size * (1 - rows / 100))
             found = paper._removed(model, model.vocab_size, kept)
-            assert found["parameters_removed"] == pytest.approx(parameters, abs=0.02), name
+            # Both are printed with two decimals: each may be off by half of the last.
+            printed = 0.005 + 0.005 * found["parameters_removed"] / found["rows_removed"]
+            assert found["parameters_removed"] == pytest.approx(parameters, abs=printed), name
 
 
 def test_seen_once_loses_held_out_tokens_and_coverage_keeps_them_cold(tmp_path):

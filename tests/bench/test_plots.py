@@ -1,34 +1,46 @@
 """Figures show the rows that the result files hold."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench import harness, plot, readme
 from bench.tables import figures
 
-SVGS = sorted(plot.FOLDER.glob("*.svg"))
+
+def check(module, monkeypatch, capsys) -> tuple[int, str]:
+    """What `make lint` sees: the status and what is said."""
+    monkeypatch.setattr("sys.argv", [module.__name__, "--check"])
+    return module.main(), capsys.readouterr().err
 
 
-@pytest.mark.parametrize("svg", SVGS, ids=lambda svg: svg.stem)
-def test_figures_were_drawn_from_the_newest_rows(svg):
-    name = svg.stem.rpartition("-")[0]
-    expected = plot.digest(plot.rows_of(plot.FIGURES[name]))
-    assert plot.drawn_from(svg) == expected, "run: python -m bench.plot"
+def test_a_figure_of_other_rows_or_none_is_named(monkeypatch, capsys, tmp_path):
+    assert check(plot, monkeypatch, capsys) == (0, "")  # the tree's own figures
+    folder = Path(shutil.copytree(plot.FOLDER, tmp_path / "plots"))
+    monkeypatch.setattr(plot, "FOLDER", folder)
+    changed, missing = folder / "decode-dark.svg", folder / "scale-light.svg"
+    changed.write_text(changed.read_text("utf-8").replace("rows sha256 ", "rows sha256 0"), "utf-8")
+    missing.unlink()
+    status, said = check(plot, monkeypatch, capsys)
+    assert (status, plot.stale()) == (1, [changed, missing])
+    assert str(changed) in said
+    assert "make plots" in said
 
 
-def test_figures_on_pages_have_their_files():
-    shown = [
-        (page, name)
-        for page in readme.PAGES
-        for kind, name in readme.MARKERS.findall(page.read_text("utf-8"))
-        if kind == "plot"
-    ]
-    assert shown
-    for name in {name for _, name in shown} & set(plot.measured()):
-        for theme in figures.THEMES:
-            assert (plot.FOLDER / f"{name}-{theme.name}.svg").exists(), "run: python -m bench.plot"
+def test_a_page_of_other_numbers_is_named(monkeypatch, capsys, tmp_path):
+    assert check(readme, monkeypatch, capsys) == (0, "")  # the tree's own pages
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(readme, "PAGES", (page,))
+    page.write_text("<!-- measured: startup -->\n| 7 |\n<!-- end -->\n", "utf-8")
+    status, said = check(readme, monkeypatch, capsys)
+    assert (status, readme.stale()) == (1, [page])
+    assert "make plots" in said
+    monkeypatch.setattr("sys.argv", ["readme"])
+    assert readme.main() == 0
+    assert readme.stale() == []
 
 
 def test_a_changed_number_changes_the_hash_and_raw_samples_do_not(tmp_path):

@@ -1,5 +1,8 @@
 """`trimserve export` on the command line."""
 
+import argparse
+import dataclasses
+import inspect
 import json
 
 import pytest
@@ -8,10 +11,13 @@ pytest.importorskip("torch")
 
 from tests.support.folders import make_vocab
 from tests.support.models import save_model
+from trimserve.cli.commands.export import add_arguments
 from trimserve.cli.main import main
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.opening import open_folder
 from trimserve.vocab.file import load_vocab, save_vocab
+from trimserve_export import export
+from trimserve_export.options import Options
 
 pytestmark = pytest.mark.export
 
@@ -52,6 +58,28 @@ def test_profile_and_select_options(source, corpus, tmp_path):
     rule = load_vocab(out / "vocab_map.safetensors").rule
     assert rule["options"]["top_k"] == 20
     assert rule["reasons"]["explicit"] == 1
+
+
+def test_profiles_are_merged_with_one_word_on_what_both_hold(source, corpus, tmp_path, caplog):
+    profiles = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    for profile in profiles:
+        assert main(["profile", str(corpus), "-m", str(source), "-o", profile]) == 0
+    options = ["--profile", *profiles, "--layout", "tokenizer"]
+    assert main(["export", "-m", str(source), "-o", str(tmp_path / "out"), *options]) == 0
+    assert caplog.text.count("counted more than once") == 1
+
+
+def test_an_option_has_one_name_everywhere():
+    """The dataclass is the source: `trimserve.export` and the command line have an option for each field."""
+    names = {field.name for field in dataclasses.fields(Options)}
+    others = {"overwrite", "revision", "profile", "sample", "progress"}
+    keywords = {p.name for p in inspect.signature(export).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    assert keywords == names | others
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert names <= {action.dest for action in parser._actions}
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    assert {name: parser.get_default(name) for name in names} == defaults
 
 
 def test_vocab_file_and_human_output(source, tmp_path, capsys):

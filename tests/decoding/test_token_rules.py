@@ -99,6 +99,8 @@ def allowed_by_transformers(config, prompt, output, limit):
         config = {key: value for key, value in config.items() if key != "bad_words_ids"}
     generation = transformers.GenerationConfig(**config)
     generation.max_length = len(prompt) + limit
+    if generation.min_new_tokens is not None:  # as `generate` does before it makes processors
+        generation.min_length = generation.min_new_tokens + len(prompt)
     generation._eos_token_tensor = torch.tensor(config["eos_token_id"])
     processors = transformers.GenerationMixin()._get_logits_processor(generation, len(prompt), device="cpu")
     scores = processors(torch.tensor([[*prompt, *output]]), torch.zeros(1, V))

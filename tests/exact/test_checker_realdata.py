@@ -16,7 +16,7 @@ import transformers
 
 from tests.support.folders import make_vocab
 from tests.support.generators import open_generator
-from trimserve.files.hashes import sha256_file
+from tests.support.rounding import model_bound
 from trimserve.generation.generator import Generator
 from trimserve.model.resolve import resolve_model
 from trimserve.profiles.profiling import profile
@@ -60,24 +60,17 @@ def prompts_of(data_dir: Path, count: int) -> list[str]:
 
 
 def first_difference(model, prompt: np.ndarray, output: np.ndarray) -> tuple[int, float, float] | None:
-    """Where the full model's greedy id is another: the place, the gap of the two logits, and the bound.
-
-    Two products of length H = 256 in another order differ by at most 2 * gamma_H * |w| * |h| (Higham,
-    Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1); the hidden states went through
-    four layers of such products before, which the factor 16 allows for.
-    """
+    """Where the full model's greedy id is another: the place, the gap of the two logits, and the bound."""
     ids = torch.tensor(np.concatenate([prompt, output])[None].astype(np.int64))
     with torch.no_grad():
-        out = model(ids, output_hidden_states=True)
-    logits = out.logits[0, len(prompt) - 1 : -1]
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
     wrong = np.flatnonzero(logits.argmax(-1).numpy() != output)
     if wrong.size == 0:
         return None
     place = int(wrong[0])
-    hidden = out.hidden_states[-1][0, len(prompt) - 1 + place].norm()
-    norms = model.get_output_embeddings().weight.norm(dim=1).max()
-    bound = 16 * 2 * 256 * torch.finfo(torch.float32).eps / 2 * float(hidden * norms)
-    row = logits[place]
+    row, seen = logits[place], ids[:, : len(prompt) + place]
+    two = torch.stack([row.argmax(), torch.tensor(output[place])])
+    bound = 2 * model_bound(model, lambda changed: changed(seen).logits[0, -1, two], draws=3)
     return place, float(row.max() - row[output[place]]), bound
 
 
@@ -124,7 +117,7 @@ def test_with_128_kept_ids_nearly_every_token_is_cold_and_still_right(
 ):
     """Hostile: the first token, the eos and most others are cold."""
     source = resolve_model(str(model_dir))
-    vocab = make_vocab(list(range(128)), source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(list(range(128)), source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "out", progress=False)
     generator = open_generator(tmp_path / "out")
     rejected, ties = assert_greedy_of_full(full_model, generator, prompts_of(data_dir, 26))

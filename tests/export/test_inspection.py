@@ -8,10 +8,12 @@ import pytest
 
 pytest.importorskip("torch")
 
+import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.folders import make_folder
+from tests.support.graphs import sketch
 from tests.support.models import save_model
 from trimserve.cli.main import main
 from trimserve.errors import UnsupportedModelError, UsageError
@@ -83,17 +85,23 @@ def test_trimmed_folder_is_read_without_torch(tmp_path):
     assert json.loads(done.stdout)["kind"] == "trimmed"
 
 
+def write_graph(path):
+    made = sketch("plain", "matmul")
+    ir.save(made.model(), path)
+    return path.stat().st_size
+
+
 def test_onnx_files(tmp_path):
-    (tmp_path / "model.onnx").write_bytes(b"12345")
+    size = write_graph(tmp_path / "model.onnx")
     (tmp_path / "model.onnx_data").write_bytes(b"123")
     for path in (tmp_path, tmp_path / "model.onnx"):
         facts = inspect(path)
         assert isinstance(facts, OnnxFacts)
-        assert facts.bytes == 8
+        assert facts.bytes == size + 3
 
 
 def test_paths_that_are_nothing_known(tmp_path):
-    with pytest.raises(UsageError, match=r"no config\.json"):
+    with pytest.raises(UsageError, match="has no weights"):
         inspect(tmp_path)
     with pytest.raises(UsageError, match="neither a folder nor a hub id"):
         inspect("no/such/folder/here")
@@ -123,12 +131,12 @@ def test_command_on_a_trimmed_folder_and_an_onnx_file(tmp_path, capsys):
     make_folder(tmp_path / "out", [1, 2, 30], V)
     assert main(["inspect", str(tmp_path / "out")]) == 0
     assert "3 of 37 (8.11 %)" in capsys.readouterr().out
-    (tmp_path / "model.onnx").write_bytes(b"12345")
+    write_graph(tmp_path / "model.onnx")
     assert main(["inspect", str(tmp_path / "model.onnx")]) == 0
     assert "trims it as it is" in capsys.readouterr().out
 
 
 def test_command_refuses_nonsense(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "config.json" in capsys.readouterr().err
+    assert "has no weights" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path), "--kept", "0"]) == 2

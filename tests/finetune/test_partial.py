@@ -26,6 +26,7 @@ from tests.support.finetuning import (
     train_step,
 )
 from tests.support.folders import make_vocab
+from tests.support.rounding import assert_within, gamma, model_bound
 from trimserve.errors import (
     MismatchError,
     MissingExtraError,
@@ -87,7 +88,8 @@ def test_weight_decay_changes_kept_rows_alike_and_cold_rows_only_in_full_trainin
     assert torch.equal(rows_of(partial)[kept], rows_of(full)[kept])
     assert torch.equal(rows_of(partial)[cold], base[cold])
     # No gradient ever reached these rows of the full model: it only shrank them.
-    torch.testing.assert_close(rows_of(full)[cold], base[cold] * (1 - lr * decay) ** 10)
+    shrunk = base[cold] * (1 - lr * decay) ** 10  # ten products of rounded factors
+    assert_within(rows_of(full)[cold], shrunk, 2 * gamma(3 * 10) * shrunk.abs().numpy(), rows=0)
 
 
 def decoder_loss(model, batch, kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -119,15 +121,18 @@ def test_decoder_training_equals_full_training_with_the_softmax_over_the_kept_id
 def test_the_full_softmax_differs_by_the_mass_of_the_cold_ids_alone(family):
     full, partial = make_model(family).eval(), make_model(family).eval()
     batch = make_batch(0, labels="token")
+    bound = model_bound(full, lambda model: model(**batch).logits)
     full_out = full(**batch)
     with partial_vocab(partial, VOCAB) as compact:
         out = partial(**compact.remap(batch))
-    torch.testing.assert_close(out.logits, full_out.logits[..., list(KEPT)], rtol=1e-6, atol=1e-6)
+    assert_within(out.logits, full_out.logits[..., list(KEPT)], bound, rows=-1)
     shift = 0 if family in ("bert-mlm", "bart", "marian") else 1
     labels = batch["labels"][:, shift:]
     logits = full_out.logits[:, : labels.shape[1]]
     cold_mass = logits.softmax(-1)[..., list(COLD)].sum(-1)[labels != -100]
-    torch.testing.assert_close(out.loss, full_out.loss + torch.log1p(-cold_mass).mean())
+    # A loss is a logit less a mean of logits of a kind; three of them are computed.
+    assert_within(out.loss, full_out.loss + torch.log1p(-cold_mass).mean(), 3 * 2 * bound, rows=None)
+    assert cold_mass.mean() > 6 * bound
     full_out.loss.backward()
     # What our training leaves out: the full softmax also pushes the rows of ids that never occur.
     assert torch.count_nonzero(rows_of(full, "head").grad[list(COLD)]) > 0

@@ -124,7 +124,7 @@ def test_missing_weights_and_tokenizer_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"model\.safetensors"):
         _ = resolve_model(tmp_path).weight_files
     with pytest.raises(UsageError, match=r"tokenizer\.json"):
-        _ = resolve_model(tmp_path).tokenizer_path
+        _ = resolve_model(tmp_path).tokenizer_sha256
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\ufeff{}x"])

@@ -62,7 +62,8 @@ class Exported:
     @cached_property
     def torch_model(self) -> transformers.PreTrainedModel:
         model_class = getattr(transformers, FAMILIES[self.family].model_class)
-        return model_class.from_pretrained(self.source, dtype=torch.float32).eval()
+        with torch.inference_mode(False):  # weights made in that mode cannot be changed later
+            return model_class.from_pretrained(self.source, dtype=torch.float32).eval()
 
     def cold_rows(self, cold_ids: np.ndarray, name: str = "embedding") -> np.ndarray:
         """Rows of cold ids; one zero row if there are none, as the graph wants."""

@@ -16,18 +16,18 @@ from tests.support.folders import make_vocab
 from tests.support.models import GENERATE, save_model
 from trimserve.decoding.columns import Columns, History
 from trimserve.decoding.sampling import SamplingParams, choose
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.opening import open_folder
 from trimserve.generation.generator import Generator
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
 from trimserve.runtime.cold_rows import ColdRows
-from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.decoder import Decoder, Step
 from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
 from trimserve_export.full_model import export_full
 from trimserve_export.pipeline import export
 from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.verify.rounding import GraphBound
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def make_pair(
         others = np.setdiff1d(np.arange(source.vocab_size), structural)
         picked = np.random.default_rng(1).choice(others, max(0, (kept or 0) - structural.size), replace=False)
         kept_ids = sorted([*structural.tolist(), *picked.tolist()])
-    vocab = make_vocab(kept_ids, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept_ids, source.vocab_size, source.tokenizer_sha256)
     if output_ids is not None:
         vocab = dataclasses.replace(vocab, output_ids=np.array(output_ids, np.int32))
     export(source, vocab, root / "trimmed", quantize=quantize, progress=False)
@@ -99,6 +99,7 @@ class FullSampler:
     """The same sampler on the untrimmed ONNX graph, a token at a time: nothing drafted, nothing checked."""
 
     def __init__(self, graph: Path, vocab_size: int) -> None:
+        self._graph = graph
         self._decoder = Decoder(open_session(graph))
         self._columns = Columns(np.arange(vocab_size, dtype=np.int32), vocab_size)
 
@@ -118,5 +119,12 @@ class FullSampler:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of every position, float32 (T, V)."""
+        return self._all(ids).logits[0]
+
+    def rounding(self, ids: np.ndarray, dtype: str = "fp32") -> float:
+        """How far another order of the head's sums may move a logit of any position."""
+        return GraphBound(self._graph, dtype).of(self._all(ids).hidden)
+
+    def _all(self, ids: np.ndarray) -> Step:
         cache = self._decoder.empty_cache(1)
-        return self._decoder.step(cache, ids[None].astype(np.int64), self._decoder.no_rows, keep=0).logits[0]
+        return self._decoder.step(cache, ids[None].astype(np.int64), self._decoder.no_rows, keep=0)

@@ -10,7 +10,6 @@ import onnxruntime as ort
 from onnxruntime.quantization import quant_utils
 
 from tests.support.models import FAMILIES, save_model
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.opening import list_files
 from trimserve.model.resolve import resolve_model
@@ -78,7 +77,7 @@ def vocab_of(source, others: int = 20) -> VocabMap:
     picked = np.random.default_rng(1).choice(rest, min(others, len(rest) // 2), replace=False)
     kept = np.sort(np.concatenate([structural, picked]))
     reason = np.full(kept.shape, Reason.PROFILE, np.uint8)
-    return VocabMap(kept, reason, source.vocab_size, sha256_file(source.tokenizer_path))
+    return VocabMap(kept, reason, source.vocab_size, source.tokenizer_sha256)
 
 
 def accept_files(folder):

@@ -143,7 +143,7 @@ class Workbench:
 
     def full_model(self, cell: Cell) -> Model:
         """The untrimmed model that a cell is compared with."""
-        return _open(self._full_folder(cell, self.model(cell.family)), {}, _all_ids(V))
+        return _open(self._full_folder(cell, self.model(cell.family)), {}, VocabMap.everything(V))
 
     def model(self, family: str) -> Made:
         """A family's model."""
@@ -205,7 +205,7 @@ class Workbench:
         write_layout_graph(
             graph,
             target,
-            _all_ids(V),
+            VocabMap.everything(V),
             drop_in=False,
             has_head=has_vocab_head(made.task),
             scheme=None if exporter.QUANTIZES else scheme,
@@ -249,17 +249,11 @@ def _make(family: str, path: Path) -> Made:
     others = np.setdiff1d(named, structural)
     kept = np.union1d(structural, others[: -len(structural) % _MULTIPLE]).astype(np.int32)
     rule = {"options": {"multiple_of": _MULTIPLE}}
-    chosen = VocabMap(
-        kept, np.full(len(kept), Reason.EXPLICIT, np.uint8), V, sha256_file(source.tokenizer_path), rule
-    )
+    chosen = VocabMap(kept, np.full(len(kept), Reason.EXPLICIT, np.uint8), V, source.tokenizer_sha256, rule)
     closed = close_vocab(chosen, source, None)
     assert len(closed) % _MULTIPLE == 0, len(closed)
     assert closed.cold_ids.size, "nothing is cold"
     return Made(source, task, closed)
-
-
-def _all_ids(size: int) -> VocabMap:
-    return VocabMap(np.arange(size, dtype=np.int32), np.zeros(size, np.uint8), size)
 
 
 def _open(path: Path, graphs: Mapping[str, str], vocab: VocabMap, cold: ColdRows | None = None) -> Model:
@@ -277,7 +271,7 @@ def compare(folder: TrimmedFolder, full: Model) -> None:
     """Every output on random ids: kept logits and all else equal bit for bit, the other logits -inf."""
     vocab, layout = folder.vocab, folder.manifest.layout
     cold = ColdRows(folder) if layout == "runtime" and folder.has_cold else None
-    known = {"runtime": vocab, "tokenizer": _all_ids(len(vocab)), "graph": _all_ids(V)}[layout]
+    known = vocab if layout == "runtime" else VocabMap.everything(V if layout == "graph" else len(vocab))
     trimmed = _open(folder.path, folder.manifest.graphs, known, cold)
     for ids in _sequences(vocab, with_cold=layout != "tokenizer"):
         expected = full.run(ids)
@@ -332,7 +326,7 @@ def folder_outcome(name: str, data: Path, layout: str, root: Path) -> str:
     kept = np.union1d(structural, others)
     kept = np.union1d(kept, np.setdiff1d(np.arange(rows), kept)[: -len(kept) % _MULTIPLE]).astype(np.int32)
     reason = np.full(len(kept), Reason.EXPLICIT, np.uint8)
-    vocab = VocabMap(kept, reason, rows, sha256_file(source.tokenizer_path), {"options": {"multiple_of": 32}})
+    vocab = VocabMap(kept, reason, rows, source.tokenizer_sha256, {"options": {"multiple_of": 32}})
     try:
         folder = open_folder(export(source, vocab, root / "out", layout=layout, progress=False).path)
     except UnsupportedModelError as error:

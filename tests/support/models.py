@@ -105,7 +105,7 @@ def save_model(
     """
     made = KINDS[tokenizer]()
     known = tokenizer_config(tokenizer, made)
-    ids = {name: known.get(name) for name in _TOKEN_IDS}
+    ids = {name: known.get(name) for name in (*_TOKEN_IDS, "tokenizer_class")}
     size = known["vocab_size"] if rows is None else rows
     model_class = getattr(transformers, FAMILIES[family].model_class)
     settings = model_class.config_class(**FAMILIES[family].config | ids | {"vocab_size": size} | config)

@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 from tests.support.folders import make_vocab
 from tests.support.models import save_model
 from trimserve.encoder.encoder import Encoder
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.names import SENTENCE_NAME, SENTENCE_TENSORS_NAME
 from trimserve.folder.opening import list_files
@@ -87,7 +86,7 @@ def trimmed(source: Path, target: Path, **options: Any) -> Encoder:
     """Export a folder with its structural ids and every third of the others, and load it."""
     model = resolve_model(source)
     kept = np.union1d(structural_ids(model), np.arange(0, model.vocab_size, 3)).astype(np.int32)
-    vocab = make_vocab(kept, model.vocab_size, sha256_file(model.tokenizer_path))
+    vocab = make_vocab(kept, model.vocab_size, model.tokenizer_sha256)
     export(source, vocab, target, progress=False, **options)
     encoder = load(target)
     assert isinstance(encoder, Encoder)

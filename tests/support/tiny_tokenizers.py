@@ -129,7 +129,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 def tokenizer_config(kind: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """config.json of a kind: model type, vocab size (with padding rows) and special ids."""
     known = _CONFIGS[kind]
-    config = {"model_type": known["model_type"], "hidden_size": 8}
+    # Without the class, transformers loads the model type's own, which may change these tokenizers.
+    config = {
+        "model_type": known["model_type"],
+        "hidden_size": 8,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     config["vocab_size"] = max(tokenizer.get_vocab().values()) + 1 + known["rows"]
     roles = {role: known[role] for role in ("bos", "eos", "pad") if role in known}
     return config | {f"{role}_token_id": tokenizer.token_to_id(token) for role, token in roles.items()}

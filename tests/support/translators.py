@@ -22,7 +22,6 @@ from tests.support.models import with_random_weights
 from tests.support.tiny_tokenizers import KINDS
 from trimserve.decoding.columns import Columns, History
 from trimserve.decoding.sampling import SamplingParams, choose
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.opening import list_files
 from trimserve.generation.text2text import Text2TextGenerator
@@ -103,7 +102,8 @@ class Translator:
 
     @cached_property
     def torch_model(self) -> transformers.PreTrainedModel:
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained(self.source, dtype=torch.float32).eval()
+        with torch.inference_mode(False):  # weights made in that mode cannot be changed later
+            return transformers.AutoModelForSeq2SeqLM.from_pretrained(self.source, dtype=torch.float32).eval()
 
     def encode(self, text: str) -> np.ndarray:
         return self.generator.codec.encode([text])[0]
@@ -202,7 +202,9 @@ def save_translator(
     name, settings = FAMILIES[family]
     model_class = getattr(transformers, name)
     known = transformers.GenerationConfig().to_dict()
-    ours = model_class.config_class(**{"vocab_size": rows} | settings | config)
+    # Else transformers loads the family's own tokenizer class, which may change this one.
+    fixed = {"vocab_size": rows, "tokenizer_class": "PreTrainedTokenizerFast"}
+    ours = model_class.config_class(**fixed | settings | config)
     seed = SEEDS.get(family, 0) if seed is None else seed
     model = with_random_weights(model_class(ours), seed)
     if hasattr(model, "final_logits_bias"):
@@ -222,7 +224,7 @@ def make_translator(
     """Make, trim and export a tiny encoder-decoder."""
     model = save_translator(family, root / "model", **options)
     source = resolve_model(model)
-    vocab = make_vocab(kept, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False, cold=cold)
     (root / "full").mkdir()
     export_full(source, root / "full", TASK, "fp32")

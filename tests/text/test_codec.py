@@ -91,19 +91,17 @@ def test_one_string_is_no_list_of_texts(tmp_path, model_folders):
         codec(tmp_path, model_folders["byte_level_bpe"]).encode("the cat")
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_slots_give_every_token_its_row(tmp_path, model_folder, side):
+def test_slots_give_every_token_its_row(tmp_path, model_folder):
     everything = codec(tmp_path / "all", model_folder)
     ids = everything.encode(TEXTS)
     cold = sorted(set(np.concatenate(ids).tolist()) - everything.special_ids)[::3]
     text = codec(tmp_path, model_folder, cold)
-    batch = text.slots(ids, side=side)
+    batch = text.slots(ids)
     rows = np.concatenate([text.vocab.kept_ids, batch.cold_ids])
     lengths = [len(row) for row in ids]
     assert batch.attention_mask.sum(axis=1).tolist() == lengths
     for row, mask, expected in zip(batch.ids, batch.attention_mask, ids, strict=True):
-        used = slice(0, len(expected)) if side == "right" else slice(len(mask) - len(expected), None)
-        assert mask[used].all()
+        assert mask[: len(expected)].all()
         np.testing.assert_array_equal(rows[row[mask == 1]], expected)
         assert (row[mask == 0] == text.vocab.to_compact(text.pad_id)).all()
     assert sorted(batch.cold_ids.tolist()) == cold
@@ -111,12 +109,13 @@ def test_slots_give_every_token_its_row(tmp_path, model_folder, side):
     assert batch.ids.max() == len(text.vocab) + len(cold) - 1
 
 
-def test_slots_go_on_from_those_that_are_held(tmp_path, model_folders):
-    text = codec(tmp_path, model_folders["wordpiece"], ["cat", "sat"])
-    cat, sat = (text.tokenizer.token_to_id(token) for token in ("cat", "sat"))
-    batch = text.slots(text.encode(["the cat"]), held=[sat])
-    assert batch.cold_ids.tolist() == [sat, cat]
-    assert batch.ids.tolist()[0][2] == len(text.vocab) + 1
+@pytest.mark.parametrize(
+    ("side", "ids"), [("right", [[4, 5, 6], [7, 9, 9]]), ("left", [[4, 5, 6], [9, 9, 7]])]
+)
+def test_shorter_sequences_are_padded_on_one_side(side, ids):
+    found, mask = join([np.array([4, 5, 6], np.int32), np.array([7], np.int32)]).padded(9, side)
+    assert found.tolist() == ids
+    np.testing.assert_array_equal(mask, found != 9)
 
 
 def test_without_cold_rows_a_cold_token_is_split_and_counted(tmp_path, model_folders):

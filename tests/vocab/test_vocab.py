@@ -125,3 +125,9 @@ def test_arrays_are_its_own_and_locked():
         vocab.vocab_size = 3
     assert vocab.kept_ids.dtype == np.int32
     assert vocab.reason.dtype == np.uint8
+
+
+def test_everything_keeps_each_id_in_its_place():
+    vocab = VocabMap.everything(5, "hash")
+    assert vocab.kept_ids.tolist() == vocab.to_compact(range(5)).tolist() == [0, 1, 2, 3, 4]
+    assert (vocab.vocab_size, vocab.tokenizer_sha256, vocab.cold_ids.size) == (5, "hash", 0)

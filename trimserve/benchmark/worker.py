@@ -19,6 +19,7 @@ from trimserve.encoder.encoder import Encoder
 from trimserve.folder.tasks import EMBEDDING_TASK
 from trimserve.loading import load
 from trimserve.process import memory
+from trimserve.stdout import data_only, data_stream
 
 if TYPE_CHECKING:
     from trimserve.generation.generator import Generator
@@ -35,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--low-memory", action="store_true")
     args = parser.parse_args(argv)
+    with data_only(restore=argv is not None):
+        _work(args)
+    return 0
+
+
+def _work(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     model = load(args.folder, device=args.device, threads=args.threads, low_memory=args.low_memory)
     _answer({"load_ms": 1e3 * (time.perf_counter() - begin), "memory": asdict(memory())})
@@ -42,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = json.loads(line)
         found = encode(model, request) if isinstance(model, Encoder) else generate(model, request)
         _answer(found | {"memory": asdict(memory())})
-    return 0
 
 
 def _answer(document: dict[str, Any]) -> None:
-    print(json.dumps(document), flush=True)
+    print(json.dumps(document), file=data_stream(), flush=True)
 
 
 def encode(model: Encoder, request: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +80,9 @@ def generate(model: "Generator", request: dict[str, Any]) -> dict[str, Any]:
         ms a token after the first (None if no answer has two), ms to the first token, the ids, the
         share of tokens whose draft stood, and a digest of the answers.
     """
-    options: dict[str, Any] = {"mode": request["mode"]}
+    from trimserve.generation.plan import PLAIN  # an encoder's process needs none of it
+
+    options: dict[str, Any] = {**PLAIN, "mode": request["mode"]}
     rejected, answers = model.stats.rejected, []
     first_ms, token_ms = [], []
     for text in request["texts"]:

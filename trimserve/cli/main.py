@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from trimserve.errors import TrimserveError
+from trimserve.stdout import data_only
 from trimserve.version import __version__
 
 # subcommand -> its one-line help; trimserve/cli/<subcommand>.py has add_arguments(parser) and run(args).
@@ -39,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(arguments)
+        code = _run(arguments, is_program=argv is None)
         if sys.stdout is not None:  # None where the caller closed it
-            sys.stdout.flush()  # so that a reader that has gone is noticed here, not at the interpreter's end
+            sys.stdout.flush()  # --help: a reader that has gone is noticed here, not at the interpreter's end
         return code
     except TrimserveError as error:
         return _fail(str(error), error.exit_code)
@@ -57,13 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror or error}{named}.{advice}", 1)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], *, is_program: bool) -> int:
     try:
         args = _parse(arguments)
     except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for usage
         return int(stop.code or 0)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
-    code: int = importlib.import_module(f"trimserve.cli.commands.{args.command}").run(args)
+    with data_only(utf8=args.format == "json", restore=not is_program):
+        code: int = importlib.import_module(f"trimserve.cli.commands.{args.command}").run(args)
     return code
 
 

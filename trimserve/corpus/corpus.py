@@ -75,7 +75,7 @@ class Corpus:
         return None if self.streams else sum(file.bytes for file in self.files)
 
     def slices(self, **options: int) -> list[Slice]:
-        """The files in slices, for several workers; see `trimserve.corpus.corpus.slices.plan_slices`."""
+        """The files in slices, for several workers; see `trimserve.corpus.slices.plan_slices`."""
         return plan_slices(self.files, self.options, **options)
 
     def documents(self) -> Iterator[Document]:

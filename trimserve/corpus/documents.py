@@ -122,7 +122,7 @@ def decode(blocks: Iterable[bytes], place: Callable[[int], str], faults: Faults)
     line = 1
     for block in itertools.chain(blocks, [b""]):
         text = decoder.decode(block, final=not block)
-        if not text.isascii() and (bad := _ESCAPED.search(text)):
+        if ("\0" in text or not text.isascii()) and (bad := _ESCAPED.search(text)):
             at, byte = line + text.count("\n", 0, bad.start()), ord(bad[0]) & 0xFF
             text, count = _ESCAPED.subn("", text)
             faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(at), byte), count)  # noqa: B023
@@ -130,11 +130,17 @@ def decode(blocks: Iterable[bytes], place: Callable[[int], str], faults: Faults)
         yield text
 
 
-_ESCAPED = re.compile("[\udc80-\udcff]")
+# Bytes that are not UTF-8, and NUL, which no text has and every other byte of UTF-16 is.
+_ESCAPED = re.compile("[\udc80-\udcff\0]")
 
 
 def undecodable(origin: str, byte: int) -> str:
-    """The message about a byte that is not UTF-8."""
+    """The message about a byte that is not UTF-8, or not text."""
+    if byte == 0:
+        return (
+            f"{origin}: holds a NUL byte, as UTF-16 without a mark does: convert the file to UTF-8, for "
+            "example with iconv -f UTF-16LE -t UTF-8."
+        )
     return f"{origin}: byte 0x{byte:02x} is not UTF-8: convert the file, for example with iconv."
 
 

@@ -19,7 +19,10 @@ from trimserve.corpus.documents import (
     undecodable,
 )
 from trimserve.corpus.files import Format
+from trimserve.corpus.schemas import FIELDS as CHAT_COLUMNS
+from trimserve.corpus.schemas import field_of, read_conversation
 from trimserve.errors import UsageError, require
+from trimserve.text.chat import ChatTemplate
 
 Row = Mapping[str, Any]
 # Names the place of a row by its number from 1.
@@ -57,6 +60,9 @@ def _record(line: bytes, number: int, place: Place, faults: Faults) -> object | 
         faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(number), byte))
     except (ValueError, RecursionError) as error:
         reason = str(error)
+        if b"\0" in line:
+            faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(number), 0))
+            return None
         faults.meet(Faults.BROKEN, lambda: f"{place(number)}: broken JSON ({reason}): mend the line.")
     return None
 
@@ -78,6 +84,9 @@ def read_csv(
             faults.meet(Faults.BROKEN, lambda: f"{place(line)}: broken csv ({reason}): mend the file.")  # noqa: B023
             continue
         line = rows.line_num
+        if "\0" in "".join(map(str, itertools.chain(row, row.values()))):
+            faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(line), 0))  # noqa: B023
+            continue
         yield from row_documents(row, reading, partial(place, line), faults)
 
 
@@ -87,7 +96,10 @@ def read_parquet(
     """The documents of some row groups of a parquet file."""
     parquet = require("pyarrow.parquet", extra="corpus", purpose=f"reading {path}")
     with parquet.ParquetFile(path) as file:
-        columns = [column for column in (reading.column, reading.output_column) if column]
+        columns = [column for column in (reading.text_column, reading.output_column) if column]
+        if reading.template is not None:
+            columns += [name for name in CHAT_COLUMNS if name in file.schema_arrow.names]
+            columns = columns or [reading.column or ""]
         roots = list(dict.fromkeys(_root(column, file.schema_arrow.names) for column in columns))
         if missing := [root for root in roots if root not in file.schema_arrow.names]:
             raise _no_field(path, missing[0], map(repr, file.schema_arrow.names))
@@ -110,12 +122,14 @@ def row_documents(
     Raises:
         UsageError: the row lacks the field, or holds no text there; unless faults are skipped.
     """
-    column = reading.column or ""
+    of_chats = reading.template is not None and reading.text_column is None
+    column = field_of(row) if of_chats else reading.column or ""
     found = _field(row, column, origin, faults)
     if found is None:
         return
     if reading.template is not None:
-        yield from _turns(reading, found, column, origin, faults)
+        whole = row if isinstance(row, Mapping) else {}
+        yield from _turns(reading.template, whole, column, found, origin, faults)
         return
     text = _text(found, column, origin, faults)
     if text is None:
@@ -135,18 +149,15 @@ def row_documents(
 
 
 def _turns(
-    reading: Reading, messages: object, column: str, origin: Callable[[], str], faults: Faults
+    template: ChatTemplate,
+    row: Row,
+    field: str,
+    value: object,
+    origin: Callable[[], str],
+    faults: Faults,
 ) -> Iterator[Document]:
-    listed = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-    if not listed or not isinstance(messages, list) or reading.template is None:
-        kind = type(messages).__name__
-        faults.meet(
-            Faults.NO_TEXT,
-            lambda: f"{origin()}, field {column!r}: should be a list of messages but is {kind}.",
-        )
-        return
     try:
-        turns = list(conversation(reading.template, messages))
+        turns = list(conversation(template, read_conversation(row, field, value)))
         for turn in turns:
             turn.text.encode()
     except UsageError as error:

@@ -20,7 +20,7 @@ from trimserve.arrays import Floats
 from trimserve.decoding.columns import Columns, History
 from trimserve.decoding.feeder import Feeder
 from trimserve.decoding.request import Request
-from trimserve.decoding.sampling import edit_logits
+from trimserve.decoding.sampling import edit_logits, filter_scores, gumbel_noise
 from trimserve.decoding.slots import DraftSlots
 from trimserve.errors import NoTokenError, UsageError
 from trimserve.runtime.cold_head import ColdHead
@@ -42,6 +42,8 @@ class BeamParams:
     Attributes:
         num_beams: sequences that are followed at a time.
         length_penalty: a finished sequence's log-probability is divided by its length to this power.
+        renormalize_logits: make the scores log-probabilities again after rules and penalties.
+        do_sample: draw continuations (without replacement) instead of taking the best.
         early_stopping: True ends as soon as `num_beams` are finished; False as soon as the best running one
             could not get among them at its present length; "never" at the length best for it.
     """
@@ -49,6 +51,8 @@ class BeamParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
+    renormalize_logits: bool = False
+    do_sample: bool = False
 
     def __post_init__(self) -> None:
         if self.num_beams < 1:
@@ -130,22 +134,35 @@ class BeamState:
         found: list[tuple[float, int, int, np.float32]] = []
         for row, (beam, beam_logits) in enumerate(zip(self.running, logits, strict=True)):
             scores = self._log_probs(beam, beam_logits, columns)
-            top = largest(scores, keep)
-            pairs = zip(scores[top] + beam.score, columns.ids[top].tolist(), strict=True)
-            found += [(-float(score), row, token, score) for score, token in pairs]
+            order = scores
+            if self.params.do_sample:
+                order = self._perturbed(scores, row, len(beam.tokens), columns)
+            top = largest(order, keep)
+            total = scores[top] + beam.score
+            ranks = (-(order[top] + beam.score)).tolist()
+            found += zip(ranks, [row] * len(ranks), columns.ids[top].tolist(), total, strict=True)
         chosen = sorted(found, key=lambda entry: entry[:3])[:keep]
         if chosen[0][3] == -np.inf:
             raise NoTokenError("no token is allowed: every beam's logits are -inf. Allow at least one id.")
         return [Beam((*self.running[row].tokens, token), score, row) for _, row, token, score in chosen]
 
     def _log_probs(self, beam: Beam, logits: Floats, columns: Columns) -> Floats:
-        shifted: Floats = logits - logits.max()
-        shifted -= np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+        shifted = _log_softmax(logits)
         params = self.request.params
-        if not params.edits_logits:
-            return shifted
-        history = History(self.request.prompt, np.array(beam.tokens, np.int32))
-        return edit_logits(shifted, columns, params, history)
+        if params.edits_logits:
+            history = History(self.request.prompt, np.array(beam.tokens, np.int32), self.request.source)
+            shifted = edit_logits(shifted, columns, params, history)
+        if self.params.do_sample:
+            # So that what ends a sequence is never all that can be drawn.
+            keep = max(2, 1 + len(self.request.stop_ids))
+            shifted = filter_scores(shifted / np.float32(params.temperature), params, keep)
+        return _log_softmax(shifted) if self.params.renormalize_logits else shifted
+
+    def _perturbed(self, scores: Floats, row: int, step: int, columns: Columns) -> Floats:
+        """Scores with noise: the largest are draws from softmax(scores), without replacement."""
+        ids = columns.ids.astype(np.int64) + row * columns.vocab_size
+        noisy: Floats = scores + gumbel_noise(self.request.params.seed, step, ids).astype(np.float32)
+        return noisy
 
     def _ends(self, beam: Beam) -> bool:
         return beam.tokens[-1] in self.request.stop_ids or len(beam.tokens) >= self.request.max_tokens
@@ -248,6 +265,12 @@ class BeamSearch:
     def _columns_of(self, state: BeamState) -> Columns:
         slots = state.request.slots
         return self._columns if self._head is not None or slots is None else slots.columns
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted: Floats = logits - logits.max()
+    shifted -= np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+    return shifted
 
 
 def largest(scores: Floats, count: int) -> npt.NDArray[np.int64]:

@@ -15,15 +15,21 @@ LogitsProcessor = Callable[[Ids, Floats], Floats]
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Token ids so far: int32 arrays of any length."""
+    """Token ids so far: int32 arrays of any length; `source` is what an encoder-decoder's encoder reads."""
 
     prompt: Ids
     output: Ids
+    source: Ids | None = None
 
     @property
     def ids(self) -> Ids:
         """Prompt and output together."""
         return np.concatenate([self.prompt, self.output])
+
+    @property
+    def given(self) -> Ids:
+        """The text that was given."""
+        return self.prompt if self.source is None else self.source
 
 
 class Columns:
@@ -46,7 +52,8 @@ class Columns:
 
     def find(self, ids: Ids) -> npt.NDArray[np.int32]:
         """Columns of those of the given ids that have one."""
-        columns: npt.NDArray[np.int32] = self._column_of[ids]
+        known = ids[(ids >= 0) & (ids < self.vocab_size)]
+        columns: npt.NDArray[np.int32] = self._column_of[known]
         return columns[columns >= 0]
 
     def apply(self, processor: LogitsProcessor, history: Ids, logits: Floats) -> Floats:

@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.arrays import Ids
 from trimserve.decoding.columns import Columns
 from trimserve.decoding.request import Request
 from trimserve.decoding.stats import Timing
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder, Step
 from trimserve.runtime.kv_cache import KVCache
+from trimserve.runtime.restarting_cache import RestartingCache
+from trimserve.text.batching import join
 from trimserve.vocab.map import VocabMap
 
 
@@ -32,15 +34,14 @@ class Feeder:
 
     def prefill(self, requests: Sequence[Request]) -> tuple[KVCache, Step]:
         """Read the requests' sources and prompts; gives the step after each prompt's last token."""
-        width = max(request.prompt.size for request in requests)
-        ids = np.full((len(requests), width), int(self._vocab.kept_ids[0]), np.int32)
-        mask = np.zeros((len(requests), width), np.int64)
-        for row, request in enumerate(requests):  # aligned at the right, where generation goes on
-            ids[row, width - request.prompt.size :] = request.prompt
-            mask[row, width - request.prompt.size :] = 1
+        fill = int(self._vocab.kept_ids[0])
+        # Aligned at the right, where generation goes on.
+        ids, mask = join([request.prompt for request in requests]).padded(fill, "left")
         start = time.perf_counter()
         cache = self._decoder.start([request.source for request in requests])
         self.timing.model += time.perf_counter() - start
+        if (unchanged := self._decoder.restarts_after) is not None:
+            cache = RestartingCache(cache, len(requests), unchanged)
         step = self._step(cache, ids, mask)
         self.timing.prompts += time.perf_counter() - start
         return cache, step
@@ -49,15 +50,19 @@ class Feeder:
         """Feed one token id to each sequence."""
         ids = np.array(tokens, np.int32)
         columns = self._kept.find(ids)
-        if columns.size < ids.size:
+        if columns.size < ids.size or isinstance(cache, RestartingCache):
             return self._step(cache, ids[:, None])
         start = time.perf_counter()  # nearly every step: no slot is needed
         step = self._decoder.step(cache, columns.astype(np.int64)[:, None], self._decoder.no_rows)
         self.timing.model += time.perf_counter() - start
         return step
 
-    def _step(self, cache: KVCache, ids: Ids, mask: npt.NDArray[np.int64] | None = None) -> Step:
+    def _step(
+        self, cache: KVCache, ids: npt.NDArray[np.integer[Any]], mask: npt.NDArray[np.int64] | None = None
+    ) -> Step:
         start = time.perf_counter()
+        if isinstance(cache, RestartingCache):
+            ids = cache.feed(ids.astype(np.int32, copy=False), self._decoder.empty_cache(len(ids)))
         slotted = self._vocab.with_slots(ids)
         rows = self._cold.embeddings(slotted.cold_ids) if slotted.cold_tokens else self._decoder.no_rows
         step = self._decoder.step(cache, slotted.ids, rows, mask=mask)

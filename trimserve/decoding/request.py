@@ -57,12 +57,12 @@ class Request:
 
     def history(self, drafts: Sequence[int]) -> History:
         """Prompt and output, with drafts that were not checked yet."""
-        return History(self.prompt, np.array([*self.output, *drafts], np.int32))
+        return History(self.prompt, np.array([*self.output, *drafts], np.int32), self.source)
 
     def verdict(self, drafts: Sequence[int]) -> Verdict:
         """What the model's rules say of the step after some drafts."""
         history = self.history(drafts)
-        return (self.params.rules or TokenRules()).at(history.prompt, history.output)
+        return (self.params.rules or TokenRules()).at(history.prompt, history.output, history.source)
 
     def draft(self, logits: Floats, hidden: Floats, drafts: Sequence[int]) -> int:
         """Choose the next draft among kept ids and slots, after drafts that were not checked yet.

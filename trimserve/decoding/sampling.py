@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from trimserve.arrays import Floats, Ids
 from trimserve.decoding.columns import Columns, History, LogitsProcessor
+from trimserve.decoding.filters import drop_by_entropy, drop_improbable, keep_top_h, keep_typical
+from trimserve.decoding.logit_edits import LogitEdits
 from trimserve.decoding.token_rules import TokenRules, Verdict
 from trimserve.errors import NoTokenError, UsageError
 
@@ -25,14 +27,19 @@ from trimserve.errors import NoTokenError, UsageError
 class SamplingParams:
     """How the next token is chosen. All ids are token ids; the defaults are greedy decoding.
 
-    Applied in this order: repetition, presence and frequency penalty, bias, the model's own rules, processor,
-    temperature, top-k, top-p, min-p.
+    Applied in this order: sequence bias, the penalty on given ids, repetition, presence and frequency
+    penalty, bias, the model's own rules, the penalty on length, processor, temperature, top-h, top-k,
+    top-p, min-p, typical, epsilon, eta.
 
     Attributes:
         temperature: 0 takes the largest logit (lowest id on a tie); otherwise logits are divided by it.
         top_k: keep the k largest logits and all that equal the k-th; 0 keeps all.
         top_p: keep the smallest set of most probable ids whose mass reaches it.
         min_p: keep ids with at least this share of the largest probability.
+        top_h: keep the most probable ids up to this share of the entropy; None is off.
+        typical_p: keep the ids of most typical surprise up to this mass.
+        epsilon_cutoff: exclude ids less probable than this.
+        eta_cutoff: the same, with a lower threshold where many ids are likely.
         repetition_penalty: of ids in prompt or output, divide positive logits and multiply negative ones.
         presence_penalty: subtracted from the logit of every id in the output.
         frequency_penalty: subtracted once for each time an id stands in the output.
@@ -40,12 +47,17 @@ class SamplingParams:
         logits_processor: the caller's own change to the logits over the full vocab.
         seed: of the random numbers.
         rules: what the model's generation config forces and forbids.
+        edits: what else it does to single logits.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    top_h: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -53,6 +65,7 @@ class SamplingParams:
     logits_processor: LogitsProcessor | None = None
     seed: int = 0
     rules: TokenRules | None = None
+    edits: LogitEdits | None = None
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -60,6 +73,10 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("top_h", self.top_h is None or 0 < self.top_h <= 1, "above 0 and at most 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1"),
+            ("epsilon_cutoff", 0 <= self.epsilon_cutoff < 1, "0 (off) or more, and below 1"),
+            ("eta_cutoff", 0 <= self.eta_cutoff < 1, "0 (off) or more, and below 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "a number above 0"),
             ("presence_penalty", np.isfinite(self.presence_penalty), "a number"),
             ("frequency_penalty", np.isfinite(self.frequency_penalty), "a number"),
@@ -80,7 +97,15 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.logits_processor
+            or self.edits
         )
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether bounds of the cold logits say nothing about the token: they themselves are needed."""
+        shaped = self.typical_p < 1 or self.epsilon_cutoff or self.eta_cutoff or self.top_h is not None
+        bends = self.edits is not None and self.edits.bends
+        return bool(self.logits_processor is not None or bends or (self.temperature > 0 and shaped))
 
     @property
     def takes_maximum(self) -> bool:
@@ -130,6 +155,9 @@ def _first_maximum(scores: npt.NDArray[Any], ids: Ids) -> int:
 def edit_logits(logits: Floats, columns: Columns, params: SamplingParams, history: History) -> Floats:
     """Apply penalties, bias, rules and processor; returns a changed copy, float32 (n,)."""
     out = logits.copy()
+    edits = params.edits
+    if edits:
+        _favour(out, columns, edits, history)
     if params.repetition_penalty != 1:
         seen = columns.find(np.unique(history.ids))
         penalty = np.float32(params.repetition_penalty)
@@ -142,10 +170,38 @@ def edit_logits(logits: Floats, columns: Columns, params: SamplingParams, histor
     for token_id, bias in params.logit_bias.items():
         out[columns.find(np.array([token_id], np.int32))] += np.float32(bias)
     if params.rules:
-        obey(out, columns, params.rules.at(history.prompt, history.output))
+        obey(out, columns, params.rules.at(history.prompt, history.output, history.source))
+    if edits and edits.bends:
+        if edits.remove_invalid_values:
+            out = np.nan_to_num(out, nan=0.0, posinf=float(np.finfo(np.float32).max), neginf=-np.inf)
+        ends = columns.find(np.array(edits.eos_token_id, np.int32))
+        out[ends] = edits.hasten_ends(out[ends], history.output.size)
     if params.logits_processor is not None:
         out = columns.apply(params.logits_processor, history.ids, out)
     return out
+
+
+def edited_ids(params: SamplingParams, history: History) -> Ids:
+    """The ids whose logits `edit_logits` changes one by one at a step (bans apart), int32, increasing."""
+    changed = [np.fromiter(params.logit_bias, np.int32, len(params.logit_bias))]
+    if params.repetition_penalty != 1:
+        changed.append(history.ids)
+    elif params.presence_penalty or params.frequency_penalty:
+        changed.append(history.output)
+    if params.edits:
+        changed.append(np.fromiter(params.edits.biases(history.ids), np.int32))
+        if params.edits.encoder_repetition_penalty != 1:
+            changed.append(history.given)
+    return np.unique(np.concatenate(changed))
+
+
+def _favour(logits: Floats, columns: Columns, edits: LogitEdits, history: History) -> None:
+    """Apply sequence bias and the encoder's repetition penalty, in place."""
+    for token_id, bias in edits.biases(history.ids).items():
+        logits[columns.find(np.array([token_id], np.int32))] += bias
+    if edits.encoder_repetition_penalty != 1:
+        given = columns.find(np.unique(history.given))
+        logits[given] = edits.favour_given(logits[given])
 
 
 def obey(logits: Floats, columns: Columns, verdict: Verdict) -> None:
@@ -157,8 +213,26 @@ def obey(logits: Floats, columns: Columns, verdict: Verdict) -> None:
         logits[columns.find(verdict.banned)] = -np.inf
 
 
-def filter_scores(scores: Floats, params: SamplingParams) -> Floats:
-    """Set to -inf what top-k, top-p and min-p exclude; each works on what the one before left."""
+def filter_scores(scores: Floats, params: SamplingParams, keep: int = 1) -> Floats:
+    """Set to -inf what the filters exclude; each works on what the one before left.
+
+    `keep` of the likeliest ids are never excluded.
+    """
+    if params.top_h is not None:
+        scores = keep_top_h(scores, params.top_h)
+    filtered = _by_size(scores, params)
+    if 1 < keep <= scores.size:
+        kth = np.partition(scores, scores.size - keep)[scores.size - keep]
+        filtered = np.where(scores >= kth, scores, filtered)
+    if params.typical_p < 1:
+        filtered = keep_typical(filtered, params.typical_p, keep)
+    if params.epsilon_cutoff:
+        filtered = drop_improbable(filtered, params.epsilon_cutoff, keep)
+    return drop_by_entropy(filtered, params.eta_cutoff, keep) if params.eta_cutoff else filtered
+
+
+def _by_size(scores: Floats, params: SamplingParams) -> Floats:
+    """Top-k, top-p and min-p."""
     if 0 < params.top_k < scores.size:
         kth = np.partition(scores, scores.size - params.top_k)[scores.size - params.top_k]
         scores = np.where(scores >= kth, scores, np.float32(-np.inf))
@@ -194,7 +268,7 @@ def _largest_falling(weights: npt.NDArray[np.float64], target: float) -> npt.NDA
     return np.sort(weights)[::-1]
 
 
-def gumbel_noise(seed: int, step: int, ids: Ids) -> npt.NDArray[np.float64]:
+def gumbel_noise(seed: int, step: int, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
     """Independent standard Gumbel noise for each token id, float64 (n,), from (seed, step, id) alone.
 
     The uniform numbers come from SplitMix64's finaliser (Steele, Lea & Flood 2014,
@@ -215,7 +289,7 @@ def noise_may_reach(seed: int, step: int, ids: Ids, threshold: float) -> npt.NDA
     return reaches
 
 
-def _random_bits(seed: int, step: int, ids: Ids) -> npt.NDArray[np.uint64]:
+def _random_bits(seed: int, step: int, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint64]:
     """53 bits for each token id."""
     counter = (np.uint64(step) << np.uint64(32)) | ids.astype(np.uint64)
     key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN)

@@ -16,7 +16,8 @@ from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.stats import Timing
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
-from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.decoder import Decoder, Step
+from trimserve.runtime.kv_cache import KVCache
 from trimserve.vocab.map import VocabMap
 
 # Positions whose logits exist at the same time: 16 x 262,144 float32 are 17 MB.
@@ -54,15 +55,22 @@ class Scorer:
     def score(self, ids: Ids, source: Ids | None = None) -> Score:
         """Log-probabilities of one sequence, int32 (T,); `source` is what an encoder reads before it."""
         cache = self._decoder.start([source])
+        unchanged = self._decoder.unchanged
+        if unchanged is not None and ids.size > unchanged:
+            # The keys of all tokens depend on the length of the whole text: it is fed at once.
+            step = self._feed(cache, ids)
+            return Score(ids, self._log_probs(step.logits[0, :-1], step.hidden[0, :-1], ids[1:]))
         parts: list[LogProbs] = [np.zeros(0)]
         for start in range(0, max(ids.size - 1, 0), _POSITIONS):
             fed = ids[start : min(start + _POSITIONS, ids.size - 1)]
-            slotted = self._vocab.with_slots(fed[None])
-            rows = self._cold.embeddings(slotted.cold_ids)
-            step = self._decoder.step(cache, slotted.ids, rows, keep=0)
+            step = self._feed(cache, fed)
             targets = ids[start + 1 : start + 1 + fed.size]
             parts.append(self._log_probs(step.logits[0], step.hidden[0], targets))
         return Score(ids, np.concatenate(parts))
+
+    def _feed(self, cache: KVCache, ids: Ids) -> Step:
+        slotted = self._vocab.with_slots(ids[None])
+        return self._decoder.step(cache, slotted.ids, self._cold.embeddings(slotted.cold_ids), keep=0)
 
     def _log_probs(self, kept_logits: Floats, hidden: Floats, targets: Ids) -> LogProbs:
         head = self._vocab.head

@@ -105,14 +105,14 @@ class GeneratorStats:
         }
 
     def count(
-        self, requests: Sequence[Request], vocab: VocabMap, timings: Sequence[Timing], seconds: float
+        self, requests: Sequence[Request], head_vocab: VocabMap, timings: Sequence[Timing], seconds: float
     ) -> None:
         """Add a finished batch that took so many seconds in all; cold tokens of prompts are counted apart."""
         for request in requests:
             output = np.array(request.output, np.int32)
             self.prompt_tokens += request.prompt_tokens
             self.tokens += len(request.output)
-            self.cold_tokens += int((~vocab.is_kept(output)).sum())
+            self.cold_tokens += int((~head_vocab.is_kept(output)).sum())
             self.drafted += request.drafted
             self.rejected += request.rejected
         spent = 0.0

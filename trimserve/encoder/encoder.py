@@ -318,7 +318,7 @@ class Encoder:
     def _prompt_tokens(self, prompt: str) -> int:
         """Tokens at the start of a text that are its prompt's, without a special token at their end."""
         (ids,) = self.token_ids([prompt])
-        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.codec.special_ids)
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.settings.prompt_ends)
 
     def _weights(self, texts: list[str], batch_size: int) -> Floats:
         """Weights (n, V) of a sparse encoder."""

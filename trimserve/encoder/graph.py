@@ -16,6 +16,7 @@ import numpy.typing as npt
 from trimserve.arrays import Floats, Mask
 from trimserve.encoder.limits import longest_input
 from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.folder.manifest import Lengths
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, SentenceSettings
 from trimserve.folder.tasks import EMBEDDING_TASK
@@ -100,6 +101,7 @@ class EncoderGraph:
         self.task = folder.manifest.task
         self.max_tokens = longest_input(folder)
         self.stats = EncoderStats()
+        self._unchanged = (folder.manifest.lengths or Lengths()).unchanged
         self._session = session
         self._settings = settings
         on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
@@ -143,7 +145,13 @@ class EncoderGraph:
         order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
         while order.size:
             # The longest text comes first and sets the width of its batch.
-            fits = min(batch_size, max(1, self._batch_tokens // int(lengths[order[0]])))
+            longest = int(lengths[order[0]])
+            fits = min(batch_size, max(1, self._batch_tokens // longest))
+            # Nothing would tell padding from tokens; or positions depend on the length, and a graph has one
+            # for the whole batch.
+            unmasked = "attention_mask" not in self._inputs
+            if unmasked or (self._unchanged is not None and longest > self._unchanged):
+                fits = min(fits, int(np.count_nonzero(lengths[order] == longest)))
             yield self._run_batch(order[:fits], encoded, result or self.result)
             order = order[fits:]
 

@@ -19,8 +19,9 @@ def longest_input(folder: TrimmedFolder) -> int | None:
     config = folder.read_json("config.json")
     declared: Any = read_settings(folder).max_tokens
     if declared is None:
-        declared = folder.read_json("tokenizer_config.json").get("model_max_length")
-    positions = config.get("max_position_embeddings")
+        declared = folder.tokenizer_settings["model_max_length"]
+    lengths = folder.manifest.lengths
+    positions = config.get("max_position_embeddings") if lengths is None else lengths.longest
     if positions and config.get("model_type") in PAD_POSITION_MODELS:
         # Positions of these models begin after the pad id.
         pad_id = config.get("pad_token_id")

@@ -7,8 +7,8 @@ is still open - too many groups, or two logits closer than rounding - is left to
 A certified token is never another than the one that the cold head's product would have given.
 
 Sampled steps are settled by `bracket.py`. Certified are temperature, top-k, top-p, min-p, the three
-penalties, logit bias and the model's own bans; a `logits_processor` sees logits of the full vocab, and a
-forced token needs no logits: both are replayed.
+penalties, logit and sequence bias and the model's own bans; a `logits_processor` and the rarer filters see
+logits of the full vocab, and a forced token needs no logits: these are replayed.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from trimserve.decoding.sampling import (
     LARGEST_NOISE,
     SamplingParams,
     edit_logits,
+    edited_ids,
     gumbel_noise,
     noise_may_reach,
 )
@@ -75,11 +76,11 @@ class _Step:
 class ColdCertificate:
     """A `Certificate` by a sketch of the cold rows."""
 
-    def __init__(self, sketch: Sketch, head: ColdHead, vocab: VocabMap, reads: ColdReads) -> None:
+    def __init__(self, sketch: Sketch, head: ColdHead, head_vocab: VocabMap, reads: ColdReads) -> None:
         self._sketch = sketch
         self._head = head
-        self._vocab = vocab
-        self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
+        self._head_vocab = head_vocab
+        self._kept = Columns(head_vocab.kept_ids, head_vocab.vocab_size)
         self._reads = reads
         self._greedy, self._sampled = Worth(), Worth()
         # A place of each cold row; where an id is repeated, the last.
@@ -113,7 +114,7 @@ class ColdCertificate:
     def tokens(self, request: Request, block: Draft) -> Sequence[int | None]:
         """See `exact.Certificate`."""
         nothing: list[int | None] = [None] * len(block.tokens)
-        if request.params.logits_processor is not None or not self._sampled.asks():
+        if request.params.needs_all_logits or not self._sampled.asks():
             return nothing
         # Only the nucleus is about masses.
         product = self._product(block.hidden, request.params.temperature if request.params.top_p < 1 else 0.0)
@@ -165,7 +166,7 @@ class ColdCertificate:
             cut, floor = allowed.cut, allowed.floor
         found = self._noisy_rivals(step, groups, params, number, float(sums.max()), cut)
         token = self._decide(found, sums)
-        if found is None or token is None or self._vocab.is_kept(token):
+        if found is None or token is None or self._head_vocab.is_kept(token):
             return token
         noise = gumbel_noise(params.seed, number, np.array([token], np.int32))
         score = float((found.lower[found.ids == token] - noise).min()) - 1e-9
@@ -222,13 +223,8 @@ class ColdCertificate:
 
     def _edited(self, product: SketchedProduct, row: int, params: SamplingParams, history: History) -> Rivals:
         """The cold ids whose logits are changed one by one, and their bounds after that."""
-        changed = [np.fromiter(params.logit_bias, np.int32, len(params.logit_bias))]
-        if params.repetition_penalty != 1:
-            changed.append(history.ids)
-        elif params.presence_penalty or params.frequency_penalty:
-            changed.append(history.output)
-        ids = np.unique(np.concatenate(changed))
-        ids = ids[~self._vocab.is_kept(ids)]
+        ids = edited_ids(params, history)
+        ids = ids[~self._head_vocab.is_kept(ids)]
         if not ids.size:
             return _none()
         places = self._place_of[np.searchsorted(self._head.cold_ids, ids)]

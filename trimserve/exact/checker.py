@@ -52,7 +52,7 @@ class ExactChecker:
     def __init__(
         self,
         head: ColdHead,
-        vocab: VocabMap,
+        head_vocab: VocabMap,
         block: DraftLength | None = None,
         certificate: Certificate | None = None,
         reads: ColdReads | None = None,
@@ -61,7 +61,7 @@ class ExactChecker:
 
         Args:
             head: the cold head.
-            vocab: the kept ids.
+            head_vocab: the ids that the compact head keeps.
             block: chooses block sizes; it may have learned from other requests.
             certificate: settles what it can without the cold head.
             reads: counts what is read, with the certificate.
@@ -70,8 +70,8 @@ class ExactChecker:
         self._certificate = certificate
         self._reads = reads or ColdReads()
         self._kept, self._cold, self._full = (
-            Columns(ids, vocab.vocab_size)
-            for ids in (vocab.kept_ids, head.cold_ids, np.arange(vocab.vocab_size, dtype=np.int32))
+            Columns(ids, head_vocab.vocab_size)
+            for ids in (head_vocab.kept_ids, head.cold_ids, np.arange(head_vocab.vocab_size, dtype=np.int32))
         )
         self._block = block or DraftLength()
         self._block.start()

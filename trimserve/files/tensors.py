@@ -18,7 +18,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.errors import MismatchError
+from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.files.content import check_content
 
 # The numpy dtype that holds the bytes of a safetensors dtype; bfloat16 and float8 as raw bits.
 STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -80,11 +81,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
 
     Raises:
         MismatchError: the file is not safetensors, or shorter than its header says.
+        UnsupportedModelError: a tensor is of a dtype that is not known here, as only quantised ones are.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            check_content(path)
             raise MismatchError(
                 f"{path} is not a safetensors file or was cut off: its header should take "
                 f"{length:,} bytes, the file has {size:,}. Fetch or make it again."
@@ -93,6 +96,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             header: dict[str, Any] = json.loads(file.read(length))
             metadata = dict(header.pop("__metadata__", {}))
             specs = {name: _spec(path, name, entry, 8 + length) for name, entry in header.items()}
+        except UnsupportedModelError:  # a ValueError, too
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MismatchError(
                 f"{path} has an unreadable safetensors header ({error}). Fetch or make it again."
@@ -108,6 +113,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
 
 def _spec(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorSpec:
     begin, end = entry["data_offsets"]
+    if isinstance(entry["dtype"], str) and entry["dtype"] not in STORAGE_DTYPES:
+        raise UnsupportedModelError(
+            f"{path}: {name} is stored as {entry['dtype']}, a number format of quantised weights, which "
+            "trimserve does not read: pass the floating-point model that it was made from."
+        )
     shape = tuple(int(size) for size in entry["shape"])
     expected = int(np.prod(shape, dtype=np.int64)) * STORAGE_DTYPES[entry["dtype"]].itemsize
     if begin < 0 or end - begin != expected:

@@ -25,7 +25,6 @@ from trimserve.files.tensors import (
     TensorSpec,
     WholeTensor,
     map_tensor,
-    read_header,
     to_bfloat16,
     to_float32,
     write_tensors,
@@ -195,11 +194,10 @@ def _write_full(
     *,
     progress: bool,
 ) -> int:
-    base_specs = {name: spec for file in base.weight_files for name, spec in read_header(file)[0].items()}
+    base_specs = {name: spec for specs, _ in base.headers.values() for name, spec in specs.items()}
     cuts = {name: cut for cut in provenance.tensors for name in stored_names(cut.names, [provenance.prefix])}
     plans: dict[Path, tuple[dict[str, TensorSource], dict[str, str]]] = {}
-    for file in compact.weight_files:
-        specs, metadata = read_header(file)
+    for file, (specs, metadata) in compact.headers.items():
         tensors = {
             name: _source_of(spec, cuts.get(name), base_specs, vocab, provenance)
             for name, spec in specs.items()
@@ -270,6 +268,7 @@ def _write_index(compact: ModelSource, target: Path, total: int) -> None:
     if not (index := compact.read_json(INDEX_NAME)) or len(compact.weight_files) == 1:
         return
     index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+    index["weight_map"] = {name: file.name for file, (specs, _) in compact.headers.items() for name in specs}
     (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 

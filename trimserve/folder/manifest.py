@@ -35,11 +35,35 @@ class CutTensor:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the folder was made from; `files` maps each weight file to its sha256."""
+    """What the folder was made from.
+
+    Attributes:
+        name: of the model, a path or a hub id.
+        revision: of a hub id.
+        files: each weight file, those of an adapter too -> its sha256.
+        adapter: name of the adapter that was merged into the model, if it was given beside it.
+    """
 
     name: str
     revision: str | None
     files: dict[str, str]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long a text may be, and where its length changes how positions are computed.
+
+    Attributes:
+        longest: tokens of the longest text that the model takes; None for no limit.
+        unchanged: tokens of the longest text whose rotary frequencies do not depend on its length (longrope,
+            dynamic NTK); None where they never do.
+        restarts: a text that grows beyond `unchanged` while it is generated is read again (Phi-3).
+    """
+
+    longest: int | None = None
+    unchanged: int | None = None
+    restarts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +84,11 @@ class Manifest:
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
         head_rows: rows of the head where it has fewer than the embedding, else None.
+        tokenizer: which file texts are tokenized with (`file`), the library and version that made or proved
+            it, and `settings` that the file cannot hold; empty in folders of older versions.
+        lengths: how long a text may be; None in folders made before this was written down.
+        generation: of a generator: `transformers_version`, which read the source's configs, and the settings
+            that it takes from config.json where there is no generation_config.json.
     """
 
     source: Source
@@ -81,6 +110,9 @@ class Manifest:
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    lengths: Lengths | None = None
+    generation: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -110,9 +142,11 @@ class Manifest:
                     f"{origin} was written by an earlier trimserve, which kept the pooling there: export the "
                     "folder again."
                 )
+            raw["lengths"] = Lengths(**raw["lengths"]) if raw.get("lengths") else None
             manifest = cls(**raw)
             parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            for part in (manifest, *parts):
+            optional = [manifest.lengths] if manifest.lengths is not None else []
+            for part in (manifest, *parts, *optional):
                 _check_types(part)
             for name in (*manifest.files, *manifest.graphs.values()):
                 check_inner_name(name, origin)

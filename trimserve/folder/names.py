@@ -13,6 +13,28 @@ VOCAB_NAME = "vocab_map.safetensors"
 COLD_PREFIX = "cold_"
 COLD_NAME = "cold_rows.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+# What the source's library makes of it on loading, where that gives other ids or text.
+EFFECTIVE_TOKENIZER_NAME = "tokenizer.effective.json"
+# The files that a source's tokenizer is read from.
+SOURCE_TOKENIZER_FILES = (
+    TOKENIZER_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "bpe.codes",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "tekken.json",
+)
 # What sentence-transformers does around the model, and the tensors of its modules.
 SENTENCE_NAME = "sentence_modules.json"
 SENTENCE_TENSORS_NAME = "sentence_modules.safetensors"

@@ -8,7 +8,8 @@ from typing import Any
 from trimserve.errors import MismatchError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import FileEntry, Manifest, read_manifest
-from trimserve.folder.names import COLD_NAME, MANIFEST_NAME, VOCAB_NAME, is_inner_folder
+from trimserve.folder.names import COLD_NAME, MANIFEST_NAME, TOKENIZER_NAME, VOCAB_NAME, is_inner_folder
+from trimserve.folder.tokenizer_settings import declared_settings
 from trimserve.vocab.file import load_vocab
 from trimserve.vocab.map import VocabMap
 
@@ -63,6 +64,18 @@ class TrimmedFolder:
                 f"{self.path / name} is not JSON ({error}): export the folder again."
             ) from error
         return content if isinstance(content, dict) else {}
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Path of the tokenizer that counts: tokenizer.json, or the effective one beside it."""
+        return self.file(self.manifest.tokenizer.get("file", TOKENIZER_NAME))
+
+    @property
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """What that file cannot hold, as the manifest or the source's configs say it: `declared_settings`."""
+        names = ("tokenizer_config.json", "special_tokens_map.json")
+        recorded: dict[str, Any] = self.manifest.tokenizer.get("settings") or {}
+        return declared_settings(*map(self.read_json, names)) | recorded
 
     @property
     def has_cold(self) -> bool:

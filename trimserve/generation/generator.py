@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 from trimserve.arrays import Ids
-from trimserve.decoding.beam import BeamParams, BeamSearch
+from trimserve.decoding.beam import BeamSearch
 from trimserve.decoding.loop import Checker, GenerationLoop
 from trimserve.decoding.request import Request
-from trimserve.decoding.sampling import SamplingParams
 from trimserve.decoding.scoring import MassMeter, Score, Scorer
 from trimserve.decoding.stats import ColdReads, GeneratorStats
 from trimserve.errors import UsageError
@@ -19,8 +18,9 @@ from trimserve.exact.sketch import Sketch, can_be_certified
 from trimserve.folder.names import COLD_MAX_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.generation.config import GenerationConfig
-from trimserve.generation.options import MODES, GenerationOptions, Mode, beam_params
+from trimserve.generation.options import MODES, GenerationOptions, Mode
 from trimserve.generation.output import Generation, OutputReader
+from trimserve.generation.plan import GenerationPlan, make_plan
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder
@@ -136,15 +136,17 @@ class Generator:
         return [scorer.score(ids) for ids in self.codec.encode([texts] if isinstance(texts, str) else texts)]
 
     def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
-        requests = self._requests(prompts, options)
+        plan = self.plan(options)
+        requests = self._requests(prompts, plan)
         together = self._decoder.takes_batches and not options.get("report_mass")
         batches = [requests] if together else [[request] for request in requests]
-        beams = beam_params(options)
+        if plan.beams is not None and options.get("report_mass"):
+            raise UsageError("report_mass means nothing to a beam search: leave it out, or use num_beams=1.")
         results: list[Generation] = []
         for batch in batches:
-            readers = {id(request): OutputReader(self.codec, options.get("stop", ())) for request in batch}
-            checker = None if beams else self._checker(options)
-            steps = self._search(batch, beams, options) if beams else self._run(batch, checker)
+            readers = {id(request): self._reader(request, plan) for request in batch}
+            checker = None if plan.beams else self._checker(options)
+            steps = self._search(batch, plan, options) if plan.beams else self._run(batch, checker)
             for request, tokens in steps:
                 readers[id(request)].push(request, tokens)
             mass = checker.mean_mass if isinstance(checker, MassMeter) else None
@@ -152,10 +154,11 @@ class Generator:
         return results
 
     def _stream(self, prompt_ids: Ids, options: GenerationOptions) -> Iterator[str]:
-        if beam_params(options):
+        plan = self.plan(options)
+        if plan.beams is not None:
             raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
-        (request,) = self._requests([prompt_ids], options)
-        reader = OutputReader(self.codec, options.get("stop", ()))
+        (request,) = self._requests([prompt_ids], plan)
+        reader = self._reader(request, plan)
         checker = self._checker(options)
         for _, tokens in self._run([request], checker):
             if piece := reader.push(request, tokens):
@@ -163,14 +166,27 @@ class Generator:
         if piece := reader.finish():
             yield piece
 
-    def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
-        params, limit = self._params(options)
-        started = [ids if ids.size else self.config.first_id() for ids in prompts]
+    def plan(self, options: GenerationOptions) -> GenerationPlan:
+        """What a call with these options does: the folder's generation settings, overridden by them.
+
+        Raises:
+            UsageError: an option that does not exist, is out of range, or does not go with another.
+        """
+        known = GenerationOptions.__annotations__.keys()
+        return make_plan(self.config, options, known, self.folder.vocab.vocab_size)
+
+    def _reader(self, request: Request, plan: GenerationPlan) -> OutputReader:
+        by_bytes = self.config.library >= 5
+        return OutputReader(self.codec, plan.stop, plan.stop_strings, request.prompt, by_bytes=by_bytes)
+
+    def _requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+        started = [ids if ids.size else self.config.first_id(plan.settings) for ids in prompts]
         requests = []
         for place, ids in enumerate(self._servable(started), 1):
             room = self._room(place, ids)
+            limit = plan.limit(ids.size)
             most = limit if room is None else min(limit, room)
-            requests.append(Request(ids, params, most, self.stop_ids, room=room))
+            requests.append(Request(ids, plan.params_for(limit), most, plan.stop_ids, room=room))
         return requests
 
     def _room(self, place: int, prompt: Ids) -> int | None:
@@ -183,20 +199,6 @@ class Generator:
                 f"text {place} has {prompt.size:,} tokens, this model reads {context:,} at most: shorten it."
             )
         return context - prompt.size + 1  # the last one is produced and not fed
-
-    def _params(self, options: GenerationOptions) -> tuple[SamplingParams, int]:
-        """How tokens are chosen, and how many at most."""
-        limit = self._limit(options)
-        names = SamplingParams.__dataclass_fields__
-        sampling: dict[str, Any] = {name: value for name, value in options.items() if name in names}
-        forced = {key: options[key] for key in ("forced_bos_token_id",) if key in options}
-        return SamplingParams(**sampling, rules=self.config.rules(limit, **forced)), limit
-
-    def _limit(self, options: GenerationOptions) -> int:
-        limit = options.get("max_new_tokens", 128)
-        if limit < 0:
-            raise UsageError(f"max_new_tokens should be 0 or more, found {limit}.")
-        return limit
 
     def _servable(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
         """The sequences with ids that the folder has rows for; counts cold tokens."""
@@ -216,8 +218,11 @@ class Generator:
             self.stats.count(requests, self.folder.vocab.head, timings, time.perf_counter() - start)
 
     def _search(
-        self, requests: Sequence[Request], params: BeamParams, options: GenerationOptions
+        self, requests: Sequence[Request], plan: GenerationPlan, options: GenerationOptions
     ) -> Iterator[tuple[Request, list[int]]]:
+        params = plan.beams
+        if params is None:
+            raise RuntimeError("a search without beams")
         head = self._cold_head("exact mode") if self._mode(options) == "exact" else None
         search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
         start = time.perf_counter()

@@ -1,11 +1,12 @@
 """What was generated: text from a request's checked tokens, cut at a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from trimserve.decoding.request import Request
 from trimserve.text.codec import Codec
+from trimserve.text.stop_matcher import StopMatcher
 from trimserve.text.stops import StopStrings
 
 Stopped = Literal["eos", "stop", "length"]
@@ -36,17 +37,53 @@ class Generation:
 class OutputReader:
     """Turns one request's tokens into text and watches for stop strings."""
 
-    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        stop: Sequence[str],
+        stop_strings: Sequence[str] = (),
+        prompt: Iterable[int] = (),
+        *,
+        by_bytes: bool = True,
+    ) -> None:
+        """Start a text.
+
+        Args:
+            codec: decodes the tokens.
+            stop: strings of the text that end it.
+            stop_strings: strings of the tokens, special ones included, that end it; see `StopMatcher`.
+            prompt: token ids before the first one.
+            by_bytes: see `StopMatcher`.
+        """
         self._decoder = codec.stream()
-        self._stops = StopStrings(stop)
+        # What ends the tokens is no part of the text either.
+        self._stops = StopStrings((*stop, *stop_strings))
+        self._matcher = (
+            StopMatcher(codec.tokenizer, stop_strings, prompt, by_bytes=by_bytes) if stop_strings else None
+        )
+        self._one_by_one = bool(stop or stop_strings)
         self._text: list[str] = []
         self._finished = False
+        self._stopped = False
 
     def push(self, request: Request, tokens: Sequence[int]) -> str:
-        """Decode more tokens; returns the text that became certain."""
-        piece = self._stops.push(self._decoder.push(tokens))
-        if self._stops.stopped:
-            request.finished = True
+        """Decode more tokens; returns the text that became certain.
+
+        At a stop string the request is finished, and what was produced after it taken back.
+        """
+        if not self._one_by_one:
+            piece = self._decoder.push(tokens)
+            self._text.append(piece)
+            return piece
+        pieces = []
+        for place, token in enumerate(tokens, 1):
+            pieces.append(self._stops.push(self._decoder.push([token])))
+            matched = self._matcher is not None and self._matcher.ends_with(token)
+            if matched or self._stops.stopped:
+                self._stopped = request.finished = True
+                del request.output[len(request.output) - len(tokens) + place :]
+                break
+        piece = "".join(pieces)
         self._text.append(piece)
         return piece
 
@@ -67,7 +104,7 @@ class OutputReader:
         return Generation(
             text="".join(self._text),
             ids=tuple(request.output),
-            stopped="stop" if self._stops.stopped else stopped,
+            stopped="stop" if self._stopped or self._stops.stopped else stopped,
             drafted=request.drafted,
             rejected=request.rejected,
             cold_mass=cold_mass,

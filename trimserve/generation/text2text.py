@@ -12,6 +12,7 @@ from trimserve.errors import UsageError
 from trimserve.exact.checker import ExactChecker
 from trimserve.generation.generator import Generator
 from trimserve.generation.options import GenerationOptions
+from trimserve.generation.plan import GenerationPlan
 
 
 class Text2TextGenerator(Generator):
@@ -55,12 +56,15 @@ class Text2TextGenerator(Generator):
             target = target[1:]
         return np.concatenate([self.config.decoder_start(), forced, target])
 
-    def _requests(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Request]:
-        params, limit = self._params(options)
-        start = self.config.decoder_start(options.get("decoder_start_token_id"))
+    def _requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+        start = self.config.decoder_start(plan.settings.get("decoder_start_token_id"))
         sources = self._servable(prompts)
         self._check_lengths(sources)
-        return [Request(start, params, limit, self.stop_ids, source=source) for source in sources]
+        limit = plan.limit(start.size)
+        # A table of positions ends somewhere: nothing can be computed after that.
+        most = limit if self.config.positions is None else min(limit, self.config.positions)
+        params = plan.params_for(limit)
+        return [Request(start, params, most, plan.stop_ids, source=source) for source in sources]
 
     def _check_lengths(self, sources: Sequence[Ids]) -> None:
         positions = self.config.positions
@@ -72,11 +76,6 @@ class Text2TextGenerator(Generator):
                     f"text {place} has {source.size:,} tokens, this model's encoder reads {positions:,} at "
                     "most: split the text."
                 )
-
-    def _limit(self, options: GenerationOptions) -> int:
-        # A table of positions ends somewhere: nothing can be computed after that.
-        limit = super()._limit(options)
-        return limit if self.config.positions is None else min(limit, self.config.positions)
 
     def _checker(self, options: GenerationOptions) -> Checker | None:
         checker = super()._checker(options)

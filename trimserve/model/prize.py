@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.files.tensors import TensorSpec
 from trimserve.model.source import HEAD_MATRIX, ModelSource
 
 _HEAD_CLASSES = (
@@ -71,7 +71,7 @@ def read_weight_bytes(source: ModelSource) -> WeightBytes | None:
     """
     if not source.has_weights:
         return None
-    specs = [spec for file in source.weight_files for spec in read_header(file)[0].values()]
+    specs = [spec for specs, _ in source.headers.values() for spec in specs.values()]
     rows = [spec for spec in specs if source.vocab_size in spec.shape[:2] and len(spec.shape) <= 2]
     heads = [spec for spec in rows if HEAD_MATRIX.search(spec.name)]
     matrices = [spec for spec in rows if min(spec.shape) > 1 and len(spec.shape) == 2]
@@ -93,8 +93,8 @@ def _head_bytes(source: ModelSource, matrices: list[TensorSpec], heads: list[Ten
     if heads:
         return _bytes(heads) + biases
     architectures = source.config.get("architectures") or [""]
-    tied = str(architectures[0]).endswith(_HEAD_CLASSES)
-    return max((spec.nbytes for spec in matrices), default=0) + biases if tied else 0
+    has_head = str(architectures[0]).endswith(_HEAD_CLASSES)
+    return max((spec.nbytes for spec in matrices), default=0) + biases if has_head else 0
 
 
 def _is_encoders(spec: TensorSpec, source: ModelSource) -> bool:

@@ -3,18 +3,28 @@
 import glob
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.errors import MismatchError, TrimserveError, UsageError
+from trimserve.files.content import check_content
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
-from trimserve.text.tokenizer import end_of_ids, load_tokenizer
+from trimserve.folder.tokenizer_settings import declared_settings
+from trimserve.model.effective_tokenizer import (
+    EffectiveTokenizer,
+    effective_tokenizer,
+    has_tokenizer,
+    original_tokenizer,
+)
+from trimserve.model.tensor_names import unwrapped_names
+from trimserve.model.weights import no_weights
+from trimserve.text.tokenizer import end_of_ids, unreadable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -40,6 +50,10 @@ class ModelSource:
         path: the folder; files of a hub snapshot in it are links, which copying follows.
         named_graph: the ONNX file of the folder that was named itself.
         variant: which precision of its graphs to take, e.g. ``"q4"`` of `onnx/model_q4.onnx`.
+        trust_remote_code: allow code that the folder brings, for its tokenizer.
+        ask_library: ask transformers for the tokenizer also where no setting can matter.
+        made_of: the user's own files, where the folder is a temporary one that was made of them.
+        adapter: name of the adapter that was merged into the model, if it was given beside it.
         modules_folder: the folder of sentence-transformers' modules.json, where `path` is that of its
             transformer (`0_Transformer`).
     """
@@ -49,6 +63,10 @@ class ModelSource:
     path: Path
     named_graph: Path | None = None
     variant: str | None = None
+    trust_remote_code: bool = False
+    ask_library: bool = False
+    made_of: tuple[Path, ...] | None = None
+    adapter: str | None = None
     modules_folder: Path | None = None
 
     @property
@@ -105,36 +123,78 @@ class ModelSource:
         """Read a JSON object of the folder; empty where the file is absent.
 
         Raises:
-            MismatchError: it is not a JSON object in UTF-8.
+            MismatchError: it is not a JSON object in UTF-8, or an empty file or a pointer in its place.
         """
         text = self.read_text(name)
         path = self.path / name
         try:
             content = {} if text is None else json.loads(text)
         except ValueError as error:
+            check_content(path)
             raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
         if not isinstance(content, dict):
             raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
         return content
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """The path of tokenizer.json.
+    @cached_property
+    def is_static_embedding(self) -> bool:
+        """Whether it begins with sentence-transformers' StaticEmbedding, a table of vectors by token id."""
+        try:
+            first = json.loads((self.root / "modules.json").read_text("utf-8"))[0]["type"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        return str(first).endswith(".StaticEmbedding")
+
+    @cached_property
+    def effective(self) -> EffectiveTokenizer:
+        """What the folder's texts are tokenized with: tokenizer.json, or what its library makes of it.
 
         Raises:
-            UsageError: the folder has none.
+            TrimserveError: see `effective_tokenizer`.
+        """
+        if self.is_static_embedding:
+            return original_tokenizer(self.path, {"reason": "StaticEmbedding takes the file as it is"})
+        return effective_tokenizer(
+            self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
+        )
+
+    @property
+    def tokenizer_settings(self) -> Mapping[str, Any]:
+        """What a tokenizer.json cannot hold: see `declared_settings`; also without a tokenizer."""
+        if has_tokenizer(self.path):
+            return self.effective.settings
+        return declared_settings(*map(self.read_json, ("tokenizer_config.json", "special_tokens_map.json")))
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the effective tokenizer, which profiles, vocabs and folders are bound to."""
+        return self.effective.sha256
+
+    def has_tokenizer(self, sha256: str) -> bool:
+        """Whether a profile or a vocab that is bound to this hash belongs to the folder's tokenizer.
+
+        Where it is the hash of tokenizer.json as it is, that file is taken and no library is asked: `export`
+        compares again.
         """
         path = self.path / TOKENIZER_NAME
-        if not path.is_file():
-            raise UsageError(
-                f"{self.path} has no {TOKENIZER_NAME}, which trimserve reads: make one with transformers' "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-            )
-        return path
+        if "effective" not in self.__dict__ and not self.ask_library and path.is_file():
+            original = original_tokenizer(self.path)
+            if original.sha256 == sha256:
+                self.__dict__["effective"] = original
+        return self.tokenizer_sha256 == sha256
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer, with padding and truncation off."""
-        tokenizer = load_tokenizer(self.tokenizer_path)
+        """Load the effective tokenizer, with padding and truncation off.
+
+        Raises:
+            MismatchError: it is not one that the tokenizers library can read.
+        """
+        try:
+            tokenizer = self.effective.load()
+        except Exception as error:  # the library raises bare Exception
+            if isinstance(error, TrimserveError):
+                raise
+            raise unreadable(self.path / TOKENIZER_NAME, error) from error
         if "vocab_size" not in self.__dict__ and self._model_rows() is None:
             # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
             self.__dict__["vocab_size"] = end_of_ids(tokenizer)
@@ -146,7 +206,7 @@ class ModelSource:
 
         It may exceed the tokenizer's ids (padding rows) or fall short of them.
         """
-        return self._model_rows() or end_of_ids(load_tokenizer(self.tokenizer_path))
+        return self._model_rows() or end_of_ids(self.effective.load())
 
     def _model_rows(self) -> int | None:
         """V by the config, else by the weights; None where neither tells it."""
@@ -169,8 +229,8 @@ class ModelSource:
         """The safetensors files with the weights, sorted by name; or the graph and its external data.
 
         Raises:
-            UnsupportedModelError: the weights are pickled.
-            UsageError: there are no weights, or a file that the index names is missing.
+            UnsupportedModelError: the weights are in a format that is not read.
+            UsageError: there are no weights, or they are elsewhere; or a file is missing.
             MismatchError: the index names a path outside the folder.
         """
         if self.named_graph is None and (self.path / WEIGHTS_NAME).is_file():
@@ -179,15 +239,55 @@ class ModelSource:
             return self._indexed_files()
         if self.graph is not None:
             return tuple(sorted(self.graph.parent.glob(f"{glob.escape(self.graph.name)}*")))
-        if pickled := sorted(self.path.glob("*.bin")):
-            raise UnsupportedModelError(
-                f"{pickled[0]} is a pickle, which can run code when it is read: convert the weights to "
-                f"{WEIGHTS_NAME} with transformers' save_pretrained, or use a revision that has them."
+        raise no_weights(self.path)
+
+    @property
+    def recorded_files(self) -> tuple[Path, ...]:
+        """The user's files that the weights come from, which manifests record by their hashes.
+
+        Raises:
+            TrimserveError: see `weight_files`.
+        """
+        return self.weight_files if self.made_of is None else self.made_of
+
+    @cached_property
+    def headers(self) -> dict[Path, tuple[dict[str, TensorSpec], dict[str, str]]]:
+        """What each weight file holds: its tensors, by the names that they have in the model, and metadata.
+
+        Names of `torch.compile`, `DataParallel` and the like are taken off (see `unwrapped_names`).
+
+        Raises:
+            MismatchError: a file is damaged, or two tensors have one name then.
+            TrimserveError: see `weight_files`.
+        """
+        stored = {file: read_header(file) for file in self.weight_files}
+        names = unwrapped_names([name for specs, _ in stored.values() for name in specs])
+        if len(set(names.values())) < len(names):
+            raise MismatchError(
+                f"{self.path} stores a tensor with and without the name of a wrapper (_orig_mod, module): "
+                "save the model again."
             )
-        raise UsageError(
-            f"{self.path} has no weights: expected {WEIGHTS_NAME}, {INDEX_NAME} with its files, or an ONNX "
-            "graph."
-        )
+        return {
+            file: ({names[name]: replace(spec, name=names[name]) for name, spec in specs.items()}, metadata)
+            for file, (specs, metadata) in stored.items()
+        }
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """The tensors of all weight files by name, in file order; none where the source is a graph.
+
+        Raises:
+            TrimserveError: see `headers`.
+        """
+        if self.graph is not None:
+            return {}
+        return {name: spec for specs, _ in self.headers.values() for name, spec in specs.items()}
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether tensors are stored by the names of a wrapper, which no other library loads."""
+        stored = (read_header(file)[0] for file in self.headers)
+        return self.tensors.keys() != {name for specs in stored for name in specs}
 
     def _indexed_files(self) -> tuple[Path, ...]:
         weight_map = self.read_json(INDEX_NAME).get("weight_map")
@@ -208,9 +308,9 @@ class ModelSource:
         return (self.path / WEIGHTS_NAME).is_file() or (self.path / INDEX_NAME).is_file()
 
     def _matrices(self) -> list[TensorSpec]:
-        files = self.weight_files if self.has_weights else ()
-        specs = (spec for file in files for spec in read_header(file)[0].values())
-        return [spec for spec in specs if len(spec.shape) == 2]
+        if not self.has_weights:
+            return []
+        return [spec for specs, _ in self.headers.values() for spec in specs.values() if len(spec.shape) == 2]
 
     def linear_widths(self) -> frozenset[int]:
         """Widths of the model's linear layers that are not its vocab, from the weights' headers alone.

@@ -1,6 +1,15 @@
 """Under which names checkpoints store a tensor of a model class."""
 
+import re
 from collections.abc import Iterable, Sequence
+
+# Modules that torch puts around a part of a model, in the middle of a name: torch.compile, FSDP, activation
+# checkpointing, Lightning with DeepSpeed.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# DataParallel and its like; a model may have a module of that name itself.
+_PARALLEL = "module."
 
 
 def stored_names(names: Sequence[str], prefixes: Iterable[str]) -> list[str]:
@@ -22,3 +31,24 @@ def stored_names(names: Sequence[str], prefixes: Iterable[str]) -> list[str]:
         candidates += [name.removeprefix(f"{prefix}.") for name in names]
         candidates += [f"{prefix}.{name}" for name in names]
     return list(dict.fromkeys(candidates))
+
+
+def unwrapped_names(names: Sequence[str]) -> dict[str, str]:
+    """The names that a checkpoint's tensors have in their model, by the names that they are stored by.
+
+    A training loop that saves the state of `torch.compile(model)` or `DataParallel(model)` stores names of
+    the wrapper, which no library loads.
+
+    Args:
+        names: all names of a checkpoint, of every file.
+
+    Example:
+        >>> unwrapped_names(["module.wte._orig_mod.weight", "module.head.weight"])
+        {'module.wte._orig_mod.weight': 'wte.weight', 'module.head.weight': 'head.weight'}
+        >>> unwrapped_names(["module.weight", "head.weight"])
+        {'module.weight': 'module.weight', 'head.weight': 'head.weight'}
+    """
+    plain = [_WRAPPERS.sub("", name) for name in names]
+    while plain and all(name.startswith(_PARALLEL) for name in plain):
+        plain = [name.removeprefix(_PARALLEL) for name in plain]
+    return dict(zip(names, plain, strict=True))

@@ -33,9 +33,14 @@ def merge(profiles: Sequence[Profile], *, weights: Sequence[float] | None = None
     """
     if not profiles:
         raise UsageError("there is no profile to merge: name at least one.")
+    _warn_of_repeats(profiles)
+    return add_up(profiles, weights)
+
+
+def add_up(profiles: Sequence[Profile], weights: Sequence[float] | None = None) -> Profile:
+    """What `merge` gives, without a word on texts that several profiles hold: for who was warned before."""
     for other in profiles[1:]:
         check_same_model(profiles[0], other)
-    _warn_of_repeats(profiles)
     parts = _normalised(profiles, weights)
     weighted = weights is not None or any(part.shares is not None for part in profiles)
     shares = sum(share * part.mass for share, part in zip(parts, profiles, strict=True))

@@ -5,8 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError
-from trimserve.files.hashes import sha256_file
-from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.model.effective_tokenizer import has_tokenizer
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
 from trimserve.profiles.profile import Profile
@@ -23,10 +22,10 @@ def find_source(profile: Profile, model: Model | None) -> ModelSource | None:
     """
     if model is not None:
         return _checked(profile, model)
-    if not (Path(profile.tokenizer_name) / TOKENIZER_NAME).is_file():
+    if not Path(profile.tokenizer_name).is_dir() or not has_tokenizer(Path(profile.tokenizer_name)):
         return None  # a hub id is not fetched unasked
     source = resolve_model(profile.tokenizer_name, weights=False)
-    return source if sha256_file(source.tokenizer_path) == profile.tokenizer_sha256 else None
+    return source if source.has_tokenizer(profile.tokenizer_sha256) else None
 
 
 def tokenizer_of(profile: Profile, model: Model | None) -> Tokenizer:
@@ -41,9 +40,9 @@ def tokenizer_of(profile: Profile, model: Model | None) -> Tokenizer:
 
 def _checked(profile: Profile, model: Model) -> ModelSource:
     source = resolve_model(model, weights=False)
-    if (found := sha256_file(source.tokenizer_path)) != profile.tokenizer_sha256:
+    if not source.has_tokenizer(profile.tokenizer_sha256):
         raise MismatchError(
-            f"{source.name} has another tokenizer (sha256 {found[:12]}…) than the profile "
+            f"{source.name} has another tokenizer (sha256 {source.tokenizer_sha256[:12]}…) than the profile "
             f"({profile.tokenizer_sha256[:12]}…): pass the model that was profiled."
         )
     return source

@@ -17,7 +17,6 @@ from trimserve.counting.count import Interrupted, Tally, count_corpus
 from trimserve.counting.encoding.encoders import limit_threads
 from trimserve.counting.plan import How, Shard, Where
 from trimserve.errors import MismatchError, UsageError
-from trimserve.files.hashes import sha256_file
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
 from trimserve.model.structural import structural_ids
@@ -65,7 +64,7 @@ def profile(
 
     Args:
         corpus: files, folders, globs, ``hf://`` datasets, "-" for stdin; see `Corpus`.
-        model: a folder or hub id with a tokenizer.json.
+        model: a folder or hub id with a tokenizer.
         **options: all of them optional:
 
             - texts: documents to count besides the files, or instead (with an empty `corpus`).
@@ -83,7 +82,7 @@ def profile(
             - progress: show a bar on stderr if it is a terminal (default True).
 
     Raises:
-        UsageError: an empty corpus, unreadable text, no tokenizer.json, or options that do not go together.
+        UsageError: an empty corpus, unreadable text, no tokenizer, or options that do not go together.
         MissingExtraError: a format or an engine needs a package that is not installed.
         ProfileInterrupted: Ctrl-C, when something was counted already.
     """
@@ -97,7 +96,7 @@ def profile(
     before = None if resume is None else _tally_of(resume, source)
     if workers is not None:
         limit_threads(workers)
-    tokenizer, content = source.tokenizer(), source.tokenizer_path.read_bytes()
+    tokenizer, content = source.tokenizer(), source.effective.content
     structural = structural_ids(source, tokenizer)
     release_free_memory()  # of parsing the tokenizer, more than counting takes
     with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:
@@ -108,6 +107,7 @@ def profile(
         except Interrupted as stop:
             raise ProfileInterrupted(_profile_of(stop.tally, source, structural)) from None
     _warn_without_newlines(tally.counts, tokenizer)
+    _warn_without_completions(tally, chat=bool(options.get("chat")))
     return _profile_of(tally, source, structural)
 
 
@@ -131,7 +131,7 @@ def _profile_of(tally: Tally, source: ModelSource, structural: Ids) -> Profile:
     return Profile(
         **facts,
         unfinished=tally.state,
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
         tokenizer_name=source.name,
         structural=structural,
         linear_widths=tuple(sorted(source.linear_widths())),
@@ -142,7 +142,7 @@ def _profile_of(tally: Tally, source: ModelSource, structural: Ids) -> Profile:
 def _tally_of(partial: Profile, source: ModelSource) -> Tally:
     if partial.unfinished is None or partial.document_counts is None:
         raise UsageError("the profile to resume is complete: there is nothing left to count.")
-    if partial.tokenizer_sha256 != sha256_file(source.tokenizer_path):
+    if not source.has_tokenizer(partial.tokenizer_sha256):
         raise MismatchError(
             f"the profile to resume counts the ids of {partial.tokenizer_name}, another tokenizer than that "
             f"of {source.name}: resume it with its own model."
@@ -157,4 +157,15 @@ def _warn_without_newlines(counts: Counts, tokenizer: Tokenizer) -> None:
         log.warning(
             "no newline token was counted: if the corpus was split into lines, profile whole documents "
             "instead, or line breaks will be cold."
+        )
+
+
+def _warn_without_completions(tally: Tally, *, chat: bool) -> None:
+    if tally.output_counts is not None and not tally.output_counts.any():
+        what = "no message of an assistant" if chat else "no text in the output column"
+        log.warning(
+            "no token of a completion was counted in %d texts: the corpus has %s, so the profile is one of "
+            "prompts alone.",
+            tally.texts,
+            what,
         )

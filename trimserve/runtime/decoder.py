@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from trimserve.arrays import Ids, Rows
 from trimserve.errors import UnsupportedModelError
+from trimserve.folder.manifest import Lengths
 from trimserve.runtime.after_head import read_after_head
 from trimserve.runtime.cold_rows import COLD_INPUT, cold_widths
 from trimserve.runtime.kv_cache import GrowingCache, KVCache, KVLayout, SharedCache
@@ -50,12 +51,20 @@ class Decoder:
         device: where the graph and its cache are.
         cold_inputs: names of the inputs for rows of cold ids, one for each table that ids are looked up in.
         no_rows: what a step without any slot is given for them: one row of zeros each.
+        unchanged: longest text, in tokens, whose rotary frequencies do not depend on its length; None where
+            they never do.
+        restarts_after: most tokens after which the text so far is fed again, or None (see `restarting`).
     """
 
     _MASK = "attention_mask"  # the input that tells tokens from padding
 
-    def __init__(self, session: "ort.InferenceSession", *, device: str = "cpu") -> None:
+    def __init__(
+        self, session: "ort.InferenceSession", *, device: str = "cpu", lengths: Lengths | None = None
+    ) -> None:
         self.device = device
+        lengths = lengths or Lengths()
+        self.unchanged = lengths.unchanged
+        self.restarts_after = lengths.unchanged if lengths.restarts else None
         self._session = session
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
@@ -93,8 +102,11 @@ class Decoder:
 
     @property
     def takes_batches(self) -> bool:
-        """Whether sequences of unequal length can run together, padded on the left."""
-        return self.takes_positions and not self._shares_buffers
+        """Whether sequences of unequal length can run together, padded on the left.
+
+        Not where positions depend on the length: a graph has one length for the whole batch.
+        """
+        return self.takes_positions and not self._shares_buffers and self.unchanged is None
 
     @property
     def takes_beams(self) -> bool:

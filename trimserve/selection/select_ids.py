@@ -81,15 +81,15 @@ def select(  # noqa: PLR0913 - the options are the public interface
         MismatchError: profiles or a model with different tokenizers.
     """
     rule = SelectionRule(
-        coverage,
-        top_k,
-        min_count,
-        max_bytes,
-        multiple_of,
-        min_docs,
-        output_coverage,
-        floors or {},
-        separate_output,
+        coverage=coverage,
+        top_k=top_k,
+        min_count=min_count,
+        max_bytes=max_bytes,
+        multiple_of=multiple_of,
+        min_docs=min_docs,
+        output_coverage=output_coverage,
+        floors=floors or {},
+        separate_output=separate_output,
     )
     named = profiles if isinstance(profiles, Mapping) else {}
     profile = _merged(profiles)

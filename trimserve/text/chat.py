@@ -23,7 +23,6 @@ TEMPLATE_NAME = "chat_template.jinja"
 TEMPLATE_CONFIGS = ("tokenizer_config.json", "chat_template.json")
 # A message: {"role": "user", "content": "..."} and whatever else the template reads.
 Message = Mapping[str, Any]
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ModelFiles(Protocol):
@@ -38,6 +37,10 @@ class ModelFiles(Protocol):
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object; empty where there is none."""
+
+    @property
+    def tokenizer_settings(self) -> Mapping[str, Any]:
+        """See `trimserve.folder.tokenizer_settings`; templates use the special tokens as variables."""
 
 
 def render_chat(
@@ -88,7 +91,7 @@ class ChatTemplate:
         name = "tool_use" if tools and "tool_use" in named else "default"
         if name not in named:
             raise UsageError(f"{files.path} has no chat template: pass the prompt as text instead.")
-        return cls(named[name], _named_tokens(files.read_json("tokenizer_config.json")))
+        return cls(named[name], files.tokenizer_settings["special_tokens"])
 
     def render(
         self,
@@ -129,11 +132,6 @@ def _by_name(entry: object) -> dict[str, str]:
     if not isinstance(entry, list):  # else [{"name": "default", "template": ...}, ...]
         return {}
     return {item["name"]: item["template"] for item in entry if isinstance(item.get("template"), str)}
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    found = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name)}
-    return {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
 
 
 def _environment() -> "jinja2.Environment":

@@ -15,10 +15,10 @@ from tokenizers import Encoding, Tokenizer, normalizers
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
-from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import read_settings
-from trimserve.text.batching import Encoded, Joined, Servable, Side, SlottedBatch, join
+from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
+from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
 from trimserve.text.tokenizer import load_tokenizer, special_ids
@@ -45,9 +45,10 @@ class Codec:
         """
         self._folder = folder
         self.vocab = folder.vocab
-        path = folder.file(TOKENIZER_NAME)
         _check_hashes(folder)
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(folder.tokenizer_path)
+        self._settings = folder.tokenizer_settings
+        self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
         if read_settings(folder).lower_case:
             lower_case_first(self.tokenizer)
         self.special_ids = special_ids(self.tokenizer)
@@ -100,8 +101,8 @@ class Codec:
             texts: any number of texts of any length, or of pairs of texts.
             add_special_tokens: what the tokenizer's post-processor adds (cls, sep, bos).
             max_tokens: longest sequence, special tokens included; a longer text loses tokens at its end
-                (at its start where tokenizer_config.json says ``"truncation_side": "left"``), of a pair
-                the longer text first.
+                (at its start where the tokenizer's truncation side is "left"), of a pair the longer text
+                first.
 
         Raises:
             UsageError: a text is not a string, or `max_tokens` leaves no room for the special tokens.
@@ -124,11 +125,11 @@ class Codec:
         text: str = self.tokenizer.decode(
             np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
         )
-        return text
+        return clean_up(text) if self._settings["clean_up"] else text
 
     def stream(self) -> StreamDecoder:
-        """Start decoding a stream of token ids."""
-        return StreamDecoder(self.tokenizer)
+        """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
+        return StreamDecoder(self.tokenizer, clean=bool(self._settings["clean_up"]))
 
     def servable(self, sequences: Sequence[Ids]) -> Servable:
         """Make every id one that the folder has a row for.
@@ -146,15 +147,11 @@ class Codec:
         split = [self._split(ids, mask) for ids, mask in zip(sequences, cold, strict=True)]
         return Servable([ids for ids, _ in split], [repeats for _, repeats in split], count)
 
-    def slots(
-        self, sequences: Sequence[Ids], *, held: Sequence[int] | Ids = (), side: Side = "right"
-    ) -> SlottedBatch:
-        """Turn token ids into the graph's `input_ids` and `attention_mask`.
+    def slots(self, sequences: Sequence[Ids]) -> SlottedBatch:
+        """Turn token ids into the graph's `input_ids` and `attention_mask`, padded on the right.
 
         Args:
             sequences: token ids (T,) each, of any lengths.
-            held: cold ids that already hold slots 0, 1, ...; new ones are appended.
-            side: where shorter sequences are padded.
 
         Raises:
             UnknownIdError: an id is outside 0..V-1, or see `servable`.
@@ -165,14 +162,14 @@ class Codec:
             sequences, split = servable.sequences, servable.cold_tokens
         # Translated before it is padded: a batch of unequal texts is mostly padding.
         joined = join(sequences)
-        slotted = self.vocab.with_slots(joined.ids, held)
+        slotted = self.vocab.with_slots(joined.ids)
         pad = int(self.vocab.to_compact(self.pad_id))
-        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad, side)
+        ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
     def _named_token(self, role: str) -> str | None:
-        token = self._folder.read_json("tokenizer_config.json").get(role)
-        return token.get("content") if isinstance(token, dict) else token
+        token: str | None = self._settings["special_tokens"].get(role)
+        return token
 
     @cached_property
     def _fallback(self) -> Fallback:
@@ -206,7 +203,7 @@ class Codec:
 
     @cached_property
     def _truncation_side(self) -> str:
-        side: str = self._folder.read_json("tokenizer_config.json").get("truncation_side", "right")
+        side: str = self._settings["truncation_side"]
         return side
 
     def _check_rows(self, texts: Sequence[Text], encoded: Iterable[Encoded]) -> None:
@@ -255,7 +252,7 @@ def _check_texts(texts: Sequence[Text]) -> None:
 def _check_hashes(folder: TrimmedFolder) -> None:
     expected = folder.manifest.tokenizer_sha256
     found = {
-        "tokenizer.json": folder.manifest.files[TOKENIZER_NAME].sha256,
+        folder.tokenizer_path.name: folder.manifest.files[folder.tokenizer_path.name].sha256,
         "the vocab": folder.vocab.tokenizer_sha256 or expected,
     }
     for name, digest in found.items():

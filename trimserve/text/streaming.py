@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from trimserve.text.cleanup import CleanStream
 from trimserve.text.tokenizer import is_byte_token, special_ids
 
 _REPLACEMENT = "\ufffd"
@@ -28,10 +29,18 @@ class StreamDecoder:
     that can change text given out before (none of a known model does) all text comes with `flush`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, clean: bool = False) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: decodes.
+            clean: take out spaces before punctuation (`trimserve.text.cleanup`), and hold back what this may
+                still change.
+        """
         self._tokenizer = tokenizer
+        self._cleaner = CleanStream() if clean else None
         self._special = special_ids(tokenizer)
-        types = [decoder.get("type") for decoder in _decoders(tokenizer)]
+        types = decoder_types(tokenizer)
         self._local = _is_local(tokenizer)
         self._byte_runs = "ByteFallback" in types
         self._window: list[int] = []
@@ -40,6 +49,10 @@ class StreamDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """Take more token ids and give the text that no later token can change; may be empty."""
+        piece = self._settled(ids)
+        return piece if self._cleaner is None else self._cleaner.push(piece)
+
+    def _settled(self, ids: Iterable[int]) -> str:
         visible = [id_ for id_ in map(int, ids) if self._is_visible(id_)]
         held = self._trailing_bytes(visible) if self._local else len(visible)
         self._run += visible
@@ -55,7 +68,7 @@ class StreamDecoder:
         text = self._decode(self._window + self._run)
         piece = text[self._given :]
         self._window, self._run, self._given = [], [], 0
-        return piece
+        return piece if self._cleaner is None else self._cleaner.push(piece) + self._cleaner.flush()
 
     def _advance(self) -> str:
         text = self._decode(self._window)
@@ -81,6 +94,11 @@ class StreamDecoder:
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def decoder_types(tokenizer: Tokenizer) -> list[str]:
+    """The kinds of the decoders that a tokenizer runs one after the other."""
+    return [str(decoder.get("type")) for decoder in _decoders(tokenizer)]
 
 
 def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from trimserve.errors import MismatchError
+from trimserve.files.content import check_content
 
 
 def end_of_ids(tokenizer: Tokenizer) -> int:
@@ -27,11 +28,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.") from error
+        raise unreadable(path, error) from error
     # all-MiniLM's file cuts every text to 128 tokens and pads the rest.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def unreadable(path: Path, error: Exception) -> MismatchError:
+    """The error of a file that the tokenizers library cannot read."""
+    if path.is_file():
+        check_content(path)
+    return MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.")
 
 
 _NEWLINES = ("\n", "\n\n", "\r\n")

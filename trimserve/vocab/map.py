@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +102,12 @@ class VocabMap:
         output = output.astype(np.int32)
         output.setflags(write=False)
         object.__setattr__(self, "output_ids", output)
+
+    @classmethod
+    def everything(cls, vocab_size: int, tokenizer_sha256: str = "") -> Self:
+        """The vocab of an untrimmed model: every id is kept, and is its own compact id."""
+        ids = np.arange(vocab_size, dtype=np.int32)
+        return cls(ids, np.full(vocab_size, Reason.EXPLICIT, np.uint8), vocab_size, tokenizer_sha256)
 
     @cached_property
     def head(self) -> "VocabMap":

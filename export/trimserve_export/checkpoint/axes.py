@@ -91,6 +91,11 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
             f"{path} has no config.json, which tells the model's class: fetch it again."
         )
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedModelError(
+            f"{path}/config.json has no model_type, which tells the model's class: fetch the config of the "
+            "model again, or pass the folder that has it."
+        )
     if model_type not in CONFIG_MAPPING and "auto_map" in raw and not trust_remote_code:
         raise UnsupportedModelError(
             f"{path} brings its own Python code for model type {model_type!r}: "

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from trimserve.arrays import Floats
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.sentence import (
     KINDS,
     SCORES,
@@ -176,6 +177,8 @@ def _read_folder(
         tensors = {_next_name(name): values for name, values in tensors.items()}
     else:
         settings = _with_transformer(settings, source, listed[0], task, config)
+    if settings.drops_prompt:
+        settings = dataclasses.replace(settings, prompt_ends=_special_ids(source))
     if settings.kind == "CrossEncoder":
         settings = _with_activation(settings, source, _labels(settings, tensors, source, config))
     _check(settings, task, source)
@@ -209,9 +212,11 @@ def _check(settings: SentenceSettings, task: str, source: ModelSource) -> None:
 
 def _static(settings: SentenceSettings, source: ModelSource) -> SentenceSettings:
     """A static embedding is the mean of its tokens' rows; its tokenizer cuts as tokenizer.json says."""
-    truncation = source.read_json("tokenizer.json").get("truncation") or {}
+    truncation = source.read_json(TOKENIZER_NAME).get("truncation") or {}
     if truncation.get("strategy", "LongestFirst") != "LongestFirst" or truncation.get("stride", 0):
-        raise UnsupportedModelError(f"{source.tokenizer_path} truncates in an unusual way: {truncation}.")
+        raise UnsupportedModelError(
+            f"{source.path / TOKENIZER_NAME} truncates in an unusual way: {truncation}."
+        )
     return dataclasses.replace(
         settings,
         modules=(Pooling(), *settings.modules),
@@ -354,6 +359,12 @@ def _feeds_type_ids(source: ModelSource, *, pairs: bool) -> bool:
     except (OSError, ValueError, KeyError, ImportError):  # no class for it: tokenizer.json alone counts
         return True
     return "token_type_ids" in names
+
+
+def _special_ids(source: ModelSource) -> tuple[int, ...]:
+    """What the source's library calls special: the tokens that have a role in its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(source.path)  # type: ignore[no-untyped-call]
+    return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def _cross_encoder(source: ModelSource, config: PretrainedConfig | None) -> SentenceSettings:

@@ -7,7 +7,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from trimserve.errors import MismatchError, UnsupportedModelError
-from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.files.tensors import TensorSpec
 from trimserve.model.source import ModelSource
 from trimserve.model.tensor_names import stored_names
 from trimserve_export.checkpoint.axes import (
@@ -69,7 +69,7 @@ def axes_of(
 
 def read_specs(source: ModelSource) -> dict[str, TensorSpec]:
     """Read the headers of all weight files; tensors by name, in file order."""
-    return {name: spec for file in source.weight_files for name, spec in read_header(file)[0].items()}
+    return {name: spec for specs, _ in source.headers.values() for name, spec in specs.items()}
 
 
 def find_stored_vocab(specs: Mapping[str, TensorSpec], axes: list[VocabAxes], vocab_size: int) -> StoredVocab:

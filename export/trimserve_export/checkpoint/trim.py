@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 from trimserve.arrays import Ids
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, UnsupportedModelError
-from trimserve.files.hashes import sha256_file
 from trimserve.files.tensors import (
     STORAGE_DTYPES,
     TensorRows,
@@ -129,12 +128,18 @@ def check_vocab(source: ModelSource, vocab: VocabMap) -> None:
             f"the vocab was selected for {vocab.vocab_size:,} rows, {source.name} has "
             f"{source.vocab_size:,}: profile and select with this model."
         )
-    found = sha256_file(source.tokenizer_path)
-    if vocab.tokenizer_sha256 and vocab.tokenizer_sha256 != found:
+    if vocab.tokenizer_sha256 and not source.has_tokenizer(vocab.tokenizer_sha256):
         raise MismatchError(
             f"the vocab was selected for the tokenizer {vocab.tokenizer_sha256[:12]}…, {source.name} has "
-            f"{found[:12]}…: profile and select with this model."
+            f"{source.tokenizer_sha256[:12]}… ({_changed_by(source)}): profile and select with this model."
         )
+
+
+def _changed_by(source: ModelSource) -> str:
+    """Whose tokenizer a source's is; a light installation may have profiled tokenizer.json as it is."""
+    made_by = source.effective.made_by
+    library = f"{made_by['library']} {made_by.get('version', '')}".strip()
+    return library if source.effective.original else f"{library} changes tokenizer.json on loading"
 
 
 def check_pad(config: PretrainedConfig, axes: VocabAxes, vocab: VocabMap) -> None:
@@ -169,8 +174,7 @@ def stream_tensors(
     Yields:
         The bytes of each chunk as it is written.
     """
-    for file in source.weight_files:
-        specs, metadata = read_header(file)
+    for file, (specs, metadata) in source.headers.items():
         tensors = {name: _kept(spec, stored, vocab.kept_ids) for name, spec in specs.items()}
         yield from write_tensors(target / file.name, tensors, metadata)
     if (source.path / INDEX_NAME).is_file() and len(source.weight_files) > 1:
@@ -230,9 +234,10 @@ class GuardedRows:
 
 def _write_index(source: ModelSource, target: Path) -> None:
     index = source.read_json(INDEX_NAME)
-    headers = (read_header(target / file.name)[0] for file in source.weight_files)
-    size = sum(spec.nbytes for header in headers for spec in header.values())
+    headers = {file.name: read_header(target / file.name)[0] for file in source.weight_files}
+    size = sum(spec.nbytes for header in headers.values() for spec in header.values())
     index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+    index["weight_map"] = {name: file for file, header in headers.items() for name in header}
     (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 

@@ -24,10 +24,12 @@ from trimserve_export.checkpoint.axes import build_on_meta, load_config
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, check_task
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.exporters.genai_mends import check_positions, mend, plain_rope
 
 # The builder quantises, so nobody else has to.
 QUANTIZES = True
-# Text decoders among the architectures that the builder names in its create_model.
+# Text decoders among the architectures that the builder names in its create_model, without OLMo, whose
+# normalisation it takes for another one.
 ARCHITECTURES = frozenset(
     f"{name}ForCausalLM"
     for name in (
@@ -38,7 +40,6 @@ ARCHITECTURES = frozenset(
             "Llama",
             "Mistral",
             "Nemotron",
-            "Olmo",
             "Phi",
             "Phi3",
             "PhiMoE",
@@ -82,6 +83,7 @@ def check_model(config: PretrainedConfig, task: str) -> None:
             f"{_name()} builds attention over heads of a multiple of {_HEAD_SIZES} numbers, and this model's "
             f"have {size}: use another exporter."
         )
+    check_positions(_name(), config)
 
 
 def _head_size(config: PretrainedConfig) -> int:
@@ -109,9 +111,13 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
             "", *where, [f"{key}={value}" for key, value in options.items()]
         )
         _flatten_rope(prepared["hf_details"]["hf_config"])
+        plain_rope(prepared["hf_details"]["hf_config"])
         builder.create_model("", *where, **prepared)
     path = output / "model.onnx"
-    _name_cache_width(path, config.get_text_config())
+    model = ir.load(path)
+    mend(model, config, _name())
+    _name_cache_width(model.graph, config.get_text_config())
+    ir.save(model, path)
     return path
 
 
@@ -233,14 +239,12 @@ def _flatten_rope(config: PretrainedConfig) -> None:
     config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
 
 
-def _name_cache_width(path: Path, config: PretrainedConfig) -> None:
+def _name_cache_width(graph: ir.Graph, config: PretrainedConfig) -> None:
     """Write the size of a head where the builder wrote a symbol: runtimes allocate the cache by it."""
     width = _head_size(config)
-    model = ir.load(path)
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for value in (*graph.inputs, *graph.outputs):
         if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
             value.shape = ir.Shape([*list(value.shape)[:-1], width])
-    ir.save(model, path)
 
 
 def _name() -> str:

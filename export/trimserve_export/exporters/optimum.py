@@ -16,6 +16,7 @@ from trimserve.folder.tasks import TEXT2TEXT_TASK
 from trimserve_export.checkpoint.tasks import TASKS, check_task, load_model
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.exporters.rope import rope_by_length
 
 QUANTIZES = False
 # optimum-onnx measures a graph as one protobuf message, with its weights, to tie them: an error above 2 GiB.
@@ -57,7 +58,11 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     seq2seq = job.task == TEXT2TEXT_TASK
     with quiet():
         model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
-        with tracing.failures_named(_name(), model.config.model_type, job.task), _no_cpu_session(job.dtype):
+        with (
+            tracing.failures_named(_name(), model.config.model_type, job.task),
+            _no_cpu_session(job.dtype),
+            rope_by_length(model),
+        ):
             # Merging an encoder-decoder's two decoders would write them once more: the serving passes take
             # one of them. They also tie weights themselves.
             skip = seq2seq or _parameter_bytes(model) > _MAX_POST_PROCESSED_BYTES

@@ -21,6 +21,7 @@ from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve_export.checkpoint.tasks import check_task, load_model, task_class
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.exporters.rope import rope_by_length
 
 QUANTIZES = False
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
@@ -60,7 +61,11 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     )
     with tracing.quiet():
         model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
-        with tracing.failures_named(_name(), model.config.model_type, job.task), torch.no_grad():
+        with (
+            tracing.failures_named(_name(), model.config.model_type, job.task),
+            torch.no_grad(),
+            rope_by_length(model),
+        ):
             example = _decoder_example(model) if job.task == GENERATION_TASK else _encoder_example(model)
             settings = exporters.OnnxConfig(dynamic=True)
             program, _ = exporters.OnnxExporter().export_program(model, example, config=settings)

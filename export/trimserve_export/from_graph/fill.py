@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.errors import UsageError
-from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import Manifest, is_trimmed, read_manifest
 from trimserve.folder.names import VOCAB_NAME
 from trimserve.folder.opening import list_files
+from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve.model.source import CONFIG_NAME, GENAI_NAME, ModelSource
 from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.configs import compact_config
+from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import head_rows
+from trimserve_export.checkpoint.lengths import lengths_of_graph
 from trimserve_export.checkpoint.sentence_config import read_declared, task_of_modules
 from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.from_graph.trimmed import GENERATION_CONFIG, trim_to_folder, write_generation_config
 from trimserve_export.graphs.writing import GRAPH_NAME
@@ -42,8 +45,7 @@ def fill_from_graph(
         vocab: the kept ids.
         options: what was asked for.
         folder: an existing folder.
-        texts: names of the tokenizer's and the configs' files, which are copied as they are unless the
-            layout cuts the tokenizer.
+        texts: names of the configs' files, which are copied as they are unless the layout cuts the tokenizer.
 
     Raises:
         UsageError: the weights cannot be linked, or the layout takes one variant and there are several.
@@ -68,6 +70,7 @@ def fill_from_graph(
         write_cut_tokenizer(source, vocab, folder)
         _write_compact_configs(source, vocab, folder)
     else:
+        copy_tokenizer(source, folder)
         _copy_texts(source, folder, texts)
         if options.layout == "graph" and source.genai_model:
             _write_json(folder / GENAI_NAME, _with_filename(source.read_json(GENAI_NAME)))
@@ -79,7 +82,8 @@ def fill_from_graph(
     save_vocab(vocab, folder / VOCAB_NAME)
     return Manifest(
         source=made.source,
-        tokenizer_sha256=sha256_file(source.tokenizer_path),
+        tokenizer_sha256=source.tokenizer_sha256,
+        tokenizer=tokenizer_entry(source, options.layout),
         vocab_size=vocab.vocab_size,
         kept=len(vocab),
         head_rows=head_rows(vocab),
@@ -92,9 +96,15 @@ def fill_from_graph(
         exporter={"trimserve": __version__} | made.exporter,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=list_files(folder),
+        generation=_generation(source, made.task, options.layout),
         bytes_before=made.bytes_before,
         quantization=made.quantization,
+        lengths=None if source.graph is None else lengths_of_graph(source, source.graph),
     )
+
+
+def _generation(source: ModelSource, task: str, layout: str) -> dict[str, Any] | None:
+    return read_generation(source) if task in GENERATOR_TASKS and layout == "runtime" else None
 
 
 def _copy_texts(source: ModelSource, folder: Path, names: Iterable[str]) -> None:

@@ -38,7 +38,7 @@ from trimserve_export.trimming.facts import (
     infer_task,
     quantization,
 )
-from trimserve_export.trimming.parts import ENCODER, FIRST, LATER, MERGED, Part, find_parts, one_variant
+from trimserve_export.trimming.parts import ENCODER, Part, find_parts, main_part, one_variant
 from trimserve_export.trimming.sentence_outputs import gives_embeddings, name_hidden_states
 from trimserve_export.trimming.trim import trim_graph, trim_head
 
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
 _HEAD_TASKS = ("fill-mask", *GENERATOR_TASKS)
-# Where the task, dtype and quantisation of a model are read.
-_MAIN_PARTS = ("model", LATER, MERGED, FIRST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,7 @@ def trim_to_folder(
         raise UnsupportedModelError(f"{source.name} has no ONNX graph.")
     if layout == "runtime":
         parts = list(one_variant(parts).values())
-    main = _main_part(parts, source)
+    main = main_part(parts, source)
     if layout == "runtime" and not _is_seq2seq(parts):
         parts = [main]
     model = load_graph(main.path)
@@ -137,13 +135,6 @@ def trim_to_folder(
 def _exporter(source: ModelSource) -> dict[str, str]:
     variant = {} if source.variant is None else {"variant": source.variant}
     return {"name": "graph"} | variant | {name: version(name) for name in ("onnx", "onnx-ir")}
-
-
-def _main_part(parts: list[Part], source: ModelSource) -> Part:
-    """The part that tells most of the model."""
-    named = {part.name: part for part in parts}
-    found = next((named[name] for name in _MAIN_PARTS if name in named), None)
-    return found or next((part for part in parts if part.path == source.graph), parts[0])
 
 
 def _is_seq2seq(parts: list[Part]) -> bool:
@@ -225,7 +216,7 @@ def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
         for model in models.values():
             turn_tables(model.graph)
         return serve_seq2seq(models, folder, rows=source.vocab_size)
-    model = load_graph(_main_part(list(parts.values()), source).path)
+    model = load_graph(main_part(list(parts.values()), source).path)
     name_hidden_states(model.graph)
     turn_tables(model.graph)
     return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
@@ -240,7 +231,7 @@ def save_untrimmed(source: ModelSource, folder: Path, role: str = "model") -> Pa
         role: which graph, as the manifest calls it; ``"model"`` is also the only one.
     """
     parts = find_parts(source)
-    found = {part.role: part for part in parts}.get(role, _main_part(parts, source))
+    found = {part.role: part for part in parts}.get(role, main_part(parts, source))
     write_copy(load_graph(found.path), folder / GRAPH_NAME)
     return folder / GRAPH_NAME
 

@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.files.content import check_content
 from trimserve_export.graphs.values import describe
 
 
@@ -48,9 +49,10 @@ def load_graph(path: Path) -> ir.Model:
         raise UnsupportedModelError(
             f"{path} is in ONNX Runtime's own format: use the .onnx it was made from."
         )
+    check_content(path)
     try:
         model = ir.load(path)
-    except (DecodeError, ValueError) as error:
+    except (DecodeError, ValueError, AttributeError) as error:
         raise MismatchError(f"{path} cannot be read as an ONNX graph ({error}): fetch it again.") from error
     for node in model.graph.all_nodes():
         if node.op_type == "EPContext":
@@ -58,6 +60,8 @@ def load_graph(path: Path) -> ir.Model:
                 f"{describe(node)} holds a part of the model compiled for one device: use the graph it was "
                 "compiled from."
             )
+    # What has a default need not be fed: graphs of before IR version 4 list every weight as an input.
+    model.graph.inputs[:] = [value for value in model.graph.inputs if not value.is_initializer()]
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -83,6 +87,7 @@ def _resolved(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
         raise MismatchError(f"{folder / location} is missing, which holds {tensor.name}: fetch it.")
     end = (tensor.offset or 0) + tensor.nbytes
     if path.stat().st_size < end:
+        check_content(path)
         raise MismatchError(
             f"{folder / location} should have at least {end:,} bytes for {tensor.name} but has "
             f"{path.stat().st_size:,}: fetch it again."

@@ -87,13 +87,13 @@ def read_content(source: ModelSource) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: the model is of a type that cannot be cut.
     """
-    content: dict[str, Any] = json.loads(source.tokenizer_path.read_text("utf-8"))
+    content: dict[str, Any] = json.loads(source.effective.content)
     if "type" not in content["model"]:
         kind = json.loads(source.tokenizer().to_str())["model"]["type"]
         content["model"] = {"type": kind} | content["model"]
     if (kind := content["model"]["type"]) not in MODEL_TYPES:
         raise UnsupportedModelError(
-            f"{source.tokenizer_path} has a model of type {kind!r}: the tokenizer layout rewrites "
+            f"{source.name} has a tokenizer of type {kind!r}: the tokenizer layout rewrites "
             f"{', '.join(MODEL_TYPES)}. Use --layout runtime or graph."
         )
     return content

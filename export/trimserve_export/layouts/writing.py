@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.files.quantized import BlockScheme
-from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.layouts.drop_in import make_drop_in, save_plain, save_tied
@@ -15,21 +14,7 @@ from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.serving.quantize import quantize_graph
 
-# Copied as they are. config.json and generation_config.json too, unless the checkpoint itself is the result.
-TOKENIZER_FILES = (
-    TOKENIZER_NAME,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+# Copied as they are, unless the checkpoint itself is the result.
 CONFIG_FILES = ("config.json", "generation_config.json")
 
 

@@ -33,6 +33,11 @@ class ShapeFacts:
             if node.domain in _DOMAINS:
                 self._learn(node)
 
+    @property
+    def symbols(self) -> frozenset[sympy.Symbol]:
+        """The names of the dimensions of the inputs."""
+        return frozenset(self._symbols.values())
+
     def sizes(self, value: ir.Value | None) -> Sizes | None:
         """The shape of a value, or None where not even its rank is known."""
         if value is None:

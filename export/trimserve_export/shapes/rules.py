@@ -54,7 +54,7 @@ _SAME_SHAPE = (
 )
 # fmt: on
 # fmt: off
-_BROADCAST = (
+BROADCAST = (
     "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min",
     "Mod", "Mul", "Or", "Pow", "Sub", "Where", "Xor",
 )
@@ -234,7 +234,7 @@ def _shape_length(facts: Facts, node: ir.Node) -> Sequence[Size] | None:
 
 SIZES: dict[str, SizesRule] = {
     **dict.fromkeys(_SAME_SHAPE, _same),
-    **dict.fromkeys(_BROADCAST, _broadcast),
+    **dict.fromkeys(BROADCAST, _broadcast),
     **dict.fromkeys(_REDUCTIONS, _reduced),
     "Concat": _concatenated,
     "ConstantOfShape": _filled,

@@ -21,6 +21,8 @@ ENCODER, FIRST, LATER, MERGED = (
     "decoder_model_merged",
 )
 _PARTS = (MERGED, LATER, FIRST, ENCODER, "model", "embed_tokens")
+# Where the task, dtype and quantisation of a model are read, in this order.
+_MAIN_PARTS = ("model", LATER, MERGED, FIRST)
 _VARIANTS = re.compile(r"(?:_(fp32|fp16|q\d\w*|int8|uint8|quantized|bnb4|bf16))?")
 
 
@@ -99,3 +101,10 @@ def one_variant(parts: Sequence[Part]) -> dict[str, Part]:
         raise UsageError(f"the model has the variants {found}, and this layout takes one: pass --variant.")
     wanted = "" if "" in names else next(iter(names))
     return {part.name: part for part in parts if part.variant == wanted}
+
+
+def main_part(parts: Sequence[Part], source: ModelSource) -> Part:
+    """The part that tells most of the model."""
+    named = {part.name: part for part in parts}
+    found = next((named[name] for name in _MAIN_PARTS if name in named), None)
+    return found or next((part for part in parts if part.path == source.graph), parts[0])

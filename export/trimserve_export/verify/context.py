@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from trimserve.arrays import Ids
@@ -16,7 +15,7 @@ from trimserve.model.source import ModelSource
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
-from trimserve.vocab.map import Reason, VocabMap
+from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.stored import StoredVocab
 from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.serving.quantized_embedding import quantized_lookup
@@ -66,10 +65,7 @@ class Context:
         """The full model; each of its V ids has its own row."""
         if self.full_folder is None:
             raise UsageError(f"{self.folder.path} holds no graph: there is no full one to compare it with.")
-        size = self.folder.vocab.vocab_size
-        reason = np.full(size, Reason.STRUCTURAL, np.uint8)
-        everything = VocabMap(np.arange(size, dtype=np.int32), reason, size)
-        return self._open(self.full_folder, everything, None)
+        return self._open(self.full_folder, VocabMap.everything(self.folder.vocab.vocab_size), None)
 
     def _open(self, folder: Path, vocab: VocabMap, cold: ColdRows | None) -> Model:
         graphs = {

@@ -10,13 +10,13 @@ class Check:
 
     Attributes:
         name: what was compared, e.g. ``"kept-logits"``.
-        ok: it holds.
+        ok: it holds; None where nothing could be compared, which `detail` says.
         max_abs_diff: largest absolute difference that was seen; None where nothing numeric was compared.
         detail: what was compared and what was found, as one sentence.
     """
 
     name: str
-    ok: bool
+    ok: bool | None
     max_abs_diff: float | None
     detail: str
 
@@ -29,13 +29,18 @@ class VerifyResult:
 
     @property
     def ok(self) -> bool:
-        """Every check holds, and there was at least one."""
-        return bool(self.checks) and all(check.ok for check in self.checks)
+        """No check fails, and at least one holds."""
+        return any(check.ok for check in self.checks) and not self.failed
 
     @property
     def failed(self) -> tuple[str, ...]:
         """Names of the checks that do not hold."""
-        return tuple(check.name for check in self.checks if not check.ok)
+        return tuple(check.name for check in self.checks if check.ok is False)
+
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """Names of the checks that had nothing to compare with."""
+        return tuple(check.name for check in self.checks if check.ok is None)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: ``{ok, checks: [{name, ok, max_abs_diff, detail}]}``."""

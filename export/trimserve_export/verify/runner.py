@@ -10,7 +10,6 @@ from pathlib import Path
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.files.quantized import BlockScheme
-from trimserve.finetune.restoring import full_source
 from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
 from trimserve.folder.opening import open_folder
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
@@ -18,9 +17,11 @@ from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
 from trimserve_export.card import with_card
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
+from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.checkpoint.tasks import has_vocab_head, task_class
 from trimserve_export.full_model import export_full
+from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import is_static, stored_static
 from trimserve_export.verify.checks.generation import check_generated_ids
 from trimserve_export.verify.checks.layouts import layout_checks
@@ -36,6 +37,9 @@ from trimserve_export.verify.checks.retrimmed import check_retrimmed
 from trimserve_export.verify.checks.rows import check_files, check_kept_rows, check_tokenizer
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check, VerifyResult
+from trimserve_export.verify.source.check import NAME as SOURCE_CHECK
+from trimserve_export.verify.source.check import check_source
+from trimserve_export.verify.source.original import check_library
 from trimserve_export.verify.texts import BUILT_IN, HOSTILE
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,7 @@ def verify(
     *,
     texts: Iterable[str] | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     store: bool = True,
     progress: bool = True,
 ) -> VerifyResult:
@@ -61,6 +66,7 @@ def verify(
         model: the full model, a folder or hub id; by default the source that the manifest names.
         texts: texts to compare on, beside the built-in hostile ones; by default ordinary built-in ones.
         revision: hub revision of `model`.
+        adapter: what was merged into it; by default the adapter that the manifest names, if any.
         store: write the result into the folder's manifest and model card.
         progress: show a bar on a terminal.
 
@@ -70,17 +76,23 @@ def verify(
     Raises:
         UsageError: `folder` is not a trimmed folder, or there is no such model.
         UnsupportedModelError: the full model cannot be exported.
+        MissingExtraError: the source is a sentence-transformers model, and that is not installed.
     """
     path = Path(folder)
     manifest = read_manifest(path)
     source = resolve_source(manifest.source, model, revision)
     if variant := manifest.exporter.get("variant"):
         source = dataclasses.replace(source, variant=variant)
+    check_library(source)
     try:
         opened = open_folder(path)
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
-    with tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch, full_source(source) as source:
+    with (
+        tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch,
+        whole_source(source, adapter=adapter or manifest.source.adapter, renamed=True) as source,
+    ):
+        source = ask_library(source)
         full = _export_full(source, manifest, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
@@ -123,6 +135,8 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
     task = context.folder.manifest.task
     if context.folder.manifest.layout != "runtime":
         yield from layout_checks(context)
+        if context.folder.manifest.graphs:
+            yield SOURCE_CHECK, check_source
         return
     yield "files", check_files
     yield "tokenizer", check_tokenizer
@@ -139,6 +153,7 @@ def _applicable(context: Context) -> Iterator[NamedCheck]:
         yield "runtime-outputs", check_runtime_outputs
     if task in GENERATOR_TASKS:
         yield "generated-ids", check_generated_ids
+    yield SOURCE_CHECK, check_source
 
 
 def _run(context: Context, *, progress: bool) -> Iterator[Check]:

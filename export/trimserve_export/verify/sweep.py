@@ -16,20 +16,37 @@ Array = npt.NDArray[Any]
 
 @dataclass(slots=True)
 class Differences:
-    """What a sweep over the texts has seen so far."""
+    """What a sweep over the texts has seen so far.
+
+    Attributes:
+        values: numbers compared.
+        unequal: those that differ.
+        max_abs_diff: the largest difference.
+        beyond_bound: those that differ by more than their bound.
+        of_one_processor: numbers with a bound were among them: matrices of another width, whose last columns
+            a processor may add up in an order of its own. What was seen holds for the one that computed.
+    """
 
     values: int = 0
     unequal: int = 0
     max_abs_diff: float = 0.0
     beyond_bound: int = 0
+    of_one_processor: bool = False
 
     def add(self, full: Array, trimmed: Array, bound: float = 0.0) -> None:
-        """Compare two arrays; equal infinities and equal NaNs are equal."""
+        """Compare two arrays; equal infinities and equal NaNs are equal.
+
+        Args:
+            full: what the full model gives.
+            trimmed: what the trimmed one gives.
+            bound: what they may differ by; 0 where every processor gives the same bits.
+        """
         if full.shape != trimmed.shape:
             self.beyond_bound += 1
             self.max_abs_diff = float("nan")
             return
         self.values += full.size
+        self.of_one_processor |= bound > 0
         if full.tobytes() == trimmed.tobytes():
             return
         wide = full.astype(np.float64), trimmed.astype(np.float64)

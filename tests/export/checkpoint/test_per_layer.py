@@ -13,7 +13,6 @@ from tests.support.exports import read_float32
 from tests.support.models import needs_transformers_5, with_random_weights
 from tests.support.tiny_tokenizers import KINDS, tokenizer_config
 from trimserve.errors import UnsupportedModelError
-from trimserve.files.hashes import sha256_file
 from trimserve.files.tensors import read_header
 from trimserve.folder.names import COLD_NAME
 from trimserve.model.resolve import resolve_model
@@ -71,7 +70,7 @@ def vocab_of(source) -> VocabMap:
     rest = np.setdiff1d(np.arange(source.vocab_size), structural)
     kept = np.union1d(structural, np.random.default_rng(1).choice(rest, 20, replace=False))
     reason = np.full(kept.shape, Reason.PROFILE, np.uint8)
-    return VocabMap(kept, reason, source.vocab_size, sha256_file(source.tokenizer_path))
+    return VocabMap(kept, reason, source.vocab_size, source.tokenizer_sha256)
 
 
 @needs_transformers_5

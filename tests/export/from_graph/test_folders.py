@@ -163,7 +163,7 @@ def test_one_file_among_variants(variants):
 
 def test_checkpoints_have_neither_links_nor_variants(translators, tmp_path):
     source = resolve_model(translators("t5").source)
-    vocab = make_vocab(KEPT_WORDS, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(KEPT_WORDS, source.vocab_size, source.tokenizer_sha256)
     for option in ({"link": True}, {"variant": "q4"}):
         with pytest.raises(UsageError, match="no ONNX graph to trim"):
             export(source, vocab, tmp_path / "out", **option)
@@ -188,7 +188,7 @@ def test_encoder_decoders_give_the_full_models_tokens(seq2seq, tmp_path, merged)
                 shutil.copy(file, tmp_path / "model")
         folder = tmp_path / "model"
     source = resolve_model(folder)
-    vocab = make_vocab(KEPT_WORDS, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(KEPT_WORDS, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "trimmed", link=merged)
     model = load(tmp_path / "trimmed")
     results = [model.generate(text, max_new_tokens=20)[0] for text in TEXTS]
@@ -201,7 +201,7 @@ def test_encoder_decoders_give_the_full_models_tokens(seq2seq, tmp_path, merged)
 def test_encoder_decoders_for_a_cut_tokenizer(seq2seq, tmp_path):
     _, folder = seq2seq
     source = resolve_model(folder)
-    vocab = make_vocab(KEPT_WORDS, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(KEPT_WORDS, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "trimmed", layout="tokenizer")
     manifest = read_manifest(tmp_path / "trimmed")
     names = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
@@ -214,7 +214,7 @@ def test_encoder_decoders_for_a_cut_tokenizer(seq2seq, tmp_path):
 def test_encoder_decoders_as_drop_ins(seq2seq, tmp_path):
     _, folder = seq2seq
     source = resolve_model(folder)
-    vocab = make_vocab(KEPT_WORDS, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(KEPT_WORDS, source.vocab_size, source.tokenizer_sha256)
     with pytest.raises(UnsupportedModelError, match=r"decoder_model_merged\.onnx"):
         export(source, vocab, tmp_path / "merged", layout="graph")
     plain = tmp_path / "model"
@@ -230,7 +230,7 @@ def test_encoder_decoders_as_drop_ins(seq2seq, tmp_path):
 def test_verify_looks_at_every_graph(seq2seq, tmp_path):
     _, folder = seq2seq
     source = resolve_model(folder)
-    vocab = make_vocab(KEPT_WORDS, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(KEPT_WORDS, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "trimmed", layout="tokenizer")
     path = tmp_path / "trimmed" / "decoder_model_merged.onnx"
     model = ir.load(path)

@@ -17,7 +17,6 @@ from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize
 from tests.support.folders import make_vocab
 from tests.support.graph_folders import fuse
 from tests.support.translators import KEPT, TASK, Translator
-from trimserve.files.hashes import sha256_file
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
 from trimserve_export import export
@@ -101,7 +100,7 @@ def test_tokens_are_those_of_the_untrimmed_graphs(translators, tmp_path, family,
     left_out = ("decoder_model.onnx", "*_with_past_*") if merged else ()
     shutil.copytree(full, given, ignore=shutil.ignore_patterns(*left_out))
     source = resolve_model(given)
-    vocab = make_vocab(KEPT, source.vocab_size, sha256_file(source.tokenizer_path))
+    vocab = make_vocab(KEPT, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, tmp_path / "trimmed")
     model = load(tmp_path / "trimmed")
     assert model.folder.manifest.task == TASK

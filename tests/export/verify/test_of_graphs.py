@@ -1,7 +1,10 @@
 """`verify` of folders made of ONNX graphs: it passes, and fails where a row was shifted."""
 
-import onnx_ir as ir
 import pytest
+
+pytest.importorskip("torch")
+
+import onnx_ir as ir
 
 from tests.support.graph_folders import accept_files, save_graph, shift_rows, vocab_of
 from trimserve.files.tensors import read_header
@@ -11,7 +14,6 @@ from trimserve.folder.opening import open_folder
 from trimserve_export import export
 from trimserve_export.verify import verify
 
-pytest.importorskip("torch")
 pytestmark = pytest.mark.export
 TEXTS = ["the cat sat on the mat", "Grüße, Welt! 🎉"]
 

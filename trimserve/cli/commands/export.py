@@ -1,6 +1,7 @@
 """`trimserve export`: make a trimmed folder from a model."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +20,7 @@ if TYPE_CHECKING:
     from trimserve.corpus.files import CorpusSource
     from trimserve.model.source import ModelSource
     from trimserve.profiles.profile import Profile
-    from trimserve.vocab.map import VocabMap
     from trimserve_export.layouts.segmentation import Sample
-
-
-SETTINGS = (
-    "task",
-    "exporter",
-    "dtype",
-    "quantize",
-    "device",
-    "layout",
-    "to",
-    "cold",
-    "link",
-    "variant",
-    "sketch",
-    "trust_remote_code",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
     base = "the model that a compact checkpoint of fine-tuning was cut from (default: the one it names)"
     parser.add_argument("--base", help=base)
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="LoRA or another adapter to merge into the model (peft)"
+    )
     ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group()
     ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
     ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
@@ -82,9 +69,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Select if asked to, export, report."""
-    from trimserve.finetune.restoring import full_source
     from trimserve.folder.staging import check_target
     from trimserve.model.resolve import resolve_model
+    from trimserve.profiles.merging import add_up
+    from trimserve.selection.select_ids import select
+    from trimserve.vocab.file import load_vocab
 
     options = selection_options(args)
     if args.vocab is not None and any(options.values()):
@@ -94,15 +83,21 @@ def run(args: argparse.Namespace) -> int:
     _check_reading(args)
     check_target(args.output, overwrite=args.overwrite)  # before minutes of work
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(exporter.Options)}
     exporter.Options(**settings)  # refuses what is not built before a corpus is read
+    whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve export")
     checkpoint = resolve_model(args.model, revision=args.revision)
     if args.vocab is None and args.profile is None and args.corpus is None:
         args.vocab = _own_vocab(checkpoint, options)
-    with full_source(checkpoint, args.base, near=args.output.parent) as source:
-        profile = _profile(args, source)
-        vocab = _vocab(args, source, profile, options)
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    with whole.whole_source(
+        checkpoint, args.base, adapter=args.adapter, near=args.output.parent, **trusted
+    ) as source:
+        exporter.check_early(source, exporter.Options(**settings))  # before minutes of reading a corpus
+        profiles = _profiles(args, source)
+        vocab = load_vocab(args.vocab) if profiles is None else select(profiles, model=source, **options)
         if args.layout == "tokenizer":
+            profile = add_up(list(profiles.values())) if isinstance(profiles, dict) else profiles
             settings |= {"profile": profile, "sample": _sample(args, source, profile)}
         result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
@@ -132,24 +127,12 @@ def _own_vocab(source: "ModelSource", options: dict[str, Any]) -> Path:
     return source.path / VOCAB_NAME
 
 
-def _vocab(
-    args: argparse.Namespace, source: "ModelSource", profile: "Profile | None", options: dict[str, Any]
-) -> "VocabMap":
-    from trimserve.selection.select_ids import select
-    from trimserve.vocab.file import load_vocab
-
-    if profile is None:
-        return load_vocab(args.vocab)
-    named = load_profiles(args.profile) if args.profile else profile
-    return select(named, model=source, **options)
-
-
-def _profile(args: argparse.Namespace, source: "ModelSource") -> "Profile | None":
-    from trimserve.profiles.merging import merge
+def _profiles(args: argparse.Namespace, source: "ModelSource") -> "Profile | dict[str, Profile] | None":
+    """What to select from: profiles by name, or one of a corpus; None where a vocab was given."""
     from trimserve.profiles.profiling import profile
 
     if args.profile is not None:
-        return merge(list(load_profiles(args.profile).values()))
+        return load_profiles(args.profile)
     if args.corpus is not None:
         return profile(args.corpus, source, **reading_options(args))
     return None

@@ -99,13 +99,10 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _check_tokenizer(source: "ModelSource", vocab: "VocabMap") -> None:
-    from trimserve.files.hashes import sha256_file
-
-    found = sha256_file(source.tokenizer_path)
-    if vocab.tokenizer_sha256 and vocab.tokenizer_sha256 != found:
+    if vocab.tokenizer_sha256 and not source.has_tokenizer(vocab.tokenizer_sha256):
         raise MismatchError(
             f"the vocab was selected for the tokenizer {vocab.tokenizer_sha256[:12]}…, {source.name} has "
-            f"{found[:12]}…: pass the model that was profiled."
+            f"{source.tokenizer_sha256[:12]}…: pass the model that was profiled."
         )
 
 

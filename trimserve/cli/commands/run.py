@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.output import emit
 from trimserve.errors import UsageError
+from trimserve.stdout import data_stream
 
 if TYPE_CHECKING:
     from trimserve.generation.generator import Generator
@@ -181,10 +182,10 @@ def _token_id(model: "Generator", token: str) -> int:
 
 def _stream(model: "Generator", prompt: str, chat: bool | None, options: "GenerationOptions") -> None:
     pieces = model.stream_chat([_message(prompt)], **options) if chat else model.stream(prompt, **options)
+    out = data_stream()
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        print(piece, end="", file=out, flush=True)
+    print(file=out, flush=True)
 
 
 def _message(text: str) -> dict[str, str]:

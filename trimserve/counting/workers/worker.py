@@ -3,15 +3,18 @@
 import contextlib
 import signal
 import sys
+from typing import TextIO, cast
 
 from trimserve.counting.workers import wire
+from trimserve.stdout import data_only, data_stream
 
 
 def main() -> None:
     """Count until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    with contextlib.suppress(EOFError):
+    # Not by file descriptor 1: loading a tokenizer may print to it.
+    with data_only(restore=False), contextlib.suppress(EOFError):
+        requests, answers = sys.stdin.buffer, cast(TextIO, data_stream()).buffer
         job = wire.read_job(wire.receive(requests))
         encoder = job.make_encoder()
         while True:

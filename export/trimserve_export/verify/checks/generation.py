@@ -11,6 +11,7 @@ from trimserve.arrays import Ids
 from trimserve.decoding.token_rules import TokenRules, Verdict
 from trimserve.generation.generator import Generator
 from trimserve.generation.options import Mode
+from trimserve.generation.plan import PLAIN
 from trimserve.loading import load
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.plain_run import GraphModel, Model
@@ -62,7 +63,8 @@ def check_generated_ids(context: Context) -> Check:
     largest, ties = 0.0, 0
     for mode in modes:
         for text, prompt in prompts:
-            (generated,) = model.generate(text, mode=mode, max_new_tokens=_NEW_TOKENS)
+            options: dict[str, Any] = {**PLAIN, "mode": mode, "max_new_tokens": _NEW_TOKENS}
+            (generated,) = model.generate(text, **options)
             rules = model.config.rules(_NEW_TOKENS) or TokenRules()
             forbidden = _forbidden(context, prompt, rules, mode)
             expected = _greedy(context.full, prompt, forbidden, rules, model.stop_ids)
@@ -123,7 +125,7 @@ def _greedy(
     ids = start
     while len(steps) < _NEW_TOKENS and not (steps and steps[-1].token in stop_ids):
         outputs = decoder.run(ids, past, keep=1)
-        verdict = rules.at(start, np.array([step.token for step in steps], np.int32))
+        verdict = rules.at(start, np.array([step.token for step in steps], np.int32), prompt)
         logits = _obey(verdict, np.where(forbidden, -np.inf, outputs["logits"][0, -1]))
         steps.append(CheckedStep(int(logits.argmax()), logits, outputs["hidden_states"]))
         ids, past = np.array([steps[-1].token], np.int32), past | outputs

@@ -52,7 +52,7 @@ def layout_checks(context: Context) -> Iterator[tuple[str, Callable[[Context], C
 def check_cut_tokenizer(context: Context) -> Check:
     """Compare every token's compact id, and the segmentation of texts whose tokens are all kept."""
     vocab = context.folder.vocab
-    original = load_tokenizer(context.source.tokenizer_path)
+    original = context.source.tokenizer()
     cut = load_tokenizer(context.folder.file(TOKENIZER_NAME))
     expected = {original.id_to_token(id_): compact for compact, id_ in enumerate(vocab.kept_ids.tolist())}
     if wrong := expected.items() ^ cut.get_vocab(with_added_tokens=True).items():
@@ -125,7 +125,7 @@ def _open_untrimmed(context: Context) -> "ort.InferenceSession":
 def _sequences(context: Context) -> Iterator[Ids]:
     """Token ids of the texts that the layout takes, then drawn ones."""
     vocab, limit = context.folder.vocab, context.max_tokens
-    tokenizer = load_tokenizer(context.source.tokenizer_path)
+    tokenizer = context.source.tokenizer()
     for text in context.texts:
         ids = np.array(tokenizer.encode(text).ids[:limit], np.int64)
         if (

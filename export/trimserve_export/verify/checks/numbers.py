@@ -1,5 +1,7 @@
 """Checks of numbers: the trimmed graph against the full one on the same token ids."""
 
+import platform
+
 import numpy as np
 
 from trimserve.arrays import Ids
@@ -93,10 +95,24 @@ def _texts(context: Context) -> str:
 
 
 def check_differences(name: str, differences: Differences, what: str) -> Check:
-    """Turn what a comparison has seen into a check; `what` says what was compared."""
+    """Turn what a comparison has seen into a check.
+
+    Args:
+        name: of the check.
+        differences: what was seen.
+        what: what was compared.
+    """
     ok = differences.values > 0 and differences.beyond_bound == 0
+    here = where_it_holds(differences)
     if differences.unequal == 0 and ok:
-        return Check(name, True, 0.0, f"{differences.values:,} numbers bit for bit equal: {what}")
+        return Check(name, True, 0.0, f"{differences.values:,} numbers bit for bit equal{here}: {what}")
     within = " within the rounding bound 2 gamma ||h|| max||w||" if ok else ""
-    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}: {what}"
+    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}{here}: {what}"
     return Check(name, ok, differences.max_abs_diff, detail)
+
+
+def where_it_holds(differences: Differences) -> str:
+    """For a message: what was seen of sums that another processor may add up in another order."""
+    if not differences.of_one_processor:
+        return ""
+    return f" on this {platform.machine()} processor (another may differ by the rounding of logits)"

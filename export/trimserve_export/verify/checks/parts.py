@@ -12,6 +12,7 @@ from trimserve.runtime.session import open_session
 from trimserve.vocab.map import VocabMap
 from trimserve_export.from_graph.trimmed import save_untrimmed
 from trimserve_export.graphs.writing import GRAPH_NAME
+from trimserve_export.verify.checks.numbers import where_it_holds
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 from trimserve_export.verify.sweep import Differences
@@ -50,11 +51,13 @@ def check_part_outputs(context: Context) -> Check:
         for feeds in _all_feeds(full, folder.vocab):
             _compare(context, differences, _run(full, feeds), _run(trimmed, _as_fed(context, feeds)))
     ok = differences.values > 0 and differences.beyond_bound == 0
+    here = where_it_holds(differences)
     what = f"outputs of {len(folder.manifest.graphs)} graphs on drawn ids"
     if ok and differences.unequal == 0:
-        return Check("layout-outputs", True, 0.0, f"{differences.values:,} numbers bit for bit equal: {what}")
+        detail = f"{differences.values:,} numbers bit for bit equal{here}: {what}"
+        return Check("layout-outputs", True, 0.0, detail)
     within = f" within {_ROUNDING:g} of the largest logit" if ok else ""
-    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}: {what}"
+    detail = f"{differences.unequal:,} of {differences.values:,} numbers differ{within}{here}: {what}"
     return Check("layout-outputs", ok, differences.max_abs_diff, detail)
 
 

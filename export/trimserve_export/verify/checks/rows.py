@@ -1,7 +1,7 @@
 """Checks of bytes: the folder's files, its tokenizer, and each row of the vocab tensors."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from trimserve.arrays import Ids
 from trimserve.errors import MismatchError
 from trimserve.files.hashes import sha256_file
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header
-from trimserve.folder.names import COLD_NAME, TOKENIZER_NAME, VOCAB_NAME
+from trimserve.folder.names import COLD_NAME, SOURCE_TOKENIZER_FILES, VOCAB_NAME
 from trimserve.folder.opening import open_folder
-from trimserve.text.tokenizer import load_tokenizer
+from trimserve_export.checkpoint.source_tokenizer import library_ids
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
 
@@ -41,7 +41,7 @@ def check_files(context: Context) -> Check:
     folder, source = context.folder, context.source
     open_folder(folder.path, hash_all=True)
     recorded = folder.manifest.source.files
-    for path in source.weight_files:
+    for path in source.recorded_files:
         if path.name in recorded and recorded[path.name] != sha256_file(path):
             raise MismatchError(
                 f"{path} is not the file that this folder was made from (expected sha256 "
@@ -52,24 +52,48 @@ def check_files(context: Context) -> Check:
 
 
 def check_tokenizer(context: Context) -> Check:
-    """Compare tokenizer.json byte for byte, and the ids that it gives to the texts."""
-    folder, source = context.folder, context.source
-    ours, theirs = folder.file(TOKENIZER_NAME), source.tokenizer_path
-    if ours.read_bytes() != theirs.read_bytes():
-        return Check("tokenizer", False, None, f"{ours} differs from {theirs}")
-    digest = sha256_file(ours)
-    if digest not in (folder.manifest.tokenizer_sha256, "") or folder.vocab.tokenizer_sha256 not in (
-        digest,
-        "",
-    ):
-        return Check("tokenizer", False, None, "the vocab belongs to another tokenizer.json")
-    reference = load_tokenizer(theirs)
-    for text, ids in zip(context.texts, context.codec.encode(context.texts), strict=True):
-        if reference.encode(text).ids != ids.tolist():
+    """Compare the tokenizer's files byte for byte, and the ids of the texts with its library's."""
+    source = context.source
+    if problem := _tokenizer_problem(context):
+        return Check("tokenizer", False, None, problem)
+    made_by = source.effective.made_by
+    by_library = made_by["library"] == "transformers"
+    expected = library_ids(source, context.texts) if by_library else _own_ids(context)
+    for text, ids, found in zip(context.texts, expected, context.codec.encode(context.texts), strict=True):
+        if ids != found.tolist():
             return Check("tokenizer", False, None, f"the runtime segments {text[:40]!r} differently")
-    return Check(
-        "tokenizer", True, None, f"same bytes, same ids for {len(context.texts)} texts of any script"
-    )
+    whose = f"AutoTokenizer's (transformers {made_by['version']})" if by_library else "tokenizer.json's"
+    detail = f"same files, and {whose} ids for {len(context.texts)} texts of any script"
+    return Check("tokenizer", True, None, detail)
+
+
+def _tokenizer_problem(context: Context) -> str | None:
+    """What is wrong with the tokenizer's files, if anything."""
+    folder, source = context.folder, context.source
+    for name in SOURCE_TOKENIZER_FILES:
+        if (source.path / name).is_file():
+            ours, theirs = folder.file(name), source.path / name
+            if ours.read_bytes() != theirs.read_bytes():
+                return f"{ours} differs from {theirs}"
+    if folder.tokenizer_path.read_bytes() != source.effective.content:
+        return (
+            f"{folder.tokenizer_path} was made by {_library(folder.manifest.tokenizer)}, and "
+            f"{_library(source.effective.made_by)} makes another tokenizer of {source.name}: export it again"
+        )
+    recorded = folder.manifest.tokenizer.get("settings", source.effective.settings)
+    if wrong := [key for key, value in source.effective.settings.items() if recorded.get(key) != value]:
+        return f"the manifest says {wrong[0]} = {recorded.get(wrong[0])!r} of the tokenizer, which is not so"
+    bound = {folder.manifest.tokenizer_sha256, folder.vocab.tokenizer_sha256} - {"", source.tokenizer_sha256}
+    return "the vocab belongs to another tokenizer" if bound else None
+
+
+def _library(made_by: Mapping[str, Any]) -> str:
+    return f"{made_by.get('library', 'tokenizers')} {made_by.get('version', '')}".strip()
+
+
+def _own_ids(context: Context) -> list[list[int]]:
+    tokenizer = context.source.tokenizer()
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(context.texts))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,184 @@
+"""Merge an adapter (LoRA and its like) into its base with peft: the checkpoint of peft's own merge."""
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
+from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.model.source import CONFIG_NAME, INDEX_NAME, ModelSource
+from trimserve_export.checkpoint.axes import architecture_class, load_config
+from trimserve_export.source.admission import check_source
+from trimserve_export.source.whole import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    pass
+
+_WEIGHTS: Final = "adapter_model.safetensors"
+_CLASSES: Final[dict[str, Any]] = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+_LABELLED: Final = ("SEQ_CLS", "TOKEN_CLS")
+_CLASSIFIER: Final = re.compile(r"(classifier|score|out_proj)\.weight$")
+_SMALL: Final = (".json", ".jinja", ".txt", ".model")
+_NOT_COPIED: Final = (CONFIG_NAME, INDEX_NAME, ADAPTER_CONFIG, "trainer_state.json")
+_PREFIX: Final = "base_model.model."
+
+
+def merge_adapter(
+    base: ModelSource, adapter: ModelSource, target: Path, *, trust_remote_code: bool = False
+) -> ModelSource:
+    """Write the checkpoint of a model with an adapter merged into it, in the base's stored dtype.
+
+    Args:
+        base: a checkpoint.
+        adapter: a folder with adapter_config.json and adapter_model.safetensors. Its own tokenizer files
+            replace the base's.
+        target: an existing empty folder.
+        trust_remote_code: allow code that the base's folder brings.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        UnsupportedModelError: the base cannot be read or is quantised, or the adapter cannot be merged.
+        MismatchError: the adapter does not fit the base.
+        UsageError: there is no adapter, or no weights of it.
+    """
+    stored = _stored(adapter)
+    if base.graph is not None:
+        raise UsageError(
+            f"{base.name} is an ONNX graph, which no adapter can be merged into: pass its checkpoint."
+        )
+    check_source(base, trust_remote_code=trust_remote_code)
+    peft = require("peft", extra="adapter", purpose=f"merging the adapter {adapter.name}")
+    config = peft.PeftConfig.from_pretrained(adapter.path)
+    if config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{adapter.name} is a {config.peft_type.value} adapter, which adds to the prompt and not to the "
+            "weights: it cannot be merged into a model."
+        )
+    model = _load(base, config.task_type, stored, trust_remote_code=trust_remote_code)
+    rows = _resize(model, stored)
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    merged = _merge(peft, model, base, adapter)
+    untied = tied and _untie(merged)
+    merged.save_pretrained(target)
+    own_config = isinstance(merged, architecture_class(merged.config) or ()) and _same_class(base, merged)
+    if own_config and not rows and not untied:
+        shutil.copyfile(base.path / CONFIG_NAME, target / CONFIG_NAME)
+    for folder in (base.path, adapter.path):
+        _copy_small_files(folder, target)
+    files = (*base.weight_files, adapter.path / _WEIGHTS, adapter.path / ADAPTER_CONFIG)
+    return ModelSource(base.name, base.revision, target, made_of=files, adapter=adapter.name)
+
+
+def _stored(adapter: ModelSource) -> dict[str, TensorSpec]:
+    if not (adapter.path / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"{adapter.name} has no {ADAPTER_CONFIG}, so it is no adapter: check --adapter.")
+    if not (adapter.path / _WEIGHTS).is_file():
+        pickled = (adapter.path / "adapter_model.bin").is_file()
+        raise UsageError(
+            f"{adapter.name} has no {_WEIGHTS}{', only a pickle' if pickled else ''}: save the adapter again "
+            "with a current peft's save_pretrained."
+        )
+    return read_header(adapter.path / _WEIGHTS)[0]
+
+
+def _load(
+    base: ModelSource, task: str | None, stored: dict[str, TensorSpec], *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The base in the class that the adapter was trained in."""
+    config = load_config(base.path, trust_remote_code=trust_remote_code)
+    model_class = _CLASSES.get(task or "") or architecture_class(config) or transformers.AutoModel
+    labels = [spec.shape[0] for name, spec in stored.items() if _CLASSIFIER.search(name)]
+    if task in _LABELLED and labels and config.num_labels != labels[-1]:
+        config.num_labels = labels[-1]
+    model, report = model_class.from_pretrained(
+        base.path,
+        config=config,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=bool(labels),
+    )
+    brought = {name.removeprefix(_PREFIX) for name in stored}
+    made_anew = [name for name in report["missing_keys"] if "pooler" not in name and name not in brought]
+    if made_anew:
+        raise MismatchError(
+            f"neither {base.name} nor the adapter has {sorted(made_anew)[0]}, which {task} needs: pass the "
+            "model that the adapter was trained on with -m."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _resize(model: PreTrainedModel, stored: dict[str, TensorSpec]) -> bool:
+    """Give the vocab matrices the rows that the adapter brings: of tokens that were added for it."""
+    table: Any = model.get_input_embeddings()
+    tables = (table, _head_of(model))
+    names = {name for name, module in model.named_modules() if any(module is table for table in tables)}
+    rows = {
+        spec.shape[0]
+        for name, spec in stored.items()
+        if re.sub(r"(\.base_layer)?\.weight$", "", name.removeprefix(_PREFIX)) in names
+        and name.endswith("weight")
+    }
+    if not rows - {table.weight.shape[0]}:
+        return False
+    model.resize_token_embeddings(max(rows), mean_resizing=False)
+    return True
+
+
+def _merge(peft: Any, model: PreTrainedModel, base: ModelSource, adapter: ModelSource) -> PreTrainedModel:  # noqa: ANN401
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            merged = peft.PeftModel.from_pretrained(model, adapter.path).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, UserWarning, AttributeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MismatchError(
+            f"the adapter {adapter.name} cannot be merged into {base.name} ({reason}): pass the model that "
+            "it was trained on with -m."
+        ) from error
+    return merged  # type: ignore[no-any-return]
+
+
+def _untie(model: PreTrainedModel) -> bool:
+    """Let the config say so where the adapter brought a head of its own for a tied model."""
+    head = _head_of(model)
+    text = model.config.get_text_config()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        return False
+    model.config.tie_word_embeddings = text.tie_word_embeddings = False
+    return True
+
+
+def _head_of(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_output_embeddings()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _same_class(base: ModelSource, merged: PreTrainedModel) -> bool:
+    return type(merged).__name__ in (base.config.get("architectures") or [])
+
+
+def _copy_small_files(folder: Path, target: Path) -> None:
+    """Tokenizer, chat template, generation config, and the modules of sentence-transformers."""
+    for path in sorted([*folder.iterdir(), *folder.glob("*/config.json")]):
+        if (
+            path.is_file()
+            and path.suffix in _SMALL
+            and not (path.parent == folder and path.name in _NOT_COPIED)
+        ):
+            copy = target / path.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

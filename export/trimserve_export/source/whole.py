@@ -1,0 +1,121 @@
+"""Give any model as one that libraries load: restored, adapters merged, names of wrappers taken off."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from trimserve.errors import MissingExtraError, UsageError
+from trimserve.files.tensors import TensorSource, WholeTensor, exhaust, write_tensors
+from trimserve.finetune.restoring import full_source, is_compact
+from trimserve.model.resolve import resolve_model
+from trimserve.model.source import INDEX_NAME, ModelSource
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+
+
+@contextlib.contextmanager
+def whole_source(
+    source: ModelSource,
+    base: str | Path | ModelSource | None = None,
+    *,
+    adapter: str | Path | None = None,
+    near: Path | None = None,
+    renamed: bool = False,
+    trust_remote_code: bool = False,
+) -> Iterator[ModelSource]:
+    """Give a model as a full one; what has to be made lies in a temporary folder for the block.
+
+    Args:
+        source: a model, a compact checkpoint of fine-tuning, or an adapter, which is merged into the model
+            that its config names.
+        base: see `trimserve.finetune.restoring`.
+        adapter: a folder or hub id of an adapter to merge into the model.
+        near: the folder to make the temporary one in; the system's by default.
+        renamed: also write a checkpoint anew whose tensors have names of a wrapper, for other libraries.
+        trust_remote_code: allow code that the model folder brings.
+
+    Raises:
+        TrimserveError: see `trimserve.finetune.restoring` and `trimserve_export.source.adapter`.
+    """
+    beside = near if near is not None and near.is_dir() else None
+    with contextlib.ExitStack() as stack:
+
+        def scratch() -> Path:
+            made = tempfile.TemporaryDirectory(prefix=".trimserve-full.", dir=beside)
+            return Path(stack.enter_context(made))
+
+        own, brought = _parts_of(source, adapter)
+        if brought is not None:
+            from trimserve_export.source.adapter import merge_adapter
+
+            merged = merge_adapter(own, brought, scratch(), trust_remote_code=trust_remote_code)
+            # An adapter that names its base is a model by itself, and found again by its own name.
+            own = merged if adapter is not None else replace(merged, name=source.name, adapter=None)
+        whole = stack.enter_context(full_source(own, base, near=near))
+        if renamed and whole.graph is None and whole.is_wrapped:
+            whole = _write_renamed(whole, scratch())
+        yield whole
+
+
+def is_adapter(source: ModelSource) -> bool:
+    """Whether a folder holds an adapter and no model of its own."""
+    return (source.path / ADAPTER_CONFIG).is_file() and not source.has_weights and source.graph is None
+
+
+def _parts_of(source: ModelSource, adapter: str | Path | None) -> tuple[ModelSource, ModelSource | None]:
+    """The model itself, and the adapter to merge into it."""
+    if adapter is not None:
+        if is_adapter(source):
+            raise UsageError(
+                f"{source.name} is an adapter itself: pass the model that it belongs to with -m, or leave "
+                "--adapter out."
+            )
+        return source, resolve_model(adapter)
+    if is_adapter(source):
+        return _base_of(source), source
+    has_both = (source.path / ADAPTER_CONFIG).is_file() and any(source.path.glob("adapter_model.*"))
+    if has_both and not is_compact(source.path):
+        raise UsageError(
+            f"{source.name} holds a model and an adapter: pass --adapter {source.name} to merge it, or move "
+            f"{ADAPTER_CONFIG} away."
+        )
+    return source, None
+
+
+def _base_of(adapter: ModelSource) -> ModelSource:
+    """The model that an adapter belongs to, as its config names it."""
+    config = adapter.read_json(ADAPTER_CONFIG)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    advice = f"pass -m BASE --adapter {adapter.name}."
+    if not isinstance(name, str) or not name:
+        raise UsageError(
+            f"{adapter.name} is an adapter and does not name the model that it belongs to: {advice}"
+        )
+    beside = adapter.path / name
+    local = next((path for path in (Path(name), beside) if path.is_dir()), None)
+    try:
+        return resolve_model(local) if local is not None else resolve_model(name, revision=revision)
+    except (UsageError, MissingExtraError) as error:
+        raise UsageError(
+            f"{adapter.name} is an adapter of {name}, which is not at hand ({error}): {advice}"
+        ) from error
+
+
+def _write_renamed(source: ModelSource, folder: Path) -> ModelSource:
+    """Stream a checkpoint into another folder, its tensors by the names that they have in the model."""
+    for path in sorted(source.path.rglob("*")):
+        copy = folder / path.relative_to(source.path)
+        if path.is_file() and path not in source.weight_files and path.name != INDEX_NAME:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path.resolve())
+    for file, (specs, metadata) in source.headers.items():
+        tensors: dict[str, TensorSource] = {name: WholeTensor(spec) for name, spec in specs.items()}
+        exhaust(write_tensors(folder / file.name, tensors, metadata))
+    if index := source.read_json(INDEX_NAME):
+        names = {name: file.name for file, (specs, _) in source.headers.items() for name in specs}
+        (folder / INDEX_NAME).write_text(json.dumps(index | {"weight_map": names}), "utf-8")
+    return replace(source, path=folder, made_of=source.recorded_files)

@@ -1,0 +1,1 @@
+"""The check against the source: the original folder in its own library, beside the trimmed one."""

@@ -1,0 +1,202 @@
+"""The tokenizer of a model folder as the library that the folder was made for loads it.
+
+transformers reads tokenizer_config.json and other files beside tokenizer.json and may change it: add an eos
+token, lower-case, add tokens. What it then tokenizes with is the *effective* tokenizer, a tokenizer.json of
+its own. Nothing here imports transformers: see `trimserve.model.library_tokenizer`.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from trimserve.errors import MismatchError, MissingExtraError, UnsupportedModelError, UsageError
+from trimserve.folder.names import SOURCE_TOKENIZER_FILES, TOKENIZER_NAME
+from trimserve.folder.tokenizer_settings import declared_settings
+from trimserve.model.library_tokenizer import ask_transformers
+from trimserve.text.tokenizer import parse_tokenizer, unreadable
+from trimserve.text.unmet_settings import prefix_space, unmet_setting
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+_CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+# Classes that take tokenizer.json as it is, but for what `unmet_setting` knows.
+_PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Above it transformers may mend the pattern of Mistral's tokenizers.
+_MENDED_FROM = 100_000
+
+
+@dataclass(frozen=True)
+class EffectiveTokenizer:
+    """What a folder's texts are tokenized with.
+
+    Attributes:
+        content: a tokenizer.json.
+        original: it is the folder's own, byte for byte.
+        made_by: the library, its version and the tokenizer's class; or why the file is taken as it is.
+        settings: what a tokenizer.json cannot say: truncation_side, model_max_length, clean_up (of decoded
+            text), split_special_tokens, special_tokens (role -> token).
+    """
+
+    content: bytes
+    original: bool
+    made_by: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of the content: what profiles, vocabs and folders are bound to."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def load(self) -> Tokenizer:
+        """Load it, with padding and truncation off."""
+        tokenizer = parse_tokenizer(self.content)
+        tokenizer.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
+        return tokenizer
+
+
+def effective_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False, always: bool = False
+) -> EffectiveTokenizer:
+    """Find out what a folder's texts are tokenized with.
+
+    Args:
+        folder: a model's folder.
+        trust_remote_code: allow code that the folder brings.
+        always: ask transformers also where the settings cannot matter.
+
+    Raises:
+        UsageError: the folder has no tokenizer.
+        MissingExtraError: its ids need transformers, which is not installed.
+        UnsupportedModelError: transformers cannot load it, and tokenizer.json alone would give other ids.
+        MismatchError: a file cannot be read.
+    """
+    names = (*SOURCE_TOKENIZER_FILES, "config.json")
+    stats = [(name, (folder / name).stat()) for name in names if (folder / name).is_file()]
+    signature = tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return _cached(folder, trust_remote_code, always, signature)
+
+
+@functools.lru_cache(maxsize=4)  # a command asks for the same folder several times
+def _cached(folder: Path, trust: bool, always: bool, signature: object) -> EffectiveTokenizer:
+    del signature  # part of the key: a file that changed
+    if not any(
+        (folder / name).is_file() for name in SOURCE_TOKENIZER_FILES if not name.endswith("_config.json")
+    ):
+        raise UsageError(
+            f"{folder} has no {TOKENIZER_NAME} and no other file of a tokenizer: make one with transformers' "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    class_name = _class_name(folder)
+    installed = importlib.util.find_spec("transformers") is not None
+    if class_name is None:
+        return _as_it_is(folder, "no tokenizer_class and no model_type say which class loads it")
+    if not installed:
+        return _as_it_is(folder, "transformers is not installed")
+    if not always and class_name in _PLAIN and _is_surely_plain(folder):
+        return _as_it_is(folder, f"{class_name} takes the file as it is")
+    found = ask_transformers(folder, trust_remote_code=trust)
+    if "error" in found:
+        reason = f"transformers {found['version']} cannot load it ({found['error']})"
+        as_it_is = _as_it_is(folder, reason)
+        log.warning("%s: %s is taken as it is, because %s.", folder, TOKENIZER_NAME, reason)
+        return as_it_is
+    made_by = {"library": "transformers", "version": found["version"], "class": found["class"]}
+    if found["content"] is None:
+        content = (folder / TOKENIZER_NAME).read_bytes()
+        return EffectiveTokenizer(content, True, made_by, found["settings"])
+    return EffectiveTokenizer(found["content"].encode(), False, made_by, found["settings"])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file that a tokenizer can be made of."""
+    settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    return any((folder / name).is_file() for name in SOURCE_TOKENIZER_FILES if name not in settings)
+
+
+def _class_name(folder: Path) -> str | None:
+    """The class that AutoTokenizer would take, or the model type that it would infer it from."""
+    config, model = _read(folder, _CONFIG), _read(folder, "config.json")
+    names = (config.get("tokenizer_class"), model.get("tokenizer_class"), model.get("model_type"))
+    return next((name for name in names if name), None)
+
+
+def _as_it_is(folder: Path, reason: str) -> EffectiveTokenizer:
+    """tokenizer.json by itself, where no setting beside it is known to change its ids.
+
+    Raises:
+        MissingExtraError, UnsupportedModelError: one does, or there is no tokenizer.json.
+    """
+    path = folder / TOKENIZER_NAME
+    if not path.is_file():
+        others = ", ".join(name for name in SOURCE_TOKENIZER_FILES if (folder / name).is_file())
+        raise _refusal(f"{folder} has no {TOKENIZER_NAME}, only {others}, which transformers reads", reason)
+    original = original_tokenizer(folder, {"reason": reason})
+    try:
+        tokenizer = parse_tokenizer(original.content)
+    except Exception as error:  # the library raises bare Exception
+        raise unreadable(path, error) from error
+    unmet = unmet_setting(tokenizer, *(_read(folder, name) for name in (_CONFIG, _SPECIAL, _ADDED)))
+    if unmet is not None:
+        raise _refusal(f"{folder / _CONFIG}: {unmet}, which {TOKENIZER_NAME} alone does not do", reason)
+    return original
+
+
+def original_tokenizer(folder: Path, made_by: Mapping[str, str] | None = None) -> EffectiveTokenizer:
+    """tokenizer.json by itself, whatever stands beside it."""
+    content = (folder / TOKENIZER_NAME).read_bytes()
+    settings = declared_settings(_read(folder, _CONFIG), _read(folder, _SPECIAL))
+    return EffectiveTokenizer(content, True, {"library": "tokenizers", **(made_by or {})}, settings)
+
+
+def _refusal(what: str, reason: str) -> Exception:
+    if "not installed" in reason:
+        return MissingExtraError(
+            f"{what}; so its token ids need transformers, which is not installed. Install it with: "
+            "pip install 'trimserve[export]'"
+        )
+    advice = (
+        "install sentencepiece and protobuf"
+        if "sentencepiece" in reason
+        else "save the tokenizer with transformers' save_pretrained(folder)"
+    )
+    return UnsupportedModelError(f"{what}, and {reason}: {advice}.")
+
+
+def _is_surely_plain(folder: Path) -> bool:
+    """Whether the base class of transformers 4 surely leaves tokenizer.json as it is."""
+    config, path = _read(folder, _CONFIG), folder / TOKENIZER_NAME
+    version = importlib.metadata.version("transformers")
+    if (
+        not version.startswith("4.")
+        or not path.is_file()
+        or {"auto_map", "fast_tokenizer_files"} & config.keys()
+    ):
+        return False
+    tokenizer = parse_tokenizer(path.read_bytes())
+    space = prefix_space(tokenizer)  # which the class takes to be false where nothing is said
+    return (
+        tokenizer.get_vocab_size() < _MENDED_FROM
+        and space in (None, bool(config.get("add_prefix_space", False)))
+        and unmet_setting(tokenizer, config, _read(folder, _SPECIAL), _read(folder, _ADDED)) is None
+    )
+
+
+def _read(folder: Path, name: str) -> Json:
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,110 @@
+"""Load a tokenizer with transformers and say, in JSON values, what texts are tokenized with.
+
+The one place of the light package that imports transformers: in the caller's process where transformers is
+loaded already, else in a process of its own, which keeps out what takes most of its memory.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.folder.tokenizer_settings import NO_LIMIT, ROLES
+from trimserve.text.same_tokenizer import same_tokenizer
+from trimserve.text.tokenizer import parse_tokenizer
+
+Json = dict[str, Any]
+
+
+def ask_transformers(folder: Path, *, trust_remote_code: bool) -> Json:
+    """`read_with_transformers`, here or in a process that gives its memory back when it ends."""
+    if "transformers" in sys.modules:
+        return read_with_transformers(folder, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "answer.json"
+        command = [sys.executable, "-m", __name__, str(folder), str(answer), str(int(trust_remote_code))]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if not answer.is_file():
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            return {"error": last, "version": importlib.metadata.version("transformers")}
+        found: Json = json.loads(answer.read_text("utf-8"))
+        return found
+
+
+def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> Json:
+    """Load a tokenizer with transformers and say what it is, in JSON values.
+
+    Returns:
+        version, and either error (a phrase) or class, settings and content: a tokenizer.json, None where the
+        folder's own gives the same ids, offsets and text.
+    """
+    transformers = importlib.import_module("transformers")
+    version, level = str(transformers.__version__), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # advice about its own arguments
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise TypeError(f"its {type(loaded).__name__} is written in Python and has no tokenizer.json")
+        split = bool(backend.encode_special_tokens)
+        backend.no_padding()
+        backend.no_truncation()
+        content: str | None = backend.to_str()
+    except Exception as error:  # of any class: the folder may bring its own
+        return {"version": version, "error": _phrase(error)}
+    finally:
+        transformers.logging.set_verbosity(level)
+    path = folder / TOKENIZER_NAME
+    if path.is_file() and same_tokenizer(parse_tokenizer(path.read_bytes()).to_str(), str(content)):
+        content = None
+    return {
+        "version": version,
+        "class": type(loaded).__name__,
+        "content": content,
+        "settings": _settings(loaded, backend) | {"split_special_tokens": split},
+    }
+
+
+def _settings(loaded: Any, backend: Tokenizer) -> Json:  # noqa: ANN401 - a tokenizer of transformers
+    limit = loaded.model_max_length
+    clean = bool(loaded.clean_up_tokenization_spaces)
+    # transformers 5 leaves the text of BPE alone unless it is told twice.
+    forced = getattr(loaded, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", None)
+    if forced is not None and type(backend.model).__name__ == "BPE":
+        clean = clean and bool(forced)
+    named = {role: getattr(loaded, role, None) for role in ROLES}
+    return {
+        "truncation_side": loaded.truncation_side,
+        "model_max_length": int(limit) if limit < NO_LIMIT else None,
+        "clean_up": clean,
+        "special_tokens": {role: str(token) for role, token in named.items() if token is not None},
+    }
+
+
+def _phrase(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if "sentencepiece" in str(error).lower() and "sentencepiece" not in text.lower():
+        text += " (it needs sentencepiece)"
+    return text.rstrip(".:")[:200]
+
+
+def _main(folder: str, answer: str, trust: str) -> None:
+    """A process of its own: what takes half of transformers' memory and import time is kept out."""
+    kept_out: Any = dict.fromkeys(("torch", "tensorflow", "jax", "flax"))  # None: not importable
+    sys.modules.update(kept_out)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the folder
+    found = read_with_transformers(Path(folder), trust_remote_code=trust == "1")
+    Path(answer).write_text(json.dumps(found), "utf-8")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:4])
