@@ -109,7 +109,6 @@ class SentenceSettings:
         truncate_dim: numbers of an embedding that stay, counted from the first; None for all.
         max_active_dims: weights of a sparse vector that stay, the largest; None for all.
         max_tokens: longest input, special tokens included; None where the tokenizer's own limit holds.
-        lower_case: lower-case a text before the tokenizer's own normaliser.
         special_tokens: let the tokenizer add its special tokens.
         prompt_ends: token ids that do not count as a prompt's where they stand at its end: those that the
             source's library calls special. Only for a pooling that leaves the prompt out.
@@ -127,7 +126,6 @@ class SentenceSettings:
     truncate_dim: int | None = None
     max_active_dims: int | None = None
     max_tokens: int | None = None
-    lower_case: bool = False
     special_tokens: bool = True
     prompt_ends: tuple[int, ...] = ()
     type_ids: bool = True

@@ -27,11 +27,10 @@ from trimserve.folder.sentence import (
     SentenceSettings,
     SpladePooling,
 )
+from trimserve.model.sentence import MODULES_NAME, PROMPTS_NAME, TRANSFORMER_CONFIGS
 from trimserve.model.source import ModelSource
-from trimserve.model.structural import PROMPTS_NAME
 from trimserve.text.chat import chat_templates
 from trimserve_export.checkpoint.sentence_modules import (
-    MODULES_NAME,
     STATIC,
     Listed,
     is_sentence_transformers,
@@ -40,11 +39,6 @@ from trimserve_export.checkpoint.sentence_modules import (
     read_modules,
 )
 
-# The first of these that holds something is the transformer's.
-TRANSFORMER_CONFIGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
 _CONFIG_KEYS = {
     "__version__",
     "model_type",
@@ -295,13 +289,11 @@ def _with_transformer(
     """What the transformer's own config says: longest input, lower case, and what is not honoured."""
     declared = _transformer_config(first)
     _check_transformer(declared, first, task)
-    lower_case = bool(declared.get("do_lower_case")) and not _lowers_first(source)
     tokenizer = declared.get("tokenizer_args") or declared.get("processor_kwargs") or {}
     longest = tokenizer.get("model_max_length") or declared.get("max_seq_length")
     return dataclasses.replace(
         settings,
         max_tokens=_limit(source, config) if longest is None else int(longest),
-        lower_case=lower_case,
         type_ids=_feeds_type_ids(source, pairs=settings.kind == "CrossEncoder"),
     )
 
@@ -330,13 +322,6 @@ def _check_transformer(declared: Mapping[str, Any], first: Listed, task: str) ->
         raise UnsupportedModelError(
             f"the transformer's config in {first.folder} makes {made!r}, not {TOKENS}."
         )
-
-
-def _lowers_first(source: ModelSource) -> bool:
-    """Whether sentence-transformers leaves the normaliser as it is: it has a Lowercase already."""
-    normalizer = source.read_json("tokenizer.json").get("normalizer") or {}
-    inner = normalizer.get("normalizers", ()) if normalizer.get("type") == "Sequence" else (normalizer,)
-    return any(entry.get("type") == "Lowercase" for entry in inner)
 
 
 def _limit(source: ModelSource, config: PretrainedConfig | None) -> int | None:

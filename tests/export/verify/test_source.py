@@ -269,7 +269,6 @@ def test_another_pooling_is_found(sentence, tmp_path):
     [
         ("prompts", {"query": "sat: "}),
         ("default_prompt_name", "query"),
-        ("lower_case", True),
         ("max_tokens", 20),
         ("truncate_dim", 8),
     ],
