@@ -45,7 +45,7 @@ class EffectiveTokenizer:
         original: it is the folder's own, byte for byte.
         made_by: the library, its version and the tokenizer's class; or why the file is taken as it is.
         settings: what a tokenizer.json cannot say: truncation_side, model_max_length, clean_up (of decoded
-            text), split_special_tokens, special_tokens, named_tokens: see `declared_settings`.
+            text), split_special_tokens, special_tokens (role -> token).
     """
 
     content: bytes

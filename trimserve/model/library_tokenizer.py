@@ -86,7 +86,6 @@ def _settings(loaded: Any, backend: Tokenizer) -> Json:  # noqa: ANN401 - a toke
         "model_max_length": int(limit) if limit < NO_LIMIT else None,
         "clean_up": clean,
         "special_tokens": {role: str(token) for role, token in named.items() if token is not None},
-        "named_tokens": sorted({str(token) for token in loaded.all_special_tokens}),
     }
 
 

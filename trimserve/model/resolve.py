@@ -9,9 +9,9 @@ from trimserve.files.hub import fetch_snapshot
 from trimserve.folder.manifest import Source
 from trimserve.folder.names import check_plain_name
 from trimserve.model.effective_tokenizer import has_tokenizer
+from trimserve.model.sentence import MODULES_NAME
 from trimserve.model.source import ModelSource
 
-MODULES_NAME = "modules.json"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights in pickle (*.bin, *.pt) and code (*.py).
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")

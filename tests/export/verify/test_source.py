@@ -261,7 +261,6 @@ def test_another_pooling_is_found(sentence, tmp_path):
     ("setting", "value"),
     [
         ("prompts", {"query": "sat: "}),
-        ("lower_case", True),
         pytest.param("default_prompt_name", "query", marks=pytest.mark.slow),
         pytest.param("max_tokens", 20, marks=pytest.mark.slow),
         pytest.param("truncate_dim", 8, marks=pytest.mark.slow),

@@ -32,8 +32,7 @@ def check_library(source: ModelSource) -> None:
     Raises:
         MissingExtraError: see above; the message names pip.
     """
-    folder = getattr(source, "root", source.path)
-    if source.graph is None and (folder / _MODULES_NAME).is_file() and not _has_sentence_library():
+    if source.graph is None and (source.root / _MODULES_NAME).is_file() and not _has_sentence_library():
         raise MissingExtraError(
             f"{source.name} is a {_SENTENCE_LIBRARY} model (it has a {_MODULES_NAME}), and verify compares "
             f"with that library, which is not installed. Install it with: pip install {_SENTENCE_LIBRARY}"
@@ -61,7 +60,9 @@ class Original:
 
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers' tokenizers have no common type
-        """What AutoTokenizer makes of the folder."""
+        """What AutoTokenizer makes of the folder; sentence-transformers may let it lower-case texts first."""
+        if self._modules():
+            return self.sentence_model.tokenizer
         with tracing.quiet():
             return AutoTokenizer.from_pretrained(self._transformer)  # type: ignore[no-untyped-call]
 
