@@ -124,7 +124,7 @@ def test_each_setting_of_the_folder_and_of_the_call_is_generates(pair, bare, ful
     ]
     if bare._decoder.takes_beams:
         cases.append({"num_beams": 3} | ends)
-        cases.append({"num_beams": 2, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2})
+        cases.append({"num_beams": 2, "repetition_penalty": 1.4})
     for number, case in enumerate(cases):
         expected = [by_torch(pair, full, prompt, **case) for prompt in prompts]
         # Each of them matters; what has a case of its own only makes another matter here.
