@@ -9,7 +9,10 @@ import torch
 
 from tests.support.generators import make_pair
 from tests.support.translators import make_translator
-from trimserve.decoding.beam import largest
+from trimserve.decoding.beam import BeamParams, BeamState, largest
+from trimserve.decoding.columns import Columns
+from trimserve.decoding.request import Request
+from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import NoTokenError, UsageError
 
 pytestmark = [
@@ -157,3 +160,16 @@ def test_beams_without_any_token_are_an_error(decoder_only):
 def test_beams_are_not_streamed(decoder_only):
     with pytest.raises(UsageError, match="known when the search is over"):
         next(decoder_only.generator.stream("dog", num_beams=2))
+
+
+def test_scores_are_log_probabilities_again_where_that_is_asked():
+    columns = Columns(np.arange(6, dtype=np.int32), 6)
+    params = SamplingParams(repetition_penalty=2.0)
+    logits = np.linspace(1, 3, 6, dtype=np.float32)
+    sums = []
+    for again in (False, True):
+        request = Request(np.array([1, 4], np.int32), params, 9)
+        state = BeamState(request, BeamParams(num_beams=2, renormalize_logits=again))
+        sums.append(float(np.exp(state._log_probs(state.running[0], logits, columns)).sum()))
+    assert sums[0] < 0.9
+    assert sums[1] == pytest.approx(1)
