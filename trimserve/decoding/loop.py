@@ -71,7 +71,10 @@ class GenerationLoop:
         self.timing = self._feeder.timing
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
-        """Generate until all requests are finished, giving each one's checked tokens as they come."""
+        """Generate until all requests are finished, giving each one's checked tokens as they come.
+
+        Who takes them may end the request they belong to (`Request.end`) before asking for more.
+        """
         live = [request for request in requests if request.max_tokens > 0]
         if not live:
             return

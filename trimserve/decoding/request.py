@@ -22,7 +22,7 @@ class Request:
         max_tokens: at most so many are produced.
         stop_ids: token ids that end the sequence.
         output: checked token ids.
-        finished: set by the loop at a stop id or the limit, or by the reader at a stop string.
+        finished: by `accept` at a stop id or the limit, or by its reader (`end`) at a stop string.
         room: tokens that can follow the prompt before the model's positions end; None for no end.
         source: for an encoder-decoder the text that its encoder reads, as token ids.
     """
@@ -93,6 +93,11 @@ class Request:
                 break
         self.output += taken
         return taken
+
+    def end(self, taken_back: int) -> None:
+        """End the request at its reader's word; the last of the output, so many tokens, are taken back."""
+        self.finished = True
+        del self.output[len(self.output) - taken_back :]
 
 
 @dataclass(frozen=True, slots=True)

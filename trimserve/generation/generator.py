@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Unpack
 
 from trimserve.arrays import Ids
-from trimserve.decoding.beam import BeamSearch
+from trimserve.decoding.beam import BeamParams, BeamSearch
 from trimserve.decoding.loop import Checker, GenerationLoop
 from trimserve.decoding.request import Request
 from trimserve.decoding.scoring import MassMeter, Score, Scorer
@@ -13,12 +13,12 @@ from trimserve.decoding.stats import ColdReads, GeneratorStats
 from trimserve.errors import UsageError
 from trimserve.exact.certificate import ColdCertificate
 from trimserve.exact.checker import ExactChecker
-from trimserve.exact.draft_length import LONGEST_DRAFT, DraftLength
+from trimserve.exact.draft_length import DraftLength
 from trimserve.exact.sketch import Sketch, can_be_certified
 from trimserve.folder.names import COLD_MAX_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.generation.config import GenerationConfig
-from trimserve.generation.options import MODES, GenerationOptions, Mode
+from trimserve.generation.options import GenerationOptions
 from trimserve.generation.output import Generation, OutputReader
 from trimserve.generation.plan import GenerationPlan, make_plan
 from trimserve.runtime.cold_head import ColdHead
@@ -138,15 +138,13 @@ class Generator:
     def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
         plan = self.plan(options)
         requests = self._requests(prompts, plan)
-        together = self._decoder.takes_batches and not options.get("report_mass")
+        together = self._decoder.takes_batches and not plan.report_mass
         batches = [requests] if together else [[request] for request in requests]
-        if plan.beams is not None and options.get("report_mass"):
-            raise UsageError("report_mass means nothing to a beam search: leave it out, or use num_beams=1.")
         results: list[Generation] = []
         for batch in batches:
             readers = {id(request): self._reader(request, plan) for request in batch}
-            checker = None if plan.beams else self._checker(options)
-            steps = self._search(batch, plan, options) if plan.beams else self._run(batch, checker)
+            checker = None if plan.beams else self._checker(plan)
+            steps = self._search(batch, plan, plan.beams) if plan.beams else self._run(batch, checker)
             for request, tokens in steps:
                 readers[id(request)].push(request, tokens)
             mass = checker.mean_mass if isinstance(checker, MassMeter) else None
@@ -159,7 +157,7 @@ class Generator:
             raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
         (request,) = self._requests([prompt_ids], plan)
         reader = self._reader(request, plan)
-        checker = self._checker(options)
+        checker = self._checker(plan)
         for _, tokens in self._run([request], checker):
             if piece := reader.push(request, tokens):
                 yield piece
@@ -172,8 +170,8 @@ class Generator:
         Raises:
             UsageError: an option that does not exist, is out of range, or does not go with another.
         """
-        known = GenerationOptions.__annotations__.keys()
-        return make_plan(self.config, options, known, self.folder.vocab.vocab_size)
+        size = self.folder.vocab.vocab_size
+        return make_plan(self.config, options, size, can_be_exact=self.can_be_exact)
 
     def _reader(self, request: Request, plan: GenerationPlan) -> OutputReader:
         by_bytes = self.config.library >= 5
@@ -218,45 +216,28 @@ class Generator:
             self.stats.count(requests, self.folder.vocab.head, timings, time.perf_counter() - start)
 
     def _search(
-        self, requests: Sequence[Request], plan: GenerationPlan, options: GenerationOptions
+        self, requests: Sequence[Request], plan: GenerationPlan, params: BeamParams
     ) -> Iterator[tuple[Request, list[int]]]:
-        params = plan.beams
-        if params is None:
-            raise RuntimeError("a search without beams")
-        head = self._cold_head("exact mode") if self._mode(options) == "exact" else None
+        head = self._cold_head("exact mode") if plan.mode == "exact" else None
         search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
         start = time.perf_counter()
         search.run(requests)
         self.stats.count(requests, self.folder.vocab.head, [search.timing], time.perf_counter() - start)
         yield from ((request, request.output) for request in requests)
 
-    def _mode(self, options: GenerationOptions) -> Mode:
-        mode = options.get("mode") or ("exact" if self.can_be_exact else "compact")
-        if mode not in MODES:
-            raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
-        return mode
-
-    def _checker(self, options: GenerationOptions) -> Checker | None:
-        mode = self._mode(options)
-        max_block = options.get("max_block", LONGEST_DRAFT)
-        if max_block < 1:
-            raise UsageError(f"max_block should be 1 or more, found {max_block}.")
-        if mode == "exact" and options.get("report_mass"):
-            raise UsageError(
-                "report_mass tells what compact mode gives up, and exact mode gives up nothing: leave it "
-                "out, or choose compact mode."
-            )
-        if mode == "compact" and not options.get("report_mass"):
+    def _checker(self, plan: GenerationPlan) -> Checker | None:
+        """Who decides which drafts stand; None in compact mode, where all do."""
+        if plan.mode == "compact" and not plan.report_mass:
             return None
-        head = self._cold_head(f"{mode} mode" if mode == "exact" else "report_mass")
+        head = self._cold_head("report_mass" if plan.report_mass else "exact mode")
         if head is None:
             return None
-        if mode == "compact":
+        if plan.report_mass:
             return MassMeter(head)
-        certificate = self._cold_certificate(head) if options.get("certify", True) else None
-        key = (max_block, certificate is not None)
+        certificate = self._cold_certificate(head) if plan.certify else None
+        key = (plan.max_block, certificate is not None)
         if key not in self._blocks:
-            self._blocks[key] = DraftLength(max_block, overlap=self._overlap)
+            self._blocks[key] = DraftLength(plan.max_block, overlap=self._overlap)
         self.stats.cold_reads = self._reads
         return ExactChecker(head, self.folder.vocab.head, self._blocks[key], certificate, self._reads)
 

@@ -80,8 +80,8 @@ class OutputReader:
             pieces.append(self._stops.push(self._decoder.push([token])))
             matched = self._matcher is not None and self._matcher.ends_with(token)
             if matched or self._stops.stopped:
-                self._stopped = request.finished = True
-                del request.output[len(request.output) - len(tokens) + place :]
+                self._stopped = True
+                request.end(len(tokens) - place)
                 break
         piece = "".join(pieces)
         self._text.append(piece)

@@ -1,6 +1,6 @@
 """What a call of `generate` does: the folder's generation settings, overridden by the call's arguments."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -9,8 +9,10 @@ from trimserve.decoding.logit_edits import read_sequence_bias
 from trimserve.decoding.sampling import SamplingParams
 from trimserve.decoding.token_rules import as_ids
 from trimserve.errors import UsageError
+from trimserve.exact.draft_length import LONGEST_DRAFT
 from trimserve.generation.config import GenerationConfig
 from trimserve.generation.fields import LIBRARY_TOP_K
+from trimserve.generation.options import MODES, GenerationOptions, Mode
 
 # Tokens where neither the folder nor the caller names a length (transformers would stop after 20).
 DEFAULT_NEW_TOKENS = 128
@@ -51,6 +53,10 @@ class GenerationPlan:
         stop_ids: ids that end a sequence.
         stop: strings of the text that end it.
         stop_strings: strings of the tokens that end it, special tokens and the prompt's end included.
+        mode: exact or compact.
+        certify: let exact mode prove what it can without the cold rows.
+        max_block: most tokens drafted before a check.
+        report_mass: measure what compact mode cannot produce.
     """
 
     config: GenerationConfig
@@ -62,6 +68,10 @@ class GenerationPlan:
     stop_ids: frozenset[int]
     stop: tuple[str, ...]
     stop_strings: tuple[str, ...]
+    mode: Mode
+    certify: bool
+    max_block: int
+    report_mass: bool
 
     def limit(self, prompt_tokens: int) -> int:
         """Most tokens after a prompt of so many.
@@ -86,20 +96,21 @@ class GenerationPlan:
 
 
 def make_plan(
-    config: GenerationConfig, options: Mapping[str, Any], known: Collection[str], vocab_size: int
+    config: GenerationConfig, options: Mapping[str, Any], vocab_size: int, *, can_be_exact: bool
 ) -> GenerationPlan:
     """Settle what a call does.
 
     Args:
         config: the folder's.
         options: the call's arguments; None stands for the folder's own value.
-        known: names that they may have.
         vocab_size: V.
+        can_be_exact: whether exact mode is the default.
 
     Raises:
         UsageError: an unknown option, one out of range, or options that do not go together.
     """
-    if unknown := sorted(options.keys() - set(known)):
+    known = GenerationOptions.__annotations__.keys()
+    if unknown := sorted(options.keys() - known):
         raise UsageError(
             f"there is no option {unknown[0]!r}: choose among {', '.join(sorted(known))}, or leave it out."
         )
@@ -118,7 +129,39 @@ def make_plan(
                 raise UsageError(f"{name} means nothing to a beam search: leave it out, or use num_beams=1.")
     tokens, length = _lengths(config, given)
     stop_ids = frozenset(as_ids(settings.get("eos_token_id")))
-    return GenerationPlan(config, settings, params, beams, tokens, length, stop_ids, stop, (*stop_strings,))
+    mode: Mode = given.get("mode") or ("exact" if can_be_exact else "compact")
+    report_mass = bool(given.get("report_mass"))
+    max_block = given.get("max_block", LONGEST_DRAFT)
+    _check_mode(mode, max_block, report_mass=report_mass, with_beams=beams is not None)
+    return GenerationPlan(
+        config=config,
+        settings=settings,
+        params=params,
+        beams=beams,
+        max_new_tokens=tokens,
+        max_length=length,
+        stop_ids=stop_ids,
+        stop=stop,
+        stop_strings=stop_strings,
+        mode=mode,
+        certify=given.get("certify", True),
+        max_block=max_block,
+        report_mass=report_mass,
+    )
+
+
+def _check_mode(mode: Mode, max_block: int, *, report_mass: bool, with_beams: bool) -> None:
+    if mode not in MODES:
+        raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
+    if max_block < 1:
+        raise UsageError(f"max_block should be 1 or more, found {max_block}.")
+    if report_mass and with_beams:
+        raise UsageError("report_mass means nothing to a beam search: leave it out, or use num_beams=1.")
+    if report_mass and mode == "exact":
+        raise UsageError(
+            "report_mass tells what compact mode gives up, and exact mode gives up nothing: leave it "
+            "out, or choose compact mode."
+        )
 
 
 def _params(folder: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:

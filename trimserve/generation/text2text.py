@@ -11,7 +11,6 @@ from trimserve.decoding.scoring import Score, Scorer
 from trimserve.errors import UsageError
 from trimserve.exact.checker import ExactChecker
 from trimserve.generation.generator import Generator
-from trimserve.generation.options import GenerationOptions
 from trimserve.generation.plan import GenerationPlan
 
 
@@ -77,6 +76,6 @@ class Text2TextGenerator(Generator):
                     "most: split the text."
                 )
 
-    def _checker(self, options: GenerationOptions) -> Checker | None:
-        checker = super()._checker(options)
+    def _checker(self, plan: GenerationPlan) -> Checker | None:
+        checker = super()._checker(plan)
         return InStep(checker) if isinstance(checker, ExactChecker) else checker

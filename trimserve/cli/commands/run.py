@@ -227,7 +227,7 @@ def _document(
         "generated_text": [prompt + result.text for prompt, result in zip(prompts, results, strict=True)],
         "ids": [list(result.ids) for result in results],
         "stopped": [result.stopped for result in results],
-        "mode": options.get("mode") or ("exact" if model.can_be_exact else "compact"),
+        "mode": model.plan(options).mode,
         "tokens": stats.tokens,
         "prompt_tokens": stats.prompt_tokens,
         "drafted": stats.drafted,
