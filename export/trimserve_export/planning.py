@@ -98,7 +98,8 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     generation = None
     if task in GENERATOR_TASKS and options.layout == "runtime" and options.to == "onnx":
         generation = read_generation(source, trust_remote_code=options.trust_remote_code)
-    return Plan(source, vocab, options, task, task_class(task, config), choice, declared, sample, generation)
+    model_class = task_class(task, config)
+    return Plan(source, vocab, options, task, model_class, choice, declared, sample, generation)
 
 
 def check_cold(declared: Declared | None, options: Options) -> None:

@@ -36,6 +36,7 @@ from trimserve.encoder.pooling import pool
 from trimserve.errors import UsageError
 from trimserve.folder.opening import open_folder
 from trimserve_export.pipeline import export
+from trimserve_export.verify import verify
 
 pytestmark = pytest.mark.export
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -253,6 +254,7 @@ def test_lower_casing_before_the_tokenizer(folder, tmp_path):
     without = trimmed(folder, tmp_path / "without")
     write_json(folder / "sentence_bert_config.json", {"do_lower_case": True})
     check(folder, trimmed(folder, tmp_path / "trimmed"), without)
+    assert verify(tmp_path / "trimmed", progress=False).ok
 
 
 def test_type_strings_of_the_library_today(plain, folder, encoder_of):

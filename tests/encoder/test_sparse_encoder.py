@@ -60,6 +60,9 @@ def test_sum_of_the_logarithm_twice_and_todays_names(tmp_path):
     first = "sentence_transformers.base.modules.transformer.Transformer"
     source = sparse_folder(tmp_path / "model", config, ("Normalize", {}), first=first, family="distilbert")
     write_json(source / "sentence_bert_config.json", {"transformer_task": "fill-mask", "max_seq_length": 9})
+    names = ["input_ids", "attention_mask"]
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names}
+    write_json(source / "tokenizer_config.json", tokenizer)
     encoder, model = trimmed(source, tmp_path / "trimmed"), library(source, "SparseEncoder")
     assert encoder.max_tokens == 9
     assert_close(encoder.encode(TEXTS), dense(model, TEXTS))

@@ -22,6 +22,7 @@ from trimserve.model.effective_tokenizer import (
     has_tokenizer,
     original_tokenizer,
 )
+from trimserve.model.sentence import MODULES_NAME, lower_cased, lower_cases
 from trimserve.model.tensor_names import unwrapped_names
 from trimserve.model.weights import no_weights
 from trimserve.text.tokenizer import end_of_ids, unreadable
@@ -140,7 +141,7 @@ class ModelSource:
     def is_static_embedding(self) -> bool:
         """Whether it begins with sentence-transformers' StaticEmbedding, a table of vectors by token id."""
         try:
-            first = json.loads((self.root / "modules.json").read_text("utf-8"))[0]["type"]
+            first = json.loads((self.root / MODULES_NAME).read_text("utf-8"))[0]["type"]
         except (OSError, ValueError, LookupError, TypeError):
             return False
         return str(first).endswith(".StaticEmbedding")
@@ -154,9 +155,10 @@ class ModelSource:
         """
         if self.is_static_embedding:
             return original_tokenizer(self.path, {"reason": "StaticEmbedding takes the file as it is"})
-        return effective_tokenizer(
+        found = effective_tokenizer(
             self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
         )
+        return lower_cased(found) if lower_cases(self.root, self.path) else found
 
     @property
     def tokenizer_settings(self) -> Mapping[str, Any]:

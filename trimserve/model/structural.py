@@ -9,13 +9,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trimserve.arrays import Ids
+from trimserve.model.sentence import PROMPTS_NAME
 from trimserve.model.source import ModelSource
 from trimserve.text.chat import chat_templates
 from trimserve.text.tokenizer import ids_of_tokens, newline_ids, tokenizer_ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
-# What sentence-transformers says of a folder as a whole.
-PROMPTS_NAME = "config_sentence_transformers.json"
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 # Models that number positions by cumsum(ids != pad) * (ids != pad) + pad: in their graphs the pad id is
 # both compared with ids and added to positions, so its compact id must equal it.

@@ -12,12 +12,11 @@ from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer, normalizers
+from tokenizers import Encoding, Tokenizer
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.folder.sentence import read_settings
 from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
 from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
@@ -50,8 +49,6 @@ class Codec:
         self.tokenizer = load_tokenizer(folder.tokenizer_path)
         self._settings = folder.tokenizer_settings
         self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
-        if read_settings(folder).lower_case:
-            lower_case_first(self.tokenizer)
         self.special_ids = special_ids(self.tokenizer)
         self._limit: int | None = None
         # Truncation is state of the tokenizer object.
@@ -171,12 +168,6 @@ class Codec:
         ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
-    @cached_property
-    def named_ids(self) -> frozenset[int]:
-        """Token ids of the special tokens that have a role or are listed: transformers' `all_special_ids`."""
-        found = map(self.tokenizer.token_to_id, self._settings["named_tokens"])
-        return frozenset(id_ for id_ in found if id_ is not None)
-
     @contextmanager
     def lent(self) -> Iterator[Tokenizer]:
         """Lend the tokenizer to one caller, who may change its truncation."""
@@ -246,12 +237,6 @@ class Codec:
                     f"text {shorten(text)}: its token {self.tokenizer.id_to_token(id_)!r} has id {id_:,} but "
                     f"the model has {size:,} rows. Take the token out of the text."
                 )
-
-
-def lower_case_first(tokenizer: Tokenizer) -> None:
-    """Let a tokenizer lower-case a text before anything else, as `do_lower_case` asks for."""
-    before = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
 
 
 def shorten(text: Text, length: int = 48) -> str:

@@ -5,7 +5,6 @@ one that config_sentence_transformers.json names.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,10 @@ from trimserve.folder.sentence import (
     SentenceSettings,
     SpladePooling,
 )
+from trimserve.model.sentence import MODULES_NAME, PROMPTS_NAME, TRANSFORMER_CONFIGS
 from trimserve.model.source import ModelSource
-from trimserve.model.structural import PROMPTS_NAME
 from trimserve.text.chat import chat_templates
 from trimserve_export.checkpoint.sentence_modules import (
-    MODULES_NAME,
     STATIC,
     Listed,
     is_sentence_transformers,
@@ -41,11 +39,6 @@ from trimserve_export.checkpoint.sentence_modules import (
     read_modules,
 )
 
-# The first of these that holds something is the transformer's.
-TRANSFORMER_CONFIGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
 _CONFIG_KEYS = {
     "__version__",
     "model_type",
@@ -178,6 +171,8 @@ def _read_folder(
         tensors = {_next_name(name): values for name, values in tensors.items()}
     else:
         settings = _with_transformer(settings, source, listed[0], task, config)
+    if settings.drops_prompt:
+        settings = dataclasses.replace(settings, prompt_ends=_special_ids(source))
     if settings.kind == "CrossEncoder":
         settings = _with_activation(settings, source, _labels(settings, tensors, source, config))
     _check(settings, task, source)
@@ -294,13 +289,11 @@ def _with_transformer(
     """What the transformer's own config says: longest input, lower case, and what is not honoured."""
     declared = _transformer_config(first)
     _check_transformer(declared, first, task)
-    lower_case = bool(declared.get("do_lower_case")) and not _lowers_first(source)
     tokenizer = declared.get("tokenizer_args") or declared.get("processor_kwargs") or {}
     longest = tokenizer.get("model_max_length") or declared.get("max_seq_length")
     return dataclasses.replace(
         settings,
         max_tokens=_limit(source, config) if longest is None else int(longest),
-        lower_case=lower_case,
         type_ids=_feeds_type_ids(source, pairs=settings.kind == "CrossEncoder"),
     )
 
@@ -331,13 +324,6 @@ def _check_transformer(declared: Mapping[str, Any], first: Listed, task: str) ->
         )
 
 
-def _lowers_first(source: ModelSource) -> bool:
-    """Whether sentence-transformers leaves the normaliser as it is: it has a Lowercase already."""
-    normalizer = json.loads(source.effective.content).get("normalizer") or {}
-    inner = normalizer.get("normalizers", ()) if normalizer.get("type") == "Sequence" else (normalizer,)
-    return any(entry.get("type") == "Lowercase" for entry in inner)
-
-
 def _limit(source: ModelSource, config: PretrainedConfig | None) -> int | None:
     """The tokenizer's limit or the model's positions, whichever is less."""
     settings = source.read_json("tokenizer_config.json")
@@ -358,6 +344,12 @@ def _feeds_type_ids(source: ModelSource, *, pairs: bool) -> bool:
     except (OSError, ValueError, KeyError, ImportError):  # no class for it: tokenizer.json alone counts
         return True
     return "token_type_ids" in names
+
+
+def _special_ids(source: ModelSource) -> tuple[int, ...]:
+    """What the source's library calls special: the tokens that have a role in its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(source.path)  # type: ignore[no-untyped-call]
+    return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def _cross_encoder(source: ModelSource, config: PretrainedConfig | None) -> SentenceSettings:

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from trimserve.folder.sentence import write_settings
+from trimserve.model.sentence import MODULES_NAME, PROMPTS_NAME, TRANSFORMER_CONFIGS
 from trimserve.model.source import ModelSource
-from trimserve.model.structural import PROMPTS_NAME
-from trimserve_export.checkpoint.sentence_config import TRANSFORMER_CONFIGS, Declared
-from trimserve_export.checkpoint.sentence_modules import MODULES_NAME, is_sentence_transformers, list_modules
+from trimserve_export.checkpoint.sentence_config import Declared
+from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers, list_modules
 
 _PART_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 

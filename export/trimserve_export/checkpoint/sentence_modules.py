@@ -27,9 +27,9 @@ from trimserve.folder.sentence import (
     Pooling,
     SpladePooling,
 )
+from trimserve.model.sentence import MODULES_NAME
 from trimserve.model.source import ModelSource
 
-MODULES_NAME = "modules.json"
 # Modules that stand for the transformer itself, or for its embedding alone.
 TRANSFORMERS = ("Transformer", "MLMTransformer")
 STATIC = "StaticEmbedding"
