@@ -238,7 +238,7 @@ def test_task_follows_from_the_architecture(family):
     ("architecture", "message"),
     [
         (None, "pass --task"),
-        ("BertForQuestionAnswering", "pass --task"),
+        ("BertForMultipleChoice", "pass --task"),
         ("LlavaForConditionalGeneration", "multimodal"),
     ],
 )
