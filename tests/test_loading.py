@@ -165,3 +165,22 @@ def test_a_graph_outside_the_manifest_is_refused(tmp_path, model_folders):
     write_manifest(path, type(manifest).from_json(json.dumps(raw)))
     with pytest.raises(MismatchError, match=r"no other\.onnx in its manifest"):
         load(path)
+
+
+def test_without_a_mask_texts_of_one_length_are_fed_together(tmp_path, model_folders):
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"])
+    rows = helper.make_tensor_value_info("cold_rows", TensorProto.FLOAT16, ["S", H])
+    nodes = [
+        helper.make_node("Concat", ["E", "cold_rows"], ["all"], axis=0),
+        helper.make_node("Gather", ["all", "input_ids"], ["tokens"]),
+        helper.make_node("ReduceMax", ["tokens"], ["largest"], axes=[1]),  # over padding too, were there any
+        helper.make_node("Sub", ["tokens", "largest"], ["last_hidden_state"]),
+    ]
+    output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT16, ["B", "T", H])
+    table = numpy_helper.from_array(ROWS[KEPT] - np.float16(100), "E")  # padding is no kept row's maximum
+    made = helper.make_graph(nodes, "encoder", [ids, rows], [output], [table])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    encoder = load(make(tmp_path / "folder", model_folders, model.SerializeToString()))
+    texts = ["the cat sat on the mat", "dog", "the", "cat sat on"]
+    for text, together in zip(texts, encoder.forward(texts), strict=True):
+        np.testing.assert_array_equal(together, encoder.forward([text])[0])

@@ -26,7 +26,6 @@ from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
 from trimserve_export.exporters.choice import Choice
 from trimserve_export.graphs.reading import load_graph
-from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
     CONFIG_FILES,
@@ -191,5 +190,4 @@ def _make_servable(exported: Path, output: Path, rows: int, head: VocabMap | Non
         return make_servable(exported, output, rows=rows, has_head=has_head).path
     model = load_graph(exported)
     trim_head(model, head)
-    turn_tables(model.graph)
     return serve(model, output, rows=rows, has_head=True, head_rows=len(head)).path

@@ -124,7 +124,10 @@ def test_masks_are_filled(run, run_json, exported):
     found = run_json(folder, "the [MASK] sat", "--top", 3)
     model = load(folder)
     ((expected,),) = model.fill_mask(["the [MASK] sat"], top_k=3)
-    assert [candidate["id"] for candidate in found["masks"][0][0]] == [candidate.id for candidate in expected]
+    ids = [candidate["token"] for candidate in found["masks"][0][0]]
+    assert ids == [candidate.id for candidate in expected]
+    ((only,),) = run_json(folder, "the [MASK] sat", "--targets", "dog")["masks"]
+    assert [candidate["token_str"] for candidate in only] == ["dog"]
     code, out, _ = run(folder, "the [MASK] sat")
     assert code == 0
     assert len(out.splitlines()) == 7
@@ -138,19 +141,25 @@ def test_texts_are_classified(run, run_json, exported):
     folder = exported_model.folder.path
     (found,) = run_json(folder, "the cat")["labels"]
     logits = load(folder).forward("the cat")[0]
-    assert found["label"] == f"LABEL_{logits.argmax()}"
-    assert sum(found["scores"].values()) == pytest.approx(1)
+    assert found[0]["label"] == f"LABEL_{logits.argmax()}"
+    assert sum(label["score"] for label in found) == pytest.approx(1)
     code, out, _ = run(folder, "the cat")
-    assert (code, out.splitlines()[2].split()[2]) == (0, found["label"])
+    assert (code, out.splitlines()[2].split()[2]) == (0, found[0]["label"])
+    assert run_json(folder, "the cat", "--top", 2)["labels"] == [found[:2]]
+    code, _, err = run(folder, "the cat", "--aggregation", "max")
+    assert (code, "--aggregation is for token-classification" in err) == (2, True)
 
 
 def test_tokens_are_tagged(run, run_json, exported):
     folder = exported("bert_tagger").folder.path
-    (found,) = run_json(folder, "the cat")["labels"]
-    assert [entry["token"] for entry in found] == ["[CLS]", "the", "cat", "[SEP]"]
+    (found,) = run_json(folder, "the cat")["entities"]
+    assert [(entry["word"], entry["start"], entry["end"]) for entry in found] == [
+        ("the", 0, 3),
+        ("cat", 4, 7),
+    ]
     logits = load(folder).forward("the cat")[0]
-    assert [entry["label"] for entry in found] == [f"LABEL_{row.argmax()}" for row in logits]
-    assert run(folder, "the cat")[0] == 0
+    assert [entry["entity"] for entry in found] == [f"LABEL_{row.argmax()}" for row in logits[1:-1]]
+    assert run(folder, "the cat", "--aggregation", "average")[0] == 0
 
 
 def test_a_cut_text_is_said(run, encoder, caplog):

@@ -125,8 +125,8 @@ def test_one_beam_is_greedy_and_many_requests_share_a_product(translator):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 1.0}, "temperature means nothing to a beam search"),
         ({"stop": ["x"]}, "stop means nothing"),
+        ({"stop_strings": ["x"]}, "stop_strings means nothing"),
         ({"report_mass": True, "mode": "compact"}, "report_mass means nothing"),
         ({"early_stopping": "maybe"}, "true, false or 'never'"),
         ({"num_beams": 0}, "1 or more, found 0"),

@@ -18,7 +18,6 @@ import transformers
 from tests.support.folders import make_vocab
 from tests.support.models import FAMILIES, save_model
 from tests.support.rounding import assert_within, model_bound
-from trimserve.encoder.answers import label_scores
 from trimserve.encoder.encoder import Encoder
 from trimserve.encoder.pooling import pool
 from trimserve.errors import UnknownIdError, UnsupportedModelError, UsageError
@@ -247,17 +246,6 @@ def test_calls_that_the_task_does_not_have(pairs):
         pairs("bert").encoder.fill_mask(["a"], top_k=0)
     with pytest.raises(UsageError, match="batch_size should be 1 or more"):
         pairs("bert_encoder").encoder.encode(["a"], batch_size=0)
-
-
-def test_label_scores_follow_the_config():
-    logits = np.array([0.0, 2.0, -1.0], np.float32)
-    names = {"id2label": {"0": "no", "1": "yes", "2": "maybe"}}
-    scores = label_scores(logits, names)
-    assert list(scores) == ["yes", "no", "maybe"]
-    assert sum(scores.values()) == pytest.approx(1)
-    several = label_scores(logits, names | {"problem_type": "multi_label_classification"})
-    assert several["no"] == pytest.approx(0.5)
-    assert list(label_scores(logits, {})) == ["LABEL_1", "LABEL_0", "LABEL_2"]
 
 
 @pytest.fixture(scope="module")

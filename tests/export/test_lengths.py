@@ -18,7 +18,6 @@ from tests.support.folders import make_vocab
 from tests.support.models import with_random_weights
 from tests.support.tiny_tokenizers import KINDS
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.files.hashes import sha256_file
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.session import open_session
 from trimserve_export import export
@@ -99,8 +98,7 @@ def make(name: str, root: Path, exporter: str = "auto") -> Made:
     source = save(name, root / "model")
     size = json.loads((source / "config.json").read_text("utf-8"))["vocab_size"]
     kept = [*range(260), *range(260, size, 3)][: 2 * 128]
-    vocab = make_vocab(sorted(kept), size, sha256_file(source / "tokenizer.json"))
-    export(source, vocab, root / "out", exporter=exporter, progress=False)
+    export(source, make_vocab(sorted(kept), size), root / "out", exporter=exporter, progress=False)
     return Made(name, source, root / "out", trimserve.load(root / "out"))
 
 

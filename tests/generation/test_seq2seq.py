@@ -159,6 +159,28 @@ def test_the_generation_configs_rules_hold(translators, tmp_path, family, rules)
     assert list(searched.ids) == ruled.by_torch(TEXTS[0], 14, num_beams=3)
 
 
+SETTINGS = [
+    {"num_beams": 3, "length_penalty": 0.3, "early_stopping": True, "max_length": 11},
+    {"encoder_no_repeat_ngram_size": 1, "max_new_tokens": 12, "repetition_penalty": 1.7},
+    {"encoder_repetition_penalty": 6.0, "max_length": 9, "forced_eos_token_id": 30},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
+def test_a_call_without_options_is_generates(translators, tmp_path, settings):
+    """Beams, lengths and penalties of the folder; each changes what comes without it."""
+    made = with_generation_config(translators("marian"), tmp_path, **settings)
+    expected = []
+    for text in TEXTS:
+        ids = torch.tensor(made.encode(text)[None].astype(np.int64))
+        with torch.inference_mode():
+            output = made.torch_model.generate(ids, attention_mask=torch.ones_like(ids))
+        expected.append(output[0, 1:].tolist())
+    assert [list(result.ids) for result in made.generator.generate(TEXTS)] == expected
+    plain = translators("marian").generator.generate(TEXTS, max_new_tokens=len(max(expected, key=len)))
+    assert [list(result.ids) for result in plain] != expected
+
+
 def test_verify_knows_the_rules(translators, tmp_path):
     rules = {"forced_bos_token_id": 13, "suppress_tokens": [1, 7, 28], "bad_words_ids": [[24], [22, 30]]}
     ruled = with_generation_config(translators("mt5"), tmp_path, **rules, no_repeat_ngram_size=3)

@@ -93,10 +93,16 @@ def test_ids_of_both_configs_stay_and_those_beyond_the_rows_do_not(tmp_path):
     assert max(ids) == 36
 
 
+def _added(content):
+    """A token as transformers writes it."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"__type": "AddedToken", "content": content, **flags}
+
+
 def test_tokens_that_the_tokenizer_config_names_stay(tmp_path):
     folder = save_model_folder("wordpiece", tmp_path)
     before = structural(folder)
-    settings = {"eos_token": "dog", "pad_token": {"content": "cat"}, "additional_special_tokens": ["mat"]}
+    settings = {"eos_token": "dog", "pad_token": _added("cat"), "additional_special_tokens": ["mat"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = resolve_model(folder).tokenizer()
     assert structural(folder) - before == {tokenizer.token_to_id(token) for token in ("dog", "cat", "mat")}

@@ -49,8 +49,8 @@ def test_what_a_folder_has_instead(tmp_path, names, match):
     [
         (["model/model.safetensors"], r"they are in model: pass .*/model\.$"),
         (
-            ["checkpoint-500/model.safetensors", "checkpoint-1500/model.safetensors"],
-            r"in checkpoint-1500 .also in",
+            ["checkpoint-500/model.safetensors", "checkpoint-900/model.safetensors"],
+            r"in checkpoint-900 .also in",
         ),
         (["onnx/fp16/model.onnx"], r"they are in onnx/fp16: pass"),
         (["original/consolidated.pth"], r"they are in original: pass"),

@@ -4,6 +4,9 @@ Processors add the products of a matrix in different orders (AVX2, AVX-512 VNNI,
 So a computed number is compared within a bound of its own product instead of one tolerance for all. The
 bounds are from Nicholas J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, SIAM 2002,
 chapter 3.
+
+`pytest.approx` as it is, with its relative 1e-6, is for shares and counts in double precision, of which that
+is 2^33 roundings and less than one token. Chance has bounds of its own where a test draws.
 """
 
 from collections.abc import Callable

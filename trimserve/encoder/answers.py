@@ -1,17 +1,17 @@
 """What an encoder's head says, for people: tokens for a mask, labels for a text."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from trimserve.arrays import Floats, Ids
 from trimserve.encoder.activations import softmax
 from trimserve.files.tensors import to_float32
 from trimserve.runtime.cold_rows import ColdRows
+from trimserve.text.codec import Codec
 from trimserve.vocab.map import VocabMap
 
 # Cold rows are multiplied a tile at a time, so that a quarter of a million of them never lie in memory.
@@ -20,11 +20,19 @@ _TILE_ROWS = 8192
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token that may stand for a mask: its text, its token id and its probability."""
+    """A token that may stand for a mask.
+
+    Attributes:
+        token: its text.
+        id: its token id.
+        probability: of it in this place.
+        sequence: the whole text with it in the place of the mask.
+    """
 
     token: str
     id: int
     probability: float
+    sequence: str = ""
 
 
 def full_logits(logits: Floats, hidden: Floats | None, vocab: VocabMap, cold: ColdRows) -> tuple[Floats, Ids]:
@@ -66,39 +74,46 @@ def cold_logits(hidden: Floats, cold: ColdRows) -> Floats:
     return logits
 
 
-def top_candidates(logits: Floats, ids: Ids, tokenizer: Tokenizer, top_k: int) -> list[list[Candidate]]:
+def top_candidates(
+    logits: Floats, ids: Ids, text_of: Callable[[int], str], top_k: int, targets: Ids | None = None
+) -> list[list[Candidate]]:
     """The likeliest tokens of each row.
 
     Args:
         logits: float32 (n, C).
         ids: token ids of the columns, int32 (C,).
-        tokenizer: gives the tokens' texts.
+        text_of: a token's text by its id.
         top_k: how many of them; fewer if there are no more.
+        targets: the token ids to choose among, if not all.
     """
     if not len(logits):
         return []
     probabilities = softmax(logits)
+    if targets is not None:
+        columns = np.flatnonzero(np.isin(ids, targets))
+        probabilities, ids = probabilities[:, columns], ids[columns]
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     best_ids, shares = ids[best].tolist(), np.take_along_axis(probabilities, best, axis=1).tolist()
     return [
-        [Candidate(tokenizer.decode([id_], skip_special_tokens=False), id_, share) for id_, share in pairs]
-        for pairs in map(zip, best_ids, shares)
+        [Candidate(text_of(id_), id_, share) for id_, share in pairs] for pairs in map(zip, best_ids, shares)
     ]
 
 
-def label_scores(logits: Floats, config: Mapping[str, Any]) -> dict[str, float]:
-    """Probability of each label of a classification head, the likeliest first.
+def fill_in(candidate: Candidate, ids: Ids, place: int, codec: Codec, *, only_mask: bool) -> Candidate:
+    """The candidate with the text that it makes; as in the pipeline, other masks stay to be seen.
 
     Args:
-        logits: float32 (labels,).
-        config: config.json; `id2label` names the labels, and `problem_type` says whether several may hold
-            at once (a sigmoid each) instead of one (softmax).
+        candidate: of a mask.
+        ids: the text's token ids, int32 (T,).
+        place: of the mask among them.
+        codec: decodes them.
+        only_mask: whether the text has no other mask: special tokens are left out then.
     """
-    several = config.get("problem_type") == "multi_label_classification"
-    scores = 1 / (1 + np.exp(-logits)) if several or len(logits) == 1 else softmax(logits)
-    names = config.get("id2label") or {}
-    order = np.argsort(-scores, kind="stable").tolist()
-    return {str(names.get(str(label), f"LABEL_{label}")): float(scores[label]) for label in order}
+    filled = ids.copy()
+    filled[place] = candidate.id
+    shown = filled[filled != codec.named_id("pad_token", "[PAD]", "<pad>")]
+    text = codec.decode(shown, skip_special_tokens=only_mask)
+    return replace(candidate, sequence=text)
 
 
 def _float32(rows: npt.NDArray[Any]) -> Floats:

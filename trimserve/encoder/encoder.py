@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Floats, Ids
-from trimserve.encoder.answers import Candidate, full_logits, top_candidates
 from trimserve.encoder.cross_encoder import Pair, RankedDocument, ranked, scored_pairs, to_scores
 from trimserve.encoder.graph import EncoderGraph, GraphOutput
 from trimserve.encoder.modules import SentenceModules
 from trimserve.encoder.pooling import normalize_rows
 from trimserve.encoder.similarity import similarity, similarity_pairwise
 from trimserve.encoder.sparse import SparseVector, keep_largest, sparse_vectors, splade
+from trimserve.encoder.task_methods import TaskMethods
 from trimserve.errors import UsageError
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, TOKENS, SpladePooling, read_settings
@@ -30,7 +30,7 @@ _QUERY_PROMPTS = ("query",)
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
-class Encoder:
+class Encoder(TaskMethods):
     """A trimmed encoder behind its original tokenizer.
 
     Example:
@@ -254,42 +254,6 @@ class Encoder:
         pairs = zip(texts, results, strict=True)
         return [self._empty(text) if found is None else found for text, found in pairs]
 
-    def fill_mask(
-        self, texts: str | Sequence[str], *, top_k: int = 5, batch_size: int = 8
-    ) -> list[list[list[Candidate]]]:
-        """Predict the masked tokens of texts, over the full vocab where the folder has cold rows.
-
-        Args:
-            texts: texts with the tokenizer's mask token in them.
-            top_k: candidates a mask.
-            batch_size: texts fed at a time; each makes T x K logits.
-
-        Returns:
-            For each text, for each of its masks in order, the likeliest tokens first. Probabilities are
-            those of the full model, or those among the kept ids in a folder without cold rows.
-
-        Raises:
-            UsageError: the folder's task is not fill-mask, or `top_k` is not positive.
-        """
-        if self.task != "fill-mask" or top_k < 1:
-            raise UsageError(
-                f"{self.folder.path} does {self.task} and top_k is {top_k}: filling masks takes a folder "
-                "exported with --task fill-mask and at least one candidate."
-            )
-        texts = _as_list(texts)
-        mask_id = int(self.codec.vocab.to_compact(self.codec.mask_id))
-        results: list[list[list[Candidate]]] = [[] for _ in texts]
-        for output in self._graph.run(texts, batch_size):
-            rows, columns = np.nonzero(output.ids == mask_id)
-            hidden = None if output.hidden is None else output.hidden[rows, columns]
-            logits, ids = full_logits(
-                output.values[rows, columns], hidden, self.folder.vocab, self._graph.cold
-            )
-            best = top_candidates(logits, ids, self.codec.tokenizer, top_k)
-            for row, candidates in zip(rows, best, strict=True):
-                results[output.texts[row]].append(candidates)
-        return results
-
     def token_ids(self, texts: Sequence[Text]) -> list[Ids]:
         """Token ids of texts as `forward` feeds them: cut to `max_tokens`, cold ones split if need be."""
         return [entry.ids for entry in self._graph.encode(texts)[0]]
@@ -316,9 +280,12 @@ class Encoder:
         return self._modules.run(values, np.ones((1, 1), np.int64), normalize=normalize)
 
     def _prompt_tokens(self, prompt: str) -> int:
-        """Tokens at the start of a text that are its prompt's, without a special token at their end."""
+        """Tokens at the start of a text that are its prompt's.
+
+        A last one does not count that transformers' `all_special_ids` hold: sentence-transformers' rule.
+        """
         (ids,) = self.token_ids([prompt])
-        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.settings.prompt_ends)
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.codec.named_ids)
 
     def _weights(self, texts: list[str], batch_size: int) -> Floats:
         """Weights (n, V) of a sparse encoder."""

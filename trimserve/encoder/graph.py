@@ -19,7 +19,7 @@ from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder.manifest import Lengths
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, SentenceSettings
-from trimserve.folder.tasks import EMBEDDING_TASK
+from trimserve.folder.tasks import ANSWERING_TASK, EMBEDDING_TASK
 from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
 from trimserve.text.batching import Encoded, join
 from trimserve.text.codec import Codec, Text
@@ -27,6 +27,8 @@ from trimserve.text.codec import Codec, Text
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+# The two outputs of a head that answers questions: of an answer's first token, and of its last.
+SPANS = ("start_logits", "end_logits")
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "logits_to_keep"})
 _ID_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Padded tokens fed at a time on a CPU: activations grow with them (a MiniLM process took 400 MB for 32
@@ -59,7 +61,7 @@ class GraphOutput:
         texts: int64 (B,), which of the caller's texts they are.
         ids: int64 (B, T), as they were fed.
         mask: int64 (B, T).
-        values: float32 (B, T, D) or (B, D), by the head.
+        values: float32 (B, T, D) or (B, D), by the head; (B, T, 2) of a start and an end.
         hidden: the vocab head's input (B, T, H), or None.
     """
 
@@ -110,7 +112,7 @@ class EncoderGraph:
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = {value.name: value for value in session.get_outputs()}
         self._cold_inputs = tuple(cold_widths(session))
-        self.result = "logits"
+        self.result = SPANS[0] if self.task == ANSWERING_TASK else "logits"
         if self.task == EMBEDDING_TASK:
             whole = SENTENCE in self._outputs and "last_hidden_state" not in self._outputs
             self.result = SENTENCE if whole else "last_hidden_state"
@@ -124,7 +126,7 @@ class EncoderGraph:
     @property
     def gives_one_row(self) -> bool:
         """Whether the result has one row a text and not one a token."""
-        return len(self._outputs[self.result].shape) == 2
+        return self.task != ANSWERING_TASK and len(self._outputs[self.result].shape) == 2
 
     def run(self, texts: Sequence[Text], batch_size: int, result: str | None = None) -> Iterator[GraphOutput]:
         """Feed texts, longest first, in batches of like length; a text without tokens is left out.
@@ -137,8 +139,14 @@ class EncoderGraph:
         if batch_size < 1:
             raise UsageError(f"batch_size should be 1 or more, found {batch_size}.")
         encoded, split = self.encode(texts)
+        yield from self.run_encoded(encoded, batch_size, result, split)
+
+    def run_encoded(
+        self, encoded: Sequence[Encoded], batch_size: int, result: str | None = None, split: int = 0
+    ) -> Iterator[GraphOutput]:
+        """Feed what `encode` gives; `split` cold tokens have been split for it."""
         lengths = np.array([len(text.ids) for text in encoded], np.int64)
-        self.stats.texts += len(texts)
+        self.stats.texts += len(encoded)
         self.stats.tokens += int(lengths.sum())
         self.stats.cold_tokens += split
         self.stats.truncated += sum(text.truncated for text in encoded)
@@ -175,12 +183,15 @@ class EncoderGraph:
         return GraphOutput(chosen, batch.ids, batch.attention_mask, values, hidden)
 
     def _call(self, feeds: dict[str, npt.NDArray[Any]], result: str) -> tuple[Floats, Floats | None]:
-        names = [name for name in (result, "hidden_states") if name in self._outputs]
+        wanted = SPANS if result in SPANS else (result, "hidden_states")
+        names = [name for name in wanted if name in self._outputs]
         typed = {
             name: feeds[name].astype(_ID_DTYPES.get(value.type, feeds[name].dtype), copy=False)
             for name, value in self._inputs.items()
         }
         values, *hidden = (array.astype(np.float32, copy=False) for array in self._session.run(names, typed))
+        if result in SPANS:
+            return np.stack([values, *hidden], axis=-1), None
         return values, hidden[0] if hidden else None
 
     def encode(self, texts: Sequence[Text]) -> tuple[list[Encoded], int]:
@@ -188,6 +199,10 @@ class EncoderGraph:
         encoded = self.codec.encode_typed(
             texts, add_special_tokens=self._settings.special_tokens, max_tokens=self.max_tokens
         )
+        return self.servable(encoded)
+
+    def servable(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
+        """Split the cold tokens of a folder without cold rows, and count them."""
         if self.folder.has_cold:
             return encoded, 0
         cold_tokens = sum(int((~self.codec.vocab.is_kept(entry.ids)).sum()) for entry in encoded)
@@ -213,7 +228,8 @@ class EncoderGraph:
             )
         unknown = sorted(self._inputs.keys() - _INPUTS - set(self._cold_inputs))
         missing = sorted({"input_ids", COLD_INPUT} - self._inputs.keys())
-        missing += [] if self.result in self._outputs else [self.result]
+        results = SPANS if self.task == ANSWERING_TASK else (self.result,)
+        missing += [name for name in results if name not in self._outputs]
         if unknown or missing:
             found = f"lacks {', '.join(missing)}" if missing else f"also wants {', '.join(unknown)}"
             raise UnsupportedModelError(

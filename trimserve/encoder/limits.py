@@ -1,5 +1,6 @@
 """The longest text that an encoder takes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from trimserve.folder.opening import TrimmedFolder
@@ -21,10 +22,19 @@ def longest_input(folder: TrimmedFolder) -> int | None:
     if declared is None:
         declared = folder.tokenizer_settings["model_max_length"]
     lengths = folder.manifest.lengths
-    positions = config.get("max_position_embeddings") if lengths is None else lengths.longest
-    if positions and config.get("model_type") in PAD_POSITION_MODELS:
-        # Positions of these models begin after the pad id.
-        pad_id = config.get("pad_token_id")
-        positions -= (1 if pad_id is None else pad_id) + 1
+    positions = usable_positions(config) if lengths is None else lengths.longest
     limits = (limit for limit in (declared, positions) if isinstance(limit, int | float))
     return min((int(limit) for limit in limits if limit < _NO_LIMIT), default=None)
+
+
+def usable_positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model's table of positions is enough for; None where the config names no table."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    model_type = config.get("model_type")
+    if model_type not in PAD_POSITION_MODELS:
+        return positions
+    # Positions of these models begin after the pad id, which MPNet takes for 1 whatever it is.
+    pad_id = 1 if model_type == "mpnet" else config.get("pad_token_id")
+    return positions - (1 if pad_id is None else int(pad_id)) - 1

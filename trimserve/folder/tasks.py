@@ -5,4 +5,11 @@ GENERATION_TASK = "text-generation-with-past"
 TEXT2TEXT_TASK = "text2text-generation-with-past"
 GENERATOR_TASKS = (GENERATION_TASK, TEXT2TEXT_TASK)
 EMBEDDING_TASK = "feature-extraction"
-ENCODER_TASKS = ("feature-extraction", "fill-mask", "text-classification", "token-classification")
+ANSWERING_TASK = "question-answering"
+ENCODER_TASKS = (
+    "feature-extraction",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    ANSWERING_TASK,
+)

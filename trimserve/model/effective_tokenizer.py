@@ -33,6 +33,7 @@ _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", 
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Above it transformers may mend the pattern of Mistral's tokenizers.
 _MENDED_FROM = 100_000
+_SAVE = "save the tokenizer with transformers' save_pretrained(folder)"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class EffectiveTokenizer:
         original: it is the folder's own, byte for byte.
         made_by: the library, its version and the tokenizer's class; or why the file is taken as it is.
         settings: what a tokenizer.json cannot say: truncation_side, model_max_length, clean_up (of decoded
-            text), split_special_tokens, special_tokens (role -> token).
+            text), split_special_tokens, special_tokens, named_tokens: see `declared_settings`.
     """
 
     content: bytes
@@ -97,10 +98,9 @@ def _cached(folder: Path, trust: bool, always: bool, signature: object) -> Effec
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     class_name = _class_name(folder)
-    installed = importlib.util.find_spec("transformers") is not None
     if class_name is None:
         return _as_it_is(folder, "no tokenizer_class and no model_type say which class loads it")
-    if not installed:
+    if not _has_transformers():
         return _as_it_is(folder, "transformers is not installed")
     if not always and class_name in _PLAIN and _is_surely_plain(folder):
         return _as_it_is(folder, f"{class_name} takes the file as it is")
@@ -115,6 +115,10 @@ def _cached(folder: Path, trust: bool, always: bool, signature: object) -> Effec
         content = (folder / TOKENIZER_NAME).read_bytes()
         return EffectiveTokenizer(content, True, made_by, found["settings"])
     return EffectiveTokenizer(found["content"].encode(), False, made_by, found["settings"])
+
+
+def _has_transformers() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -139,7 +143,10 @@ def _as_it_is(folder: Path, reason: str) -> EffectiveTokenizer:
     path = folder / TOKENIZER_NAME
     if not path.is_file():
         others = ", ".join(name for name in SOURCE_TOKENIZER_FILES if (folder / name).is_file())
-        raise _refusal(f"{folder} has no {TOKENIZER_NAME}, only {others}, which transformers reads", reason)
+        needs = others.endswith((".model", ".spm")) and importlib.util.find_spec("sentencepiece") is None
+        advice = "install sentencepiece and protobuf" if needs else _SAVE
+        what = f"{folder} has no {TOKENIZER_NAME}, only {others}, which transformers reads"
+        raise _refusal(what, reason, advice)
     original = original_tokenizer(folder, {"reason": reason})
     try:
         tokenizer = parse_tokenizer(original.content)
@@ -147,7 +154,7 @@ def _as_it_is(folder: Path, reason: str) -> EffectiveTokenizer:
         raise unreadable(path, error) from error
     unmet = unmet_setting(tokenizer, *(_read(folder, name) for name in (_CONFIG, _SPECIAL, _ADDED)))
     if unmet is not None:
-        raise _refusal(f"{folder / _CONFIG}: {unmet}, which {TOKENIZER_NAME} alone does not do", reason)
+        raise _refusal(f"{folder} has {unmet}, which {TOKENIZER_NAME} alone does not follow", reason)
     return original
 
 
@@ -158,17 +165,12 @@ def original_tokenizer(folder: Path, made_by: Mapping[str, str] | None = None) -
     return EffectiveTokenizer(content, True, {"library": "tokenizers", **(made_by or {})}, settings)
 
 
-def _refusal(what: str, reason: str) -> Exception:
+def _refusal(what: str, reason: str, advice: str = _SAVE) -> Exception:
     if "not installed" in reason:
         return MissingExtraError(
             f"{what}; so its token ids need transformers, which is not installed. Install it with: "
             "pip install 'trimserve[export]'"
         )
-    advice = (
-        "install sentencepiece and protobuf"
-        if "sentencepiece" in reason
-        else "save the tokenizer with transformers' save_pretrained(folder)"
-    )
     return UnsupportedModelError(f"{what}, and {reason}: {advice}.")
 
 

@@ -86,14 +86,13 @@ def _settings(loaded: Any, backend: Tokenizer) -> Json:  # noqa: ANN401 - a toke
         "model_max_length": int(limit) if limit < NO_LIMIT else None,
         "clean_up": clean,
         "special_tokens": {role: str(token) for role, token in named.items() if token is not None},
+        "named_tokens": sorted({str(token) for token in loaded.all_special_tokens}),
     }
 
 
 def _phrase(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    if "sentencepiece" in str(error).lower() and "sentencepiece" not in text.lower():
-        text += " (it needs sentencepiece)"
     return text.rstrip(".:")[:200]
 
 

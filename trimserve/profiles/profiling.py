@@ -16,7 +16,7 @@ from trimserve.corpus.documents import Reading, Unit
 from trimserve.counting.count import Interrupted, Tally, count_corpus
 from trimserve.counting.encoding.encoders import limit_threads
 from trimserve.counting.plan import How, Shard, Where
-from trimserve.errors import MismatchError, UsageError
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
 from trimserve.model.structural import structural_ids
@@ -97,6 +97,11 @@ def profile(
     if workers is not None:
         limit_threads(workers)
     tokenizer, content = source.tokenizer(), source.effective.content
+    if tokenizer.encode_special_tokens:
+        raise UnsupportedModelError(
+            f"{source.name} splits special tokens that stand in a text (split_special_tokens), and profiling "
+            "counts them whole: profile a copy of its tokenizer files without that setting."
+        )
     structural = structural_ids(source, tokenizer)
     release_free_memory()  # of parsing the tokenizer, more than counting takes
     with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:

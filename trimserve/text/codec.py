@@ -5,13 +5,14 @@ without cold rows, is split into kept pieces (`trimserve.text.fallback`).
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
@@ -113,16 +114,19 @@ class Codec:
             for start in range(0, len(texts), _BATCH):
                 part = list(texts[start : start + _BATCH])
                 encodings = self.tokenizer.encode_batch_fast(part, add_special_tokens=add_special_tokens)
-                encoded += map(_encoded, encodings)
+                encoded += map(as_encoded, encodings)
         self._check_rows(texts, encoded)
         return encoded
 
-    def decode(self, ids: npt.ArrayLike) -> str:
-        """Decode token ids to text, without special tokens."""
-        text: str = self.tokenizer.decode(
-            np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True
-        )
+    def decode(self, ids: npt.ArrayLike, *, skip_special_tokens: bool = True) -> str:
+        """Decode token ids to text, by default without special tokens."""
+        listed = np.asarray(ids, np.int64).ravel().tolist()
+        text: str = self.tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self._settings["clean_up"] else text
+
+    def token_text(self, id_: int) -> str:
+        """The text of one token, also of a special one."""
+        return self.decode([id_], skip_special_tokens=False)
 
     def stream(self) -> StreamDecoder:
         """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
@@ -163,6 +167,33 @@ class Codec:
         pad = int(self.vocab.to_compact(self.pad_id))
         ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
+
+    @cached_property
+    def named_ids(self) -> frozenset[int]:
+        """Token ids of the special tokens that have a role or are listed: transformers' `all_special_ids`."""
+        found = map(self.tokenizer.token_to_id, self._settings["named_tokens"])
+        return frozenset(id_ for id_ in found if id_ is not None)
+
+    @contextmanager
+    def lent(self) -> Iterator[Tokenizer]:
+        """Lend the tokenizer to one caller, who may change its truncation."""
+        with self._lock:
+            try:
+                self.tokenizer.no_truncation()
+                yield self.tokenizer
+            finally:
+                self._limit = None
+                self.tokenizer.no_truncation()
+
+    def named_id(self, role: str, *usual: str) -> int | None:
+        """The id of the token that has a role in tokenizer_config.json, else of the first usual one."""
+        found = (self.tokenizer.token_to_id(token) for token in (self._named_token(role), *usual) if token)
+        return next((int(token_id) for token_id in found if token_id is not None), None)
+
+    @property
+    def truncation_side(self) -> str:
+        """Where a text that is too long loses tokens: right or left."""
+        return self._truncation_side
 
     def _named_token(self, role: str) -> str | None:
         token: str | None = self._settings["special_tokens"].get(role)
@@ -221,7 +252,8 @@ def shorten(text: Text, length: int = 48) -> str:
     return repr(text) if len(text) <= length else repr(text[: length - 1] + "…")
 
 
-def _encoded(encoding: Encoding) -> Encoded:
+def as_encoded(encoding: Encoding) -> Encoded:
+    """The part of the tokenizer's answer that is fed."""
     ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
     return Encoded(ids, types, bool(encoding.overflowing))
 

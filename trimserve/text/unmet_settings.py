@@ -6,10 +6,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from trimserve.folder.tokenizer_settings import ROLES, content_of
+from trimserve.folder.tokenizer_settings import LISTS, ROLES, content_of
 
 Json = Mapping[str, Any]
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -30,8 +30,8 @@ def unmet_setting(tokenizer: Tokenizer, config: Json, special_tokens: Json, adde
         *_normalizing(tokenizer, config),
         *_prefix_space(tokenizer, config),
         *_added(tokenizer, config.get("added_tokens_decoder") or {}),
-        *_named(tokenizer, config, "tokenizer_config.json"),
-        *_named(tokenizer, special_tokens, "special_tokens_map.json"),
+        *_named(tokenizer, config, ""),
+        *_named(tokenizer, special_tokens, " of special_tokens_map.json"),
         *_numbered(tokenizer, added_tokens),
     )
     return next(iter(found), None)
@@ -86,28 +86,27 @@ def _added(tokenizer: Tokenizer, decoder: Mapping[str, Json]) -> Iterator[str]:
     for id_, token in decoder.items():
         found = known.get(int(id_))
         if found is None or found.content != token["content"] or not _same_flags(found, token):
-            yield f"added_tokens_decoder's {token['content']!r}"
+            yield f"{token['content']!r} of added_tokens_decoder"
 
 
 def _named(tokenizer: Tokenizer, names: Json, file: str) -> Iterator[str]:
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    tokens: list[str | Json | None] = [names.get(role) for role in ROLES]
-    for key in _LISTS:
+    tokens: list[tuple[str, str | Json | None]] = [(role, names.get(role)) for role in ROLES]
+    for key in LISTS:
         listed = names.get(key) or []
-        tokens += listed.values() if isinstance(listed, dict) else listed
-    for token in tokens:
+        tokens += [(key, token) for token in (listed.values() if isinstance(listed, dict) else listed)]
+    for key, token in tokens:
         content = content_of(token)
-        if content and content not in known:
-            yield f"{file} names {content!r}"
-        elif content and isinstance(token, Mapping) and not _same_flags(known[content], token):
-            yield f"{file}'s {content!r}"
+        unknown = bool(content) and content not in known
+        if unknown or (content and isinstance(token, Mapping) and not _same_flags(known[content], token)):
+            yield f"{key} {content!r}{file}"
 
 
 def _numbered(tokenizer: Tokenizer, added_tokens: Json) -> Iterator[str]:
     ids = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
     for token, id_ in added_tokens.items():
         if ids.get(token) != id_:
-            yield f"added_tokens.json names {token!r}"
+            yield f"{token!r} of added_tokens.json"
 
 
 def _same_flags(found: AddedToken, wanted: Json) -> bool:

@@ -19,6 +19,7 @@ PER_LAYER_KEY: Final = "vocab_size_per_layer_input"
 # Keys that hold token ids without saying so by their ending.
 _FLAT_KEYS = frozenset({"suppress_tokens", "begin_suppress_tokens", "image_token_index"})
 _PHRASE_KEYS = frozenset({"bad_words_ids", "force_words_ids"})  # lists of token sequences
+_WEIGHT_KEYS = frozenset({"sequence_bias"})  # lists of [token sequence, weight]
 _POSITION_KEYS = frozenset({"forced_decoder_ids"})  # lists of [position, token id]
 
 
@@ -41,6 +42,9 @@ def _compact_entry(key: str, value: Json, vocab: VocabMap) -> Json:
     if key in _PHRASE_KEYS and value:
         phrases = [(phrase, _compact_ids(phrase, vocab)) for phrase in value]
         return [compact for phrase, compact in phrases if len(compact) == len(phrase)] or None
+    if key in _WEIGHT_KEYS and value:
+        weighted = [(ids, _compact_ids(ids, vocab), weight) for ids, weight in value]
+        return [[compact, weight] for ids, compact, weight in weighted if len(compact) == len(ids)] or None
     if key in _POSITION_KEYS and value:
         pairs = [[position, _compact_ids(token_id, vocab)] for position, token_id in value]
         return [pair for pair in pairs if pair[1] is not None] or None
@@ -56,7 +60,7 @@ def is_id_key(key: str) -> bool:
 
 def holds_ids(key: str) -> bool:
     """Tell whether `compact_config` translates a config entry of this name, whatever its form."""
-    return is_id_key(key) or key in _PHRASE_KEYS or key in _POSITION_KEYS
+    return is_id_key(key) or key in _PHRASE_KEYS | _WEIGHT_KEYS | _POSITION_KEYS
 
 
 def _compact_ids(value: Json, vocab: VocabMap) -> Json:

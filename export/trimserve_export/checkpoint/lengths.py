@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
+from trimserve.encoder.limits import usable_positions
 from trimserve.folder.manifest import Lengths
 from trimserve.folder.tasks import GENERATION_TASK
 from trimserve.model.source import ModelSource
@@ -16,6 +17,7 @@ from trimserve_export.checkpoint.tasks import TASK_CLASSES
 LONGROPE, DYNAMIC = "longrope", "dynamic"
 _COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 _RESTARTING = ("phi3", "phimoe", "phi4")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,8 @@ def lengths_of(config: PretrainedConfig, task: str) -> Lengths:
 def _longest(config: Any) -> int | None:  # noqa: ANN401 - a config, or a dict as attributes
     if getattr(config, "alibi", False):
         return None
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    found = (getattr(config, name, None) for name in names)
+    known = {name: getattr(config, name, None) for name in ("model_type", "pad_token_id", *_POSITIONS)}
+    found = (usable_positions(known), *(known[name] for name in _POSITIONS[1:]))
     return next((number for number in found if isinstance(number, int) and number > 0), None)
 
 
@@ -116,7 +118,7 @@ def lengths_of_graph(source: ModelSource, graph: Path) -> Lengths | None:
     if config is None:
         context = source.genai_model.get("context_length")
         return Lengths(context) if isinstance(context, int) else None
-    longest = None if config.get("alibi") else int(config["max_position_embeddings"])
+    longest = None if config.get("alibi") else usable_positions(config)
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope_type(parameters)
     if kind != LONGROPE and DYNAMIC not in kind:

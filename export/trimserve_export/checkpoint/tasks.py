@@ -7,7 +7,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.folder.tasks import ANSWERING_TASK, GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve_export.checkpoint.axes import ModelClass
 
 # Each with the class that loads it.
@@ -16,6 +16,7 @@ TASK_CLASSES: dict[str, ModelClass] = {
     "fill-mask": transformers.AutoModelForMaskedLM,
     "text-classification": transformers.AutoModelForSequenceClassification,
     "token-classification": transformers.AutoModelForTokenClassification,
+    ANSWERING_TASK: transformers.AutoModelForQuestionAnswering,
     GENERATION_TASK: transformers.AutoModelForCausalLM,
     TEXT2TEXT_TASK: transformers.AutoModelForSeq2SeqLM,
 }
@@ -28,6 +29,7 @@ _TASK_OF_HEAD = {
     "ForPreTraining": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": ANSWERING_TASK,
     "Model": "feature-extraction",
 }
 # Encoder-decoders whose encoder has a class of its own.

@@ -10,7 +10,7 @@ from trimserve.folder.tasks import TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.runtime.contract import Port, contract_of
 from trimserve_export.from_graph.runtime import load_seq2seq
-from trimserve_export.graphs.reading import load_graph
+from trimserve_export.graphs.reading import GraphFiles, load_graph
 from trimserve_export.shapes.fixed_sizes import fixed_size
 from trimserve_export.trimming.facts import infer_task
 from trimserve_export.trimming.parts import ENCODER, LATER, MERGED, Part
@@ -57,7 +57,7 @@ def _check(
                 f"{main.path.parent} has an encoder, {', '.join(sorted(parts.keys() - {ENCODER}))} and no "
                 f"decoder with a past: export it again with optimum-cli and --task {TEXT2TEXT_TASK}."
             )
-        models = load_seq2seq(parts)
+        models = load_seq2seq(parts, GraphFiles())
         _check_graph(models[ENCODER].graph, parts[ENCODER].path, TEXT2TEXT_TASK, "encoder")
         _check_graph(
             models[LATER].graph, parts.get(LATER, parts.get(MERGED, main)).path, TEXT2TEXT_TASK, "decoder"

@@ -10,14 +10,14 @@ from trimserve.folder.manifest import CutTensor
 from trimserve.folder.names import COLD_NAME
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graphs.embeddings import find_embeddings
-from trimserve_export.graphs.reading import load_graph
-from trimserve_export.graphs.turned import turn_tables
+from trimserve_export.graphs.reading import GraphFiles
 from trimserve_export.graphs.writing import LinkingWriter, Writer, write_copy, write_whole
 from trimserve_export.layouts.drop_in import write_drop_in
 from trimserve_export.trimming.cold_rows import FullGraph, write_cold_rows
-from trimserve_export.trimming.facts import cut_tensors, has_external_data
+from trimserve_export.trimming.facts import has_external_data
 from trimserve_export.trimming.parts import Part
-from trimserve_export.trimming.trim import IDS, LOGITS, trim_graph
+from trimserve_export.trimming.stored import trim_stored
+from trimserve_export.trimming.trim import IDS, LOGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class PartJob:
     """What is done to each part.
 
     Attributes:
+        files: the graphs of the source.
         vocab: the kept ids.
         folder: the trimmed folder.
         vocab_logits: the task's logits are over the vocab.
@@ -33,6 +34,7 @@ class PartJob:
         link: write beside links to the untouched weights.
     """
 
+    files: GraphFiles
     vocab: VocabMap
     folder: Path
     vocab_logits: bool
@@ -53,23 +55,21 @@ class PartJob:
         Raises:
             UnsupportedModelError: the graph, or a part of it, is not understood.
         """
-        untrimmed, trimmed = load_graph(part.path), load_graph(part.path)
+        trimmed = self.files.copy(part.path, turned=False)
         path = self.folder / name
-        writer = self._writer(part, untrimmed)
-        has_head = self.vocab_logits and has_output(untrimmed.graph, LOGITS)
-        if not has_head and not any(value.name in IDS for value in untrimmed.graph.inputs):
-            writer(untrimmed, path)
+        writer = self._writer(part, trimmed)
+        has_head = self.vocab_logits and has_output(trimmed.graph, LOGITS)
+        if not has_head and not any(value.name in IDS for value in trimmed.graph.inputs):
+            writer(trimmed, path)
             return ()
-        cut = cut_tensors(trim_graph(trimmed, self.vocab, has_head=has_head), len(self.vocab))
-        turn_tables(untrimmed.graph)
-        turn_tables(trimmed.graph)
+        cut = trim_stored(trimmed, self.vocab, has_head=has_head)
         if self.drop_in:
             if any(node.op_type == "If" for node in trimmed.graph):
                 raise UnsupportedModelError(
                     f"{part.path.name} chooses between two decoders by an If, inside of which ids are looked "
                     "up: a drop-in is not built for it. Leave that file out, or use another layout."
                 )
-            self._write_drop_in(untrimmed, trimmed, path, writer, has_head=has_head)
+            self._write_drop_in(part, trimmed, path, writer, has_head=has_head)
         else:
             writer(trimmed, path)
         return cut
@@ -80,13 +80,14 @@ class PartJob:
         return write_copy if not part.folder or has_external_data(model) else write_whole
 
     def _write_drop_in(
-        self, untrimmed: ir.Model, trimmed: ir.Model, path: Path, writer: Writer, *, has_head: bool
+        self, part: Part, trimmed: ir.Model, path: Path, writer: Writer, *, has_head: bool
     ) -> None:
         takes_ids = any(value.name == "input_ids" for value in trimmed.graph.inputs)
         cold_path = None
         if self.cold and takes_ids:
             cold_path = self._cold_path(path, writer)
             cold_path.parent.mkdir(exist_ok=True)
+            untrimmed = self.files.copy(part.path)
             tables = find_embeddings(untrimmed.graph)
             write_cold_rows(FullGraph(untrimmed, tables, None), self.vocab, cold_path)
         write_drop_in(

@@ -16,7 +16,7 @@ from trimserve_export.cold_head.writing import write_cold_head
 from trimserve_export.from_graph.cold_head import write_graph_head
 from trimserve_export.graphs.embeddings import Embedding, find_embeddings
 from trimserve_export.graphs.head import find_head
-from trimserve_export.graphs.reading import load_graph
+from trimserve_export.graphs.reading import GraphFiles
 from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.graphs.writing import GRAPH_NAME, LinkingWriter, Writer, write_copy
 from trimserve_export.serving.quantize import scheme_of
@@ -30,9 +30,8 @@ from trimserve_export.trimming.cold_rows import (
     write_cold_blocks,
     write_cold_rows,
 )
-from trimserve_export.trimming.facts import cut_tensors
 from trimserve_export.trimming.parts import ENCODER, FIRST, LATER, MERGED, Part
-from trimserve_export.trimming.trim import trim_graph
+from trimserve_export.trimming.stored import trim_stored
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +86,13 @@ def write_cold(full: FullGraph, served: Path, vocab: VocabMap, folder: Path, *, 
     write_cold_head(served, folder / COLD_NAME, blocks)
 
 
-def load_seq2seq(parts: Mapping[str, Part]) -> dict[str, ir.Model]:
+def load_seq2seq(parts: Mapping[str, Part], files: GraphFiles, *, turned: bool = True) -> dict[str, ir.Model]:
     """Read an encoder, and its decoder for the first and for later tokens.
 
     Args:
         parts: the parts of one variant, by name.
+        files: reads them.
+        turned: see `load_graph`.
 
     Returns:
         The graphs by the names of those parts.
@@ -99,23 +100,19 @@ def load_seq2seq(parts: Mapping[str, Part]) -> dict[str, ir.Model]:
     Raises:
         UnsupportedModelError: a part is missing.
     """
-    encoder = load_graph(parts[ENCODER].path)
     if FIRST in parts and LATER in parts:
-        return {
-            ENCODER: encoder,
-            FIRST: load_graph(parts[FIRST].path),
-            LATER: load_graph(parts[LATER].path),
-        }
+        return {name: files.copy(parts[name].path, turned=turned) for name in (ENCODER, FIRST, LATER)}
     if MERGED not in parts:
         raise UnsupportedModelError(
             f"beside {ENCODER}.onnx there are {', '.join(sorted(parts))}: expected {MERGED}.onnx, or "
             f"{FIRST}.onnx and {LATER}.onnx."
         )
-    return {
-        ENCODER: encoder,
-        FIRST: take_branch(load_graph(parts[MERGED].path), "else_branch"),
-        LATER: take_branch(load_graph(parts[MERGED].path), _CACHED),
-    }
+    models = {ENCODER: files.copy(parts[ENCODER].path, turned=turned)}
+    for name, branch in ((FIRST, "else_branch"), (LATER, _CACHED)):
+        models[name] = take_branch(files.copy(parts[MERGED].path, turned=False), branch)
+        if turned:
+            turn_tables(models[name].graph)
+    return models
 
 
 def take_branch(model: ir.Model, name: str) -> ir.Model:
@@ -156,7 +153,13 @@ def take_branch(model: ir.Model, name: str) -> ir.Model:
 
 
 def write_seq2seq(
-    parts: Mapping[str, Part], vocab: VocabMap, folder: Path, *, cold: bool, writer: Writer = write_copy
+    parts: Mapping[str, Part],
+    files: GraphFiles,
+    vocab: VocabMap,
+    folder: Path,
+    *,
+    cold: bool,
+    writer: Writer = write_copy,
 ) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
     """Write an encoder-decoder's two graphs and, where asked for, cold rows and cold head.
 
@@ -166,10 +169,7 @@ def write_seq2seq(
     Raises:
         UnsupportedModelError: a part is not understood, or encoder and decoder have different tables.
     """
-    untrimmed, trimmed = load_seq2seq(parts), load_seq2seq(parts)
-    for models in (untrimmed, trimmed):
-        for model in models.values():
-            turn_tables(model.graph)
+    untrimmed, trimmed = load_seq2seq(parts, files), load_seq2seq(parts, files, turned=False)
     full = full_graph(untrimmed[LATER], has_head=True)
     tables = find_embeddings(untrimmed[ENCODER].graph)
     if cold and not _same_rows(tables, full.embeddings):
@@ -177,11 +177,8 @@ def write_seq2seq(
             f"encoder and decoder look ids up in different tables ({_names(tables)} and "
             f"{_names(full.embeddings)}): one cold row cannot be fed to both."
         )
-    plans = [
-        trim_graph(trimmed[name], vocab, has_head=has_head)
-        for name, has_head in ((ENCODER, False), (LATER, True))
-    ]
-    cut = tuple(tensor for plan in plans for tensor in cut_tensors(plan, len(vocab)))
+    cut = trim_stored(trimmed[ENCODER], vocab, has_head=False)
+    cut += trim_stored(trimmed[LATER], vocab, has_head=True)
     serve_seq2seq(trimmed, folder, rows=len(vocab), writer=writer)
     if cold:
         write_cold(full, folder / DECODER_NAME, vocab, folder, exact=True)

@@ -25,14 +25,12 @@ from trimserve_export.from_graph.runtime import (
     write_seq2seq,
     write_servable,
 )
-from trimserve_export.graphs.reading import load_graph
-from trimserve_export.graphs.turned import turn_tables
+from trimserve_export.graphs.reading import GraphFiles, load_graph
 from trimserve_export.graphs.writing import GRAPH_NAME, LinkingWriter, write_copy
 from trimserve_export.serving.servable import serve
 from trimserve_export.trimming.cold_rows import is_tied
 from trimserve_export.trimming.facts import (
     constant_bytes,
-    cut_tensors,
     dtype,
     file_hashes,
     infer_task,
@@ -40,7 +38,7 @@ from trimserve_export.trimming.facts import (
 )
 from trimserve_export.trimming.parts import ENCODER, Part, find_parts, main_part, one_variant
 from trimserve_export.trimming.sentence_outputs import gives_embeddings, name_hidden_states
-from trimserve_export.trimming.trim import trim_graph, trim_head
+from trimserve_export.trimming.stored import trim_stored
 
 logger = logging.getLogger(__name__)
 
@@ -102,27 +100,28 @@ def trim_to_folder(
     main = main_part(parts, source)
     if layout == "runtime" and not _is_seq2seq(parts):
         parts = [main]
-    model = load_graph(main.path)
+    files = GraphFiles()
+    model = files.copy(main.path)
     task = _task(parts, model.graph, vocab.vocab_size) if task == "auto" else task
     if vocab.output_ids is not None:
         check_task_of_head(vocab, task)
-        check_untied(vocab, tied=_is_tied(main.path))
+        full = full_graph(files.copy(main.path), has_head=True)
+        check_untied(vocab, tied=is_tied(full.embedding, full.head))
     cold = cold and bool(vocab.head.cold_ids.size)
     if layout == "runtime":
         with _other_layouts_named():
-            graphs, cut = _write_for_runtime(parts, vocab, folder, task=task, cold=cold, link=link)
+            graphs, cut = _write_for_runtime(parts, files, vocab, folder, task=task, cold=cold, link=link)
     else:
-        job = PartJob(vocab, folder, task in _HEAD_TASKS, layout == "graph", cold, link)
+        job = PartJob(files, vocab, folder, task in _HEAD_TASKS, layout == "graph", cold, link)
         graphs, cut = _write_parts(parts, job)
-    loaded = {part.path: load_graph(part.path) for part in parts}
-    turn_tables(model.graph)
-    hashes = [file_hashes(path, loaded[path]) for path in loaded]
+    parsed = {part.path: files.parsed(part.path) for part in parts}
+    hashes = [file_hashes(path, parsed[path]) for path in parsed]
     return TrimmedGraph(
         task=task,
         graphs=graphs,
         cut=cut,
         dtype=dtype(model.graph),
-        bytes_before=constant_bytes(loaded.values()),
+        bytes_before=constant_bytes(parsed.values()),
         source=Source(
             source.name, source.revision, {name: sha for files in hashes for name, sha in files.items()}
         ),
@@ -146,7 +145,14 @@ def _task(parts: list[Part], graph: ir.Graph, rows: int) -> str:
 
 
 def _write_for_runtime(
-    parts: list[Part], vocab: VocabMap, folder: Path, *, task: str, cold: bool, link: bool
+    parts: list[Part],
+    files: GraphFiles,
+    vocab: VocabMap,
+    folder: Path,
+    *,
+    task: str,
+    cold: bool,
+    link: bool,
 ) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
     """Role -> file, and what was cut."""
     writer = LinkingWriter() if link else write_copy
@@ -154,30 +160,17 @@ def _write_for_runtime(
         named = {part.name: part for part in parts}
         if ENCODER not in named:
             raise UnsupportedModelError(f"{parts[0].path} has no {ENCODER}.onnx beside it: pass the folder.")
-        return write_seq2seq(named, vocab, folder, cold=cold, writer=writer)
+        return write_seq2seq(named, files, vocab, folder, cold=cold, writer=writer)
     (part,) = parts
-    untrimmed, trimmed = load_graph(part.path), load_graph(part.path)
+    untrimmed, trimmed = files.copy(part.path), files.copy(part.path, turned=False)
     for model in (untrimmed, trimmed):
         name_hidden_states(model.graph)
     has_head = task in _HEAD_TASKS
-    turn_tables(untrimmed.graph)
-    if vocab.output_ids is None:
-        cut = cut_tensors(trim_graph(trimmed, vocab, has_head=has_head), len(vocab))
-    else:
-        cut = cut_tensors(trim_graph(trimmed, vocab, has_head=False), len(vocab))
-        cut += cut_tensors(trim_head(trimmed, vocab.head), len(vocab.head))
-    turn_tables(trimmed.graph)
+    cut = trim_stored(trimmed, vocab, has_head=has_head)
     made = write_servable(
         untrimmed, trimmed, vocab, folder, task=task, cold=cold, has_head=has_head, writer=writer
     )
     return made, cut
-
-
-def _is_tied(path: Path) -> bool:
-    model = load_graph(path)
-    turn_tables(model.graph)
-    full = full_graph(model, has_head=True)
-    return is_tied(full.embedding, full.head)
 
 
 def _write_parts(parts: list[Part], job: PartJob) -> tuple[dict[str, str], tuple[CutTensor, ...]]:
@@ -212,13 +205,10 @@ def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
     """
     parts = one_variant(find_parts(source))
     if task == TEXT2TEXT_TASK:
-        models = load_seq2seq(parts)
-        for model in models.values():
-            turn_tables(model.graph)
+        models = load_seq2seq(parts, GraphFiles())
         return serve_seq2seq(models, folder, rows=source.vocab_size)
     model = load_graph(main_part(list(parts.values()), source).path)
     name_hidden_states(model.graph)
-    turn_tables(model.graph)
     return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
 
 
@@ -232,7 +222,7 @@ def save_untrimmed(source: ModelSource, folder: Path, role: str = "model") -> Pa
     """
     parts = find_parts(source)
     found = {part.role: part for part in parts}.get(role, main_part(parts, source))
-    write_copy(load_graph(found.path), folder / GRAPH_NAME)
+    write_copy(load_graph(found.path, turned=False), folder / GRAPH_NAME)
     return folder / GRAPH_NAME
 
 

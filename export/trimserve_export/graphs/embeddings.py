@@ -16,13 +16,8 @@ from trimserve_export.graphs.values import (
     shape_of,
     tensor_of,
 )
+from trimserve_export.graphs.vocab_flow import BOUNDS, IdUse, uses_of_ids
 
-# Operators whose output holds the same ids in another shape or integer type.
-_SAME_IDS = frozenset({"Identity", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
-# Operators that look at ids without caring which row they stand for. Equal compares with a special
-# token (RoBERTa's pad): compact ids of special tokens are constants of the graph, cold slots equal none.
-_BLIND = frozenset({"Shape", "Size", "Equal"})
-_BOUNDS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
 _LOGIC = frozenset({"And", "Or", "Not"})
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
@@ -73,13 +68,14 @@ def find_embeddings(graph: ir.Graph) -> tuple[Embedding, ...]:
         UnsupportedModelError: no table, tables of two types, or a node that computes with the ids themselves.
     """
     found: list[Embedding] = []
-    for node, ids, fed, reads in _uses_of_ids(find_input(graph, "input_ids")):
-        embedding = _looked_up(node, ids) if node.graph is graph else None
-        if embedding is not None:
-            found.append(replace(embedding, fed=fed, reads=reads))
-        elif node.op_type not in _BLIND:
+    for use in uses_of_ids(find_input(graph, "input_ids")):
+        embedding = _looked_up(use.node, use.ids) if use.node.graph is graph else None
+        if embedding is not None and _is_direct(use):
+            found.append(embedding if use.choice is None else _guarded(embedding, use.choice))
+        elif not _is_harmless(use):
             raise UnsupportedModelError(
-                f"{describe(node)} depends on the token ids themselves: compact ids would change its result."
+                f"{describe(use.node)} depends on the token ids themselves: compact ids would change its "
+                "result."
             )
     if not found:
         raise UnsupportedModelError("expected a table that input_ids is looked up in, found 0.")
@@ -93,16 +89,28 @@ def find_embeddings(graph: ir.Graph) -> tuple[Embedding, ...]:
     return tuple(sorted(found, key=lambda embedding: order[embedding.gather]))
 
 
-def _uses_of_ids(ids: ir.Value) -> Iterator[tuple[ir.Node, ir.Value, ir.Value, Reads]]:
-    """Nodes that read token ids, the ids as they read them and as they were fed, and the latter's readers."""
-    for node, index in ids.uses():
-        if node.op_type in _SAME_IDS and index == 0:
-            yield from _uses_of_ids(node.outputs[0])
-        elif node.op_type == "Where" and index > 0:
-            reads = ((node, index), *_bounds_of(node, ids))
-            yield from ((user, node.outputs[0], ids, reads) for user, _ in node.outputs[0].uses())
-        elif not (node.op_type in _BOUNDS and _only_chooses(node, ids)):
-            yield node, ids, ids, ((node, index),)
+def _is_direct(use: IdUse) -> bool:
+    """Whether ids, once some were replaced, go to the node as they are: in the shape they were fed in."""
+    return use.choice is None or (use.choice.choice is None and use.ids is use.choice.node.outputs[0])
+
+
+def _guarded(embedding: Embedding, choice: IdUse) -> Embedding:
+    """A lookup of ids of which the graph replaces those that the table has no row for."""
+    reads = ((choice.node, choice.index), *_bounds_of(choice.node, choice.ids))
+    return replace(embedding, fed=choice.ids, reads=reads)
+
+
+def _is_harmless(use: IdUse) -> bool:
+    """Whether compact ids, and those of slots, change nothing in what a node makes of ids.
+
+    Equal compares with a special token (RoBERTa's pad): compact ids of special tokens are constants of the
+    graph, cold slots equal none.
+    """
+    if use.node.op_type == "Equal":
+        return True
+    if use.choice is not None:
+        return False
+    return use.is_choice or (use.node.op_type in BOUNDS and _only_chooses(use.node, use.ids))
 
 
 def _only_chooses(node: ir.Node, ids: ir.Value) -> bool:

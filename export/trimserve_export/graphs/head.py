@@ -19,14 +19,10 @@ from trimserve_export.graphs.values import (
     swaps_axes,
     tensor_of,
 )
+from trimserve_export.graphs.vocab_flow import PRODUCTS, REPEATED
 
-# What may stand between the head's product and `logits`, a position and a token at a time.
-_POINTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
-)
-_PRODUCTS = frozenset(
-    {"MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "QLinearMatMul", "MatMulIntegerToFloat"}
-)
+# Found by the scales behind it; and what `unfuse_head` takes apart.
+_UNSERVED = frozenset({"MatMulInteger", "DynamicQuantizeMatMul"})
 # Products of integers with a constant scale for activations: which inputs are weight, its scales, a bias.
 STATIC_PRODUCTS = {"QLinearMatMul": (3, 4, None), "MatMulIntegerToFloat": (1, 3, 6)}
 
@@ -108,7 +104,7 @@ def find_head(graph: ir.Graph) -> Head:
     after: list[tuple[str, float | None]] = []
     unflatten: ir.Node | None = None
     while (node := value.producer()) is not None:
-        if node.op_type in _PRODUCTS:
+        if node.op_type in PRODUCTS - _UNSERVED:
             return _head(node, tuple(reversed(after)), unflatten)
         if node.op_type == "Reshape" and unflatten is None and node.inputs[0] is not None:
             unflatten, value = node, node.inputs[0]
@@ -116,7 +112,7 @@ def find_head(graph: ir.Graph) -> Head:
         if (integers := _integer_head(node, tuple(reversed(after)))) is not None:
             return integers
         operands = [operand for operand in node.inputs if operand is not None and not is_constant(operand)]
-        if node.op_type not in _POINTWISE or len(operands) != 1 or _is_reversed(node, operands[0]):
+        if node.op_type not in REPEATED or len(operands) != 1 or _is_reversed(node, operands[0]):
             raise UnsupportedModelError(
                 f"{describe(node)} stands between the head and logits: not understood."
             )

@@ -1,4 +1,4 @@
-"""Read a graph that an exporter has just written."""
+"""Read a graph in the form that all later steps take: every lookup of token ids is a Gather of rows."""
 
 from pathlib import Path, PurePosixPath
 
@@ -8,43 +8,65 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files.content import check_content
+from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.graphs.values import describe
 
 
-def read_exported(path: Path) -> ir.Model:
-    """Read a graph whose initializers stay in their files.
+class GraphFiles:
+    """Graphs of one export: each file is parsed once, and each reader gets a copy to change.
 
-    torch moves every large tensor of a graph over 2 GB to external data, those of Constant nodes too (the
-    rotary frequencies of Llama); onnx_ir rewrites initializers alone when it saves. So constants are read
-    into memory, where a changed data file cannot leave them behind.
-
-    Args:
-        path: the .onnx file, or a link to it.
+    Copies share their tensors, large ones by their place in a file.
     """
-    model = ir.load(path.resolve())
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _in_memory(attribute.value))
-    return model
+
+    def __init__(self) -> None:
+        self._parsed: dict[Path, ir.Model] = {}
+
+    def parsed(self, path: Path) -> ir.Model:
+        """The one graph that copies are made of, as it is written: not to be changed.
+
+        Raises:
+            UnsupportedModelError: see `load_graph`.
+            MismatchError: see `load_graph`.
+        """
+        if path not in self._parsed:
+            self._parsed[path] = load_graph(path, turned=False)
+        return self._parsed[path]
+
+    def copy(self, path: Path, *, turned: bool = True) -> ir.Model:
+        """A copy of a graph; see `load_graph`."""
+        model = self.parsed(path).clone()
+        if turned:
+            turn_tables(model.graph)
+        return model
 
 
-def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-    # A copy, so that the mapped file can go.
-    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
-
-
-def load_graph(path: Path) -> ir.Model:
-    """Read a graph; its large tensors stay in their files.
+def load_graph(path: Path, *, turned: bool = True) -> ir.Model:
+    """Read a graph of any origin; its large tensors stay in their files, its Constant nodes are initializers.
 
     Args:
         path: the .onnx file, or a link to it: external data is looked for beside the link, as the hub's
             cache has it.
+        turned: bring lookups into their normal form (`turn_tables`). Trimming takes the tables as they are
+            stored, so it reads the graph without.
 
     Raises:
         UnsupportedModelError: not a plain ONNX graph.
         MismatchError: a file is damaged, or its external data missing, cut off or outside its folder.
     """
+    model = _parse(path)
+    # What has a default need not be fed: graphs of before IR version 4 list every weight as an input.
+    model.graph.inputs[:] = [value for value in model.graph.inputs if not value.is_initializer()]
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _resolved(value.const_value, path.parent)
+    if turned:
+        turn_tables(model.graph)
+    return model
+
+
+def _parse(path: Path) -> ir.Model:
     if path.suffix == ".ort":
         raise UnsupportedModelError(
             f"{path} is in ONNX Runtime's own format: use the .onnx it was made from."
@@ -60,14 +82,33 @@ def load_graph(path: Path) -> ir.Model:
                 f"{describe(node)} holds a part of the model compiled for one device: use the graph it was "
                 "compiled from."
             )
-    # What has a default need not be fed: graphs of before IR version 4 list every weight as an input.
-    model.graph.inputs[:] = [value for value in model.graph.inputs if not value.is_initializer()]
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _resolved(value.const_value, path.parent)
     return model
+
+
+def read_exported(path: Path, *, turned: bool = True) -> ir.Model:
+    """Read a graph that an exporter or a serving pass wrote; its Constant nodes stay nodes.
+
+    torch moves every large tensor of a graph over 2 GB to external data, those of Constant nodes too (the
+    rotary frequencies of Llama); onnx_ir rewrites initializers alone when it saves. So constants are read
+    into memory, where a changed data file cannot leave them behind.
+
+    Args:
+        path: the .onnx file, or a link to it.
+        turned: see `load_graph`.
+    """
+    model = _parse(path.resolve())
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _in_memory(attribute.value))
+    if turned:
+        turn_tables(model.graph)
+    return model
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    # A copy, so that the mapped file can go.
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _resolved(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:

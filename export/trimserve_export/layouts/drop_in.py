@@ -26,7 +26,6 @@ from trimserve_export.graphs.embeddings import Embedding, find_embeddings
 from trimserve_export.graphs.head import find_head
 from trimserve_export.graphs.nodes import NodeWriter, take_over
 from trimserve_export.graphs.reading import read_exported
-from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.graphs.values import check_opset, find_input, find_output
 from trimserve_export.graphs.writing import GRAPH_NAME, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
@@ -53,7 +52,7 @@ def save_plain(source: Path, output: Path) -> Path:
         The path of the graph.
     """
     path = output / GRAPH_NAME
-    write_copy(read_exported(source), path)
+    write_copy(read_exported(source, turned=False), path)
     return path
 
 
@@ -111,7 +110,7 @@ def write_drop_in(
     """Make a graph a drop-in, in place, and write it.
 
     Args:
-        model: the graph with compact ids.
+        model: the graph with compact ids, its lookups in their normal form (`turn_tables`).
         path: the file to write.
         vocab: the kept ids.
         has_head: see `make_drop_in`.
@@ -135,7 +134,6 @@ def write_drop_in(
 
 
 def _take_ids(graph: ir.Graph, vocab: VocabMap, *, slots: bool) -> None:
-    turn_tables(graph)
     embeddings = find_embeddings(graph)
     for embedding in embeddings:
         check_table(embedding, len(vocab))

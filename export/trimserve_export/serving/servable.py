@@ -18,7 +18,6 @@ from trimserve.runtime.decoder import SHARED_KV_KEY
 from trimserve_export.graphs.embeddings import Embedding
 from trimserve_export.graphs.head import find_head
 from trimserve_export.graphs.reading import read_exported
-from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.graphs.values import check_opset, describe
 from trimserve_export.graphs.writing import GRAPH_NAME, write_copy
 from trimserve_export.serving.cold_slots import add_cold_slots
@@ -60,9 +59,7 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
         UnsupportedModelError: the embedding or the head is not found, or has other rows; nothing is
             written then.
     """
-    model = read_exported(source)
-    turn_tables(model.graph)
-    return serve(model, output, rows=rows, has_head=has_head)
+    return serve(read_exported(source), output, rows=rows, has_head=has_head)
 
 
 def serve(
@@ -77,7 +74,7 @@ def serve(
     """Run the serving passes on a graph in memory, which is changed, and write the result.
 
     Args:
-        model: the exporter's graph; its large tensors may lie in files.
+        model: the exporter's graph, its lookups in their normal form; its large tensors may lie in files.
         output: see `make_servable`.
         rows: see `make_servable`.
         has_head: see `make_servable`.

@@ -14,6 +14,7 @@ from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, r
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.model.source import CONFIG_NAME, INDEX_NAME, ModelSource
 from trimserve_export.checkpoint.axes import architecture_class, load_config
+from trimserve_export.exporters import tracing
 from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import ADAPTER_CONFIG
 
@@ -67,14 +68,14 @@ def merge_adapter(
             f"{adapter.name} is a {config.peft_type.value} adapter, which adds to the prompt and not to the "
             "weights: it cannot be merged into a model."
         )
-    model = _load(base, config.task_type, stored, trust_remote_code=trust_remote_code)
-    rows = _resize(model, stored)
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
-    merged = _merge(peft, model, base, adapter)
-    untied = tied and _untie(merged)
-    merged.save_pretrained(target)
-    own_config = isinstance(merged, architecture_class(merged.config) or ()) and _same_class(base, merged)
-    if own_config and not rows and not untied:
+    with tracing.quiet():
+        model = _load(base, config.task_type, stored, trust_remote_code=trust_remote_code)
+        resized = _resize(model, stored)
+        tied = bool(model.config.get_text_config().tie_word_embeddings)
+        merged = _merge(peft, model, base, adapter)
+        untied = tied and _untie(merged)
+        merged.save_pretrained(target)
+    if _same_class(base, merged) and not resized and not untied:
         shutil.copyfile(base.path / CONFIG_NAME, target / CONFIG_NAME)
     for folder in (base.path, adapter.path):
         _copy_small_files(folder, target)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import CutTensor
-from trimserve.folder.tasks import GENERATION_TASK
+from trimserve.folder.tasks import ANSWERING_TASK, GENERATION_TASK
 from trimserve_export.graphs.embeddings import find_embeddings
 from trimserve_export.graphs.turned import Turned
 from trimserve_export.serving.quantize import block_attributes_of
@@ -36,6 +36,8 @@ def infer_task(graph: ir.Graph, rows: int) -> str:
         return GENERATION_TASK
     if "last_hidden_state" in outputs or gives_embeddings(graph):
         return "feature-extraction"
+    if "start_logits" in outputs and "end_logits" in outputs:
+        return ANSWERING_TASK
     shape = outputs.get(LOGITS)
     if shape is None:
         raise UnsupportedModelError(

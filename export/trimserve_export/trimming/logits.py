@@ -11,16 +11,9 @@ import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
 from trimserve_export.graphs.values import describe
+from trimserve_export.graphs.vocab_flow import POINTWISE, SCALED, UNARY
 from trimserve_export.trimming.plan import VocabPlan, constant, optional_input, replace_constant
 from trimserve_export.trimming.products import PRODUCTS
-
-# One input that counts; the output's last axis is the input's.
-_UNARY = frozenset(
-    {"Identity", "Cast", "Tanh", "Sigmoid", "Neg", "Abs", "Relu", "Exp", "Log", "Sqrt", "Dropout"}
-)
-# Operands broadcast against each other.
-_POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Where", "Sum", "PRelu", "Clip"})
-_SCALED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def follow_logits(plan: VocabPlan, value: ir.Value) -> None:
@@ -47,7 +40,7 @@ def follow_logits(plan: VocabPlan, value: ir.Value) -> None:
     else:
         raise UnsupportedModelError(
             f"{describe(node)} stands between the head and logits: expected a product with the head's "
-            f"weight, or what changes each logit by itself ({', '.join(sorted(_UNARY | _POINTWISE))})."
+            f"weight, or what changes each logit by itself ({', '.join(sorted(UNARY | POINTWISE))})."
         )
 
 
@@ -78,7 +71,7 @@ def _has_tokens(value: ir.Value) -> bool:
         return True  # a graph input: following it names it
     if node.op_type == "DynamicQuantizeLinear":
         return value is node.outputs[0]  # then come a scale and a zero point
-    if node.op_type not in _UNARY | _POINTWISE:
+    if node.op_type not in UNARY | POINTWISE:
         return True
     operands = [operand for operand in node.inputs if operand is not None]
     return any(_entry_a_token(operand) for operand in operands)
@@ -143,9 +136,9 @@ def _both_branches(plan: VocabPlan, node: ir.Node, index: int) -> None:
 
 
 _WAYS: dict[str, Callable[[VocabPlan, ir.Node], None]] = {
-    **dict.fromkeys(_UNARY, _unary),
-    **dict.fromkeys(_POINTWISE, _pointwise),
-    **dict.fromkeys(_SCALED, _scaled),
+    **dict.fromkeys(UNARY, _unary),
+    **dict.fromkeys(POINTWISE, _pointwise),
+    **dict.fromkeys(SCALED, _scaled),
     "Reshape": _reshape,
     "Gather": _positions,
     "Slice": _positions,

@@ -8,16 +8,10 @@ import onnx_ir as ir
 from trimserve.errors import UnsupportedModelError
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graphs.values import describe
+from trimserve_export.graphs.vocab_flow import uses_of_ids
 from trimserve_export.trimming.plan import Lookup, VocabPlan, constant, optional_input, replace_constant
 from trimserve_export.trimming.weights import follow_weight, int_attribute
 
-# First input: ids; output: the same ids, or some of them, in another shape or integer type.
-_SAME_IDS = frozenset(
-    {"Identity", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice", "Expand", "Tile"}
-)
-_BLIND = frozenset({"Shape", "Size"})
-_COMPARISONS = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
-_INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64})
 _MIRRORED = {
     "Less": "Greater",
     "Greater": "Less",
@@ -28,33 +22,24 @@ _MIRRORED = {
 _WORD_TABLES = {"EmbedLayerNormalization": 2, "QEmbedLayerNormalization": 2}
 
 
-def follow_ids(plan: VocabPlan, ids: ir.Value, *, guarded: bool = False) -> None:
+def follow_ids(plan: VocabPlan, ids: ir.Value) -> None:
     """Cut every table that token ids are looked up in, and move the ids that they are compared with.
 
     Args:
         plan: collects the cuts.
-        ids: the graph's input, or a value made of it that holds the same ids.
-        guarded: the graph has replaced some of the ids, so that a table may have no rows for the last ones.
+        ids: the graph's input.
 
     Raises:
         UnsupportedModelError: a node computes with ids in a way that is not understood.
     """
-    for node, index in ids.uses():
-        if _is_same_ids(node, index):
-            follow_ids(plan, node.outputs[0], guarded=guarded)
-        elif node.op_type in _COMPARISONS:
-            _compared(plan, node, index)
-        elif node.op_type == "Where" and index > 0:
-            _chosen(plan, node, index)
-        elif node.op_type not in _BLIND:
-            _looked_up(plan, node, index, guarded=guarded)
-
-
-def _is_same_ids(node: ir.Node, index: int) -> bool:
-    if node.op_type == "Cast":
-        return node.attributes["to"].as_int() in _INTEGERS
-    # Gather of ids picks positions, such as the last one.
-    return index == 0 and (node.op_type in _SAME_IDS or node.op_type == "Gather")
+    for use in uses_of_ids(ids):
+        if use.is_choice:
+            _chosen(plan, use.node, use.index)
+        elif use.is_comparison:
+            _compared(plan, use.node, use.index)
+        else:
+            # Where the graph has replaced some of the ids, a table may have no rows for the last ones.
+            _looked_up(plan, use.node, use.index, guarded=use.choice is not None)
 
 
 def _looked_up(plan: VocabPlan, node: ir.Node, index: int, *, guarded: bool) -> None:
@@ -108,7 +93,6 @@ def _chosen(plan: VocabPlan, node: ir.Node, index: int) -> None:
     plan.edit(
         lambda vocab: _fill_with(node, other, _compact(vocab, array, node, fed=True).astype(array.dtype))
     )
-    follow_ids(plan, node.outputs[0], guarded=True)
 
 
 def _filled_with(node: ir.Node, index: int) -> np.ndarray:

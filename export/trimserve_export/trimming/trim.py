@@ -18,7 +18,7 @@ def plan_trim(model: ir.Model, rows: int, *, has_head: bool) -> VocabPlan:
     """Find what has to change; nothing is changed yet.
 
     Args:
-        model: as `load_graph` gives it.
+        model: as `load_graph` gives it with ``turned=False``.
         rows: V.
         has_head: its output `logits` has one entry a token, along its last axis.
 
@@ -45,7 +45,7 @@ def trim_graph(model: ir.Model, vocab: VocabMap, *, has_head: bool) -> VocabPlan
     """Cut a graph to the kept ids, in place.
 
     Args:
-        model: as `load_graph` gives it.
+        model: as `load_graph` gives it with ``turned=False``.
         vocab: the kept ids; its `vocab_size` must be the rows of the graph's tables.
         has_head: see `plan_trim`.
 
@@ -65,7 +65,7 @@ def trim_head(model: ir.Model, vocab: VocabMap) -> VocabPlan:
     """Cut the vocab head alone to some ids, in place; the embedding stays as it is.
 
     Args:
-        model: as `load_graph` gives it; embedding and head are two tensors.
+        model: as `load_graph` gives it with ``turned=False``; embedding and head are two tensors.
         vocab: the ids that stay; its `vocab_size` must be the rows of the head.
 
     Returns:

@@ -35,6 +35,12 @@ def test_cold_and_absent_ids_become_none():
     assert compact_config(config, VOCAB) == expected
 
 
+def test_biased_sequences_with_a_cold_id_leave_as_a_whole():
+    config = {"sequence_bias": [[[2, 5], 9.0], [[2, 3], 1.0], [[30], -2.0]]}
+    assert compact_config(config, VOCAB) == {"sequence_bias": [[[0, 1], 9.0], [[3], -2.0]]}
+    assert compact_config({"sequence_bias": [[[3], 1.0]]}, VOCAB) == {"sequence_bias": None}
+
+
 def test_phrases_with_a_cold_id_leave_as_a_whole():
     config = {"bad_words_ids": [[2, 5], [2, 3], [30]], "forced_decoder_ids": [[1, 9], [2, 10]]}
     expected = {"bad_words_ids": [[0, 1], [3]], "forced_decoder_ids": [[1, 2]]}

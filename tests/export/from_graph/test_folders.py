@@ -113,6 +113,17 @@ def variants(tmp_path) -> ModelSource:
     return resolve_model(root)
 
 
+@pytest.mark.parametrize("layout", ["runtime", "tokenizer", "graph"])
+def test_each_graph_is_parsed_once(variants, tmp_path, monkeypatch, layout):
+    (tmp_path / "out").mkdir()
+    load_file, parsed = ir.load, []
+    monkeypatch.setattr(ir, "load", lambda path: parsed.append(Path(path)) or load_file(path))
+    trim_to_folder(variants, SKETCH_VOCAB, tmp_path / "out", task="fill-mask", layout=layout)
+    sources = [path.name for path in parsed if path.is_relative_to(variants.path)]
+    assert sorted(sources) == sorted(set(sources))
+    assert len(sources) == (1 if layout == "runtime" else 3)
+
+
 @pytest.mark.parametrize(("layout", "cold"), [("tokenizer", False), ("graph", False), ("graph", True)])
 def test_all_variants_are_trimmed(variants, tmp_path, layout, cold):
     out = tmp_path / "out"

@@ -117,7 +117,8 @@ def test_exported_verified_and_found_again(base, tmp_path, capsys):
     adapter = save_adapter(base, tmp_path / "adapter")
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     save_vocab(make_vocab(range(11), V, sha256_file(base / "tokenizer.json")), tmp_path / "v")
-    for name, model in (("a", [base, "--adapter", adapter]), ("b", [adapter])):
+    ways = {"a": [base, "--adapter", adapter], "b": [adapter, "--to", "safetensors"]}
+    for name, model in ways.items():
         arguments = ["export", "-m", *model, "-o", tmp_path / name, "--vocab", tmp_path / "v"]
         assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
         source = read_manifest(tmp_path / name).source

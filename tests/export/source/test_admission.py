@@ -86,6 +86,7 @@ def change_config(folder, **entries):
 def test_refused_by_both_commands_before_any_work(tmp_path, capsys, change, code, match):
     model = save_model("bert", tmp_path / "model", rows=V)
     change(model)
+    capsys.readouterr()
     # There is no such corpus: the model is refused before it is looked for.
     export = ["export", "-m", str(model), "-o", str(tmp_path / "out"), "--corpus", "no-such-corpus.txt"]
     for arguments in (export, ["inspect", str(model)]):

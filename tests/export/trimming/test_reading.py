@@ -36,7 +36,7 @@ def save(folder: Path, **options) -> ir.Model:
 
 
 def trimmed_logits(path: Path) -> np.ndarray:
-    model = load_graph(path)
+    model = load_graph(path, turned=False)
     trim_graph(model, VOCAB, has_head=True)
     return run(model_in_memory(model), FEEDS)[0]
 

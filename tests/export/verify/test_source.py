@@ -13,17 +13,15 @@ pytest.importorskip("torch")
 import onnx_ir as ir
 import torch
 
+from tests.support.folders import make_vocab
 from tests.support.models import FAMILIES, save_model
 from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import read_manifest, write_manifest
-from trimserve.folder.names import VOCAB_NAME
 from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
-from trimserve.vocab.file import save_vocab
-from trimserve.vocab.map import VocabMap
 from trimserve_export import export
 from trimserve_export.checkpoint.stored import StoredVocab
 from trimserve_export.exporters.choice import is_installed
@@ -49,9 +47,7 @@ def make(path: Path, family: str, kind: str = "byte_level_bpe", **config) -> tup
 def trim(model: Path, target: Path, **options) -> Path:
     source = resolve_model(model)
     kept = np.union1d(structural_ids(source), np.arange(0, source.vocab_size, 2)).astype(np.int32)
-    digest = source.tokenizer_sha256
-    vocab = VocabMap(kept, np.zeros(len(kept), np.uint8), source.vocab_size, digest)
-    return export(model, vocab, target, progress=False, **options).path
+    return export(model, make_vocab(kept.tolist(), source.vocab_size), target, progress=False, **options).path
 
 
 def check(trimmed: Path, model: Path, *texts: str) -> Check:
@@ -154,19 +150,10 @@ def test_another_tokenizer_is_found(generator):
     content = json.loads(path.read_text("utf-8"))
     content["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(content), "utf-8")
-    digest = sha256_file(trimmed / "tokenizer.json")
-    vocab = dataclasses.replace(open_folder_vocab(trimmed), tokenizer_sha256=digest)
-    save_vocab(vocab, trimmed / VOCAB_NAME)
-    rehash(trimmed, tokenizer_sha256=digest)
+    rehash(trimmed, tokenizer_sha256=sha256_file(path))
     found = check(trimmed, model, "The Cat")
     assert found.ok is False
     assert "token ids of 'The Cat'" in found.detail
-
-
-def open_folder_vocab(folder: Path) -> VocabMap:
-    from trimserve.vocab.file import load_vocab
-
-    return load_vocab(folder / VOCAB_NAME)
 
 
 def test_a_length_that_costs_too_much_is_said(generator, monkeypatch):
@@ -225,6 +212,10 @@ def sentence(tmp_path_factory) -> tuple[Path, Path]:
     pytest.importorskip("sentence_transformers")
     root = tmp_path_factory.mktemp("sentence")
     model = save_model("bert_encoder", root / "model")
+    # A tokenizer that tells "The" from "the", so that lower-casing before it counts.
+    change_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    normalizer = json.loads((model / "tokenizer.json").read_text("utf-8"))["normalizer"]
+    change_json(model / "tokenizer.json", normalizer=normalizer | {"lowercase": False})
     types = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
     modules = [
         {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}

@@ -3,22 +3,22 @@
 import argparse
 import logging
 import time
-from dataclasses import asdict
 from typing import Any
 
-from trimserve.arrays import Floats
 from trimserve.cli.commands._sentence import Result, embed, given_prompts, rank, score, search
 from trimserve.cli.inputs import read_texts
 from trimserve.cli.output import emit
 from trimserve.console import table
-from trimserve.encoder.answers import label_scores
+from trimserve.encoder.answers import Candidate
 from trimserve.encoder.encoder import Encoder
 from trimserve.errors import UsageError
-from trimserve.folder.tasks import EMBEDDING_TASK
+from trimserve.folder.tasks import ANSWERING_TASK, EMBEDDING_TASK
 from trimserve.text.codec import shorten
 
 logger = logging.getLogger(__name__)
 _TOP = 5
+# Options that one task alone has.
+_OF_TASK = {"targets": "fill-mask", "aggregation": "token-classification", "context": ANSWERING_TASK}
 
 
 def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: dict[str, Any]) -> int:
@@ -30,6 +30,7 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
         texts: texts or queries.
         options: those of the command's options for encoders that were given.
     """
+    _check_options(model, options)
     start = time.perf_counter()
     # Masks make K logits a token.
     batch_size = options.get("batch_size", 8 if model.task == "fill-mask" else 32)
@@ -49,12 +50,8 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
         document, lines = embed(model, texts, prompts, batch_size)
     elif prompts:
         raise UsageError(f"{model.folder.path} does {model.task}, which takes no prompt: leave it out.")
-    elif model.task == "fill-mask":
-        document, lines = _fill_mask(model, texts, top, batch_size)
-    elif model.task == "token-classification":
-        document, lines = _tag(model, texts, batch_size)
     else:
-        document, lines = _classify(model, texts, batch_size)
+        document, lines = _of_task(model, texts, options, top, batch_size)
     stats = model.stats
     document |= {
         "task": model.task,
@@ -69,11 +66,31 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
     return 0
 
 
-def _fill_mask(model: Encoder, texts: list[str], top: int, batch_size: int) -> Result:
-    filled = model.fill_mask(texts, top_k=top, batch_size=batch_size)
+def _of_task(model: Encoder, texts: list[str], options: dict[str, Any], top: int, batch_size: int) -> Result:
+    """What the folder's task says of each text, as the task's pipeline in transformers has it."""
+    if model.task == "fill-mask":
+        return _fill_mask(model, texts, top, options.get("targets"), batch_size)
+    if model.task == "token-classification":
+        return _tag(model, texts, options.get("aggregation"), batch_size)
+    if model.task == ANSWERING_TASK:
+        return _answer(model, texts, options.get("context"), options.get("top", 1), batch_size)
+    return _classify(model, texts, options.get("top"), batch_size)
+
+
+def _check_options(model: Encoder, options: dict[str, Any]) -> None:
+    """Refuse options that the folder's task would ignore."""
+    for name, task in _OF_TASK.items():
+        if name in options and model.task != task:
+            raise UsageError(f"{model.folder.path} does {model.task}: --{name} is for {task}, leave it out.")
+
+
+def _fill_mask(
+    model: Encoder, texts: list[str], top: int, targets: list[str] | None, batch_size: int
+) -> Result:
+    filled = model.fill_mask(texts, top_k=top, targets=targets, batch_size=batch_size)
     lines = [
         table(
-            (shorten(text), "token id", "probability"),
+            (shorten(text), "token id", "score"),
             [(repr(c.token), c.id, f"{c.probability:.4f}") for c in mask],
         )
         for text, masks in zip(texts, filled, strict=True)
@@ -83,46 +100,55 @@ def _fill_mask(model: Encoder, texts: list[str], top: int, batch_size: int) -> R
     if without:
         mask = model.codec.tokenizer.id_to_token(model.codec.mask_id)
         raise UsageError(f"text {without[0]} has no mask: write {mask} where a token is to be found.")
-    predictions = [[[asdict(candidate) for candidate in mask] for mask in masks] for masks in filled]
+    predictions = [[[_proposed(found) for found in mask] for mask in masks] for masks in filled]
     return {"masks": predictions}, ["\n\n".join(lines)]
 
 
-def _classify(model: Encoder, texts: list[str], batch_size: int) -> Result:
-    config = model.folder.read_json("config.json")
-    scores = [label_scores(logits, config) for logits in model.forward(texts, batch_size=batch_size)]
-    labels = [
-        {"label": next(iter(found)), "probability": max(found.values()), "scores": found} for found in scores
-    ]
+def _proposed(found: Candidate) -> dict[str, Any]:
+    return {
+        "score": found.probability,
+        "token": found.id,
+        "token_str": found.token,
+        "sequence": found.sequence,
+    }
+
+
+def _classify(model: Encoder, texts: list[str], top: int | None, batch_size: int) -> Result:
+    labels = model.classify(texts, top_k=top, batch_size=batch_size)
     rows = [
-        (shorten(text), label["label"], f"{label['probability']:.4f}")
-        for text, label in zip(texts, labels, strict=True)
+        (shorten(text) if place == 0 else "", label["label"], f"{label['score']:.4f}")
+        for text, found in zip(texts, labels, strict=True)
+        for place, label in enumerate(found if top else found[:1])
     ]
-    return {"labels": labels}, [table(("text", "label", "probability"), rows)]
+    return {"labels": labels}, [table(("text", "label", "score"), rows)]
 
 
-def _tag(model: Encoder, texts: list[str], batch_size: int) -> Result:
-    config = model.folder.read_json("config.json")
-    logits = model.forward(texts, batch_size=batch_size)
-    pairs = zip(model.token_ids(texts), logits, strict=True)
-    tagged = [
-        [_tagged(model, id_, row, config) for id_, row in zip(ids.tolist(), rows, strict=True)]
-        for ids, rows in pairs
-    ]
+def _tag(model: Encoder, texts: list[str], aggregation: str | None, batch_size: int) -> Result:
+    how: Any = aggregation or "none"
+    entities = model.tag(texts, aggregation=how, batch_size=batch_size)
+    key = "entity" if how == "none" else "entity_group"
     lines = [
         table(
-            (shorten(text), "label", "probability"),
-            [(t["token"], t["label"], f"{t['probability']:.4f}") for t in tags],
+            (shorten(text), "label", "score", "characters"),
+            [(e["word"], e[key], f"{e['score']:.4f}", f"{e['start']}-{e['end']}") for e in found],
         )
-        for text, tags in zip(texts, tagged, strict=True)
+        for text, found in zip(texts, entities, strict=True)
     ]
-    return {"labels": tagged}, ["\n\n".join(lines)]
+    return {"entities": entities}, ["\n\n".join(lines)]
 
 
-def _tagged(model: Encoder, id_: int, logits: Floats, config: dict[str, Any]) -> dict[str, Any]:
-    label, probability = next(iter(label_scores(logits, config).items()))
-    return {
-        "token": model.codec.tokenizer.id_to_token(id_),
-        "id": id_,
-        "label": label,
-        "probability": probability,
-    }
+def _answer(model: Encoder, questions: list[str], context: str | None, top: int, batch_size: int) -> Result:
+    if context is None:
+        raise UsageError(f"{model.folder.path} answers questions: name the text to read with --context.")
+    answers = [model.answer(question, context, top_k=top, batch_size=batch_size) for question in questions]
+    lines = [
+        table(
+            (shorten(question), "score", "characters"),
+            [
+                (found["answer"], f"{found['score']:.4f}", f"{found['start']}-{found['end']}")
+                for found in given
+            ],
+        )
+        for question, given in zip(questions, answers, strict=True)
+    ]
+    return {"answers": answers}, ["\n\n".join(lines)]

@@ -28,10 +28,17 @@ _GENERATION = (
     "stop",
     "mode",
     "report_mass",
+    "do_sample",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
     "num_beams",
     "length_penalty",
 )
-_ENCODING = ("corpus", "text_column", "top", "batch_size", "prompt_name", "prompt", "pairs", "query")
+_ENCODING = (
+    *("corpus", "text_column", "top", "batch_size", "targets", "aggregation", "context"),
+    *("prompt_name", "prompt", "pairs", "query"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("exact", "compact"),
         help="the full model's tokens (default where the folder has cold rows), or kept ids alone",
     )
-    generation.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128")
-    generation.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    generation.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the folder's, else 128")
+    generation.add_argument(
+        "--temperature", type=float, metavar="T", help="0 is greedy (default: the folder's)"
+    )
     generation.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens")
     generation.add_argument(
         "--top-p", type=float, metavar="P", help="sample among the first P of probability"
@@ -58,13 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generation.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P of the likeliest")
     generation.add_argument("--seed", type=int, metavar="N", help="of the random numbers (default: 0)")
     generation.add_argument(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        help="sample, or be greedy (default: the folder's)",
+    )
+    generation.add_argument("--repetition-penalty", type=float, metavar="P", help="default: the folder's")
+    generation.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="no run of N tokens twice")
+    generation.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before so many tokens")
+    generation.add_argument(
         "--stop", action="append", metavar="TEXT", help="ends the output; can be repeated"
     )
     generation.add_argument(
         "--num-beams", type=int, metavar="N", help="search with N beams; the text comes when it is over"
     )
     generation.add_argument(
-        "--length-penalty", type=float, metavar="P", help="of beams: below 1 favours short ones (default: 1)"
+        "--length-penalty", type=float, metavar="P", help="of beams: below 1 favours short ones"
     )
     generation.add_argument(
         "--forced-bos", metavar="TOKEN", help="the first token, for example a language's: fra_Latn"
@@ -81,7 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoding = parser.add_argument_group("encoders")
     encoding.add_argument("--corpus", metavar="FILE", help="texts to search in: a text a line, or .jsonl")
     encoding.add_argument("--text-column", metavar="C", help="field of a .jsonl record with the text")
-    encoding.add_argument("--top", type=int, metavar="N", help="hits a query or tokens a mask (default: 5)")
+    encoding.add_argument(
+        "--top", type=int, metavar="N", help="hits a query, tokens a mask (5), labels, answers"
+    )
+    encoding.add_argument("--targets", nargs="+", metavar="WORD", help="masks: choose among these words")
+    encoding.add_argument(
+        "--aggregation",
+        choices=("none", "simple", "first", "average", "max"),
+        help="entities: how tokens become words and words one entity (default: none)",
+    )
+    encoding.add_argument("--context", metavar="TEXT", help="questions: the text that holds the answer")
     encoding.add_argument(
         "--prompt-name", metavar="NAME", help="put a prompt of the folder before each text (its default one)"
     )
@@ -154,7 +180,7 @@ def _generate(args: argparse.Namespace, model: "Generator", prompts: list[str]) 
     if args.forced_bos is not None:
         options["forced_bos_token_id"] = _token_id(model, args.forced_bos)
     start = time.perf_counter()
-    if args.format == "human" and not args.report_mass and (args.num_beams or 1) == 1:
+    if args.format == "human" and not args.report_mass and model.plan(options).beams is None:
         for prompt in prompts:
             _stream(model, prompt, args.chat, options)
         results: list[Generation] = []
@@ -164,7 +190,7 @@ def _generate(args: argparse.Namespace, model: "Generator", prompts: list[str]) 
         results = model.generate(prompts, **options)
     seconds = time.perf_counter() - start
     if results:
-        document = _document(model, results, options) | {"seconds": round(seconds, 6)}
+        document = _document(model, prompts, results, options) | {"seconds": round(seconds, 6)}
         emit(args, document, "\n".join(_with_mass(result) for result in results))
     if args.verbose:
         print(_summary(model, seconds), file=sys.stderr)
@@ -193,11 +219,12 @@ def _message(text: str) -> dict[str, str]:
 
 
 def _document(
-    model: "Generator", results: "list[Generation]", options: "GenerationOptions"
+    model: "Generator", prompts: list[str], results: "list[Generation]", options: "GenerationOptions"
 ) -> dict[str, Any]:
     stats = model.stats
     document: dict[str, Any] = {
         "texts": [result.text for result in results],
+        "generated_text": [prompt + result.text for prompt, result in zip(prompts, results, strict=True)],
         "ids": [list(result.ids) for result in results],
         "stopped": [result.stopped for result in results],
         "mode": options.get("mode") or ("exact" if model.can_be_exact else "compact"),

@@ -52,7 +52,7 @@ def _drop_in_has_cold(folder: Path, graphs: Iterable[str]) -> bool:
 def _constants(folder: Path, again: Path, name: str) -> Iterator[str]:
     """Names of the constants that differ, or that one of two graphs lacks."""
     # Not ir.load, which refuses to read what lies behind a hard link (`--link`).
-    found, expected = (load_graph(path / name).graph.initializers for path in (folder, again))
+    found, expected = (load_graph(path / name, turned=False).graph.initializers for path in (folder, again))
     yield from sorted(found.keys() ^ expected.keys())
     for key in sorted(found.keys() & expected.keys()):
         first, second = found[key].const_value, expected[key].const_value

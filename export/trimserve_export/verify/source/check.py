@@ -6,6 +6,7 @@ sentence-transformers, in fp32, and compares ids, numbers and generated ids on t
 
 from collections.abc import Callable, Iterator
 
+from trimserve.errors import TrimserveError
 from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
@@ -30,6 +31,13 @@ def check_source(context: Context) -> Check:
             parts.append(compare(sides))
         except Differs as found:
             return Check(NAME, False, found.largest, f"{library} in fp32 gives another result: {found}")
+        except TrimserveError:
+            raise
+        except Exception as error:  # a library may raise anything on a model that it cannot run
+            reason = str(error).strip().partition("\n")[0]
+            return Check(
+                NAME, False, None, f"{library} cannot be compared with: {type(error).__name__}: {reason}"
+            )
     numbers = [part.largest for part in parts if part.largest is not None]
     notes = "; ".join(part.note for part in parts)
     outcome = True if any(part.made for part in parts) else None
