@@ -91,10 +91,9 @@ def test_a_folder_without_a_graph_says_what_to_do(tmp_path, model_folders):
         load(path)
 
 
-@pytest.mark.parametrize("change", [{"layout": "graph"}, {"task": "automatic-speech-recognition"}])
-def test_what_this_runtime_does_not_run_is_refused(tmp_path, model_folders, change):
-    path = make(tmp_path / "folder", model_folders, **change)
-    with pytest.raises(UnsupportedModelError, match=next(iter(change.values()))):
+def test_what_this_runtime_does_not_run_is_refused(tmp_path, model_folders):
+    path = make(tmp_path / "folder", model_folders, layout="graph")
+    with pytest.raises(UnsupportedModelError, match="graph"):
         load(path)
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
     from trimserve.generation.generator import Generator
-from trimserve.folder.tasks import ENCODER_TASKS
 
 
 def load(
@@ -86,7 +85,7 @@ def check_runnable(folder: TrimmedFolder) -> None:
 
     Raises:
         UsageError: it holds no graph.
-        UnsupportedModelError: a layout or a task for others, or a graph is missing.
+        UnsupportedModelError: a layout for others, or a graph is missing.
     """
     manifest = folder.manifest
     if not manifest.graphs:
@@ -98,11 +97,6 @@ def check_runnable(folder: TrimmedFolder) -> None:
         raise UnsupportedModelError(
             f"{folder.path} has the layout {manifest.layout!r}, which is for other runtimes: this one runs "
             "folders exported with --layout runtime."
-        )
-    if manifest.task not in (*ENCODER_TASKS, *GENERATOR_TASKS):
-        raise UnsupportedModelError(
-            f"{folder.path} was exported for {manifest.task!r}, which this version does not run: it runs "
-            f"{', '.join((*ENCODER_TASKS, *GENERATOR_TASKS))}."
         )
     roles = {"encoder", "decoder"} if manifest.task == TEXT2TEXT_TASK else {"model"}
     if missing := sorted(roles - manifest.graphs.keys()):

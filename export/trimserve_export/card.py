@@ -1,11 +1,14 @@
 """The model card of a trimmed folder: what it was made from and how, and nothing that was not measured."""
 
 import dataclasses
-import re
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from trimserve.console import human_bytes, percent
 from trimserve.files.hashes import sha256_file
@@ -14,6 +17,8 @@ from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve_export.layouts.segmentation import describe_segmentation
+
+logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 
@@ -47,7 +52,8 @@ $commands
 `trimserve.json` has the sha256 of the base model's weights, of its tokenizer and of every file here. The
 licence of the base model applies.
 """)
-_LICENCE = re.compile(r"^---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n", re.MULTILINE)
+# A licence that is not on the hub's list is "other", with a name and a link beside it.
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 _PIPELINE_TAGS = {GENERATION_TASK: "text-generation", TEXT2TEXT_TASK: "text2text-generation"}
 _ORIGINAL_TOKENIZER = "The tokenizer is the original one, byte for byte, so texts are segmented as before."
 _CUT_TOKENIZER = (
@@ -87,7 +93,7 @@ def render_card(manifest: Manifest, source: ModelSource, bytes_after: int) -> st
     """
     name = _display_name(source)
     return _CARD.substitute(
-        front_matter="\n".join(_front_matter(manifest, source)),
+        front_matter=_front_matter(manifest, source),
         title=f"{name}, {manifest.kept:,} vocab rows",
         name=name,
         kept=f"{manifest.kept:,}",
@@ -107,15 +113,29 @@ def _display_name(source: ModelSource) -> str:
     return source.path.resolve().name if Path(source.name).is_dir() else source.name
 
 
-def _front_matter(manifest: Manifest, source: ModelSource) -> Iterator[str]:
-    yield "library_name: trimserve"
-    yield f"pipeline_tag: {_PIPELINE_TAGS.get(manifest.task, manifest.task)}"
-    if not Path(source.name).is_dir():
-        yield f"base_model: {source.name}"
-    card = source.path / CARD_NAME
-    if card.is_file() and (match := _LICENCE.match(card.read_text("utf-8", errors="replace"))):
-        yield f"license: {match[1]}"
-    yield "tags: [onnx, vocabulary-trimming]" if manifest.graphs else "tags: [vocabulary-trimming]"
+def _front_matter(manifest: Manifest, source: ModelSource) -> str:
+    metadata = ModelCardData(
+        library_name="trimserve",
+        pipeline_tag=_PIPELINE_TAGS.get(manifest.task, manifest.task),
+        base_model=None if Path(source.name).is_dir() else source.name,
+        tags=["onnx", "vocabulary-trimming"] if manifest.graphs else ["vocabulary-trimming"],
+        **_licence(source.root / CARD_NAME),
+    )
+    return metadata.to_yaml()
+
+
+def _licence(card: Path) -> dict[str, Any]:
+    """What the front matter of the base model's card says of its licence; its text may name others."""
+    if not card.is_file():
+        return {}
+    try:
+        metadata = metadata_load(card) or {}
+    except (ValueError, YAMLError) as error:
+        logger.warning(
+            "the front matter of %s cannot be read: the new card names no licence (%s)", card, error
+        )
+        return {}
+    return {key: metadata[key] for key in _LICENCE_KEYS if metadata.get(key)}
 
 
 def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:

@@ -3,24 +3,21 @@
 import dataclasses
 import logging
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import BlockScheme
-from trimserve.folder.manifest import FileEntry, Manifest, Source
+from trimserve.folder.manifest import Manifest
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
-from trimserve.folder.opening import list_files
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import GENAI_NAME
-from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import load_config
-from trimserve_export.checkpoint.head_ids import compact_head, head_rows
+from trimserve_export.checkpoint.head_ids import compact_head
 from trimserve_export.checkpoint.lengths import lengths_of
 from trimserve_export.checkpoint.sentence_files import write_declared
-from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer
 from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
@@ -33,6 +30,7 @@ from trimserve_export.layouts.writing import (
     write_cut_files,
     write_layout_graph,
 )
+from trimserve_export.manifest import MadeModel, assemble_manifest
 from trimserve_export.planning import Plan
 from trimserve_export.serving.quantize import SCHEMES, quantize_graph
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
@@ -68,8 +66,8 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
     if to_onnx or cut:  # a checkpoint of compact ids beside the original tokenizer is for no library
         write_declared(plan.source, plan.declared, staging, plan.options.layout)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
-    manifest = _manifest(plan, trimmed, graphs, list_files(staging))
-    return dataclasses.replace(manifest, segmentation=segmentation)
+    made = dataclasses.replace(_made(plan, trimmed, graphs), segmentation=segmentation)
+    return assemble_manifest(plan.source, plan.vocab, plan.options.layout, staging, made)
 
 
 def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> TrimmedCheckpoint:
@@ -114,36 +112,20 @@ def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -
     return {role: path.name for role, path in graphs.items()}
 
 
-def _manifest(
-    plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str], files: dict[str, FileEntry]
-) -> Manifest:
+def _made(plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str]) -> MadeModel:
     source, options = plan.source, plan.options
     to_onnx = options.to == "onnx"
-    return Manifest(
-        source=Source(
-            source.name,
-            source.revision,
-            {path.name: sha256_file(path) for path in source.recorded_files},
-            source.adapter,
-        ),
-        tokenizer_sha256=source.tokenizer_sha256,
-        tokenizer=tokenizer_entry(source, options.layout),
-        vocab_size=plan.vocab.vocab_size,
-        kept=len(plan.vocab),
-        head_rows=head_rows(plan.vocab),
+    return MadeModel(
         task=plan.task,
-        layout=options.layout,
-        dtype=options.dtype if to_onnx else trimmed.dtype,
         graphs=graphs,
         cut=trimmed.cut,
-        selection=plan.vocab.rule,
-        exporter={"trimserve": __version__} | _exporter_facts(plan),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=files,
-        generation=plan.generation,
+        dtype=options.dtype if to_onnx else trimmed.dtype,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
+        weights={path.name: sha256_file(path) for path in source.recorded_files},
+        exporter=_exporter_facts(plan),
         quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
         lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),
+        generation=plan.generation,
     )
 
 

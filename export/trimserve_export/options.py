@@ -1,9 +1,11 @@
 """What may be asked of an export, checked before anything is read."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from trimserve.errors import UsageError
-from trimserve_export.checkpoint.tasks import TASKS, TORCH_DTYPES
+from trimserve.folder.manifest import Dtype, Layout
+from trimserve_export.checkpoint.tasks import TASKS
 from trimserve_export.cold_head.sketch import SKETCH_BITS
 from trimserve_export.exporters.exporter import DEVICES, EXPORTERS
 from trimserve_export.serving.quantize import SCHEMES
@@ -28,9 +30,9 @@ class Options:
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, {"auto", *TASKS})
-        _check_choice("layout", self.layout, {"runtime", "tokenizer", "graph"})
+        _check_choice("layout", self.layout, set(get_args(Layout)))
         _check_choice("exporter", self.exporter, {"auto", *EXPORTERS})
-        _check_choice("dtype", self.dtype, set(TORCH_DTYPES))
+        _check_choice("dtype", self.dtype, set(get_args(Dtype)))
         _check_choice("device", self.device, set(DEVICES))
         _check_choice("to", self.to, {"onnx", "safetensors"})
         if self.layout == "graph" and self.to != "onnx":

@@ -8,6 +8,7 @@ from typing import Any
 
 from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
 from trimserve.folder.names import MANIFEST_NAME
+from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.staging import staged_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
@@ -18,7 +19,7 @@ from trimserve_export.card import with_card
 from trimserve_export.checkpoint.head_ids import check_layout
 from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.trim import check_vocab
-from trimserve_export.cold_head.sketch import SKETCH_BITS, add_sketch, wants_sketch
+from trimserve_export.cold_head.sketch import SKETCH_BITS, wants_sketch, write_sketch
 from trimserve_export.from_checkpoint import fill_from_checkpoint
 from trimserve_export.from_graph.fill import check_options, fill_from_graph
 from trimserve_export.layouts.closure import close_vocab
@@ -189,9 +190,9 @@ def _fill(
     else:
         filled = fill_from_graph(source, vocab, options, folder, CONFIG_FILES)
     manifest = with_card(filled, source, folder)
-    write_manifest(folder, manifest)
     if wants_sketch(manifest, options.sketch):
-        manifest = add_sketch(folder, SKETCH_BITS[options.sketch or "int8"])
+        manifest = write_sketch(TrimmedFolder(folder, manifest, vocab), SKETCH_BITS[options.sketch or "int8"])
+    write_manifest(folder, manifest)
     return manifest
 
 

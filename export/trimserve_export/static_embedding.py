@@ -4,7 +4,6 @@ There is no model to export. The graph that is written looks rows up, and the me
 so that such a folder is served, trimmed and verified as every other encoder's.
 """
 
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,20 @@ from trimserve.files.tensors import (
     to_float32,
     write_tensors,
 )
-from trimserve.folder.manifest import CutTensor, Manifest, Source
+from trimserve.folder.manifest import CutTensor, Manifest
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
-from trimserve.folder.opening import list_files
 from trimserve.model.source import ModelSource
-from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.sentence_config import read_declared
 from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.sentence_modules import STATIC, is_sentence_transformers, list_modules
-from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer
 from trimserve_export.checkpoint.stored import StoredVocab
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.graphs.writing import GRAPH_NAME
 from trimserve_export.layouts.writing import CONFIG_FILES, copy_files
+from trimserve_export.manifest import MadeModel, assemble_manifest
 from trimserve_export.options import Options
 from trimserve_export.serving.servable import serve
 
@@ -83,23 +81,16 @@ def fill_from_static(source: ModelSource, vocab: VocabMap, options: Options, fol
     copy_files(CONFIG_FILES, source.path, folder)
     save_vocab(vocab, folder / VOCAB_NAME)
     width = _DTYPES[options.dtype].itemsize
-    return Manifest(
-        source=Source(source.name, source.revision, {spec.path.name: sha256_file(spec.path)}),
-        tokenizer_sha256=source.tokenizer_sha256,
-        tokenizer=tokenizer_entry(source, options.layout),
-        vocab_size=vocab.vocab_size,
-        kept=len(vocab),
+    made = MadeModel(
         task=TASK,
-        layout=options.layout,
-        dtype=options.dtype,
         graphs={"model": GRAPH_NAME},
         cut=(CutTensor(spec.name, 0, spec.shape[0], len(vocab), spec.dtype),),
-        selection=vocab.rule,
-        exporter={"trimserve": __version__, "name": "static", "onnx-ir": version("onnx-ir")},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=list_files(folder),
+        dtype=options.dtype,
         bytes_before=int(np.prod(spec.shape)) * width,
+        weights={spec.path.name: sha256_file(spec.path)},
+        exporter={"name": "static", "onnx-ir": version("onnx-ir")},
     )
+    return assemble_manifest(source, vocab, options.layout, folder, made)
 
 
 def serve_full_static(source: ModelSource, folder: Path, dtype: str) -> Path:

@@ -16,7 +16,7 @@ _NOISY = """
 import os, sys, ctypes
 from trimserve.cli import main as module
 import argparse, types
-command = types.ModuleType("trimserve.cli.stub")
+command = types.ModuleType("trimserve.cli.commands.stub")
 def run(args):
     from trimserve.cli.output import emit
     os.write(1, b"native\\n")  # as Rust and C++ libraries do
@@ -27,7 +27,7 @@ def run(args):
     os.write(1, b"native, after\\n")
     return 0
 command.run, command.add_arguments = run, lambda parser: None
-sys.modules["trimserve.cli.stub"] = command
+sys.modules["trimserve.cli.commands.stub"] = command
 module.COMMANDS["stub"] = "a stub"
 sys.exit(module.main())
 """

@@ -15,7 +15,7 @@ from trimserve.text.chat import ChatTemplate
 
 CHATML = (
     "{%- if tools %}{{- '<tools>' + tools | tojson + '\\n' }}{%- endif %}"
-    "{%- for message in messages %}"
+    "{%- for message in messages %}{%- if 'tool_calls' in message %}{{- 'calls ' }}{%- endif %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )

@@ -18,15 +18,18 @@ from tests.support.folders import make_vocab
 from tests.support.models import with_random_weights
 from tests.support.tiny_tokenizers import KINDS
 from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.folder.manifest import Lengths
+from trimserve.model.resolve import resolve_model
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.session import open_session
 from trimserve_export import export
+from trimserve_export.checkpoint.lengths import lengths_of_graph
 from trimserve_export.exporters import rope
 from trimserve_export.exporters.choice import is_installed
-from trimserve_export.exporters.exporter import EXPORTERS, load_exporter
+from trimserve_export.exporters.exporter import EXPORTERS, GraphJob, load_exporter
 from trimserve_export.verify.plain_run import GraphModel
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.next]
 
 LIMIT, LONGEST = 16, 64
 # Logits of these models are of size 10; fp32 sums in another order differ by 1e-5 of that.
@@ -240,3 +243,17 @@ def test_code_of_its_own_that_follows_the_length_is_refused(tmp_path, monkeypatc
     with pytest.raises(UnsupportedModelError, match=r"beyond 16 tokens \(dynamic\) in code of its own"):
         make("llama_dynamic", tmp_path, "auto")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_graph_of_others_is_limited_to_where_it_is_right(tmp_path, monkeypatch, constant):
+    """By whether it compares lengths with the one where its config says that the frequencies change."""
+    exporter = load_exporter(FIRST)
+    if constant and FIRST != "optimum":
+        pytest.skip("no such graph is made here")
+    if constant:
+        monkeypatch.setattr(exporter, "rope_by_length", contextlib.nullcontext)
+    source = save("phi3_longrope", tmp_path / "model")
+    graph = exporter.export_checkpoint(source, tmp_path / "graph", GraphJob("text-generation-with-past"))
+    found = lengths_of_graph(resolve_model(source), graph)
+    assert found == (Lengths(LIMIT) if constant else Lengths(LONGEST, LIMIT, restarts=True))

@@ -31,8 +31,7 @@ from trimserve.cli.main import main
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.hashes import sha256_file
 from trimserve.finetune import find_outside, grow, partial_vocab
-from trimserve.finetune import restoring as restore
-from trimserve.finetune.restoring import full_source
+from trimserve.finetune.restoring import full_source, restore
 from trimserve.model.resolve import resolve_model
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import Reason, VocabMap

@@ -65,6 +65,8 @@ def test_verification_joins_the_manifest():
         ({"kept": "many"}, "kept is 'many'"),
         ({"kept": True}, "kept is True"),
         ({"selection": None}, "selection is None"),
+        ({"layout": "cut"}, "layout is 'cut', and known are runtime, tokenizer, graph"),
+        ({"task": "speech-recognition"}, "task is 'speech-recognition', and known are .*fill-mask"),
         ({"graphs": {"model": 3}}, "export the folder again"),
         ({"files": {"model.onnx": {"bytes": None, "sha256": ""}}}, "bytes is None"),
         ({"pooling": {"mode": "cls"}}, "earlier trimserve, which kept the pooling there"),

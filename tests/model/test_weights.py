@@ -32,6 +32,7 @@ def fill(folder, *names):
         (["tf_model.h5"], "a TensorFlow model"),
         (["model.ckpt.index"], "a TensorFlow model"),
         (["flax_model.msgpack"], "a Flax checkpoint"),
+        (["__0_0.distcp"], "accelerate merge-weights"),
         (["openvino_model.xml"], "of another library"),
         (["weights.safetensors"], r"has weights\.safetensors but neither.*rename it to model\.safetensors"),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], r"index\.json as well"),
@@ -53,6 +54,10 @@ def test_what_a_folder_has_instead(tmp_path, names, match):
             r"in checkpoint-900 .also in",
         ),
         (["onnx/fp16/model.onnx"], r"they are in onnx/fp16: pass"),
+        (
+            ["training_args.bin", "checkpoint-5/optimizer.pt", "checkpoint-5/model.safetensors"],
+            "in checkpoint-5:",
+        ),
         (["original/consolidated.pth"], r"they are in original: pass"),
         (["a/x.bin", "b/model.safetensors.index.json"], "they are in b: pass"),
         (

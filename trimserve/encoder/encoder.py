@@ -285,7 +285,7 @@ class Encoder(TaskMethods):
         A last one does not count that transformers' `all_special_ids` hold: sentence-transformers' rule.
         """
         (ids,) = self.token_ids([prompt])
-        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.codec.named_ids)
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.settings.prompt_ends)
 
     def _weights(self, texts: list[str], batch_size: int) -> Floats:
         """Weights (n, V) of a sparse encoder."""

@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
 from trimserve.folder.names import COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
+from trimserve.folder.tasks import Task
+
+# Where ids are remapped: see docs/layouts.md.
+Layout = Literal["runtime", "tokenizer", "graph"]
+# What weights of a graph are stored in.
+Dtype = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,8 @@ class Manifest:
 
     Attributes:
         task: optimum's task name, e.g. ``"text-generation-with-past"``.
-        dtype: dtype of the graph's weights: fp32, fp16 or bf16.
+        dtype: dtype of the graph's weights, a `Dtype`; of a checkpoint that is stored as its source is, the
+            one that most of its weights have, which may be another, in safetensors' words.
         graphs: role -> file name; the role is ``"model"`` for a single graph.
         selection: the vocab's rule and coverage.
         exporter: its name and the versions of what it used.
@@ -95,8 +102,8 @@ class Manifest:
     tokenizer_sha256: str
     vocab_size: int
     kept: int
-    task: str
-    layout: str
+    task: Task
+    layout: Layout
     dtype: str
     graphs: dict[str, str]
     cut: tuple[CutTensor, ...]
@@ -159,21 +166,24 @@ class Manifest:
         return manifest
 
 
-def _field_types(part: type) -> dict[str, tuple[type, ...]]:
+def _field_types(part: type) -> dict[str, tuple[Any, ...]]:
     """Field of a dataclass -> the classes that its value may have; what containers hold is not looked at."""
     hints = typing.get_type_hints(part)
-    choices = {
+    return {
         name: typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
         for name, hint in hints.items()
     }
-    return {name: tuple(typing.get_origin(one) or one for one in found) for name, found in choices.items()}
 
 
 def _check_types(part: object) -> None:
-    """Raise a TypeError that names a field whose value is of another type than declared."""
+    """Raise a TypeError that names a field of another type than declared, or of a word that is not known."""
     for name, types in _field_types(type(part)).items():
         value = getattr(part, name)
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        words = [word for one in types if typing.get_origin(one) is Literal for word in typing.get_args(one)]
+        if words and value not in words:
+            raise TypeError(f"{name} is {value!r}, and known are {', '.join(words)}")
+        classes = () if words else tuple(typing.get_origin(one) or one for one in types)
+        if classes and (not isinstance(value, classes) or (isinstance(value, bool) and bool not in classes)):
             raise TypeError(f"{name} is {value!r}")
 
 

@@ -110,6 +110,8 @@ class SentenceSettings:
         max_active_dims: weights of a sparse vector that stay, the largest; None for all.
         max_tokens: longest input, special tokens included; None where the tokenizer's own limit holds.
         special_tokens: let the tokenizer add its special tokens.
+        prompt_ends: token ids that do not count as a prompt's where they stand at its end: those that the
+            source's library calls special. Only for a pooling that leaves the prompt out.
         type_ids: feed the tokenizer's `token_type_ids`; zeros where the source's library leaves them out.
         activation: of a cross encoder's scores, of `activations.ACTIVATIONS`.
         no_pairs: why pairs cannot be scored, as the end of a sentence; None where they can.
@@ -125,6 +127,7 @@ class SentenceSettings:
     max_active_dims: int | None = None
     max_tokens: int | None = None
     special_tokens: bool = True
+    prompt_ends: tuple[int, ...] = ()
     type_ids: bool = True
     activation: str = "Identity"
     no_pairs: str | None = None
@@ -178,6 +181,7 @@ class SentenceSettings:
         try:
             raw = json.loads(text)
             raw["modules"] = tuple(_module(dict(entry)) for entry in raw["modules"])
+            raw["prompt_ends"] = tuple(raw["prompt_ends"])
             settings = cls(**raw)
             if settings.kind not in KINDS or settings.similarity not in SIMILARITIES:
                 raise ValueError(f"{settings.kind}, {settings.similarity}")

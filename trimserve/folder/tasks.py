@@ -1,13 +1,24 @@
 """The tasks that a folder can do, by optimum's names."""
 
-# The tasks of a Generator; any other is an Encoder's.
-GENERATION_TASK = "text-generation-with-past"
-TEXT2TEXT_TASK = "text2text-generation-with-past"
-GENERATOR_TASKS = (GENERATION_TASK, TEXT2TEXT_TASK)
-EMBEDDING_TASK = "feature-extraction"
-ANSWERING_TASK = "question-answering"
-ENCODER_TASKS = (
+from typing import Final, Literal
+
+Task = Literal[
+    "text-generation-with-past",
+    "text2text-generation-with-past",
     "feature-extraction",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+]
+# The tasks of a Generator; any other is an Encoder's.
+GENERATION_TASK: Final = "text-generation-with-past"
+TEXT2TEXT_TASK: Final = "text2text-generation-with-past"
+GENERATOR_TASKS: tuple[Task, ...] = (GENERATION_TASK, TEXT2TEXT_TASK)
+EMBEDDING_TASK: Final = "feature-extraction"
+ANSWERING_TASK: Final = "question-answering"
+ENCODER_TASKS: tuple[Task, ...] = (
+    EMBEDDING_TASK,
     "fill-mask",
     "text-classification",
     "token-classification",

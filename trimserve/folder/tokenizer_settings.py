@@ -1,6 +1,6 @@
 """What a tokenizer.json cannot hold: truncation side, longest text, spaces in decoded text, named tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -15,25 +15,17 @@ def declared_settings(config: Json, special_tokens: Json) -> dict[str, Any]:
 
     Returns:
         truncation_side, model_max_length (None for no limit), clean_up (of decoded text),
-        split_special_tokens, special_tokens (role -> token), named_tokens (those of roles and of the lists
-        beside them: transformers' `all_special_tokens`, which are fewer than tokenizer.json calls special).
+        split_special_tokens, special_tokens (role -> token).
     """
     limit = config.get("model_max_length", config.get("max_len"))
     tokens = {role: content_of(config.get(role) or special_tokens.get(role)) for role in ROLES}
-    listed = [token for key in LISTS for token in _values(config.get(key) or special_tokens.get(key))]
-    named = {token for token in (*tokens.values(), *map(content_of, listed)) if token}
     return {
         "truncation_side": config.get("truncation_side", "right"),
         "model_max_length": int(limit) if isinstance(limit, int | float) and limit < NO_LIMIT else None,
         "clean_up": bool(config.get("clean_up_tokenization_spaces", False)),
         "split_special_tokens": bool(config.get("split_special_tokens", False)),
         "special_tokens": {role: token for role, token in tokens.items() if token},
-        "named_tokens": sorted(named),
     }
-
-
-def _values(entry: Any) -> Iterable[Any]:  # noqa: ANN401 - as JSON has it: a list, or role -> token
-    return entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, list) else ()
 
 
 def content_of(token: str | Json | None) -> str | None:

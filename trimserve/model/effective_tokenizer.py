@@ -45,7 +45,7 @@ class EffectiveTokenizer:
         original: it is the folder's own, byte for byte.
         made_by: the library, its version and the tokenizer's class; or why the file is taken as it is.
         settings: what a tokenizer.json cannot say: truncation_side, model_max_length, clean_up (of decoded
-            text), split_special_tokens, special_tokens, named_tokens: see `declared_settings`.
+            text), split_special_tokens, special_tokens (role -> token).
     """
 
     content: bytes
@@ -90,9 +90,7 @@ def effective_tokenizer(
 @functools.lru_cache(maxsize=4)  # a command asks for the same folder several times
 def _cached(folder: Path, trust: bool, always: bool, signature: object) -> EffectiveTokenizer:
     del signature  # part of the key: a file that changed
-    if not any(
-        (folder / name).is_file() for name in SOURCE_TOKENIZER_FILES if not name.endswith("_config.json")
-    ):
+    if not has_tokenizer(folder):
         raise UsageError(
             f"{folder} has no {TOKENIZER_NAME} and no other file of a tokenizer: make one with transformers' "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
@@ -105,6 +103,11 @@ def _cached(folder: Path, trust: bool, always: bool, signature: object) -> Effec
     if not always and class_name in _PLAIN and _is_surely_plain(folder):
         return _as_it_is(folder, f"{class_name} takes the file as it is")
     found = ask_transformers(folder, trust_remote_code=trust)
+    if "python" in found:
+        raise UnsupportedModelError(
+            f"{folder}: transformers {found['version']} tokenizes with {found['python']}, a class in Python "
+            f"whose ids no {TOKENIZER_NAME} gives: use a model of a class that has a fast tokenizer."
+        )
     if "error" in found:
         reason = f"transformers {found['version']} cannot load it ({found['error']})"
         as_it_is = _as_it_is(folder, reason)

@@ -43,8 +43,8 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
     """Load a tokenizer with transformers and say what it is, in JSON values.
 
     Returns:
-        version, and either error (a phrase) or class, settings and content: a tokenizer.json, None where the
-        folder's own gives the same ids, offsets and text.
+        version, and one of: error (a phrase); python (a class that has no tokenizer.json); or class, settings
+        and content: a tokenizer.json, None where the folder's own gives the same ids, offsets and text.
     """
     transformers = importlib.import_module("transformers")
     version, level = str(transformers.__version__), transformers.logging.get_verbosity()
@@ -53,7 +53,7 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
         loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         backend = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise TypeError(f"its {type(loaded).__name__} is written in Python and has no tokenizer.json")
+            return {"version": version, "python": type(loaded).__name__}
         split = bool(backend.encode_special_tokens)
         backend.no_padding()
         backend.no_truncation()
@@ -86,7 +86,6 @@ def _settings(loaded: Any, backend: Tokenizer) -> Json:  # noqa: ANN401 - a toke
         "model_max_length": int(limit) if limit < NO_LIMIT else None,
         "clean_up": clean,
         "special_tokens": {role: str(token) for role, token in named.items() if token is not None},
-        "named_tokens": sorted({str(token) for token in loaded.all_special_tokens}),
     }
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from trimserve.errors import MismatchError, UsageError, require
 from trimserve.files.hub import fetch_snapshot
 from trimserve.folder.manifest import Source
-from trimserve.folder.names import TOKENIZER_NAME, check_plain_name
+from trimserve.folder.names import check_plain_name
+from trimserve.model.effective_tokenizer import has_tokenizer
 from trimserve.model.sentence import MODULES_NAME
 from trimserve.model.source import ModelSource
 
@@ -85,7 +86,7 @@ def _in_folder(name: str, revision: str | None, path: Path) -> ModelSource:
 def _folder_of(graph: Path) -> Path:
     """The folder that belongs to a graph: transformers.js keeps graphs in `onnx/`, below the tokenizer."""
     above = graph.parent.parent
-    belongs_above = not (graph.parent / TOKENIZER_NAME).is_file() and (above / TOKENIZER_NAME).is_file()
+    belongs_above = not has_tokenizer(graph.parent) and has_tokenizer(above)
     return above if belongs_above else graph.parent
 
 

@@ -1,5 +1,6 @@
 """What to say about a folder whose weights cannot be read: other formats, other names, other places."""
 
+import re
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +11,10 @@ _DEPTH: Final = 2
 _NAMED: Final = 3
 _USUAL: Final = ("model.safetensors", "model.safetensors.index.json")
 _CONVERT: Final = "load it in the library that wrote it and save it as model.safetensors"
+# What a trainer keeps beside the weights.
+_NO_WEIGHTS: Final = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states_\w+)\.\w+"
+)
 # Format, its name for the user, what to do; the first that is found is told.
 _OTHER_FORMATS: Final = (
     (
@@ -24,6 +29,7 @@ _OTHER_FORMATS: Final = (
         "convert the weights to model.safetensors with transformers' save_pretrained, or use a revision that "
         "has them",
     ),
+    (("*.distcp",), "a part of a distributed checkpoint", "put it together with `accelerate merge-weights`"),
     (
         ("*.msgpack",),
         "a Flax checkpoint",
@@ -62,8 +68,9 @@ def _other_names(folder: Path, files: list[Path]) -> TrimserveError:
 
 def _other_format(folder: Path) -> tuple[Path, str, str] | None:
     for patterns, kind, advice in _OTHER_FORMATS:
-        if found := sorted(path for pattern in patterns for path in folder.glob(pattern)):
-            return found[0], kind, advice
+        found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        if weights := [path for path in found if not _NO_WEIGHTS.fullmatch(path.name)]:
+            return weights[0], kind, advice
     return None
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 from trimserve.arrays import Rows
 
 ColdTensor = Literal["embedding", "head", "head_bias"]
-# dtype of a graph (`Manifest.dtype`) -> numpy dtype of its inputs; numpy has no bfloat16, so its bits.
+# `Dtype` of a graph (`Manifest.dtype`) -> numpy dtype of its inputs; numpy has no bfloat16, so its bits.
 GRAPH_DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),

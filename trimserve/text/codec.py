@@ -168,12 +168,6 @@ class Codec:
         ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
-    @cached_property
-    def named_ids(self) -> frozenset[int]:
-        """Token ids of the special tokens that have a role or are listed: transformers' `all_special_ids`."""
-        found = map(self.tokenizer.token_to_id, self._settings["named_tokens"])
-        return frozenset(id_ for id_ in found if id_ is not None)
-
     @contextmanager
     def lent(self) -> Iterator[Tokenizer]:
         """Lend the tokenizer to one caller, who may change its truncation."""

@@ -171,6 +171,8 @@ def _read_folder(
         tensors = {_next_name(name): values for name, values in tensors.items()}
     else:
         settings = _with_transformer(settings, source, listed[0], task, config)
+    if settings.drops_prompt:
+        settings = dataclasses.replace(settings, prompt_ends=_special_ids(source))
     if settings.kind == "CrossEncoder":
         settings = _with_activation(settings, source, _labels(settings, tensors, source, config))
     _check(settings, task, source)
@@ -342,6 +344,12 @@ def _feeds_type_ids(source: ModelSource, *, pairs: bool) -> bool:
     except (OSError, ValueError, KeyError, ImportError):  # no class for it: tokenizer.json alone counts
         return True
     return "token_type_ids" in names
+
+
+def _special_ids(source: ModelSource) -> tuple[int, ...]:
+    """What the source's library calls special: the tokens that have a role in its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(source.path)  # type: ignore[no-untyped-call]
+    return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def _cross_encoder(source: ModelSource, config: PretrainedConfig | None) -> SentenceSettings:

@@ -7,7 +7,13 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder.tasks import ANSWERING_TASK, GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.folder.tasks import (
+    ANSWERING_TASK,
+    GENERATION_TASK,
+    GENERATOR_TASKS,
+    TEXT2TEXT_TASK,
+    Task,
+)
 from trimserve_export.checkpoint.axes import ModelClass
 
 # Each with the class that loads it.
@@ -22,7 +28,7 @@ TASK_CLASSES: dict[str, ModelClass] = {
 }
 TASKS = tuple(TASK_CLASSES)
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_TASK_OF_HEAD = {
+_TASK_OF_HEAD: dict[str, Task] = {
     "ForCausalLM": "text-generation-with-past",
     "LMHeadModel": "text-generation-with-past",
     "ForMaskedLM": "fill-mask",
@@ -37,7 +43,7 @@ _ENCODERS_OF_PAIRS = frozenset({"t5", "mt5", "umt5"})
 _TEXT2TEXT_HEADS = ("ForConditionalGeneration", "MTModel")
 
 
-def infer_task(config: PretrainedConfig) -> str:
+def infer_task(config: PretrainedConfig) -> Task:
     """Tell the task of a checkpoint by its architecture.
 
     Raises:

@@ -79,8 +79,19 @@ def add_sketch(path: Path, bits: int = 8) -> Manifest:
     Returns:
         The manifest as written.
     """
-    folder = open_folder(path)
-    cold = ColdRows(folder)
+    manifest = write_sketch(open_folder(path), bits)
+    write_manifest(path, manifest)
+    return manifest
+
+
+def write_sketch(folder: TrimmedFolder, bits: int) -> Manifest:
+    """Write a sketch of its cold rows into a folder; gives the manifest that lists it, which is not written.
+
+    Args:
+        folder: the folder as it is so far.
+        bits: 8 or 4.
+    """
+    path, cold = folder.path, ColdRows(folder)
     magnitudes = _magnitudes(folder, cold)
     runs: list[_Arrays] = []
     with (path / SKETCH_DATA_NAME).open("wb") as data:
@@ -98,7 +109,7 @@ def add_sketch(path: Path, bits: int = 8) -> Manifest:
         onnx.save(sketch_graph(sizes, cold.width, bits, masses=masses), graph)
     parts = (sketch_graph(sizes, cold.width, bits, [number]) for number in range(len(sizes)))
     store_packed(graphs, path / SKETCH_DATA_NAME, parts)
-    return _add_to_manifest(folder, arrays, bits)
+    return _with_sketch(folder, arrays, bits)
 
 
 def _sketch_run(
@@ -176,7 +187,7 @@ def _magnitudes(folder: TrimmedFolder, cold: ColdRows) -> Callable[[Ids, Doubles
     return of_groups
 
 
-def _add_to_manifest(folder: TrimmedFolder, arrays: _Arrays, bits: int) -> Manifest:
+def _with_sketch(folder: TrimmedFolder, arrays: _Arrays, bits: int) -> Manifest:
     paths = [folder.path / name for name in SKETCH_FILES]
     files = {path.name: FileEntry(path.stat().st_size, sha256_file(path)) for path in paths}
     sketch = {
@@ -187,11 +198,9 @@ def _add_to_manifest(folder: TrimmedFolder, arrays: _Arrays, bits: int) -> Manif
         # rounding of the hidden state adds is known only when it is there.
         "bound": _relative_bound(arrays),
     }
-    manifest = dataclasses.replace(
+    return dataclasses.replace(
         folder.manifest, files=dict(sorted((folder.manifest.files | files).items())), sketch=sketch
     )
-    write_manifest(folder.path, manifest)
-    return manifest
 
 
 def _relative_bound(arrays: _Arrays) -> dict[str, float]:

@@ -33,7 +33,7 @@ _AXES = {
 }
 _CACHE_NAME = re.compile(r"^(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s$")
 _SYMBOL = re.compile(r"\b[su]\d+\b")
-_OUTPUTS = ("logits", "last_hidden_state")
+_OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
 def check_model(config: PretrainedConfig, task: str) -> None:

@@ -1,34 +1,32 @@
 """Fill a folder from a model that has an ONNX graph: graph, tokenizer, configs, vocab and manifest."""
 
+import dataclasses
 import json
 import logging
 import shutil
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from trimserve.errors import UsageError
 from trimserve.folder.manifest import Manifest, is_trimmed, read_manifest
 from trimserve.folder.names import VOCAB_NAME
-from trimserve.folder.opening import list_files
 from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve.model.source import CONFIG_NAME, GENAI_NAME, ModelSource
-from trimserve.version import __version__
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.configs import compact_config
 from trimserve_export.checkpoint.generation_settings import read_generation
-from trimserve_export.checkpoint.head_ids import head_rows
 from trimserve_export.checkpoint.lengths import lengths_of_graph
 from trimserve_export.checkpoint.sentence_config import read_declared, task_of_modules
 from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
-from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer, tokenizer_entry
+from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.from_graph.trimmed import GENERATION_CONFIG, trim_to_folder, write_generation_config
 from trimserve_export.graphs.writing import GRAPH_NAME
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
+from trimserve_export.manifest import assemble_manifest
 from trimserve_export.options import Options
 from trimserve_export.planning import check_cold
 
@@ -80,27 +78,12 @@ def fill_from_graph(
         check_cold(declared, options)
     write_declared(source, declared, folder, options.layout)
     save_vocab(vocab, folder / VOCAB_NAME)
-    return Manifest(
-        source=made.source,
-        tokenizer_sha256=source.tokenizer_sha256,
-        tokenizer=tokenizer_entry(source, options.layout),
-        vocab_size=vocab.vocab_size,
-        kept=len(vocab),
-        head_rows=head_rows(vocab),
-        task=made.task,
-        layout=options.layout,
-        dtype=made.dtype,
-        graphs=made.graphs,
-        cut=made.cut,
-        selection=vocab.rule,
-        exporter={"trimserve": __version__} | made.exporter,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=list_files(folder),
+    made = dataclasses.replace(
+        made,
         generation=_generation(source, made.task, options.layout),
-        bytes_before=made.bytes_before,
-        quantization=made.quantization,
         lengths=None if source.graph is None else lengths_of_graph(source, source.graph),
     )
+    return assemble_manifest(source, vocab, options.layout, folder, made)
 
 
 def _generation(source: ModelSource, task: str, layout: str) -> dict[str, Any] | None:

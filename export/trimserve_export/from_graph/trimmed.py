@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.folder.manifest import CutTensor, Source
+from trimserve.folder.manifest import CutTensor
 from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
@@ -27,6 +26,7 @@ from trimserve_export.from_graph.runtime import (
 )
 from trimserve_export.graphs.reading import GraphFiles, load_graph
 from trimserve_export.graphs.writing import GRAPH_NAME, LinkingWriter, write_copy
+from trimserve_export.manifest import MadeModel
 from trimserve_export.serving.servable import serve
 from trimserve_export.trimming.cold_rows import is_tied
 from trimserve_export.trimming.facts import (
@@ -47,21 +47,13 @@ _HEAD_TASKS = ("fill-mask", *GENERATOR_TASKS)
 
 
 @dataclass(frozen=True, slots=True)
-class TrimmedGraph:
-    """What was made of a graph; fields as in `Manifest`.
+class TrimmedGraph(MadeModel):
+    """What was made of a graph.
 
     Attributes:
-        gives_embeddings: the graph gives sentence embeddings: sentence-transformers' modules are in it.
+        gives_embeddings: the graph gives one embedding a text, which it pools by itself.
     """
 
-    task: str
-    graphs: dict[str, str]
-    cut: tuple[CutTensor, ...]
-    dtype: str
-    bytes_before: int
-    source: Source
-    exporter: dict[str, str]
-    quantization: dict[str, Any] | None
     gives_embeddings: bool = False
 
 
@@ -122,9 +114,7 @@ def trim_to_folder(
         cut=cut,
         dtype=dtype(model.graph),
         bytes_before=constant_bytes(parsed.values()),
-        source=Source(
-            source.name, source.revision, {name: sha for files in hashes for name, sha in files.items()}
-        ),
+        weights={name: sha for files in hashes for name, sha in files.items()},
         exporter=_exporter(source),
         quantization=quantization(model, has_head=task in _HEAD_TASKS),
         gives_embeddings=gives_embeddings(model.graph),

@@ -1,6 +1,6 @@
 """Write new nodes into a graph with names that cannot meet the exporter's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -87,6 +87,23 @@ def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[st
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     graph.inputs.append(value)
     return value
+
+
+def give_instead(value: ir.Value, made: ir.Value, uses: Iterable[tuple[ir.Node, int]]) -> None:
+    """Give the readers of a value, and the graph's output if it is one, what was made of it.
+
+    Args:
+        value: what the graph has read so far.
+        made: computed of `value`.
+        uses: who read `value` before `made` was.
+    """
+    for node, index in uses:
+        node.replace_input_with(index, made)
+    if value.is_graph_output():
+        makers = tuple(value.uses())
+        take_over(value, made)
+        for node, index in makers:
+            node.replace_input_with(index, value)
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:

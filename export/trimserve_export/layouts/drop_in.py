@@ -24,7 +24,7 @@ from trimserve.runtime.cold_rows import COLD_INPUT, table_name
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graphs.embeddings import Embedding, find_embeddings
 from trimserve_export.graphs.head import find_head
-from trimserve_export.graphs.nodes import NodeWriter, take_over
+from trimserve_export.graphs.nodes import NodeWriter, give_instead, take_over
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import check_opset, find_input, find_output
 from trimserve_export.graphs.writing import GRAPH_NAME, write_copy
@@ -190,7 +190,7 @@ def _mark_missing_rows(graph: ir.Graph, embedding: Embedding, table: int) -> Non
     missing = writer.array("missing_row", np.array(np.nan, embedding.dtype.numpy()))
     rows = writer.op("Where", [mask, found, missing])
     writer.insert_after(found.producer() or embedding.gather)
-    _redirect(uses, rows)
+    give_instead(found, rows, uses)
 
 
 def _expand_logits(graph: ir.Graph, vocab: VocabMap) -> None:

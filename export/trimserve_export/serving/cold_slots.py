@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from trimserve.runtime.cold_rows import COLD_INPUT, table_name
 from trimserve_export.graphs.embeddings import Embedding
-from trimserve_export.graphs.nodes import NodeWriter, add_input
+from trimserve_export.graphs.nodes import NodeWriter, add_input, give_instead
 
 
 def add_cold_slots(graph: ir.Graph, embeddings: Sequence[Embedding], rows: int) -> None:
@@ -63,6 +63,5 @@ def _choose_rows(graph: ir.Graph, embedding: Embedding, places: _Places, cold_ro
     writer = NodeWriter(graph, "cold_slots/" + str(cold_rows.name))
     slot_rows = writer.op("Gather", [cold_rows, places.slots], axis=0)
     result = writer.op("Where", [places.is_kept, embedding.output, slot_rows])
-    for user, index in uses:
-        user.replace_input_with(index, result)
     writer.insert_after(embedding.output.producer() or embedding.gather)
+    give_instead(embedding.output, result, uses)

@@ -62,7 +62,7 @@ def merge_adapter(
         )
     check_source(base, trust_remote_code=trust_remote_code)
     peft = require("peft", extra="adapter", purpose=f"merging the adapter {adapter.name}")
-    config = peft.PeftConfig.from_pretrained(adapter.path)
+    config = _read_config(peft, adapter)
     if config.is_prompt_learning:
         raise UnsupportedModelError(
             f"{adapter.name} is a {config.peft_type.value} adapter, which adds to the prompt and not to the "
@@ -81,6 +81,19 @@ def merge_adapter(
         _copy_small_files(folder, target)
     files = (*base.weight_files, adapter.path / _WEIGHTS, adapter.path / ADAPTER_CONFIG)
     return ModelSource(base.name, base.revision, target, made_of=files, adapter=adapter.name)
+
+
+def _read_config(peft: Any, adapter: ModelSource) -> Any:  # noqa: ANN401 - peft has types of its own
+    kind = adapter.read_json(ADAPTER_CONFIG).get("peft_type")
+    try:
+        if not isinstance(kind, str):
+            raise ValueError("it has no peft_type")
+        return peft.PeftConfig.from_pretrained(adapter.path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MismatchError(
+            f"{adapter.path / ADAPTER_CONFIG} is no config that peft {peft.__version__} reads ({error}): "
+            "save the adapter again with its save_pretrained."
+        ) from error
 
 
 def _stored(adapter: ModelSource) -> dict[str, TensorSpec]:

@@ -124,6 +124,9 @@ class Context:
     @property
     def max_tokens(self) -> int:
         """Tokens a text that every model takes."""
+        lengths = self.folder.manifest.lengths
+        if lengths is not None:
+            return min(_MAX_TOKENS, lengths.longest or _MAX_TOKENS)
         config = self.source.config
         positions = next(
             (config[key] for key in ("max_position_embeddings", "n_positions") if key in config), _MAX_TOKENS

@@ -401,3 +401,11 @@ def test_added_tokens_keep_their_flags(tmp_path):
     source = ask_library(resolve_model(folder))
     assert source.effective.original
     assert ids_of(source) == library_ids(source, TEXTS)
+
+
+def test_a_class_in_python_is_refused(tmp_path):
+    folder = save_source(
+        tmp_path / "m", "wordpiece", {"tokenizer_class": "CanineTokenizer"}, model_type="canine"
+    )
+    with pytest.raises(UnsupportedModelError, match="tokenizes with CanineTokenizer, a class in Python"):
+        resolve_model(folder).tokenizer()

@@ -134,7 +134,7 @@ def test_all_variants_are_trimmed(variants, tmp_path, layout, cold):
         "model_int8": "onnx/model_int8.onnx",
         "model_q4": "onnx/model_q4.onnx",
     }
-    assert set(made.source.files) == {f"model{name}.onnx" for name in ("", "_q4", "_int8")} | {
+    assert set(made.weights) == {f"model{name}.onnx" for name in ("", "_q4", "_int8")} | {
         "model_q4.onnx_data"
     }
     ids = IDS if cold else np.array([KEPT])

@@ -272,7 +272,7 @@ def test_weights_are_hashed_by_name(tmp_path):
     source = resolve_model(save(sketch("plain", "matmul"), tmp_path / "model"))
     (tmp_path / "out").mkdir()
     made = trim_to_folder(source, VOCAB, tmp_path / "out", task="auto")
-    assert set(made.source.files) == {"model.onnx", "weights.data"}
+    assert set(made.weights) == {"model.onnx", "weights.data"}
     assert {(cut.name, cut.axis, cut.rows_after) for cut in made.cut} == {("table", 0, 11), ("head", 1, 11)}
     assert made.bytes_before == 4 * (2 * V * 16 + 16 * 16)
     assert made.dtype == "fp32"

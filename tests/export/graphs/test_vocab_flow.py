@@ -59,6 +59,20 @@ def test_served_ids_take_their_own_rows_behind_each_operator(tmp_path, way):
     np.testing.assert_array_equal(open_graph(path).run(None, feeds)[0], TABLE[WAYS[way](IDS)])
 
 
+def test_rows_that_are_the_graphs_output_come_from_slots_too(tmp_path):
+    (tmp_path / "out").mkdir()
+    text = """<ir_version: 8, opset_import: ["" : 18]>
+    model (int64[batch, seq] input_ids) => (float[n, m, k] x) { x = Gather(table, input_ids) }"""
+    ir.save(
+        ir.from_onnx_text(text, initializers=[ir.tensor(TABLE[:6], name="table")]), tmp_path / "model.onnx"
+    )
+    path = make_servable(tmp_path / "model.onnx", tmp_path / "out", rows=6, has_head=False).path
+    session = open_graph(path)
+    assert [output.name for output in session.get_outputs()] == ["x"]
+    found = session.run(None, {"input_ids": IDS, "cold_rows": TABLE[6:]})[0]
+    np.testing.assert_array_equal(found, TABLE[IDS])
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_trimmed_tables_give_the_same_rows_behind_each_operator(way):
     model, vocab = parse(way), make_vocab([0, 1, 2, 3, 7], V)

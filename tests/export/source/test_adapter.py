@@ -1,6 +1,7 @@
 """Adapters are merged as peft merges them; the merged model is what export trims and verify takes."""
 
 import json
+import shutil
 
 import pytest
 
@@ -165,6 +166,16 @@ def test_what_cannot_be_merged_is_refused(base, tmp_path):
     ):
         pass
     with pytest.raises(UsageError, match="is no adapter"), whole_source(resolve_model(base), adapter=base):
+        pass
+    config = other / "adapter_config.json"
+    config.write_text("{}")
+    shutil.copyfile(lora / "adapter_model.safetensors", other / "adapter_model.safetensors")
+    with (
+        pytest.raises(MismatchError, match="has no peft_type"),
+        whole_source(resolve_model(base), adapter=other),
+    ):
+        pass
+    with pytest.raises(UsageError, match="holds a model and an adapter"), whole_source(resolve_model(other)):
         pass
     config = lora / "adapter_config.json"
     config.write_text(config.read_text().replace(str(base), "no-such/model"))

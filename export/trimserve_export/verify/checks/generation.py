@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from trimserve.arrays import Ids
 from trimserve.decoding.token_rules import TokenRules, Verdict
+from trimserve.folder.manifest import Lengths
 from trimserve.generation.generator import Generator
 from trimserve.generation.options import Mode
 from trimserve.generation.plan import PLAIN
@@ -59,7 +60,7 @@ def check_generated_ids(context: Context) -> Check:
     if not isinstance(model, Generator):
         return Check("generated-ids", False, None, f"{context.folder.path} does not load as a generator")
     modes: tuple[Mode, ...] = ("compact", "exact") if model.can_be_exact else ("compact",)
-    prompts = _prompts(context)
+    prompts, lengths = _prompts(context), context.folder.manifest.lengths or Lengths()
     largest, ties = 0.0, 0
     for mode in modes:
         for text, prompt in prompts:
@@ -67,7 +68,7 @@ def check_generated_ids(context: Context) -> Check:
             (generated,) = model.generate(text, **options)
             rules = model.config.rules(_NEW_TOKENS) or TokenRules()
             forbidden = _forbidden(context, prompt, rules, mode)
-            expected = _greedy(context.full, prompt, forbidden, rules, model.stop_ids)
+            expected = _greedy(context.full, prompt, forbidden, rules, model.stop_ids, lengths)
             parting = _parting(context, generated.ids, expected)
             if parting is None:
                 continue
@@ -115,8 +116,12 @@ def _greedy(
     forbidden: npt.NDArray[np.bool_],
     rules: TokenRules,
     stop_ids: frozenset[int],
+    lengths: Lengths,
 ) -> list[CheckedStep]:
-    """Decode with the full graph and its KV cache, one token a time; the lowest id wins a tie."""
+    """Decode with the full graph and its KV cache, one token a time; the lowest id wins a tie.
+
+    Where a text is longer than the model's first set of frequencies, some models read it again.
+    """
     if isinstance(full, GraphModel):
         decoder, past, start = full, {}, prompt
     else:  # the encoder reads the prompt
@@ -129,6 +134,8 @@ def _greedy(
         logits = _obey(verdict, np.where(forbidden, -np.inf, outputs["logits"][0, -1]))
         steps.append(CheckedStep(int(logits.argmax()), logits, outputs["hidden_states"]))
         ids, past = np.array([steps[-1].token], np.int32), past | outputs
+        if lengths.restarts and len(start) + len(steps) - 1 == lengths.unchanged:
+            ids, past = np.array([*start, *(step.token for step in steps)], np.int32), {}
     return steps
 
 

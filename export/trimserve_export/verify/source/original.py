@@ -179,6 +179,8 @@ class Original:
     def _run(self, inputs: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad(), tracing.quiet():
             made = self.model(**inputs)
+        if "start_logits" in made:  # of an answer's first token, and of its last
+            return torch.stack([made["start_logits"], made["end_logits"]], dim=-1)
         names = (
             ("last_hidden_state",) if self.task == "feature-extraction" else ("logits", "prediction_logits")
         )
@@ -201,9 +203,12 @@ class Original:
         """What `model.generate()` adds with the folder's own settings, without drawing at random."""
         row = torch.tensor([list(ids)], dtype=torch.int64)
         self._forget_length()
+        options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False}
+        if getattr(self.model.generation_config, "stop_strings", None):
+            options["tokenizer"] = self.tokenizer
         with torch.no_grad(), tracing.quiet():
             out = self.model.generate(  # type: ignore[operator]
-                row, attention_mask=torch.ones_like(row), max_new_tokens=count, do_sample=False
+                row, attention_mask=torch.ones_like(row), **options
             )
         # An encoder-decoder's output begins with its start id.
         skipped = 1 if self.task == TEXT2TEXT_TASK else row.shape[1]
@@ -213,11 +218,14 @@ class Original:
     def _forget_length(self) -> None:
         """Have dynamic frequencies begin anew: in transformers they stay those of the longest text so far."""
         for module in self.model.modules():
-            longest = getattr(module, "original_max_seq_len", None)
-            original = getattr(module, "original_inv_freq", None)
-            if longest is not None and original is not None and hasattr(module, "max_seq_len_cached"):
-                module.max_seq_len_cached = longest
-                module.register_buffer("inv_freq", original, persistent=False)
+            kinds = getattr(module, "rope_type", None)
+            named = kinds.items() if isinstance(kinds, dict) else [(None, kinds)]
+            for layer_type, kind in named:
+                if "dynamic" in str(kind):
+                    prefix = "" if layer_type is None else f"{layer_type}_"
+                    original = getattr(module, f"{prefix}original_inv_freq")
+                    module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+                    setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
     def _types(self) -> str:
         return " ".join(str(module.get("type")) for module in self._modules())
