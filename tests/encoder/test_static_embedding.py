@@ -28,7 +28,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve_export.pipeline import export
 from trimserve_export.verify import verify
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.next]
 WIDTH = 12
 
 
