@@ -330,7 +330,7 @@ def folder_outcome(name: str, data: Path, layout: str, root: Path) -> str:
     try:
         folder = open_folder(export(source, vocab, root / "out", layout=layout, progress=False).path)
     except UnsupportedModelError as error:
-        return f"refused: {error}"
+        return f"refused: {str(error).removeprefix(f'{source.graph}: ')}"
     kept = folder.vocab.kept_ids
     places = np.random.default_rng(0).integers(0, len(kept), (1, _TOKENS))
     full = data / name / graph

@@ -29,7 +29,10 @@ class GraphFiles:
             MismatchError: see `load_graph`.
         """
         if path not in self._parsed:
-            self._parsed[path] = load_graph(path, turned=False)
+            model = load_graph(path, turned=False)
+            # onnx_ir copies nodes in their order; older builders wrote some before what they read.
+            model.graph.sort()
+            self._parsed[path] = model
         return self._parsed[path]
 
     def copy(self, path: Path, *, turned: bool = True) -> ir.Model:

@@ -74,7 +74,9 @@ def _affordable(sides: Sides) -> int:
 
 
 def _compare_length(sides: Sides, numbers: Numbers, length: int) -> None:
-    if not sides.is_runtime or sides.context.folder.manifest.task not in ENCODER_TASKS:
+    manifest = sides.context.folder.manifest
+    # Without cold rows few texts of a length can be fed, but ids that are kept can.
+    if not sides.is_runtime or manifest.task not in ENCODER_TASKS or not sides.context.folder.has_cold:
         _compare_ids_of_length(sides, numbers, length)
     elif sides.original.is_sentence_encoder:
         numbers.note(embedding_difference(sides, [_text_of(sides, length)]), EMBEDDING_BOUND)
