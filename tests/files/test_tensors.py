@@ -180,9 +180,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, content):
 def test_a_number_format_that_is_not_read_is_no_damage(tmp_path):
     path = tmp_path / "quantised.safetensors"
     path.write_bytes(raw({"x": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}, b"1234"))
-    with pytest.raises(
-        UnsupportedModelError, match="x is stored as F4, a number format of quant"
-    ):
+    with pytest.raises(UnsupportedModelError, match="x is stored as F4, a number format of quant"):
         read_header(path)
 
 

@@ -196,30 +196,9 @@ class EncoderGraph:
 
     def encode(self, texts: Sequence[Text]) -> tuple[list[Encoded], int]:
         """Encode texts as they are fed, and count the cold tokens that were split for it."""
-        encoded = self.codec.encode_typed(
+        return self.codec.encode_fed(
             texts, add_special_tokens=self._settings.special_tokens, max_tokens=self.max_tokens
         )
-        return self.servable(encoded)
-
-    def servable(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
-        """Split the cold tokens of a folder without cold rows, and count them."""
-        if self.folder.has_cold:
-            return encoded, 0
-        cold_tokens = sum(int((~self.codec.vocab.is_kept(entry.ids)).sum()) for entry in encoded)
-        return [self._split(entry) for entry in encoded], cold_tokens
-
-    def _split(self, encoded: Encoded) -> Encoded:
-        """Split cold tokens into kept pieces, and cut what has become too long."""
-        servable = self.codec.servable([encoded.ids])
-        (ids,), (repeats,) = servable.sequences, servable.repeats
-        longer = Encoded(ids, np.repeat(encoded.type_ids, repeats), encoded.truncated)
-        if self.max_tokens is None or len(ids) <= self.max_tokens:
-            return longer
-        # Tokens go from the end of the text, not the special ones behind it.
-        ordinary = np.flatnonzero(~np.isin(ids, list(self.codec.special_ids)))
-        tail = len(ids) - 1 - int(ordinary[-1])
-        stay = np.r_[0 : self.max_tokens - tail, len(ids) - tail : len(ids)]
-        return Encoded(ids[stay], longer.type_ids[stay], truncated=True)
 
     def _check_graph(self) -> None:
         if self._settings.graph_output == SENTENCE and SENTENCE not in self._outputs:

@@ -122,7 +122,7 @@ class TaskMethods:
             windows = encode_windows(
                 tokenizer, question, context, length=length, stride=stride, question_first=first, side=side
             )
-        encoded, split = self._graph.servable([as_encoded(window) for window in windows])
+        encoded, split = self.codec.as_fed([as_encoded(window) for window in windows], self.max_tokens)
         logits: list[Floats] = [np.zeros((0, 2), np.float32)] * len(windows)
         for output in self._graph.run_encoded(encoded, batch_size, split=split):
             for place, rows in zip(output.texts, output.values, strict=True):

@@ -118,6 +118,35 @@ class Codec:
         self._check_rows(texts, encoded)
         return encoded
 
+    def encode_fed(
+        self, texts: Sequence[Text], *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> tuple[list[Encoded], int]:
+        """Encode texts as a graph is fed with them; see `encode_typed` and `as_fed`."""
+        encoded = self.encode_typed(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
+        return self.as_fed(encoded, max_tokens)
+
+    def as_fed(self, encoded: list[Encoded], max_tokens: int | None) -> tuple[list[Encoded], int]:
+        """Split the cold tokens of a folder without cold rows, cut what has become too long, count them."""
+        if self._folder.has_cold:
+            return encoded, 0
+        servable = self.servable([entry.ids for entry in encoded])
+        parts = zip(encoded, servable.sequences, servable.repeats, strict=True)
+        fed = [
+            self._cut(Encoded(ids, np.repeat(entry.type_ids, repeats), entry.truncated), max_tokens)
+            for entry, ids, repeats in parts
+        ]
+        return fed, servable.cold_tokens
+
+    def _cut(self, encoded: Encoded, max_tokens: int | None) -> Encoded:
+        """Cut tokens from the end of the text, not the special ones behind it."""
+        ids = encoded.ids
+        if max_tokens is None or len(ids) <= max_tokens:
+            return encoded
+        ordinary = np.flatnonzero(~np.isin(ids, list(self.special_ids)))
+        tail = len(ids) - 1 - int(ordinary[-1])
+        stay = np.r_[0 : max_tokens - tail, len(ids) - tail : len(ids)]
+        return Encoded(ids[stay], encoded.type_ids[stay], truncated=True)
+
     def decode(self, ids: npt.ArrayLike, *, skip_special_tokens: bool = True) -> str:
         """Decode token ids to text, by default without special tokens."""
         listed = np.asarray(ids, np.int64).ravel().tolist()
