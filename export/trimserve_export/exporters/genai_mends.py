@@ -105,7 +105,8 @@ def _mend_tables(graph: ir.Graph, model: nn.Module, config: PretrainedConfig, na
     rotary = next((module for module in model.modules() if hasattr(module, "rope_type")), None)
     for value_name, tensor, replace in list(_tables(graph)):
         found = _TABLE.match(value_name)
-        if found is None or rotary is None:
+        # The builder writes the tables of both kinds of layers, also of one that this model does not have.
+        if found is None or rotary is None or not hasattr(rotary, f"{_prefix(rotary, found[2])}inv_freq"):
             continue
         rows, width = tensor.numpy().shape
         expected = _expected(rotary, config.get_text_config(), found[2], rows)[found[1]]
@@ -132,10 +133,15 @@ def _set_constant(node: ir.Node, tensor: ir.TensorProtocol) -> None:
     node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
+def _prefix(rotary: nn.Module, part: str | None) -> str:
+    """What the names of a kind of layer's frequencies begin with."""
+    by_kind = part in _LAYER_TYPES and isinstance(rotary.rope_type, dict)
+    return f"{_LAYER_TYPES[str(part)]}_" if by_kind else ""
+
+
 def _expected(rotary: nn.Module, config: Any, part: str | None, rows: int) -> dict[str, Table]:  # noqa: ANN401
     """Transformers' cosines and sines of the first `rows` positions, float32 (rows, frequencies)."""
-    made = type(rotary)(config)
-    prefix = f"{_LAYER_TYPES[part]}_" if part in _LAYER_TYPES and isinstance(rotary.rope_type, dict) else ""
+    made, prefix = type(rotary)(config), _prefix(rotary, part)
     frequencies: torch.Tensor = getattr(made, f"{prefix}inv_freq")
     scaling = float(getattr(made, f"{prefix}attention_scaling", 1.0))
     if part == "large":
