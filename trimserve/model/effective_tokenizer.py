@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,14 @@ def original_tokenizer(folder: Path, made_by: Mapping[str, str] | None = None) -
     content = (folder / TOKENIZER_NAME).read_bytes()
     settings = declared_settings(_read(folder, _CONFIG), _read(folder, _SPECIAL))
     return EffectiveTokenizer(content, True, {"library": "tokenizers", **(made_by or {})}, settings)
+
+
+def lone_tokenizer(folder: Path, reason: str) -> EffectiveTokenizer:
+    """tokenizer.json by itself for a library that reads no file beside it: its own settings alone count."""
+    original = original_tokenizer(folder, {"reason": reason})
+    truncation = _read(folder, TOKENIZER_NAME).get("truncation") or {}
+    side = str(truncation.get("direction", "right")).lower()
+    return replace(original, settings=declared_settings({"truncation_side": side}, {}))
 
 
 def _refusal(what: str, reason: str, advice: str = _SAVE) -> Exception:
