@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_ADAPTER = "adapter_config.json"
 # Classes that take tokenizer.json as it is, but for what `unmet_setting` knows.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Above it transformers may mend the pattern of Mistral's tokenizers.
@@ -91,6 +92,11 @@ def effective_tokenizer(
 def _cached(folder: Path, trust: bool, always: bool, signature: object) -> EffectiveTokenizer:
     del signature  # part of the key: a file that changed
     if not has_tokenizer(folder):
+        if (folder / _ADAPTER).is_file():
+            base = _read(folder, _ADAPTER).get("base_model_name_or_path") or "BASE"
+            raise UsageError(
+                f"{folder} is an adapter without a tokenizer: pass -m {base}, the model that it belongs to."
+            )
         raise UsageError(
             f"{folder} has no {TOKENIZER_NAME} and no other file of a tokenizer: make one with transformers' "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
