@@ -8,9 +8,11 @@ from trimserve.files.quantized import BlockScheme
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
+from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.exporters.exporter import GraphJob, load_exporter
 from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full
+from trimserve_export.layouts.drop_in import save_plain
 from trimserve_export.pipeline import ExportResult, export
 from trimserve_export.serving.quantize import SCHEMES
 from trimserve_export.static_embedding import is_static, serve_full_static
@@ -25,6 +27,7 @@ def export_full(
     *,
     exporter: str = "optimum",
     device: str = "cpu",
+    layout: str = "runtime",
 ) -> Path:
     """Export the untrimmed model with the same exporter and passes.
 
@@ -36,6 +39,9 @@ def export_full(
         scheme: how to quantise it, if at all.
         exporter: one of `exporters.EXPORTERS`; a source with a graph needs none.
         device: one of `exporters.DEVICES`.
+        layout: of the folder that it is compared with; a graph for other runtimes has no serving passes, and
+            ONNX Runtime fuses what they change in another way. One with a vocab head has them all the same,
+            for the head's input that its rounding bound is made of.
 
     Returns:
         The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
@@ -50,6 +56,8 @@ def export_full(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
         job = GraphJob(task, dtype, quantize, device)
         exported = made_by.export_checkpoint(source.path, Path(scratch), job)
+        if layout != "runtime" and scheme is None and not has_vocab_head(task):
+            return save_plain(exported, output)
         ours = None if made_by.QUANTIZES else scheme
         graphs = make_graphs(exported, output, source.vocab_size, task, ours)
         return graphs.get("decoder") or graphs["model"]

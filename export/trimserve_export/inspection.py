@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # A K that most single-domain profiles stay below.
 DEFAULT_KEPT = 16_384
+# The module of sentence-transformers; such a folder needs no config.json.
+STATIC_TYPE = "StaticEmbedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +183,17 @@ def _one_variant(source: ModelSource) -> ModelSource:
 def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
     from trimserve_export.checkpoint.axes import load_config
     from trimserve_export.checkpoint.stored import read_specs, stored_vocab
+    from trimserve_export.static_embedding import is_static, stored_static
 
-    specs = read_specs(source)
-    stored = stored_vocab(source)
+    specs, static = read_specs(source), is_static(source)
+    stored = stored_static(source) if static else stored_vocab(source)
     tensors = _vocab_tensors(stored)
     copies = {tensor.name for tensor in tensors if tensor.role == "copy"}
     total = sum(spec.nbytes for name, spec in specs.items() if name not in copies)
     return ModelFacts(
         path=source.name,
-        model_type=str(load_config(source.path).model_type),
-        architecture=", ".join(source.config.get("architectures") or ["unknown"]),
+        model_type=STATIC_TYPE if static else str(load_config(source.path).model_type),
+        architecture=", ".join(source.config.get("architectures") or [STATIC_TYPE if static else "unknown"]),
         vocab_size=source.vocab_size,
         tokenizer_size=source.tokenizer().get_vocab_size(with_added_tokens=True),
         hidden_size=next(tensor.shape[1] for tensor in tensors if tensor.role == "embedding"),

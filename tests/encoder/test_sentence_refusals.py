@@ -185,3 +185,12 @@ def test_tokens_of_prompts_are_kept(folder):
     assert set(structural_ids(source)) - set(before) == set(prompt)
     change_json(folder / "config_sentence_transformers.json", prompts={})
     assert len(structural_ids(resolve_model(folder))) == len(before)
+
+
+@pytest.mark.parametrize("limit", ["x", 0, -1, 6.5])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_limit_that_is_no_number(folder, limit, nested):
+    add_modules(folder, MEAN)
+    config = {"tokenizer_args": {"model_max_length": limit}} if nested else {"max_seq_length": limit}
+    write_json(folder / "sentence_bert_config.json", config)
+    refused(folder, "should be a number above 0", MismatchError)

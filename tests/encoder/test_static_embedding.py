@@ -25,6 +25,8 @@ from tests.support.sentence_models import (
 )
 from tests.support.tiny_tokenizers import KINDS
 from trimserve.errors import UnsupportedModelError
+from trimserve.model.resolve import resolve_model
+from trimserve_export.inspection import ModelFacts, inspect
 from trimserve_export.pipeline import export
 from trimserve_export.verify import verify
 
@@ -86,3 +88,44 @@ def test_what_such_a_model_has_not_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="has mapping"):
         export(source, vocab, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "truncation"),
+    [
+        ("left", {"truncation_side": "left", "model_max_length": 5}, None),
+        ("limit", {"model_max_length": 5}, 0),
+        ("split", {"split_special_tokens": True}, None),
+        ("cased", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}, None),
+        ("own side", {}, {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}),
+    ],
+)
+def test_what_stands_beside_its_tokenizer_does_not_count(tmp_path, name, settings, truncation):
+    source = static_folder(tmp_path / "model", inner="")
+    write_json(source / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
+    if truncation is not None:
+        change_json(source / "tokenizer.json", truncation=truncation or None)
+    texts = [*TEXTS, "the cat sat on the mat. A dog sat on the log."]
+    encoder = trimmed(source, tmp_path / "trimmed")
+    assert_close(encoder.encode(texts), library(source).encode(texts))
+    vocab_hash = encoder.folder.manifest.tokenizer_sha256
+    assert resolve_model(source).has_tokenizer(vocab_hash), name
+    assert verify(tmp_path / "trimmed", progress=False).ok
+
+
+def test_as_model2vec_saves_it(tmp_path):
+    """Its modules.json calls the folder itself ".", its config.json names a class of its own."""
+    source = static_folder(tmp_path / "model", ("Normalize", {}), name="embeddings", inner=".")
+    write_json(source / "config.json", {"model_type": "model2vec", "architectures": ["StaticModel"]})
+    facts = inspect(source, kept=7)
+    assert isinstance(facts, ModelFacts)
+    assert (facts.vocab_size, facts.hidden_size, facts.architecture) == (V, WIDTH, "StaticModel")
+    assert facts.prize.bytes_removed == (V - 7) * WIDTH * 4
+    assert_close(trimmed(source, tmp_path / "trimmed").encode(TEXTS), library(source).encode(TEXTS))
+    assert verify(tmp_path / "trimmed", progress=False).ok
+
+
+def test_inspect_without_a_config(tmp_path):
+    facts = inspect(static_folder(tmp_path / "model"))
+    assert isinstance(facts, ModelFacts)
+    assert (facts.architecture, facts.model_type) == ("StaticEmbedding", "StaticEmbedding")

@@ -467,6 +467,9 @@ def test_the_command_line_translates(translators, capsys):
     (plain,) = translator.generator.generate(TEXTS[0], max_new_tokens=8)
     assert main(words) == 0
     assert capsys.readouterr().out == plain.text + "\n"
+    assert main([*words, "--format", "json"]) == 0
+    # As transformers' pipeline for such models: the source is no part of what was generated.
+    assert json.loads(capsys.readouterr().out)["generated_text"] == [plain.text]
     assert main([*words, "--num-beams", "3", "--length-penalty", "0.5", "--format", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     (searched,) = translator.generator.generate(TEXTS[0], max_new_tokens=8, num_beams=3, length_penalty=0.5)

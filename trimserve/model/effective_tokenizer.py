@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_ADAPTER = "adapter_config.json"
 # Classes that take tokenizer.json as it is, but for what `unmet_setting` knows.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Above it transformers may mend the pattern of Mistral's tokenizers.
@@ -91,6 +92,11 @@ def effective_tokenizer(
 def _cached(folder: Path, trust: bool, always: bool, signature: object) -> EffectiveTokenizer:
     del signature  # part of the key: a file that changed
     if not has_tokenizer(folder):
+        if (folder / _ADAPTER).is_file():
+            base = _read(folder, _ADAPTER).get("base_model_name_or_path") or "BASE"
+            raise UsageError(
+                f"{folder} is an adapter without a tokenizer: pass -m {base}, the model that it belongs to."
+            )
         raise UsageError(
             f"{folder} has no {TOKENIZER_NAME} and no other file of a tokenizer: make one with transformers' "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
@@ -166,6 +172,14 @@ def original_tokenizer(folder: Path, made_by: Mapping[str, str] | None = None) -
     content = (folder / TOKENIZER_NAME).read_bytes()
     settings = declared_settings(_read(folder, _CONFIG), _read(folder, _SPECIAL))
     return EffectiveTokenizer(content, True, {"library": "tokenizers", **(made_by or {})}, settings)
+
+
+def lone_tokenizer(folder: Path, reason: str) -> EffectiveTokenizer:
+    """tokenizer.json by itself for a library that reads no file beside it: its own settings alone count."""
+    original = original_tokenizer(folder, {"reason": reason})
+    truncation = _read(folder, TOKENIZER_NAME).get("truncation") or {}
+    side = str(truncation.get("direction", "right")).lower()
+    return replace(original, settings=declared_settings({"truncation_side": side}, {}))
 
 
 def _refusal(what: str, reason: str, advice: str = _SAVE) -> Exception:

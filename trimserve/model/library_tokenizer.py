@@ -58,6 +58,7 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
         backend.no_padding()
         backend.no_truncation()
         content: str | None = backend.to_str()
+        settings = _settings(loaded, backend) | {"split_special_tokens": split}
     except Exception as error:  # of any class: the folder may bring its own
         return {"version": version, "error": _phrase(error)}
     finally:
@@ -69,12 +70,14 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
         "version": version,
         "class": type(loaded).__name__,
         "content": content,
-        "settings": _settings(loaded, backend) | {"split_special_tokens": split},
+        "settings": settings,
     }
 
 
 def _settings(loaded: Any, backend: Tokenizer) -> Json:  # noqa: ANN401 - a tokenizer of transformers
     limit = loaded.model_max_length
+    if not isinstance(limit, int | float):
+        raise TypeError(f"model_max_length is {limit!r}, which is no number")
     clean = bool(loaded.clean_up_tokenization_spaces)
     # transformers 5 leaves the text of BPE alone unless it is told twice.
     forced = getattr(loaded, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", None)

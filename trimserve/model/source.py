@@ -20,6 +20,7 @@ from trimserve.model.effective_tokenizer import (
     EffectiveTokenizer,
     effective_tokenizer,
     has_tokenizer,
+    lone_tokenizer,
     original_tokenizer,
 )
 from trimserve.model.sentence import MODULES_NAME, lower_cased, lower_cases
@@ -154,7 +155,7 @@ class ModelSource:
             TrimserveError: see `effective_tokenizer`.
         """
         if self.is_static_embedding:
-            return original_tokenizer(self.path, {"reason": "StaticEmbedding takes the file as it is"})
+            return lone_tokenizer(self.path, "StaticEmbedding takes the file as it is")
         found = effective_tokenizer(
             self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
         )
@@ -179,7 +180,8 @@ class ModelSource:
         compares again.
         """
         path = self.path / TOKENIZER_NAME
-        if "effective" not in self.__dict__ and not self.ask_library and path.is_file():
+        asks = not self.ask_library and not self.is_static_embedding
+        if "effective" not in self.__dict__ and asks and path.is_file():
             original = original_tokenizer(self.path)
             if original.sha256 == sha256:
                 self.__dict__["effective"] = original

@@ -290,10 +290,12 @@ def _with_transformer(
     declared = _transformer_config(first)
     _check_transformer(declared, first, task)
     tokenizer = declared.get("tokenizer_args") or declared.get("processor_kwargs") or {}
-    longest = tokenizer.get("model_max_length") or declared.get("max_seq_length")
+    longest = _count(tokenizer, "model_max_length", first.folder) or _count(
+        declared, "max_seq_length", first.folder
+    )
     return dataclasses.replace(
         settings,
-        max_tokens=_limit(source, config) if longest is None else int(longest),
+        max_tokens=_limit(source, config) if longest is None else longest,
         type_ids=_feeds_type_ids(source, pairs=settings.kind == "CrossEncoder"),
     )
 

@@ -107,6 +107,8 @@ def _listed(source: ModelSource, entry: Mapping[str, Any]) -> Listed:
             f"{source.name}: {MODULES_NAME} hands the arguments {entry['kwargs']} to {kind}, which the "
             "runtime does not."
         )
+    if folder == ".":  # the folder itself, as model2vec writes it
+        folder = ""
     if folder and (Path(folder).name != folder or folder == ".."):
         raise MismatchError(f"{MODULES_NAME} of {source.name} names the folder {folder!r}: expected a name.")
     return Listed(kind, source.root / folder)

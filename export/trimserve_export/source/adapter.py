@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
 from trimserve.files.tensors import TensorSpec, read_header
+from trimserve.folder.names import SOURCE_TOKENIZER_FILES
+from trimserve.model.effective_tokenizer import has_tokenizer
 from trimserve.model.source import CONFIG_NAME, INDEX_NAME, ModelSource
 from trimserve_export.checkpoint.axes import architecture_class, load_config
+from trimserve_export.checkpoint.source_tokenizer import TEMPLATE_FILES
 from trimserve_export.exporters import tracing
 from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import ADAPTER_CONFIG
@@ -77,8 +80,10 @@ def merge_adapter(
         merged.save_pretrained(target)
     if _same_class(base, merged) and not resized and not untied:
         shutil.copyfile(base.path / CONFIG_NAME, target / CONFIG_NAME)
-    for folder in (base.path, adapter.path):
-        _copy_small_files(folder, target)
+    # A tokenizer is one thing: no file of the base's is left beside the adapter's own.
+    replaced = (*SOURCE_TOKENIZER_FILES, *TEMPLATE_FILES) if has_tokenizer(adapter.path) else ()
+    _copy_small_files(base.path, target, replaced)
+    _copy_small_files(adapter.path, target)
     files = (*base.weight_files, adapter.path / _WEIGHTS, adapter.path / ADAPTER_CONFIG)
     return ModelSource(base.name, base.revision, target, made_of=files, adapter=adapter.name)
 
@@ -185,13 +190,13 @@ def _same_class(base: ModelSource, merged: PreTrainedModel) -> bool:
     return type(merged).__name__ in (base.config.get("architectures") or [])
 
 
-def _copy_small_files(folder: Path, target: Path) -> None:
+def _copy_small_files(folder: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
     """Tokenizer, chat template, generation config, and the modules of sentence-transformers."""
     for path in sorted([*folder.iterdir(), *folder.glob("*/config.json")]):
         if (
             path.is_file()
             and path.suffix in _SMALL
-            and not (path.parent == folder and path.name in _NOT_COPIED)
+            and not (path.parent == folder and path.name in (*_NOT_COPIED, *left_out))
         ):
             copy = target / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)

@@ -117,6 +117,7 @@ def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path
         scheme,
         exporter=made_by.get("name", "optimum"),
         device=made_by.get("device", "cpu"),
+        layout=manifest.layout,
     ).parent
 
 

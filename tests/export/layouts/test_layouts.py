@@ -435,6 +435,7 @@ def test_encoders(tmp_path, family, tokenizer, loader, layout):
         expected = expected[..., vocab.kept_ids]
         found = found if layout == "tokenizer" else found[..., vocab.kept_ids]
     assert_within(found, expected, bound, rows=-1)
+    assert verify(tmp_path / "out", path, store=False, progress=False).ok
 
 
 def full_output(path, family, ids) -> tuple[np.ndarray, float]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +138,31 @@ def test_exported_verified_and_found_again(base, tmp_path, capsys):
     save_adapter(base, adapter, r=4)
     assert main(["verify", str(tmp_path / "a")]) == 3
     assert main(["inspect", str(adapter), "--format", "json"]) == 0
+
+
+def test_a_tokenizer_of_its_own_replaces_the_whole_of_the_base_s(base, tmp_path):
+    model = Path(shutil.copytree(base, tmp_path / "base"))
+    (model / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["the"]}))
+    (model / "chat_template.jinja").write_text("the base's")
+    adapter = save_adapter(model, tmp_path / "adapter")
+    own = (model / "tokenizer.json").read_text().replace('"lowercase":true', '"lowercase":false')
+    with whole_source(resolve_model(model), adapter=adapter) as whole:
+        assert "the" in whole.read_json("special_tokens_map.json")["additional_special_tokens"]
+        assert (whole.path / "chat_template.jinja").is_file()
+    (adapter / "tokenizer.json").write_text(own)
+    with whole_source(resolve_model(model), adapter=adapter) as whole:
+        assert (whole.path / "tokenizer.json").read_text() == own
+        assert not (whole.path / "special_tokens_map.json").exists()
+        assert not (whole.path / "chat_template.jinja").exists()
+
+
+def test_profiling_an_adapter_without_a_tokenizer_names_the_base(base, tmp_path, capsys):
+    adapter = save_adapter(base, tmp_path / "adapter")
+    (tmp_path / "corpus.txt").write_text("the cat\n")
+    words = ["profile", tmp_path / "corpus.txt", "-m", adapter, "-o", tmp_path / "p.safetensors"]
+    assert main([str(word) for word in words]) == 2
+    assert f"is an adapter without a tokenizer: pass -m {base}" in capsys.readouterr().err
+    assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_what_cannot_be_merged_is_refused(base, tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.output import emit
 from trimserve.errors import UsageError
+from trimserve.folder.tasks import TEXT2TEXT_TASK
 from trimserve.stdout import data_stream
 
 if TYPE_CHECKING:
@@ -222,9 +223,12 @@ def _document(
     model: "Generator", prompts: list[str], results: "list[Generation]", options: "GenerationOptions"
 ) -> dict[str, Any]:
     stats = model.stats
+    texts = [result.text for result in results]
+    # As the pipelines of transformers give it: an encoder-decoder's output does not go on from its source.
+    whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     document: dict[str, Any] = {
-        "texts": [result.text for result in results],
-        "generated_text": [prompt + result.text for prompt, result in zip(prompts, results, strict=True)],
+        "texts": texts,
+        "generated_text": texts if model.folder.manifest.task == TEXT2TEXT_TASK else whole,
         "ids": [list(result.ids) for result in results],
         "stopped": [result.stopped for result in results],
         "mode": model.plan(options).mode,
