@@ -32,7 +32,7 @@ from tests.support.models import save_model
 from tests.support.rounding import assert_within, model_bound
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.finetune import cut_vocab, partial_vocab
-from trimserve.finetune import restoring as restore
+from trimserve.finetune.restoring import restore
 from trimserve_export.finetune.loss import CutLoss
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
