@@ -1,4 +1,4 @@
-"""The whole road through the command line: corpus, profile, vocab, trimmed folder, proof, results."""
+"""The whole way through the command line: corpus, profile, vocab, trimmed folder, proof, results."""
 
 import importlib.util
 import json

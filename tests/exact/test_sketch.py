@@ -149,7 +149,7 @@ def test_four_bits_certify_the_full_models_ids(pair4, params):
 
 
 def test_drafting_ahead_while_a_thread_checks(pair):
-    """The road of a decoder on a device."""
+    """The way of a decoder on a device."""
     generator = open_generator(pair.generator.folder.path, overlap=True)
     expected = [result.ids for result in pair.generator.generate(TEXTS, max_new_tokens=30, certify=False)]
     assert [result.ids for result in generator.generate(TEXTS, max_new_tokens=30)] == expected

@@ -66,7 +66,7 @@ class Sums:
         return counts
 
     def state(self) -> dict[str, Any]:
-        """What `resumed` needs besides the profile, as JSON."""
+        """What it takes to go on counting besides the profile, as JSON."""
         return {
             "plan": self.plan,
             "done": sorted(self.done),

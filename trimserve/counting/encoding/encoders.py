@@ -89,9 +89,7 @@ class FastEncoder:
         try:
             self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json.decode())
         except Exception as error:  # the library names no exception of its own
-            raise UsageError(
-                f"fastokens cannot read this tokenizer ({error}): take another engine."
-            ) from error
+            raise UsageError(f"fastokens cannot read this tokenizer ({error}).") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.beside = _has_threads()

@@ -92,9 +92,7 @@ def _reaches_out(content: str) -> bool:
 
 def _demand(condition: bool, what: str) -> None:
     if not condition:
-        raise UsageError(
-            f"this tokenizer's {what.strip()} is not known to keep words apart: take another engine."
-        )
+        raise UsageError(f"this tokenizer's {what.strip()} is not known to keep words apart.")
 
 
 def _members(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
