@@ -1,6 +1,7 @@
 """Any length: on both sides of every limit in a config, graphs and generation are transformers' own."""
 
 import contextlib
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def save(name: str, path: Path) -> Path:
     class_name, settings = CASES[name]
     model_class = getattr(transformers, class_name)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 384}
-    config = model_class.config_class(**settings | ids)
+    # A copy: configs write into the dictionaries that they are given.
+    config = model_class.config_class(**copy.deepcopy(settings) | ids)
     with_random_weights(model_class(config), seed=1).save_pretrained(path)
     KINDS["byte_level_bpe"]().save(str(path / "tokenizer.json"))
     return path

@@ -3,6 +3,7 @@
 Needs torch and transformers: call `pytest.importorskip("torch")` before importing this module.
 """
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def save_model(
     ids = {name: known.get(name) for name in (*_TOKEN_IDS, "tokenizer_class")}
     size = known["vocab_size"] if rows is None else rows
     model_class = getattr(transformers, FAMILIES[family].model_class)
-    settings = model_class.config_class(**FAMILIES[family].config | ids | {"vocab_size": size} | config)
+    # A copy: configs write into the dictionaries that they are given.
+    own = copy.deepcopy(FAMILIES[family].config | ids | {"vocab_size": size} | config)
+    settings = model_class.config_class(**own)
     model = with_random_weights(model_class(settings), seed).to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     made.save(str(path / "tokenizer.json"))
