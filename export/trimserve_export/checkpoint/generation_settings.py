@@ -27,7 +27,7 @@ def read_generation(source: ModelSource, *, trust_remote_code: bool = False) -> 
 
     Returns:
         `transformers_version`, and the settings from config.json where there is no generation_config.json;
-        None where transformers does not know the model's config.
+        None where there is no config.json (onnxruntime-genai's folders), or transformers does not know it.
 
     Raises:
         UnsupportedModelError: a setting that the runtime cannot honour; the message names it.
@@ -36,6 +36,8 @@ def read_generation(source: ModelSource, *, trust_remote_code: bool = False) -> 
     if (source.path / CONFIG_NAME).is_file():
         _check(source.read_json(CONFIG_NAME), f"{source.name}: {CONFIG_NAME}")
         return version
+    if not source.config:
+        return None
     try:
         made = _from_config(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, AttributeError) as error:
