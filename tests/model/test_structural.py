@@ -6,9 +6,9 @@ from tokenizers import Tokenizer
 
 from tests.support.tiny_tokenizers import CHAT_TEMPLATE, KINDS, byte_level_bpe, save_model_folder
 from trimserve.errors import MismatchError
+from trimserve.folder.positions import PAD_POSITION_MODELS
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import (
-    PAD_POSITION_MODELS,
     config_ids,
     pad_position_ids,
     structural_ids,

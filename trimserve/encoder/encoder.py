@@ -13,7 +13,7 @@ from trimserve.encoder.modules import SentenceModules
 from trimserve.encoder.pooling import normalize_rows
 from trimserve.encoder.similarity import similarity, similarity_pairwise
 from trimserve.encoder.sparse import SparseVector, keep_largest, sparse_vectors, splade
-from trimserve.encoder.task_methods import TaskMethods
+from trimserve.encoder.task_methods import TaskMethods, as_list
 from trimserve.errors import UsageError
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, TOKENS, SpladePooling, read_settings
@@ -106,7 +106,7 @@ class Encoder(TaskMethods):
         if not (self.task == EMBEDDING_TASK or self.settings.is_sparse):
             raise UsageError(f"{self.folder.path} does {self.task}, not embeddings: call forward().")
         before = self.settings.prompt(prompt_name, prompt)
-        texts = [before + text for text in _as_list(texts)]
+        texts = [before + text for text in as_list(texts)]
         columns = _columns(self.settings.truncate_dim if truncate_dim is None else truncate_dim)
         if self.settings.is_sparse:
             embeddings = self._weights(texts, batch_size)[:, :columns]
@@ -147,7 +147,7 @@ class Encoder(TaskMethods):
         if not self.settings.is_sparse:
             raise UsageError(f"{self.folder.path} is no sparse encoder: call encode().")
         before = self.settings.prompt(prompt_name, prompt)
-        return sparse_vectors(self._weights([before + text for text in _as_list(texts)], batch_size))
+        return sparse_vectors(self._weights([before + text for text in as_list(texts)], batch_size))
 
     def similarity(self, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
         """Compare embeddings (n, D) with embeddings (m, D) by the folder's function; float32 (n, m)."""
@@ -317,10 +317,6 @@ class Encoder(TaskMethods):
         if self._graph.gives_one_row:
             raise UsageError(f"text {shorten(text)} has no tokens to classify: leave it out.")
         return np.zeros((0, self._graph.width()), np.float32)
-
-
-def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
-    return [texts] if isinstance(texts, str) else texts
 
 
 def _columns(truncate_dim: int | None) -> int | None:

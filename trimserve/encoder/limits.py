@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.positions import PAD_POSITION_MODELS
 from trimserve.folder.sentence import read_settings
-from trimserve.model.structural import PAD_POSITION_MODELS
-
-# What transformers writes for "no limit" is 1e30.
-_NO_LIMIT = 1 << 24
+from trimserve.folder.tokenizer_settings import NO_LIMIT
 
 
 def longest_input(folder: TrimmedFolder) -> int | None:
@@ -24,7 +22,7 @@ def longest_input(folder: TrimmedFolder) -> int | None:
     lengths = folder.manifest.lengths
     positions = usable_positions(config) if lengths is None else lengths.longest
     limits = (limit for limit in (declared, positions) if isinstance(limit, int | float))
-    return min((int(limit) for limit in limits if limit < _NO_LIMIT), default=None)
+    return min((int(limit) for limit in limits if limit < NO_LIMIT), default=None)
 
 
 def usable_positions(config: Mapping[str, Any]) -> int | None:

@@ -78,7 +78,7 @@ class TaskMethods:
             UsageError: the folder's task is another, or the strategy is unknown.
         """
         self._check_task("token-classification")
-        texts = _as_list(texts)
+        texts = as_list(texts)
         with self.codec.lent() as tokenizer:
             if self.max_tokens is not None:
                 tokenizer.enable_truncation(self.max_tokens, direction=self.codec.truncation_side)
@@ -159,10 +159,10 @@ class TaskMethods:
                 f"{self.folder.path} does {self.task} and top_k is {top_k}: filling masks takes a folder "
                 "exported with --task fill-mask and at least one candidate."
             )
-        texts = _as_list(texts)
+        texts = as_list(texts)
         mask_id = int(self.codec.vocab.to_compact(self.codec.mask_id))
         results: list[list[list[Candidate]]] = [[] for _ in texts]
-        wanted = None if targets is None else self._target_ids(_as_list(targets))
+        wanted = None if targets is None else self._target_ids(as_list(targets))
         encoded, split = self._graph.encode(texts)
         for output in self._graph.run_encoded(encoded, batch_size, split=split):
             rows, columns = np.nonzero(output.ids == mask_id)
@@ -209,5 +209,6 @@ class TaskMethods:
         return np.unique(np.array(found, np.int32))
 
 
-def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
+def as_list(texts: str | Sequence[str]) -> Sequence[str]:
+    """One text, or several, as several."""
     return [texts] if isinstance(texts, str) else texts

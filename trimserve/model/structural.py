@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trimserve.arrays import Ids
+from trimserve.folder.positions import PAD_POSITION_MODELS
 from trimserve.model.sentence import PROMPTS_NAME
 from trimserve.model.source import ModelSource
 from trimserve.text.chat import chat_templates
@@ -16,15 +17,7 @@ from trimserve.text.tokenizer import ids_of_tokens, newline_ids, tokenizer_ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
-# Models that number positions by cumsum(ids != pad) * (ids != pad) + pad: in their graphs the pad id is
-# both compared with ids and added to positions, so its compact id must equal it.
 # fmt: off
-PAD_POSITION_MODELS = frozenset({
-    "altclip", "bridgetower", "camembert", "clap", "data2vec-text", "esm", "fsmt", "ibert",
-    "kosmos-2", "kosmos-2.5", "layoutlmv3", "lilt", "longformer", "luke", "m2m_100", "markuplm",
-    "mluke", "mpnet", "nllb-moe", "roberta", "roberta-prelayernorm", "seamless_m4t",
-    "seamless_m4t_v2", "xlm-roberta", "xlm-roberta-xl", "xmod",
-})
 # Keys of (generation) configs that hold token ids under names without `token_id`.
 _ID_KEYS = frozenset({
     "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias",
