@@ -54,7 +54,7 @@ def make(folder: Path, shape: tuple[int, int]) -> None:
     """Write the folders of all variants."""
     from trimserve_export.cold_head import graph as cold_graph
     from trimserve_export.cold_head.writing import write_cold_head
-    from trimserve_export.serving.quantize import SCHEMES, quantize_graph
+    from trimserve_export.serving.quantize import quantization_of, quantize_graph
 
     for name in ("left", "left-bf16", "left-bf16-whole", "right", "int4"):
         target = folder / name
@@ -67,7 +67,7 @@ def make(folder: Path, shape: tuple[int, int]) -> None:
             continue
         if name == "int4":
             (target / "quantized").mkdir()
-            graph = quantize_graph(graph, target / "quantized", SCHEMES["int4"], has_head=True)
+            graph = quantize_graph(graph, target / "quantized", quantization_of("int4", 4), has_head=True)
         parts = 1 if "whole" in name else cold_graph.MOST_PARTS
         with patch.object(cold_graph, "MOST_PARTS", parts):
             write_cold_head(graph, target / _FILE)

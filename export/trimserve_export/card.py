@@ -12,10 +12,12 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from trimserve.console import human_bytes, percent
 from trimserve.files.hashes import sha256_file
+from trimserve.files.quantized import Quantization
 from trimserve.folder.manifest import FileEntry, Manifest, stored_weight_bytes
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
+from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.layouts.segmentation import describe_segmentation
 
 logger = logging.getLogger(__name__)
@@ -157,8 +159,17 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
 
 def _number_formats(manifest: Manifest) -> Iterator[str]:
     yield manifest.dtype
-    if manifest.quantization is not None:
-        yield f"int{manifest.quantization['bits']}"
+    quantization = Quantization.from_dict(manifest.quantization)
+    if quantization is None:
+        return
+    yield f"int{quantization.body.bits}"
+    if _has_other_rows(quantization, manifest):
+        yield f"int{quantization.rows.bits} (head)"
+
+
+def _has_other_rows(quantization: Quantization, manifest: Manifest) -> bool:
+    """Whether the vocab's rows have other bits than the body."""
+    return quantization.rows.bits != quantization.body.bits and has_vocab_head(manifest.task)
 
 
 def _selection(rule: dict[str, Any]) -> str:
@@ -199,8 +210,11 @@ def _commands(manifest: Manifest, name: str) -> Iterator[str]:
     from_graph = manifest.exporter.get("name") == "graph"  # it keeps the numbers it has
     if not from_graph:
         words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
-    if manifest.quantization is not None and not from_graph:
-        words.append(f"--quantize int{manifest.quantization['bits']}")
+    quantization = Quantization.from_dict(manifest.quantization)
+    if quantization is not None and not from_graph:
+        words.append(f"--quantize int{quantization.body.bits}")
+        if has_vocab_head(manifest.task) and not quantization.by_exporter:
+            words.append(f"--vocab-bits {quantization.rows.bits}")
     if manifest.graphs and not from_graph and "name" in manifest.exporter:
         words.append(f"--exporter {manifest.exporter['name']}")
     if "device" in manifest.exporter:

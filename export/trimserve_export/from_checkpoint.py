@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from trimserve.files.hashes import sha256_file
-from trimserve.files.quantized import BlockScheme
+from trimserve.files.quantized import Quantization
 from trimserve.folder.manifest import Manifest
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
@@ -32,7 +32,7 @@ from trimserve_export.layouts.writing import (
 )
 from trimserve_export.manifest import MadeModel, assemble_manifest
 from trimserve_export.planning import Plan
-from trimserve_export.serving.quantize import SCHEMES, quantize_graph
+from trimserve_export.serving.quantize import quantize_graph
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.serving.servable import make_servable, serve
@@ -88,7 +88,7 @@ def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -
     logger.info("exporting with %s: %s", choice.name, choice.reason)
     made = choice.exporter.export_checkpoint(checkpoint, checkpoint / "exported", plan.job)
     has_cold = plan.options.writes_cold and bool(plan.vocab.head.cold_ids.size)
-    if has_cold and plan.options.quantize and choice.exporter.QUANTIZES:
+    if has_cold and plan.job.quantize is not None:
         round_cold_embedding(made, staging / COLD_NAME)
     if plan.options.layout != "runtime":
         path = write_layout_graph(
@@ -123,7 +123,7 @@ def _made(plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str]) -> Mad
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         weights={path.name: sha256_file(path) for path in source.recorded_files},
         exporter=_exporter_facts(plan),
-        quantization=SCHEMES[options.quantize].to_dict() if options.quantize else None,
+        quantization=None if plan.quantization is None else plan.quantization.to_dict(),
         lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),
         generation=plan.generation,
     )
@@ -141,7 +141,7 @@ def make_graphs(
     output: Path,
     rows: int,
     task: str,
-    scheme: BlockScheme | None,
+    scheme: Quantization | None,
     head: VocabMap | None = None,
 ) -> dict[str, Path]:
     """Run the serving passes on what an exporter made, then quantise.

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trimserve.files.quantized import BlockScheme
+from trimserve.files.quantized import Quantization
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
@@ -14,7 +14,6 @@ from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full
 from trimserve_export.layouts.drop_in import save_plain
 from trimserve_export.pipeline import ExportResult, export
-from trimserve_export.serving.quantize import SCHEMES
 from trimserve_export.static_embedding import is_static, serve_full_static
 
 
@@ -23,7 +22,7 @@ def export_full(
     output: Path,
     task: str,
     dtype: str,
-    scheme: BlockScheme | None = None,
+    scheme: Quantization | None = None,
     *,
     exporter: str = "optimum",
     device: str = "cpu",
@@ -52,13 +51,14 @@ def export_full(
     if is_static(source):
         return serve_full_static(source, output, dtype)
     made_by = load_exporter(exporter)
-    quantize = None if scheme is None else f"int{scheme.bits}"
+    by_exporter = scheme is not None and scheme.by_exporter and made_by.QUANTIZES
+    quantize = f"int{scheme.body.bits}" if scheme is not None and by_exporter else None
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
         job = GraphJob(task, dtype, quantize, device)
         exported = made_by.export_checkpoint(source.path, Path(scratch), job)
         if layout != "runtime" and scheme is None and not has_vocab_head(task):
             return save_plain(exported, output)
-        ours = None if made_by.QUANTIZES else scheme
+        ours = None if by_exporter else scheme
         graphs = make_graphs(exported, output, source.vocab_size, task, ours)
         return graphs.get("decoder") or graphs["model"]
 
@@ -78,8 +78,10 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
     everything = VocabMap.everything(like.vocab.vocab_size, like.vocab.tokenizer_sha256)
     options: dict[str, Any] = {"task": manifest.task, "adapter": manifest.source.adapter}
     if source.graph is None:  # a graph is taken as it is, dtype and quantisation too
-        schemes = (name for name, scheme in SCHEMES.items() if scheme.to_dict() == manifest.quantization)
-        options |= {"dtype": manifest.dtype, "quantize": next(schemes, None)}
+        quantization = Quantization.from_dict(manifest.quantization)
+        options |= {"dtype": manifest.dtype}
+        if quantization is not None:
+            options |= {"quantize": f"int{quantization.body.bits}", "vocab_bits": quantization.rows.bits}
         options["exporter"] = manifest.exporter.get("name", "auto")
         options["device"] = manifest.exporter.get("device", "cpu")
     return export(source, everything, output, cold=False, progress=False, **options)

@@ -8,7 +8,7 @@ from trimserve.folder.manifest import Dtype, Layout
 from trimserve_export.checkpoint.tasks import TASKS
 from trimserve_export.cold_head.sketch import SKETCH_BITS
 from trimserve_export.exporters.exporter import DEVICES, EXPORTERS
-from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.serving.quantize import QUANTIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Options:
     cold: bool = True
     trust_remote_code: bool = False
     quantize: str | None = None
+    vocab_bits: int | None = None
     device: str = "cpu"
     link: bool = False
     variant: str | None = None
@@ -45,8 +46,10 @@ class Options:
             )
         if self.sketch is not None:
             _check_choice("sketch", self.sketch, {*SKETCH_BITS, "none"})
+        if self.vocab_bits is not None:
+            _check_vocab_bits(self)
         if self.quantize is not None:
-            _check_choice("quantize", self.quantize, set(SCHEMES))
+            _check_choice("quantize", self.quantize, set(QUANTIZE))
             _check_quantized(self)
 
     @property
@@ -58,6 +61,18 @@ class Options:
 def _check_choice(option: str, value: str, allowed: set[str]) -> None:
     if value not in allowed:
         raise UsageError(f"{option} {value!r} is not known: use {', '.join(sorted(allowed))}.")
+
+
+def _check_vocab_bits(options: Options) -> None:
+    if options.vocab_bits not in (4, 8):
+        raise UsageError(f"vocab bits should be 4 or 8, found {options.vocab_bits}.")
+    if options.quantize is None:
+        raise UsageError("vocab bits say how --quantize rounds the vocab's rows: leave them out, or add it.")
+    if options.device != "cpu":
+        raise UsageError(
+            f"graphs for {options.device} are quantised by genai's builder, vocab rows like the body: leave "
+            "vocab bits out."
+        )
 
 
 def _check_quantized(options: Options) -> None:

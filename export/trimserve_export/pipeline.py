@@ -79,6 +79,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     to: str = "onnx",
     cold: bool = True,
     quantize: str | None = None,
+    vocab_bits: int | None = None,
     device: str = "cpu",
     link: bool = False,
     variant: str | None = None,
@@ -111,7 +112,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
             full model); see docs/layouts.md.
         to: ``"onnx"``, or ``"safetensors"`` to stop at the trimmed checkpoint.
         cold: write the rows that were not kept, which the runtime needs to take any text.
-        quantize: ``"int4"`` or ``"int8"``: round the weights of body and vocab head, in blocks of 32.
+        quantize: ``"int4"`` or ``"int8"``: round the weights, in blocks of 32.
+        vocab_bits: 4 or 8, of the vocab head's rows where the rest is quantised: 8 by default.
         device: one of `exporters.DEVICES`: what genai's builder makes the graph for.
         link: of an ONNX graph, hard-link the weights that nothing changes instead of copying them; see
             docs/onnx-in.md.
@@ -142,6 +144,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         cold=cold,
         trust_remote_code=trust_remote_code,
         quantize=quantize,
+        vocab_bits=vocab_bits,
         device=device,
         link=link,
         variant=variant,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.files.quantized import BlockScheme
+from trimserve.files.quantized import Quantization
 from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
@@ -21,7 +21,7 @@ from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.options import Options
-from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.serving.quantize import quantization_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,25 @@ class Plan:
         return _job(self.task, self.options)
 
     @property
-    def scheme(self) -> BlockScheme | None:
+    def quantization(self) -> Quantization | None:
+        """How the weights are quantised, if at all."""
+        options = self.options
+        if options.quantize is None:
+            return None
+        return quantization_of(
+            options.quantize, options.vocab_bits, by_exporter=self.job.quantize is not None
+        )
+
+    @property
+    def scheme(self) -> Quantization | None:
         """How the graph is quantised after it was exported, if at all."""
-        by_exporter = self.choice is not None and self.choice.exporter.QUANTIZES
-        return None if by_exporter or self.options.quantize is None else SCHEMES[self.options.quantize]
+        return None if self.job.quantize is not None else self.quantization
 
 
 def _job(task: str, options: Options) -> GraphJob:
-    return GraphJob(task, options.dtype, options.quantize, options.device, options.trust_remote_code)
+    # What runs on a CPU is quantised here, whoever exported it; graphs for other devices by their builder.
+    quantize = None if options.device == "cpu" else options.quantize
+    return GraphJob(task, options.dtype, quantize, options.device, options.trust_remote_code)
 
 
 def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: Sample | None = None) -> Plan:

@@ -26,7 +26,7 @@ from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
 from trimserve_export.full_model import export_full
 from trimserve_export.pipeline import export
-from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.serving.quantize import quantization_of
 from trimserve_export.verify.rounding import GraphBound
 
 
@@ -60,6 +60,7 @@ def make_pair(
     kept: int | None = None,
     output_ids: Sequence[int] | None = None,
     quantize: str | None = None,
+    vocab_bits: int | None = None,
     **options,
 ) -> Pair:
     """Make, trim and export a tiny model; `kept` adds random ids to the structural ones up to that many."""
@@ -73,9 +74,9 @@ def make_pair(
     vocab = make_vocab(kept_ids, source.vocab_size, source.tokenizer_sha256)
     if output_ids is not None:
         vocab = dataclasses.replace(vocab, output_ids=np.array(output_ids, np.int32))
-    export(source, vocab, root / "trimmed", quantize=quantize, progress=False)
+    export(source, vocab, root / "trimmed", quantize=quantize, vocab_bits=vocab_bits, progress=False)
     (root / "full").mkdir()
-    scheme = SCHEMES[quantize] if quantize else None
+    scheme = quantization_of(quantize, vocab_bits) if quantize else None
     full = export_full(source, root / "full", GENERATE, "fp32", scheme)
     return Pair(open_generator(root / "trimmed"), model_path, full)
 

@@ -41,7 +41,7 @@ from trimserve_export.full_model import export_full
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.writing import write_layout_graph
 from trimserve_export.pipeline import export
-from trimserve_export.serving.quantize import SCHEMES
+from trimserve_export.serving.quantize import quantization_of
 from trimserve_export.verify.plain_run import GraphModel, Model, Seq2SeqModel
 
 QUANTISATIONS = ("fp32", "int4", "int8")
@@ -194,13 +194,13 @@ class Workbench:
         return self._full[key]
 
     def _export_full(self, cell: Cell, made: Made, target: Path, *, served: bool) -> None:
-        scheme = SCHEMES[cell.quantize] if cell.quantize else None
+        scheme = quantization_of(cell.quantize) if cell.quantize is not None else None
         if served:
             with self._remembering(reference):
                 export_full(made.source, target, made.task, "fp32", scheme, exporter=cell.exporter)
             return
         exporter = self._exporter(cell.exporter)
-        job = GraphJob(made.task, quantize=cell.quantize)
+        job = GraphJob(made.task)
         graph = exporter.export_checkpoint(made.source.path, target / "exported", job)
         write_layout_graph(
             graph,
@@ -208,7 +208,7 @@ class Workbench:
             VocabMap.everything(V),
             drop_in=False,
             has_head=has_vocab_head(made.task),
-            scheme=None if exporter.QUANTIZES else scheme,
+            scheme=scheme,
         )
 
 

@@ -45,7 +45,7 @@ from trimserve.exact.sketch_rows import (
     to_digits,
     unpacked,
 )
-from trimserve.files.quantized import BlockScheme
+from trimserve.files.quantized import Quantization
 from trimserve.files.tensors import map_tensor, read_header
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.runtime.after_head import AfterHead
@@ -271,7 +271,8 @@ def bits_of(folder: TrimmedFolder) -> int:
 
 def arithmetic_of(folder: TrimmedFolder, after_head: AfterHead) -> HeadArithmetic:
     """How a folder's graph computes logits."""
-    scheme = BlockScheme.from_dict(folder.manifest.quantization)
+    quantization = Quantization.from_dict(folder.manifest.quantization)
+    scheme = None if quantization is None else quantization.rows
     return HeadArithmetic(after_head, folder.manifest.dtype != "fp32", scheme)
 
 

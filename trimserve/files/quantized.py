@@ -8,6 +8,7 @@ byte, the first one in its low half, and the last block of a row is padded. Rows
 other, so cold rows quantised alone are the rows that the full head would have.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -33,13 +34,16 @@ class BlockScheme:
         accuracy_level: MatMulNBits' attribute: 4 rounds the activations to 8 bits, a block at a time,
             which is several times as fast on CPUs with dot products of bytes; 1 keeps them in float.
         zero_points: each block has a zero point of its own, packed as the integers are, a row from a whole
-            byte on. Other tools' graphs have them; `--quantize` makes none.
+            byte on.
+        scales: how they were chosen: ``"largest"``, so that a block's largest number fits, or ``"error"``,
+            so that its squared error is small.
     """
 
     bits: int
     block_size: int = 32
     accuracy_level: int = 4
     zero_points: bool = False
+    scales: str = "largest"
 
     def __post_init__(self) -> None:
         size = self.block_size
@@ -48,15 +52,6 @@ class BlockScheme:
                 f"quantisation to {self.bits} bits in blocks of {size} is not known: expected 4 or 8 bits "
                 "and a power of two from 16. Export the folder again."
             )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any] | None) -> Self | None:
-        """Read the manifest's entry; None for weights that are not quantised."""
-        return None if values is None else cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The manifest's entry."""
-        return asdict(self)
 
     def blocks(self, width: int) -> int:
         """Blocks of a row of `width` numbers."""
@@ -70,6 +65,48 @@ class BlockScheme:
     def zero_point_bytes(self, width: int) -> int:
         """Bytes of the zero points of a row of `width` numbers."""
         return -(-self.blocks(width) * self.bits // 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a model's weights are quantised: the entry `quantization` of a manifest.
+
+    Attributes:
+        rows: the vocab's rows: those of the head, kept and cold.
+        body: all other products.
+        by_exporter: an exporter that has a quantiser of its own used it, and knows one scheme for all.
+    """
+
+    rows: BlockScheme
+    body: BlockScheme
+    by_exporter: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> Self | None:
+        """Read a manifest's entry; None for weights that are not quantised.
+
+        Folders of earlier versions, those made of a graph, and those that an exporter quantised have one
+        scheme for all products.
+
+        Raises:
+            MismatchError: a scheme that is not known.
+        """
+        if values is None:
+            return None
+        one = "rows" not in values
+        schemes = {"rows": values, "body": values} if one else values
+        try:
+            return cls(BlockScheme(**schemes["rows"]), BlockScheme(**schemes["body"]), one)
+        except (TypeError, KeyError) as error:
+            raise MismatchError(
+                f"the manifest's quantisation is none that this version knows ({error}): export the folder "
+                "again."
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        rows = asdict(self.rows)
+        return rows if self.by_exporter else {"rows": rows, "body": asdict(self.body)}
 
 
 @dataclass(frozen=True, slots=True)

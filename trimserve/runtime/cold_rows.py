@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError
-from trimserve.files.quantized import BlockScheme, block_specs, dequantize, round_activations
+from trimserve.files.quantized import Quantization, block_specs, dequantize, round_activations
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
 from trimserve.folder.opening import TrimmedFolder
@@ -236,12 +236,13 @@ class _QuantizedRows:
     """The cold rows of a quantised head, mapped."""
 
     def __init__(self, folder: TrimmedFolder, width: int) -> None:
-        scheme = BlockScheme.from_dict(folder.manifest.quantization)
+        quantization = Quantization.from_dict(folder.manifest.quantization)
         path = folder.file(COLD_BLOCKS_NAME)
-        if scheme is None:
+        if quantization is None:
             raise MismatchError(
                 f"{path} is quantised and the manifest does not say how: export the folder again."
             )
+        scheme = quantization.rows
         dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
         specs = block_specs(path, len(folder.vocab.head.cold_ids), width, scheme, dtype)
         if specs.end > path.stat().st_size:

@@ -21,7 +21,7 @@ from trimserve.exact.bounds import block_magnitude, round_up
 from trimserve.exact.sketch import run_rows
 from trimserve.exact.sketch_rows import BLOCKS, GROUP_ROWS, block_spread, sketch_blocks, sketch_rows
 from trimserve.files.hashes import sha256_file
-from trimserve.files.quantized import BlockScheme, block_specs
+from trimserve.files.quantized import Quantization, block_specs
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, write_tensors
 from trimserve.folder.manifest import FileEntry, Manifest, write_manifest
 from trimserve.folder.names import (
@@ -171,9 +171,10 @@ def _concatenated(parts: Sequence[_Arrays]) -> _Arrays:
 
 def _magnitudes(folder: TrimmedFolder, cold: ColdRows) -> Callable[[Ids, Doubles], Doubles]:
     """What the head's rounding errors are proportional to, a group: of float rows their norms."""
-    scheme = BlockScheme.from_dict(folder.manifest.quantization)
-    if scheme is None or COLD_BLOCKS_NAME not in folder.manifest.files:
+    quantization = Quantization.from_dict(folder.manifest.quantization)
+    if quantization is None or COLD_BLOCKS_NAME not in folder.manifest.files:
         return lambda _, sizes: sizes
+    scheme = quantization.rows
     dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
     specs = block_specs(folder.file(COLD_BLOCKS_NAME), cold.head_cold_ids.size, cold.width, scheme, dtype)
     scales = map_tensor(specs.scales)

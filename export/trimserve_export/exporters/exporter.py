@@ -23,8 +23,8 @@ class GraphJob:
     Attributes:
         task: one of `tasks.TASKS`.
         dtype: fp32, fp16 or bf16; the weights are converted to it.
-        quantize: int4 or int8, for the exporters that quantise (`QUANTIZES`); others leave it to
-            `quantize.quantize_graph`.
+        quantize: int4 or int8, for the exporters that quantise (`QUANTIZES`): graphs for other devices than
+            the CPU, whose graphs `quantize.quantize_graph` quantises.
         device: one of `DEVICES`; only genai's graphs depend on it.
         trust_remote_code: allow code that the model folder brings.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trimserve.files.quantized import BlockScheme
+from trimserve.files.quantized import Quantization
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.layouts.drop_in import make_drop_in, save_plain, save_tied
@@ -52,7 +52,7 @@ def write_layout_graph(
     *,
     drop_in: bool,
     has_head: bool,
-    scheme: BlockScheme | None = None,
+    scheme: Quantization | None = None,
     cold_path: Path | None = None,
 ) -> Path:
     """Write an exporter's graph for another runtime.

@@ -1,10 +1,10 @@
 """Quantise a servable graph: each product with a constant matrix becomes a MatMulNBits (`--quantize`).
 
 The integers are those of ONNX Runtime's own quantiser (round to nearest, symmetric, no calibration), called
-a slice of a matrix at a time, so that peak memory is that of the result. Every product is treated alike, the
-vocab head too, also where it is the embedding: its rows are quantised into a matrix of their own, and the
-embedding stays the table of floats it is. That stores a tied matrix a second time, in 5 bits a weight
-(int4) beside its 32, and is still the cheaper way where it counts: `Gather` touches only the rows of the
+a slice of a matrix at a time, so that peak memory is that of the result. The vocab head's rows have a scheme
+of their own, 8 bits unless 4 are asked for; they are quantised into a matrix of their own also where the head
+is the embedding, which stays the table of floats it is. That stores a tied matrix a second time, in 9 bits a
+weight beside its 32, and is still the cheaper way where it counts: `Gather` touches only the rows of the
 tokens at hand, so the table costs file pages and no memory, the input is not rounded, and cold embedding
 rows are the checkpoint's own. One table for both (GatherBlockQuantized over the head's integers) would
 save those file bytes, at the price of rounding every layer's input.
@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from trimserve.errors import UnsupportedModelError, require
-from trimserve.files.quantized import BlockScheme, BlockSpecs, block_specs
+from trimserve.files.quantized import BlockScheme, BlockSpecs, Quantization, block_specs
 from trimserve.files.tensors import TensorSpec, map_tensor, to_float32
 from trimserve_export.graphs.head import find_head
 from trimserve_export.graphs.nodes import NodeWriter, take_over
@@ -35,11 +35,30 @@ from trimserve_export.graphs.writing import ALIGNMENT
 
 logger = logging.getLogger(__name__)
 
-SCHEMES = {"int4": BlockScheme(bits=4), "int8": BlockScheme(bits=8)}
+_BODIES = {"int4": BlockScheme(bits=4), "int8": BlockScheme(bits=8)}
+QUANTIZE = tuple(_BODIES)
+# Most of what 4 bits cost a small model they cost in its vocab rows, of which a trimmed one has few.
+VOCAB_BITS = 8
 _CONTRIB = "com.microsoft"
 _SLICE_BYTES = 16 << 20
 _DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 Matrix = npt.NDArray[Any]
+
+
+def quantization_of(
+    quantize: str, vocab_bits: int | None = None, *, by_exporter: bool = False
+) -> Quantization:
+    """What an export with `--quantize` makes.
+
+    Args:
+        quantize: one of `QUANTIZE`.
+        vocab_bits: of the vocab's rows, 4 or 8; 8 by default.
+        by_exporter: see `Quantization`.
+    """
+    body = _BODIES[quantize]
+    if by_exporter:
+        return Quantization(body, body, by_exporter=True)
+    return Quantization(BlockScheme(bits=vocab_bits or VOCAB_BITS), body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +107,13 @@ def _quantizer(scheme: BlockScheme) -> Any:  # noqa: ANN401 - onnxruntime has no
     return module.DefaultWeightOnlyQuantizer(config)
 
 
-def quantize_graph(source: Path, output: Path, scheme: BlockScheme, *, has_head: bool) -> Path:
+def quantize_graph(source: Path, output: Path, scheme: Quantization, *, has_head: bool) -> Path:
     """Quantise every product of a servable graph with a constant matrix.
 
     Args:
         source: the servable graph.
         output: the folder for a graph of the same name and its data; not the source's folder.
-        scheme: see `BlockScheme`.
+        scheme: see `Quantization`.
         has_head: the graph has a vocab head, which must be among the products.
 
     Returns:
@@ -110,12 +129,12 @@ def quantize_graph(source: Path, output: Path, scheme: BlockScheme, *, has_head:
     return path
 
 
-def quantize_products(model: ir.Model, scheme: BlockScheme, *, has_head: bool) -> None:
+def quantize_products(model: ir.Model, scheme: Quantization, *, has_head: bool) -> None:
     """Quantise every product of a servable graph with a constant matrix, in place.
 
     Args:
         model: the servable graph.
-        scheme: see `BlockScheme`.
+        scheme: see `Quantization`.
         has_head: see `quantize_graph`.
 
     Raises:
@@ -129,12 +148,12 @@ def quantize_products(model: ir.Model, scheme: BlockScheme, *, has_head: bool) -
         )
     if not products.keys() - {head}:
         raise UnsupportedModelError("the graph has no product with a constant matrix: nothing to quantise.")
-    weights = _Weights(model.graph, scheme)
+    weights = _Weights(model.graph)
     for node, product in products.items():
-        _replace(model.graph, node, product, weights)
+        _replace(model.graph, node, product, weights, scheme.rows if node is head else scheme.body)
     model.opset_imports.setdefault(_CONTRIB, 1)
     RemoveUnusedNodesPass()(model)
-    logger.info("quantised %d products to %d bits", len(products), scheme.bits)
+    logger.info("quantised %d products to %d bits", len(products), scheme.body.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +191,16 @@ def _product(node: ir.Node) -> _Product | None:
 class _Weights:
     """The quantised matrices of a graph; a matrix that two products share is quantised once."""
 
-    def __init__(self, graph: ir.Graph, scheme: BlockScheme) -> None:
+    def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self.scheme = scheme
-        self._made: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
+        self._made: dict[tuple[ir.Value, bool, BlockScheme], tuple[ir.Value, ir.Value]] = {}
 
-    def of(self, product: _Product) -> tuple[ir.Value, ir.Value]:
+    def of(self, product: _Product, scheme: BlockScheme) -> tuple[ir.Value, ir.Value]:
         """Integers and scales of a product's matrix."""
-        key = (product.weight, product.by_row)
+        key = (product.weight, product.by_row, scheme)
         if key not in self._made:
-            blocks = quantize_rows(product.rows, self.scheme)
-            name = f"{product.weight.name}_Q{self.scheme.bits}{'_rows' if product.by_row else ''}"
+            blocks = quantize_rows(product.rows, scheme)
+            name = f"{product.weight.name}_Q{scheme.bits}{'_rows' if product.by_row else ''}"
             self._made[key] = (
                 self._constant(name, blocks.integers),
                 self._constant(f"{name}_scales", blocks.scales),
@@ -198,13 +216,14 @@ class _Weights:
         return value
 
 
-def _replace(graph: ir.Graph, node: ir.Node, product: _Product, weights: _Weights) -> None:
+def _replace(
+    graph: ir.Graph, node: ir.Node, product: _Product, weights: _Weights, scheme: BlockScheme
+) -> None:
     outputs, inputs = product.rows.shape
-    scheme = weights.scheme
     writer = NodeWriter(graph, f"quantize/{node.name}")
     result = writer.op(
         "MatMulNBits",
-        [node.inputs[0], *weights.of(product)],
+        [node.inputs[0], *weights.of(product, scheme)],
         domain=_CONTRIB,
         output=None,
         **block_attributes(inputs, outputs, scheme),
@@ -229,8 +248,8 @@ def block_attributes(inputs: int, outputs: int, scheme: BlockScheme) -> dict[str
 
 def scheme_of(node: ir.Node) -> BlockScheme:
     """The scheme of a MatMulNBits."""
-    attributes = block_attributes_of(node)
-    return BlockScheme(**attributes, zero_points=len(node.inputs) > 3 and node.inputs[3] is not None)
+    bits, size, level = block_attributes_of(node).values()
+    return BlockScheme(bits, size, level, zero_points=len(node.inputs) > 3 and node.inputs[3] is not None)
 
 
 def block_attributes_of(node: ir.Node) -> dict[str, int]:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from trimserve.errors import UnsupportedModelError
-from trimserve.files.quantized import BlockScheme
+from trimserve.files.quantized import Quantization
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe, find_output
 from trimserve_export.graphs.writing import ALIGNMENT
@@ -38,7 +38,7 @@ _Content: TypeAlias = tuple[str, int, bytes]
 
 
 def make_seq2seq_servable(
-    source: Path, output: Path, *, rows: int, scheme: BlockScheme | None = None
+    source: Path, output: Path, *, rows: int, scheme: Quantization | None = None
 ) -> dict[str, Path]:
     """Write the two graphs of an encoder-decoder.
 

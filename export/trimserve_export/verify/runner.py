@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
-from trimserve.files.quantized import BlockScheme
+from trimserve.files.quantized import Quantization
 from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
 from trimserve.folder.opening import open_folder
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
@@ -107,7 +107,7 @@ def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path
         return None
     if has_parts(manifest):
         return scratch  # each graph is compared with the one that it was cut from
-    scheme = BlockScheme.from_dict(manifest.quantization) if source.graph is None else None
+    scheme = Quantization.from_dict(manifest.quantization) if source.graph is None else None
     made_by = manifest.exporter if source.graph is None else {}
     return export_full(
         source,

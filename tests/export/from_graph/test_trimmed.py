@@ -20,7 +20,7 @@ from tests.support.folders import make_vocab
 from tests.support.graphs import EMBEDDINGS, HEADS, GraphText, middle, nbits, save, sketch, sketch_tied
 from tests.support.rounding import assert_within, gamma, product_bound
 from trimserve.errors import UnsupportedModelError, UsageError
-from trimserve.files.quantized import BlockScheme, block_specs, dequantize
+from trimserve.files.quantized import BlockScheme, Quantization, block_specs, dequantize
 from trimserve.files.tensors import map_tensor
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME, COLD_WEIGHTS_NAME
 from trimserve.model.resolve import resolve_model
@@ -133,7 +133,7 @@ def test_cold_head_gives_the_full_graphs_logits(tmp_path, monkeypatch, head, rea
     best = largest[1][largest[0].argmax(axis=0), np.arange(hidden.shape[0])]
     np.testing.assert_array_equal(best, cold.argmax(axis=0))
     if head in BLOCKS:
-        scheme = BlockScheme.from_dict(result.quantization)
+        scheme = Quantization.from_dict(result.quantization).rows
         assert scheme is not None
         rows = stored_head(tmp_path / "trimmed" / COLD_BLOCKS_NAME, len(VOCAB.cold_ids), 48, scheme)
         np.testing.assert_array_equal(hidden @ rows.T, cold.T)

@@ -25,7 +25,7 @@ from trimserve.cli.main import main
 from trimserve.decoding.sampling import SamplingParams
 from trimserve.encoder.answers import cold_logits
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
-from trimserve.files.quantized import BlockScheme, dequantize, round_activations
+from trimserve.files.quantized import BlockScheme, Quantization, dequantize, round_activations
 from trimserve.files.tensors import read_header
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_MAX_NAME
@@ -34,9 +34,10 @@ from trimserve.model.resolve import resolve_model
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve_export.full_model import export_full
+from trimserve_export.graphs.head import find_head
 from trimserve_export.options import Options
 from trimserve_export.pipeline import export
-from trimserve_export.serving.quantize import SCHEMES, quantize_graph, quantize_rows
+from trimserve_export.serving.quantize import quantization_of, quantize_graph, quantize_rows, scheme_of
 from trimserve_export.verify import verify
 
 pytestmark = pytest.mark.export
@@ -161,7 +162,7 @@ def test_kept_logits_are_the_full_quantised_graphs(quantized):
 
 def logits_bound(model, folder, hidden: np.ndarray) -> np.ndarray:
     """How far two orders of a head's quantised sums may lie apart: (T, V); bias and cap follow the sum."""
-    scheme = BlockScheme.from_dict(folder.manifest.quantization)
+    scheme = Quantization.from_dict(folder.manifest.quantization).rows
     head = model.get_output_embeddings()
     blocks = quantize_rows(head.weight.detach().numpy(), scheme)
     rows = dequantize(blocks.integers, blocks.scales, hidden.shape[-1], scheme)
@@ -247,7 +248,7 @@ def test_a_text_encoder_is_quantised_too(tmp_path):
     model = save_model("bert_encoder", tmp_path / "model")
     export(model, make_vocab(list(range(0, 37)), 37), tmp_path / "out", quantize="int8")
     folder = open_folder(tmp_path / "out")
-    assert folder.manifest.quantization == SCHEMES["int8"].to_dict()
+    assert folder.manifest.quantization == quantization_of("int8").to_dict()
     assert COLD_BLOCKS_NAME not in folder.manifest.files
 
 
@@ -257,14 +258,55 @@ def test_the_command_line_passes_the_option_on(tmp_path, capsys):
     text.write_text("the cat sat on the mat\n", "utf-8")
     words = ["export", "-m", str(model), "-o", str(tmp_path / "out"), "--corpus", str(text)]
     assert main([*words, "--quantize", "int4", "--format", "json"]) == 0
-    assert open_folder(tmp_path / "out").manifest.quantization["bits"] == 4
+    assert open_folder(tmp_path / "out").manifest.quantization["body"]["bits"] == 4
     assert json.loads(capsys.readouterr().out)["files"]
+
+
+@pytest.mark.parametrize(("vocab_bits", "expected"), [(None, 8), (4, 4), (8, 8)])
+def test_vocab_rows_have_bits_of_their_own(tmp_path, vocab_bits, expected):
+    """The head, its cold rows and the manifest agree; the body has four bits whatever the rows have."""
+    model = save_model("llama", tmp_path / "model", hidden_size=48)
+    export(
+        model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", quantize="int4", vocab_bits=vocab_bits
+    )
+    folder = open_folder(tmp_path / "out")
+    graph = ir.load(folder.path / "model.onnx").graph
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    head = find_head(graph).product
+    assert scheme_of(head).bits == expected
+    assert {scheme_of(node).bits for node in products if node is not head} == {4}
+    quantization = Quantization.from_dict(folder.manifest.quantization)
+    assert (quantization.body.bits, quantization.rows.bits) == (4, expected)
+    cold_ids = folder.vocab.cold_ids
+    rows = transformers.AutoModelForCausalLM.from_pretrained(model).lm_head.weight.detach().numpy()[cold_ids]
+    step = np.abs(rows).max() / 2 ** (expected - 1)
+    found = np.abs(ColdRows(folder).head(cold_ids) - rows).max()
+    assert step / 8 < found <= step * (1 + 1e-5)
+    card = (folder.path / "README.md").read_text("utf-8")
+    assert f"--vocab-bits {expected}" in card
+    assert verify(folder.path, model, store=False).ok
+
+
+def test_a_folder_with_one_scheme_for_all_still_opens(tmp_path):
+    """Manifests of earlier versions: no word of rows and body."""
+    model = save_model("llama", tmp_path / "model", hidden_size=48)
+    vocab = make_vocab([*range(8), 20, 36], 37)
+    export(model, vocab, tmp_path / "out", quantize="int4", vocab_bits=4)
+    manifest = read_manifest(tmp_path / "out")
+    old = {"bits": 4, "block_size": 32, "accuracy_level": 4, "zero_points": False}
+    expected = ColdRows(open_folder(tmp_path / "out")).head(vocab.cold_ids)
+    write_manifest(tmp_path / "out", replace(manifest, quantization=old))
+    np.testing.assert_array_equal(ColdRows(open_folder(tmp_path / "out")).head(vocab.cold_ids), expected)
+    assert verify(tmp_path / "out", model, store=False).ok
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"quantize": "int3"}, "int3"),
+        ({"vocab_bits": 8}, "leave them out"),
+        ({"quantize": "int4", "vocab_bits": 5}, "4 or 8"),
+        ({"quantize": "int4", "vocab_bits": 8, "device": "cuda", "exporter": "genai"}, "builder"),
         ({"quantize": "int4", "to": "safetensors"}, "safetensors"),
         ({"quantize": "int4", "dtype": "bf16"}, "bf16"),
     ],
@@ -294,7 +336,7 @@ def test_predicted_masks_use_the_quantised_cold_rows(tmp_path):
     export(model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", quantize="int8")
     (tmp_path / "full").mkdir()
     full = open_graph(
-        export_full(resolve_model(model), tmp_path / "full", "fill-mask", "fp32", SCHEMES["int8"])
+        export_full(resolve_model(model), tmp_path / "full", "fill-mask", "fp32", quantization_of("int8"))
     )
     folder = open_folder(tmp_path / "out")
     ids = np.array([[4, 7, 20, 36, 5]], np.int64)
@@ -318,7 +360,7 @@ def test_predicted_masks_use_the_quantised_cold_rows(tmp_path):
 @pytest.mark.parametrize("values", [{"bits": 3}, {"bits": 4, "block_size": 48}, {"bits": 4, "block_size": 8}])
 def test_unknown_schemes_in_a_manifest_are_refused(values):
     with pytest.raises(MismatchError, match="not known"):
-        BlockScheme.from_dict(values)
+        Quantization.from_dict(values)
 
 
 def test_a_graph_without_constant_products_is_refused(tmp_path):
@@ -326,7 +368,7 @@ def test_a_graph_without_constant_products_is_refused(tmp_path):
     net (float[n, 4] x) => (float[n, 4] y) { y = Add(x, x) }"""
     ir.save(ir.from_onnx_text(text), tmp_path / "plain.onnx")
     with pytest.raises(UnsupportedModelError, match="nothing to quantise"):
-        quantize_graph(tmp_path / "plain.onnx", tmp_path, SCHEMES["int4"], has_head=False)
+        quantize_graph(tmp_path / "plain.onnx", tmp_path, quantization_of("int4"), has_head=False)
 
 
 def test_a_product_that_does_more_than_multiply_is_left_alone(tmp_path):
@@ -337,7 +379,7 @@ def test_a_product_that_does_more_than_multiply_is_left_alone(tmp_path):
       z = Gemm <alpha = 0.5> (x, w) }"""
     ir.save(ir.from_onnx_text(text), tmp_path / "two.onnx")
     (tmp_path / "out").mkdir()
-    path = quantize_graph(tmp_path / "two.onnx", tmp_path / "out", SCHEMES["int8"], has_head=False)
+    path = quantize_graph(tmp_path / "two.onnx", tmp_path / "out", quantization_of("int8"), has_head=False)
     assert [node.op_type for node in ir.load(path).graph] == ["MatMulNBits", "Gemm"]
     x = np.array([[1, 2, 3, 4]], np.float32)
     y, z = open_graph(path).run(None, {"x": x})

@@ -55,6 +55,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", nargs="+", metavar="FILE", help=held_out)
     parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors"), help="what to write")
     parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
+    bits = "of the vocab head's rows with --quantize (default: 8)"
+    parser.add_argument("--vocab-bits", type=int, choices=(4, 8), help=bits)
     parser.add_argument(
         "--sketch",
         choices=("int8", "int4", "none"),

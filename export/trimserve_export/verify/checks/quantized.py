@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError
-from trimserve.files.quantized import BlockScheme, block_specs, dequantize
+from trimserve.files.quantized import BlockScheme, Quantization, block_specs, dequantize
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header, to_float32
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
 from trimserve.runtime.cold_rows import GRAPH_DTYPES
@@ -95,10 +95,10 @@ def _constant(value: ir.Value | None) -> np.ndarray:
 
 
 def _scheme(context: Context) -> BlockScheme:
-    scheme = BlockScheme.from_dict(context.folder.manifest.quantization)
-    if scheme is None:
+    quantization = Quantization.from_dict(context.folder.manifest.quantization)
+    if quantization is None:
         raise MismatchError(f"{context.folder.path} is not quantised.")
-    return scheme
+    return quantization.rows
 
 
 def _kept_blocks(context: Context) -> Blocks:

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Floats
+from trimserve.files.quantized import Quantization
 from trimserve.folder.tasks import EMBEDDING_TASK
 from trimserve_export.verify.source.encoders import cosine
 from trimserve_export.verify.source.sides import Part, Sides
@@ -13,8 +14,8 @@ from trimserve_export.verify.texts import HOSTILE
 def measure(sides: Sides) -> Part:
     """Nats a token, or the cosine of embeddings, on texts that are not hostile."""
     manifest = sides.context.folder.manifest
-    scheme = manifest.quantization
-    what = f"{manifest.dtype} weights" if scheme is None else f"weights of {scheme.get('bits', 'few')} bits"
+    scheme = Quantization.from_dict(manifest.quantization)
+    what = f"{manifest.dtype} weights" if scheme is None else f"weights of {scheme.body.bits} bits"
     texts = [text for text in sides.texts if text not in HOSTILE] or sides.texts
     if sides.original.is_sentence_encoder and sides.is_runtime:
         expected, found = sides.original.embeddings(texts), np.asarray(sides.runtime.encode(texts))
