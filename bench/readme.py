@@ -20,6 +20,7 @@ from bench.encoder import run as encoder
 from bench.finetune.tables import banking_table, finetune_table
 from bench.peers import tables as peer_tables
 from bench.profile import tables as profile_tables
+from bench.quantize.tables import quantize_table
 from bench.tables import common as tables
 from bench.tables import targets
 from bench.tables.matrix import matrix_table
@@ -128,6 +129,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": targets.table,
     **profile_tables.TABLES,
     "finetune": finetune_table,
+    "quantize": quantize_table,
     "finetune_banking": banking_table,
     "certificate": certificate_tables.decode_table,
     "certificate_proof": certificate_tables.proof_table,

@@ -66,6 +66,8 @@ SUITE = (
     # The environments of the other tools are five minutes more, once.
     Entry("peers", 5, quick=False),
     Entry("segmentation", 3, quick=False),
+    # Its models come from PyPI packages; without them it says so.
+    Entry("quantize", 6, ("--exporter", "optimum")),
 )
 
 

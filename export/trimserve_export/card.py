@@ -19,6 +19,7 @@ from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.layouts.segmentation import describe_segmentation
+from trimserve_export.serving.quality import Quality
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,9 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     if manifest.head_rows is not None:
         yield "head rows", f"{manifest.vocab_size:,} -> {manifest.head_rows:,}, those of the output ids"
     before, after = human_bytes(manifest.bytes_before), human_bytes(bytes_after)
-    yield "weights", f"{before} in {manifest.dtype} -> {after} in {' and '.join(_number_formats(manifest))}"
+    yield "weights", f"{before} in {manifest.dtype} -> {after} in {', '.join(_number_formats(manifest))}"
+    if manifest.quality is not None:
+        yield "quantised", Quality.from_dict(manifest.quality).describe()
     yield "cut", ", ".join(f"`{tensor.name}` (axis {tensor.axis})" for tensor in manifest.cut)
     if COLD_NAME in manifest.files:
         yield "cold rows", f"{human_bytes(manifest.files[COLD_NAME].bytes)}, memory-mapped"

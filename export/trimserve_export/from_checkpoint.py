@@ -7,8 +7,8 @@ from pathlib import Path
 
 from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import Quantization
-from trimserve.folder.manifest import Manifest
-from trimserve.folder.names import COLD_NAME, VOCAB_NAME
+from trimserve.folder.manifest import Lengths, Manifest
+from trimserve.folder.names import CALIBRATION_NAME, COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import GENAI_NAME
 from trimserve.vocab.file import save_vocab
@@ -32,7 +32,7 @@ from trimserve_export.layouts.writing import (
 )
 from trimserve_export.manifest import MadeModel, assemble_manifest
 from trimserve_export.planning import Plan
-from trimserve_export.serving.quantize import quantize_graph
+from trimserve_export.serving.calibration import Calibration, quantize_calibrated
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.serving.servable import make_servable, serve
@@ -53,7 +53,10 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         to_onnx = plan.options.to == "onnx"
         checkpoint = Path(scratch) if to_onnx else staging
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
-        graphs = _export_graph(plan, plan.choice, checkpoint, staging) if plan.choice else {}
+        calibration = _calibration(plan, progress=progress)
+        graphs = _export_graph(plan, plan.choice, checkpoint, staging, calibration) if plan.choice else {}
+        if calibration is not None and calibration.moments:
+            calibration.save(staging / CALIBRATION_NAME)
         cut = plan.options.layout == "tokenizer"
         if to_onnx:
             copy_files(CONFIG_FILES, checkpoint if cut else plan.source.path, staging)
@@ -66,7 +69,8 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
     if to_onnx or cut:  # a checkpoint of compact ids beside the original tokenizer is for no library
         write_declared(plan.source, plan.declared, staging, plan.options.layout)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
-    made = dataclasses.replace(_made(plan, trimmed, graphs), segmentation=segmentation)
+    quality = None if calibration is None or calibration.quality is None else calibration.quality.to_dict()
+    made = dataclasses.replace(_made(plan, trimmed, graphs), segmentation=segmentation, quality=quality)
     return assemble_manifest(plan.source, plan.vocab, plan.options.layout, staging, made)
 
 
@@ -83,7 +87,9 @@ def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tri
     )
 
 
-def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -> dict[str, str]:
+def _export_graph(
+    plan: Plan, choice: Choice, checkpoint: Path, staging: Path, calibration: Calibration | None
+) -> dict[str, str]:
     """Export the trimmed checkpoint into the staging folder; returns role -> file name."""
     logger.info("exporting with %s: %s", choice.name, choice.reason)
     made = choice.exporter.export_checkpoint(checkpoint, checkpoint / "exported", plan.job)
@@ -98,18 +104,40 @@ def _export_graph(plan: Plan, choice: Choice, checkpoint: Path, staging: Path) -
             drop_in=plan.options.layout == "graph",
             has_head=has_vocab_head(plan.task),
             scheme=plan.scheme,
+            calibration=calibration,
             cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
         )
         copy_files((GENAI_NAME,), made.parent, staging)
         return {"model": path.name}
     logger.info("making the graph servable")
-    graphs = make_graphs(made, staging, len(plan.vocab), plan.task, plan.scheme, compact_head(plan.vocab))
+    rows, head = len(plan.vocab), compact_head(plan.vocab)
+    graphs = make_graphs(made, staging, rows, plan.task, plan.scheme, head, calibration)
     with_head = graphs.get("decoder") or graphs["model"]
     if plan.task in GENERATOR_TASKS and has_cold:
         write_cold_head(with_head, staging / COLD_NAME)
     elif has_vocab_head(plan.task) and plan.options.quantize and has_cold:
         quantize_cold_head(with_head, staging / COLD_NAME)
     return {role: path.name for role, path in graphs.items()}
+
+
+def _calibration(plan: Plan, *, progress: bool) -> Calibration | None:
+    """The texts to quantise by, where there are any and a graph that takes a text by itself."""
+    if plan.scheme is None or plan.calibration is None or plan.task == TEXT2TEXT_TASK:
+        return None
+    if isinstance(plan.calibration, Calibration):
+        return plan.calibration
+    return Calibration.of_texts(
+        plan.calibration,
+        plan.source.tokenizer(),
+        plan.vocab,
+        longest=_lengths(plan).longest,
+        progress=progress,
+    )
+
+
+def _lengths(plan: Plan) -> Lengths:
+    config = load_config(plan.source.path, trust_remote_code=plan.options.trust_remote_code)
+    return lengths_of(config, plan.task)
 
 
 def _made(plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str]) -> MadeModel:
@@ -124,7 +152,7 @@ def _made(plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str]) -> Mad
         weights={path.name: sha256_file(path) for path in source.recorded_files},
         exporter=_exporter_facts(plan),
         quantization=None if plan.quantization is None else plan.quantization.to_dict(),
-        lengths=lengths_of(load_config(source.path, trust_remote_code=options.trust_remote_code), plan.task),
+        lengths=_lengths(plan),
         generation=plan.generation,
     )
 
@@ -143,6 +171,7 @@ def make_graphs(
     task: str,
     scheme: Quantization | None,
     head: VocabMap | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, Path]:
     """Run the serving passes on what an exporter made, then quantise.
 
@@ -153,6 +182,7 @@ def make_graphs(
         task: one of `tasks.TASKS`.
         scheme: how to quantise, if at all.
         head: the compact ids that stay in the head, where not all do.
+        calibration: by what texts to quantise, if there are any; an encoder-decoder's weights count alike.
 
     Returns:
         Role -> graph.
@@ -164,7 +194,8 @@ def make_graphs(
         return {"model": _make_servable(exported, output, rows, head, has_head=has_head)}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".servable.") as scratch:
         graph = _make_servable(exported, Path(scratch), rows, head, has_head=has_head)
-        return {"model": quantize_graph(graph, output, scheme, has_head=has_head)}
+        made = quantize_calibrated(graph, output, scheme, has_head=has_head, calibration=calibration)
+        return {"model": made}
 
 
 def _make_servable(exported: Path, output: Path, rows: int, head: VocabMap | None, *, has_head: bool) -> Path:

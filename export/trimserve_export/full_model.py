@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.files.quantized import Quantization
+from trimserve.folder.names import CALIBRATION_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
@@ -14,10 +15,11 @@ from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full
 from trimserve_export.layouts.drop_in import save_plain
 from trimserve_export.pipeline import ExportResult, export
+from trimserve_export.serving.calibration import Calibration
 from trimserve_export.static_embedding import is_static, serve_full_static
 
 
-def export_full(
+def export_full(  # noqa: PLR0913 - what a folder was made with
     source: ModelSource,
     output: Path,
     task: str,
@@ -27,6 +29,7 @@ def export_full(
     exporter: str = "optimum",
     device: str = "cpu",
     layout: str = "runtime",
+    calibration: Calibration | None = None,
 ) -> Path:
     """Export the untrimmed model with the same exporter and passes.
 
@@ -41,6 +44,7 @@ def export_full(
         layout: of the folder that it is compared with; a graph for other runtimes has no serving passes, and
             ONNX Runtime fuses what they change in another way. One with a vocab head has them all the same,
             for the head's input that its rounding bound is made of.
+        calibration: what the folder's body was rounded by, see `calibration_of`.
 
     Returns:
         The path of the graph in `output`; its inputs and outputs are those of a trimmed one. For an
@@ -59,8 +63,15 @@ def export_full(
         if layout != "runtime" and scheme is None and not has_vocab_head(task):
             return save_plain(exported, output)
         ours = None if by_exporter else scheme
-        graphs = make_graphs(exported, output, source.vocab_size, task, ours)
+        graphs = make_graphs(exported, output, source.vocab_size, task, ours, calibration=calibration)
         return graphs.get("decoder") or graphs["model"]
+
+
+def calibration_of(folder: TrimmedFolder) -> Calibration | None:
+    """What a folder's body was rounded by, if by anything: the untrimmed model is rounded alike."""
+    if CALIBRATION_NAME not in folder.manifest.files:
+        return None
+    return Calibration.stored(folder.file(CALIBRATION_NAME))
 
 
 def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> ExportResult:
@@ -82,6 +93,7 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
         options |= {"dtype": manifest.dtype}
         if quantization is not None:
             options |= {"quantize": f"int{quantization.body.bits}", "vocab_bits": quantization.rows.bits}
+            options["calibration"] = calibration_of(like)
         options["exporter"] = manifest.exporter.get("name", "auto")
         options["device"] = manifest.exporter.get("device", "cpu")
     return export(source, everything, output, cold=False, progress=False, **options)

@@ -31,6 +31,7 @@ class MadeModel:
     weights: dict[str, str]
     exporter: dict[str, str]
     quantization: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
     lengths: Lengths | None = None
     generation: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
@@ -66,6 +67,7 @@ def assemble_manifest(
         files=list_files(folder),
         bytes_before=made.bytes_before,
         quantization=made.quantization,
+        quality=made.quality,
         segmentation=made.segmentation,
         lengths=made.lengths,
         generation=made.generation,

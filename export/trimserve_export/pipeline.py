@@ -1,7 +1,9 @@
 """Export a trimmed folder: trim the checkpoint, export it, make the graph servable, write the manifest."""
 
 import dataclasses
+import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,13 @@ from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.layouts.writing import CONFIG_FILES
 from trimserve_export.options import Options
 from trimserve_export.planning import Plan, plan_export
+from trimserve_export.serving.calibration import Calibration
+from trimserve_export.serving.quality import Quality
 from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import fill_from_static, is_static
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,7 @@ class ExportResult:
         segmentation: how the cut tokenizer segments the sample's texts (layout tokenizer), if there is one.
         exporter: name of what made the graph, and reason; None where none was needed.
         head_rows: rows of the head where it has fewer than K, else None.
+        quality: what quantising cost on held-out texts, see `Manifest.quality`.
     """
 
     path: Path
@@ -61,6 +68,7 @@ class ExportResult:
     segmentation: dict[str, Any] | None = None
     exporter: dict[str, str] | None = None
     head_rows: int | None = None
+    quality: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command line."""
@@ -90,6 +98,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
     adapter: str | Path | None = None,
     profile: Profile | None = None,
     sample: Sample | None = None,
+    calibration: Iterable[str] | Calibration | None = None,
     progress: bool = True,
 ) -> ExportResult:
     """Make a trimmed folder from a model.
@@ -126,6 +135,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         revision: hub branch, tag or commit.
         adapter: a folder or hub id of an adapter, which peft merges into the model first.
         profile: what the vocab was selected from, if at hand: layout tokenizer closes the vocab with it.
+        calibration: texts of the domain: `quantize` rounds by them, and says what it cost on those that it
+            holds out; see docs/quantization.md.
         sample: texts that the cut tokenizer is compared with the original one on (layout tokenizer).
         progress: show a bar on stderr if it is a terminal.
 
@@ -161,7 +172,11 @@ def export(  # noqa: PLR0913 - the options are the public interface
             check_vocab(source, vocab)
             vocab = close_vocab(vocab, source, profile)
         static = is_static(source)
-        plan = plan_export(source, vocab, options, sample) if source.graph is None and not static else None
+        plan = (
+            plan_export(source, vocab, options, sample, calibration)
+            if source.graph is None and not static
+            else None
+        )
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
     return _result(target, manifest, plan, time.perf_counter() - start)
@@ -192,11 +207,25 @@ def _fill(
         filled = fill_from_static(source, vocab, options, folder)
     else:
         filled = fill_from_graph(source, vocab, options, folder, CONFIG_FILES)
+    _warn_of_quality(filled, options)
     manifest = with_card(filled, source, folder)
     if wants_sketch(manifest, options.sketch):
         manifest = write_sketch(TrimmedFolder(folder, manifest, vocab), SKETCH_BITS[options.sketch or "int8"])
     write_manifest(folder, manifest)
     return manifest
+
+
+def _warn_of_quality(manifest: Manifest, options: Options) -> None:
+    """Say of a model that rounding harmed what would harm it less."""
+    quality = None if manifest.quality is None else Quality.from_dict(manifest.quality)
+    if quality is None or not quality.is_poor:
+        return
+    has_head = quality.measure != "cosine"
+    if options.vocab_bits == 4 and has_head:
+        better = "leave --vocab-bits 4 out"
+    else:
+        better = "use --quantize int8" if options.quantize == "int4" else "leave --quantize out"
+    logger.warning("quantising changes this model: %s For a better one %s.", quality.describe(), better)
 
 
 def _result(target: Path, manifest: Manifest, plan: Plan | None, seconds: float) -> ExportResult:
@@ -214,4 +243,5 @@ def _result(target: Path, manifest: Manifest, plan: Plan | None, seconds: float)
         segmentation=manifest.segmentation,
         exporter=None if choice is None else {"name": choice.name, "reason": choice.reason},
         head_rows=manifest.head_rows,
+        quality=manifest.quality,
     )

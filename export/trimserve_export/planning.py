@@ -1,6 +1,7 @@
 """Settle what an export will do before anything is written: task, exporter, what is done around the graph."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.options import Options
+from trimserve_export.serving.calibration import Calibration
 from trimserve_export.serving.quantize import quantization_of
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Plan:
         choice: what makes the graph; None where none is made.
         declared: what sentence-transformers does around the graph, where the task has that.
         sample: texts to compare a cut tokenizer with the original one on.
+        calibration: texts to quantise by, or what such texts gave before.
         generation: see `Manifest.generation`.
     """
 
@@ -50,6 +53,7 @@ class Plan:
     choice: Choice | None
     declared: Declared | None
     sample: Sample | None = None
+    calibration: Iterable[str] | Calibration | None = None
     generation: dict[str, Any] | None = None
 
     @property
@@ -79,7 +83,13 @@ def _job(task: str, options: Options) -> GraphJob:
     return GraphJob(task, options.dtype, quantize, options.device, options.trust_remote_code)
 
 
-def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: Sample | None = None) -> Plan:
+def plan_export(
+    source: ModelSource,
+    vocab: VocabMap,
+    options: Options,
+    sample: Sample | None = None,
+    calibration: Iterable[str] | Calibration | None = None,
+) -> Plan:
     """Settle what will be done with a checkpoint.
 
     Raises:
@@ -110,7 +120,7 @@ def plan_export(source: ModelSource, vocab: VocabMap, options: Options, sample: 
     if task in GENERATOR_TASKS and options.layout == "runtime" and options.to == "onnx":
         generation = read_generation(source, trust_remote_code=options.trust_remote_code)
     model_class = task_class(task, config)
-    return Plan(source, vocab, options, task, model_class, choice, declared, sample, generation)
+    return Plan(source, vocab, options, task, model_class, choice, declared, sample, calibration, generation)
 
 
 def check_cold(declared: Declared | None, options: Options) -> None:

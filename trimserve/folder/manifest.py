@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
-from trimserve.folder.names import COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
+from trimserve.folder.names import CALIBRATION_NAME, COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
 from trimserve.folder.tasks import Task
 
 # Where ids are remapped: see docs/layouts.md.
@@ -85,8 +85,9 @@ class Manifest:
         exporter: its name and the versions of what it used.
         verification: result of `trimserve verify`, or None.
         bytes_before: bytes of the source's weights in the graph's dtype.
-        quantization: how products are quantised (`blocks.BlockScheme`), or None; `dtype` is then the dtype
-            of what is not: embedding, norms, activations.
+        quantization: how products are quantised (`files.quantized.Quantization`), or None; `dtype` is then
+            the dtype of what is not: embedding, norms, activations.
+        quality: what quantising cost on held-out texts (`serving.quality.Quality`), or None.
         segmentation: how a cut tokenizer segments texts beside the original (layout tokenizer), or None.
         sketch: of the cold rows: bits, rows a group, bytes of its files, and how wide its bound is relative
             to the rows' norms; or None.
@@ -114,6 +115,7 @@ class Manifest:
     bytes_before: int = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
     head_rows: int | None = None
@@ -212,8 +214,9 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
-    """Bytes of the graphs and their data, or of the trimmed checkpoint; never of vocab map or cold rows."""
-    names = (name for name in files if name != VOCAB_NAME and not name.startswith(COLD_PREFIX))
+    """Bytes of the graphs and their data, or of the trimmed checkpoint; never of what lies beside them."""
+    others = (VOCAB_NAME, CALIBRATION_NAME)
+    names = (name for name in files if name not in others and not name.startswith(COLD_PREFIX))
     return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
 
 

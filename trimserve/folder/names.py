@@ -12,6 +12,8 @@ VOCAB_NAME = "vocab_map.safetensors"
 # Every file with rows, blocks or bounds of cold ids is called so.
 COLD_PREFIX = "cold_"
 COLD_NAME = "cold_rows.safetensors"
+# What the rounding of a quantised body was weighted with.
+CALIBRATION_NAME = "calibration.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
 # What the source's library makes of it on loading, where that gives other ids or text.
 EFFECTIVE_TOKENIZER_NAME = "tokenizer.effective.json"

@@ -12,7 +12,7 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export.layouts.drop_in import make_drop_in, save_plain, save_tied
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
-from trimserve_export.serving.quantize import quantize_graph
+from trimserve_export.serving.calibration import Calibration, quantize_calibrated
 
 # Copied as they are, unless the checkpoint itself is the result.
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -53,6 +53,7 @@ def write_layout_graph(
     drop_in: bool,
     has_head: bool,
     scheme: Quantization | None = None,
+    calibration: Calibration | None = None,
     cold_path: Path | None = None,
 ) -> Path:
     """Write an exporter's graph for another runtime.
@@ -64,12 +65,15 @@ def write_layout_graph(
         drop_in: take token ids and give V logits (layout graph); else compact ones (layout tokenizer).
         has_head: the graph makes logits over the vocab.
         scheme: how to quantise it, if at all.
+        calibration: by what texts to do so, if there are any.
         cold_path: cold rows in `target` that a drop-in feeds.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".layout.") as scratch:
         if scheme is not None:
             tied = save_tied(made, Path(scratch) / "tied") if has_head else made
-            made = quantize_graph(tied, Path(scratch), scheme, has_head=has_head)
+            made = quantize_calibrated(
+                tied, Path(scratch), scheme, has_head=has_head, calibration=calibration
+            )
         if not drop_in:
             return save_plain(made, target)
         return make_drop_in(made, target, vocab, has_head=has_head, cold_path=cold_path)

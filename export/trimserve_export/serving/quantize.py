@@ -1,7 +1,8 @@
 """Quantise a servable graph: each product with a constant matrix becomes a MatMulNBits (`--quantize`).
 
-The integers are those of ONNX Runtime's own quantiser (round to nearest, symmetric, no calibration), called
-a slice of a matrix at a time, so that peak memory is that of the result. The vocab head's rows have a scheme
+Four bits of the body are searched (`block_search.py`). All else has the integers of ONNX Runtime's own
+quantiser (round to nearest, symmetric), called a slice of a matrix at a time, so that peak memory is that of
+the result. The vocab head's rows have a scheme
 of their own, 8 bits unless 4 are asked for; they are quantised into a matrix of their own also where the head
 is the embedding, which stays the table of floats it is. That stores a tied matrix a second time, in 9 bits a
 weight beside its 32, and is still the cheaper way where it counts: `Gather` touches only the rows of the
@@ -14,10 +15,11 @@ cut after it: kept and cold rows hold the integers of the untrimmed quantised mo
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,22 +29,26 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.files.quantized import BlockScheme, BlockSpecs, Quantization, block_specs
 from trimserve.files.tensors import TensorSpec, map_tensor, to_float32
-from trimserve_export.graphs.head import find_head
 from trimserve_export.graphs.nodes import NodeWriter, take_over
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
+from trimserve_export.serving.block_search import BLOCK, search_blocks
+from trimserve_export.serving.products import Matrix, Product, products_of
 
 logger = logging.getLogger(__name__)
 
-_BODIES = {"int4": BlockScheme(bits=4), "int8": BlockScheme(bits=8)}
+_BODIES = {"int4": BlockScheme(bits=4, zero_points=True, scales="error"), "int8": BlockScheme(bits=8)}
+# What builders that quantise themselves do: the largest number of a block fits.
+_BUILT = {"int4": BlockScheme(bits=4), "int8": BlockScheme(bits=8)}
 QUANTIZE = tuple(_BODIES)
 # Most of what 4 bits cost a small model they cost in its vocab rows, of which a trimmed one has few.
 VOCAB_BITS = 8
 _CONTRIB = "com.microsoft"
 _SLICE_BYTES = 16 << 20
 _DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
-Matrix = npt.NDArray[Any]
+Moment = npt.NDArray[np.float32]
+Moments = Mapping[str, Moment]
 
 
 def quantization_of(
@@ -55,9 +61,9 @@ def quantization_of(
         vocab_bits: of the vocab's rows, 4 or 8; 8 by default.
         by_exporter: see `Quantization`.
     """
-    body = _BODIES[quantize]
     if by_exporter:
-        return Quantization(body, body, by_exporter=True)
+        return Quantization(_BUILT[quantize], _BUILT[quantize], by_exporter=True)
+    body = _BODIES[quantize]
     return Quantization(BlockScheme(bits=vocab_bits or VOCAB_BITS), body)
 
 
@@ -107,7 +113,9 @@ def _quantizer(scheme: BlockScheme) -> Any:  # noqa: ANN401 - onnxruntime has no
     return module.DefaultWeightOnlyQuantizer(config)
 
 
-def quantize_graph(source: Path, output: Path, scheme: Quantization, *, has_head: bool) -> Path:
+def quantize_graph(
+    source: Path, output: Path, scheme: Quantization, *, has_head: bool, moments: Moments | None = None
+) -> Path:
     """Quantise every product of a servable graph with a constant matrix.
 
     Args:
@@ -115,6 +123,7 @@ def quantize_graph(source: Path, output: Path, scheme: Quantization, *, has_head
         output: the folder for a graph of the same name and its data; not the source's folder.
         scheme: see `Quantization`.
         has_head: the graph has a vocab head, which must be among the products.
+        moments: see `quantize_products`.
 
     Returns:
         The path of the quantised graph.
@@ -123,88 +132,87 @@ def quantize_graph(source: Path, output: Path, scheme: Quantization, *, has_head
         UnsupportedModelError: see `quantize_products`.
     """
     model = read_exported(source)
-    quantize_products(model, scheme, has_head=has_head)
+    quantize_products(model, scheme, has_head=has_head, moments=moments)
     path = output / source.name
     ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
     return path
 
 
-def quantize_products(model: ir.Model, scheme: Quantization, *, has_head: bool) -> None:
+def quantize_products(
+    model: ir.Model, scheme: Quantization, *, has_head: bool, moments: Moments | None = None
+) -> None:
     """Quantise every product of a servable graph with a constant matrix, in place.
 
     Args:
         model: the servable graph.
         scheme: see `Quantization`.
         has_head: see `quantize_graph`.
+        moments: second moments of the inputs of the body's products, by the name of the matrix; what is not
+            known counts alike.
 
     Raises:
         UnsupportedModelError: the head, or all of the body, has no product that can be quantised.
     """
-    head = find_head(model.graph).product if has_head else None
-    products = {node: found for node in model.graph if (found := _product(node)) is not None}
-    if head is not None and head not in products:
-        raise UnsupportedModelError(
-            f"{describe(head)}, the vocab head, cannot be quantised: export without it."
-        )
-    if not products.keys() - {head}:
-        raise UnsupportedModelError("the graph has no product with a constant matrix: nothing to quantise.")
-    weights = _Weights(model.graph)
+    products, head = products_of(model.graph, has_head=has_head)
+    writer = _Writer(model.graph, moments or {})
     for node, product in products.items():
-        _replace(model.graph, node, product, weights, scheme.rows if node is head else scheme.body)
+        writer.replace(node, product, scheme.rows if node is head else scheme.body)
     model.opset_imports.setdefault(_CONTRIB, 1)
     RemoveUnusedNodesPass()(model)
     logger.info("quantised %d products to %d bits", len(products), scheme.body.bits)
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """``x @ rows.T (+ bias)``: `weight` holds the rows, or the columns unless `by_row`."""
+class _Writer:
+    """Writes quantised products into a graph; a matrix that two of them share is quantised once."""
 
-    weight: ir.Value
-    by_row: bool
-    bias: ir.Value | None = None
-
-    @property
-    def rows(self) -> Matrix:
-        """The matrix with a row an output (outputs, inputs)."""
-        if self.weight.const_value is None:
-            raise UnsupportedModelError(f"{self.weight.name} is no constant of the graph.")
-        values = self.weight.const_value.numpy()
-        return values if self.by_row else values.T
-
-
-def _product(node: ir.Node) -> _Product | None:
-    """What a node multiplies with, if that is a constant matrix and nothing else is done."""
-    if node.op_type not in ("MatMul", "FusedMatMul", "Gemm") or len(node.inputs) < 2:
-        return None
-    weight = node.inputs[1]
-    if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
-        return None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    by_row = bool(attributes.pop("transB", 0))
-    # transA, transBatchA and transBatchB are flags, alpha and beta factors: set, they make another product.
-    plain = all(value == (1 if name in ("alpha", "beta") else 0) for name, value in attributes.items())
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return _Product(weight, by_row, bias) if plain else None
-
-
-class _Weights:
-    """The quantised matrices of a graph; a matrix that two products share is quantised once."""
-
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, moments: Moments) -> None:
         self._graph = graph
-        self._made: dict[tuple[ir.Value, bool, BlockScheme], tuple[ir.Value, ir.Value]] = {}
+        self._moments = moments
+        self._made: dict[tuple[ir.Value, bool, BlockScheme, bool], _Operands] = {}
+        self._sums: dict[ir.Value, ir.Value] = {}
 
-    def of(self, product: _Product, scheme: BlockScheme) -> tuple[ir.Value, ir.Value]:
-        """Integers and scales of a product's matrix."""
-        key = (product.weight, product.by_row, scheme)
+    def replace(self, node: ir.Node, product: Product, scheme: BlockScheme) -> None:
+        """Put a product with blocks in the place of one with floats."""
+        fed = node.inputs[0]
+        if fed is None:
+            raise UnsupportedModelError(f"{describe(node)} multiplies nothing: the graph is damaged.")
+        outputs, inputs = product.rows.shape
+        operands = self._operands(product, scheme, minima=fed.shape is not None and len(fed.shape) in (2, 3))
+        writer = NodeWriter(self._graph, f"quantize/{node.name}")
+        attributes = block_attributes(inputs, outputs, scheme)
+        result = writer.op("MatMulNBits", [fed, *operands.blocks], domain=_CONTRIB, output=None, **attributes)
+        if operands.minima is not None:
+            minima, dtype = operands.minima, product.rows.dtype
+            sums = self._block_sums(fed, inputs // BLOCK, writer)
+            if dtype != np.float16:
+                minima = writer.op("Cast", [minima], to=int(ir.DataType.from_numpy(dtype)))
+            result = writer.op("Add", [result, writer.op("MatMul", [sums, minima])])
+        if product.bias is not None:
+            result = writer.op("Add", [result, product.bias])
+        writer.insert_before(node)
+        take_over(node.outputs[0], result)
+        self._graph.remove(node, safe=True)
+
+    def _block_sums(self, fed: ir.Value, blocks: int, writer: NodeWriter) -> ir.Value:
+        """The sums of a product's input, a block each (..., blocks); products of one input share them."""
+        if fed not in self._sums:
+            leading = [0] * (len(fed.shape or ()) - 1)
+            apart = writer.op("Reshape", [fed, writer.constant([*leading, blocks, BLOCK])])
+            self._sums[fed] = writer.op("ReduceSum", [apart, writer.constant([-1])], keepdims=0)
+        return self._sums[fed]
+
+    def _operands(self, product: Product, scheme: BlockScheme, *, minima: bool) -> "_Operands":
+        key = (product.weight, product.by_row, scheme, minima)
         if key not in self._made:
-            blocks = quantize_rows(product.rows, scheme)
             name = f"{product.weight.name}_Q{scheme.bits}{'_rows' if product.by_row else ''}"
-            self._made[key] = (
-                self._constant(name, blocks.integers),
-                self._constant(f"{name}_scales", blocks.scales),
-            )
+            if scheme.scales == "largest":
+                blocks = quantize_rows(product.rows, scheme)
+                arrays = {"": blocks.integers, "_scales": blocks.scales}
+            else:
+                arrays = _searched(product, self._moments.get(str(product.weight.name)), minima=minima)
+            made = {end: self._constant(f"{name}{end}", array) for end, array in arrays.items()}
+            found_minima = made.pop("_minima", None)
+            self._made[key] = _Operands(tuple(made.values()), found_minima)
         return self._made[key]
 
     def _constant(self, name: str, array: Matrix) -> ir.Value:
@@ -216,23 +224,24 @@ class _Weights:
         return value
 
 
-def _replace(
-    graph: ir.Graph, node: ir.Node, product: _Product, weights: _Weights, scheme: BlockScheme
-) -> None:
-    outputs, inputs = product.rows.shape
-    writer = NodeWriter(graph, f"quantize/{node.name}")
-    result = writer.op(
-        "MatMulNBits",
-        [node.inputs[0], *weights.of(product, scheme)],
-        domain=_CONTRIB,
-        output=None,
-        **block_attributes(inputs, outputs, scheme),
-    )
-    if product.bias is not None:
-        result = writer.op("Add", [result, product.bias])
-    writer.insert_before(node)
-    take_over(node.outputs[0], result)
-    graph.remove(node, safe=True)
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """Integers, scales and perhaps zero points; the minima (blocks, outputs) where a matrix has them."""
+
+    blocks: tuple[ir.Value, ...]
+    minima: ir.Value | None
+
+
+def _searched(product: Product, moments: Moment | None, *, minima: bool) -> dict[str, Matrix]:
+    """The constants of a matrix in searched blocks, by how their names end."""
+    rows = product.rows
+    found = search_blocks(rows, moments, minima=minima)
+    arrays: dict[str, Matrix] = {"": found.integers, "_scales": found.scales.astype(rows.dtype)}
+    if found.minima is None:
+        return arrays | {"_zero_points": cast(Matrix, found.zero_points)}
+    # The kernel subtracts 8 from integers without zero points.
+    zero_points = np.zeros((len(rows), -(-found.scales.shape[1] // 2)), np.uint8)
+    return arrays | {"_zero_points": zero_points, "_minima": np.ascontiguousarray(found.minima.T)}
 
 
 def block_attributes(inputs: int, outputs: int, scheme: BlockScheme) -> dict[str, int]:

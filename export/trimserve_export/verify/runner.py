@@ -10,8 +10,8 @@ from pathlib import Path
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.files.quantized import Quantization
-from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
-from trimserve.folder.opening import open_folder
+from trimserve.folder.manifest import read_manifest, with_verification, write_manifest
+from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
 from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
@@ -20,7 +20,7 @@ from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes
 from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
 from trimserve_export.checkpoint.tasks import has_vocab_head, task_class
-from trimserve_export.full_model import export_full
+from trimserve_export.full_model import calibration_of, export_full
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import is_static, stored_static
 from trimserve_export.verify.checks.generation import check_generated_ids
@@ -93,7 +93,7 @@ def verify(
         whole_source(source, adapter=adapter or manifest.source.adapter, renamed=True) as source,
     ):
         source = ask_library(source)
-        full = _export_full(source, manifest, Path(scratch))
+        full = _export_full(source, opened, Path(scratch))
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
         result = VerifyResult(tuple(_run(context, progress=progress)))
@@ -102,7 +102,8 @@ def verify(
     return result
 
 
-def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path | None:
+def _export_full(source: ModelSource, folder: TrimmedFolder, scratch: Path) -> Path | None:
+    manifest = folder.manifest
     if not manifest.graphs:
         return None
     if has_parts(manifest):
@@ -118,6 +119,7 @@ def _export_full(source: ModelSource, manifest: Manifest, scratch: Path) -> Path
         exporter=made_by.get("name", "optimum"),
         device=made_by.get("device", "cpu"),
         layout=manifest.layout,
+        calibration=calibration_of(folder),
     ).parent
 
 

@@ -37,6 +37,7 @@ from trimserve_export.full_model import export_full
 from trimserve_export.graphs.head import find_head
 from trimserve_export.options import Options
 from trimserve_export.pipeline import export
+from trimserve_export.serving import quantize
 from trimserve_export.serving.quantize import quantization_of, quantize_graph, quantize_rows, scheme_of
 from trimserve_export.verify import verify
 
@@ -287,8 +288,9 @@ def test_vocab_rows_have_bits_of_their_own(tmp_path, vocab_bits, expected):
     assert verify(folder.path, model, store=False).ok
 
 
-def test_a_folder_with_one_scheme_for_all_still_opens(tmp_path):
-    """Manifests of earlier versions: no word of rows and body."""
+def test_a_folder_with_one_scheme_for_all_still_opens(tmp_path, monkeypatch):
+    """Folders of earlier versions: scales by the largest number, and no word of rows and body."""
+    monkeypatch.setitem(quantize._BODIES, "int4", BlockScheme(4))
     model = save_model("llama", tmp_path / "model", hidden_size=48)
     vocab = make_vocab([*range(8), 20, 36], 37)
     export(model, vocab, tmp_path / "out", quantize="int4", vocab_bits=4)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,10 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
     bits = "of the vocab head's rows with --quantize (default: 8)"
     parser.add_argument("--vocab-bits", type=int, choices=(4, 8), help=bits)
+    calibrate = "texts of the domain that --quantize rounds by (default: the corpus, if it is at hand)"
+    parser.add_argument("--calibrate", nargs="+", metavar="FILE", help=calibrate)
+    no_quality = "quantise without texts: no rounding by them, no measure of what it costs"
+    parser.add_argument("--no-calibration", dest="calibrated", action="store_false", help=no_quality)
     parser.add_argument(
         "--sketch",
         choices=("int8", "int4", "none"),
@@ -82,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--vocab already says which ids stay: leave out the options that select.")
     if args.held_out and args.layout != "tokenizer":
         raise UsageError("--held-out compares tokenizers, and only --layout tokenizer has two: leave it out.")
+    if args.calibrate and (args.quantize is None or not args.calibrated):
+        raise UsageError("--calibrate says what --quantize rounds by: give both, without --no-calibration.")
     _check_reading(args)
     check_target(args.output, overwrite=args.overwrite)  # before minutes of work
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
@@ -101,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         if args.layout == "tokenizer":
             profile = add_up(list(profiles.values())) if isinstance(profiles, dict) else profiles
             settings |= {"profile": profile, "sample": _sample(args, source, profile)}
+        if args.quantize is not None and args.calibrated:
+            settings["calibration"] = _calibration(args, source, profiles)
         result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
     emit(args, document, _summary(document))
@@ -108,8 +117,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_reading(args: argparse.Namespace) -> None:
-    # With --layout tokenizer the files of a profile are read again, to compare segmentations.
-    reads = args.corpus or args.held_out or (args.profile and args.layout == "tokenizer")
+    # The files of a profile are read again, to compare segmentations or to quantise by.
+    again = args.layout == "tokenizer" or args.quantize
+    reads = args.corpus or args.held_out or args.calibrate or (args.profile and again)
     if reading_options(args) and not reads:
         raise UsageError(
             "--text-column, --output-column, --chat, --unit and --skip-bad say how files are read: name such "
@@ -149,9 +159,28 @@ def _sample(args: argparse.Namespace, source: "ModelSource", profile: "Profile |
     reading = reading_of(source, options)
     if args.held_out:
         return Sample.of_files(args.held_out, reading, held_out=True)
-    sources = profile.sources if profile is not None else ()
-    files = [counted.name for counted in sources if _is_at_hand(counted, reading)]
+    files = _files_at_hand(profile, reading)
     return Sample.of_files(files, reading, held_out=False) if files else None
+
+
+def _calibration(
+    args: argparse.Namespace, source: "ModelSource", profiles: "Profile | dict[str, Profile] | None"
+) -> "Iterable[str] | None":
+    """Texts of the domain: those given, else those that were profiled and are still there."""
+    from trimserve.corpus.corpus import Corpus
+    from trimserve.profiles.merging import add_up
+    from trimserve.profiles.profiling import reading_of
+
+    options: Any = reading_options(args)
+    reading = reading_of(source, options)
+    profile = add_up(list(profiles.values())) if isinstance(profiles, dict) else profiles
+    files = args.calibrate or _files_at_hand(profile, reading)
+    return (document.text for document in Corpus(files, reading=reading).documents()) if files else None
+
+
+def _files_at_hand(profile: "Profile | None", reading: "Reading") -> list[str]:
+    sources = profile.sources if profile is not None else ()
+    return [counted.name for counted in sources if _is_at_hand(counted, reading)]
 
 
 def _is_at_hand(counted: "CorpusSource", reading: "Reading") -> bool:
@@ -179,6 +208,7 @@ def _summary(document: dict[str, Any]) -> str:
             table(["", "full", "trimmed", "share"], rows),
             *_segmentation(document),
             *_exporter(document),
+            *_quality(document),
             "",
             f"{document['path']}: {files}",
             f"{document['seconds']:.1f} s, peak memory {human_bytes(document['peak_rss_bytes'])}",
@@ -189,6 +219,14 @@ def _summary(document: dict[str, Any]) -> str:
 def _exporter(document: dict[str, Any]) -> list[str]:
     chosen = document["exporter"]
     return [] if chosen is None else ["", f"Exporter: {chosen['name']} ({chosen['reason']})"]
+
+
+def _quality(document: dict[str, Any]) -> list[str]:
+    if document["quality"] is None:
+        return []
+    from trimserve_export.serving.quality import Quality
+
+    return ["", f"Quantised: {Quality.from_dict(document['quality']).describe()}"]
 
 
 def _segmentation(document: dict[str, Any]) -> list[str]:

@@ -1,0 +1,7 @@
+"""`python -m bench.quantize`."""
+
+import sys
+
+from bench.quantize.run import main
+
+sys.exit(main())
