@@ -136,7 +136,12 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
         search = search_blocks if method.minima else _without_minima(search_blocks)
         with patch.object(quantize, "search_blocks", search):
             path = quantize_calibrated(
-                served, target, method.scheme, has_head=is_decoder, calibration=calibration
+                served,
+                target,
+                method.scheme,
+                has_head=is_decoder,
+                calibration=calibration,
+                shares=True,
             )
         if calibration is not None:
             known.moments.update(calibration.moments)

@@ -113,6 +113,8 @@ def _export_graph(
     rows, head = len(plan.vocab), compact_head(plan.vocab)
     graphs = make_graphs(made, staging, rows, plan.task, plan.scheme, head, calibration)
     with_head = graphs.get("decoder") or graphs["model"]
+    if has_cold and plan.scheme is not None:  # a tied embedding reads the head's rows: cold ones alike
+        round_cold_embedding(with_head, staging / COLD_NAME)
     if plan.task in GENERATOR_TASKS and has_cold:
         write_cold_head(with_head, staging / COLD_NAME)
     elif has_vocab_head(plan.task) and plan.options.quantize and has_cold:
@@ -194,7 +196,9 @@ def make_graphs(
         return {"model": _make_servable(exported, output, rows, head, has_head=has_head)}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".servable.") as scratch:
         graph = _make_servable(exported, Path(scratch), rows, head, has_head=has_head)
-        made = quantize_calibrated(graph, output, scheme, has_head=has_head, calibration=calibration)
+        made = quantize_calibrated(
+            graph, output, scheme, has_head=has_head, calibration=calibration, shares=True
+        )
         return {"model": made}
 
 

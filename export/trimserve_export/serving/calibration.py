@@ -96,7 +96,13 @@ class Calibration:
 
 
 def quantize_calibrated(
-    source: Path, output: Path, scheme: Quantization, *, has_head: bool, calibration: Calibration | None
+    source: Path,
+    output: Path,
+    scheme: Quantization,
+    *,
+    has_head: bool,
+    calibration: Calibration | None,
+    shares: bool = False,
 ) -> Path:
     """Quantise a graph, see `quantize_graph`; with texts, by what they say, and say what it cost.
 
@@ -105,13 +111,15 @@ def quantize_calibrated(
         output: see `quantize_graph`.
         scheme: see `quantize_graph`.
         has_head: see `quantize_graph`.
+        shares: see `quantize_graph`.
         calibration: its moments are measured if it has texts and none, and its quality.
     """
     if calibration is None:
-        return quantize_graph(source, output, scheme, has_head=has_head)
+        return quantize_graph(source, output, scheme, has_head=has_head, shares=shares)
     if scheme.body.scales == "error" and calibration.texts and not calibration.moments:
         calibration.moments = _moments(source, calibration, has_head=has_head)
-    path = quantize_graph(source, output, scheme, has_head=has_head, moments=calibration.moments)
+    moments = calibration.moments
+    path = quantize_graph(source, output, scheme, has_head=has_head, moments=moments, shares=shares)
     if calibration.held_out:
         calibration.quality = _quality(source, path, calibration, has_head=has_head)
     return path

@@ -2,13 +2,8 @@
 
 Four bits of the body are searched (`block_search.py`). All else has the integers of ONNX Runtime's own
 quantiser (round to nearest, symmetric), called a slice of a matrix at a time, so that peak memory is that of
-the result. The vocab head's rows have a scheme
-of their own, 8 bits unless 4 are asked for; they are quantised into a matrix of their own also where the head
-is the embedding, which stays the table of floats it is. That stores a tied matrix a second time, in 9 bits a
-weight beside its 32, and is still the cheaper way where it counts: `Gather` touches only the rows of the
-tokens at hand, so the table costs file pages and no memory, the input is not rounded, and cold embedding
-rows are the checkpoint's own. One table for both (GatherBlockQuantized over the head's integers) would
-save those file bytes, at the price of rounding every layer's input.
+the result. The vocab head's rows have a scheme of their own, 8 bits unless 4 are asked for. A tied embedding
+is looked up in them (`shared_table.py`); other embeddings, and with 4 bits all, stay the floats they are.
 
 Rows are quantised independently of each other, so what is cut before quantising equals what would be
 cut after it: kept and cold rows hold the integers of the untrimmed quantised model.
@@ -35,6 +30,7 @@ from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
 from trimserve_export.serving.block_search import BLOCK, search_blocks
 from trimserve_export.serving.products import Matrix, Product, products_of
+from trimserve_export.serving.shared_table import map_shared, share_table
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +40,8 @@ _BUILT = {"int4": BlockScheme(bits=4), "int8": BlockScheme(bits=8)}
 QUANTIZE = tuple(_BODIES)
 # Most of what 4 bits cost a small model they cost in its vocab rows, of which a trimmed one has few.
 VOCAB_BITS = 8
+# With fewer a lookup would round every layer's input too much.
+_SHARED_BITS = 8
 _CONTRIB = "com.microsoft"
 _SLICE_BYTES = 16 << 20
 _DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
@@ -114,7 +112,13 @@ def _quantizer(scheme: BlockScheme) -> Any:  # noqa: ANN401 - onnxruntime has no
 
 
 def quantize_graph(
-    source: Path, output: Path, scheme: Quantization, *, has_head: bool, moments: Moments | None = None
+    source: Path,
+    output: Path,
+    scheme: Quantization,
+    *,
+    has_head: bool,
+    moments: Moments | None = None,
+    shares: bool = False,
 ) -> Path:
     """Quantise every product of a servable graph with a constant matrix.
 
@@ -124,6 +128,7 @@ def quantize_graph(
         scheme: see `Quantization`.
         has_head: the graph has a vocab head, which must be among the products.
         moments: see `quantize_products`.
+        shares: see `quantize_products`.
 
     Returns:
         The path of the quantised graph.
@@ -132,14 +137,20 @@ def quantize_graph(
         UnsupportedModelError: see `quantize_products`.
     """
     model = read_exported(source)
-    quantize_products(model, scheme, has_head=has_head, moments=moments)
+    quantize_products(model, scheme, has_head=has_head, moments=moments, shares=shares)
     path = output / source.name
     ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
+    map_shared(path)
     return path
 
 
 def quantize_products(
-    model: ir.Model, scheme: Quantization, *, has_head: bool, moments: Moments | None = None
+    model: ir.Model,
+    scheme: Quantization,
+    *,
+    has_head: bool,
+    moments: Moments | None = None,
+    shares: bool = False,
 ) -> None:
     """Quantise every product of a servable graph with a constant matrix, in place.
 
@@ -149,6 +160,7 @@ def quantize_products(
         has_head: see `quantize_graph`.
         moments: second moments of the inputs of the body's products, by the name of the matrix; what is not
             known counts alike.
+        shares: a tied embedding is looked up in the head's rows, if they have 8 bits; see `shared_table.py`.
 
     Raises:
         UnsupportedModelError: the head, or all of the body, has no product that can be quantised.
@@ -156,7 +168,9 @@ def quantize_products(
     products, head = products_of(model.graph, has_head=has_head)
     writer = _Writer(model.graph, moments or {})
     for node, product in products.items():
-        writer.replace(node, product, scheme.rows if node is head else scheme.body)
+        blocks = writer.replace(node, product, scheme.rows if node is head else scheme.body)
+        if shares and node is head and scheme.rows.bits == _SHARED_BITS:
+            share_table(model.graph, product.weight, blocks, scheme.rows)
     model.opset_imports.setdefault(_CONTRIB, 1)
     RemoveUnusedNodesPass()(model)
     logger.info("quantised %d products to %d bits", len(products), scheme.body.bits)
@@ -171,8 +185,8 @@ class _Writer:
         self._made: dict[tuple[ir.Value, bool, BlockScheme, bool], _Operands] = {}
         self._sums: dict[ir.Value, ir.Value] = {}
 
-    def replace(self, node: ir.Node, product: Product, scheme: BlockScheme) -> None:
-        """Put a product with blocks in the place of one with floats."""
+    def replace(self, node: ir.Node, product: Product, scheme: BlockScheme) -> tuple[ir.Value, ...]:
+        """Put a product with blocks in the place of one with floats; gives integers, scales, zero points."""
         fed = node.inputs[0]
         if fed is None:
             raise UnsupportedModelError(f"{describe(node)} multiplies nothing: the graph is damaged.")
@@ -192,6 +206,7 @@ class _Writer:
         writer.insert_before(node)
         take_over(node.outputs[0], result)
         self._graph.remove(node, safe=True)
+        return operands.blocks
 
     def _block_sums(self, fed: ir.Value, blocks: int, writer: NodeWriter) -> ir.Value:
         """The sums of a product's input, a block each (..., blocks); products of one input share them."""

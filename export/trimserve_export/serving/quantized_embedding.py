@@ -1,4 +1,4 @@
-"""Cold rows of an embedding that the exporter quantised: the floats that its graph would make of them."""
+"""Cold rows of an embedding that is looked up in integers: the floats that its graph would make of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from trimserve.files.tensors import (
     to_float32,
     write_tensors,
 )
-from trimserve_export.graphs.embeddings import find_embeddings
 from trimserve_export.serving.quantize import quantize_rows
 
 _SLICE_BYTES = 16 << 20
@@ -77,7 +76,7 @@ def round_cold_embedding(graph_path: Path, cold_path: Path) -> bool:
     """Replace cold embedding rows by what the graph's quantised embedding would hold for them.
 
     Args:
-        graph_path: the exporter's graph.
+        graph_path: the exporter's graph, or the servable one.
         cold_path: `cold_rows.safetensors`, with rows as the checkpoint has them.
 
     Returns:
@@ -89,7 +88,8 @@ def round_cold_embedding(graph_path: Path, cold_path: Path) -> bool:
         return False
     specs, metadata = read_header(cold_path)
     tensors: dict[str, TensorSource] = {name: WholeTensor(spec) for name, spec in specs.items()}
-    dtype = _DTYPES[find_embeddings(graph)[0].dtype]
+    scales = lookup.inputs[2]
+    dtype = _DTYPES[scales.dtype if scales is not None and scales.dtype is not None else ir.DataType.FLOAT]
     tensors["embedding"] = RoundedRows(specs["embedding"], lookup_scheme(lookup), dtype)
     rounded = cold_path.with_name(f".{cold_path.name}.part")
     exhaust(write_tensors(rounded, tensors, metadata))

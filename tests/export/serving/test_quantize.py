@@ -208,7 +208,35 @@ def test_all_products_are_quantised_and_nothing_else_is(quantized):
         if node.op_type in ("MatMul", "Gemm", "FusedMatMul") and node.inputs[1].const_value is not None
     ]
     assert not left
-    assert [node.op_type for node in graph].count("Gather") > 0  # the embedding stays a table of floats
+    # The embedding stays a table of floats, or is looked up in the head's rows.
+    kinds = [node.op_type for node in graph]
+    config = quantized.torch_model().config
+    shares = config.tie_word_embeddings and config.hidden_size % 32 == 0
+    assert kinds.count("GatherBlockQuantized") == int(shares)
+    assert kinds.count("Gather") > 0
+
+
+def test_a_tied_embedding_is_looked_up_in_the_heads_bytes(tmp_path):
+    """No second table in the file: kept and cold rows are what the 8-bit integers stand for."""
+    model = save_model("llama_tied", tmp_path / "model", hidden_size=64)
+    export(model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", quantize="int4")
+    folder = open_folder(tmp_path / "out")
+    proto = onnx.load(folder.path / "model.onnx", load_external_data=False)
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    lookup = next(node for node in proto.graph.node if node.op_type == "GatherBlockQuantized")
+    whole = stored[lookup.input[0]]
+    places = [list(tensor.external_data) for tensor in stored.values() if tensor.external_data]
+    assert places.count(list(whole.external_data)) == 2
+    assert not any(list(tensor.dims) == [10, 64] and tensor.data_type == 1 for tensor in stored.values())
+    table = transformers.AutoModelForCausalLM.from_pretrained(model).lm_head.weight.detach().numpy()
+    blocks = quantize_rows(table, BlockScheme(8))
+    expected = dequantize(blocks.integers, blocks.scales, 64, BlockScheme(8))
+    cold_ids = folder.vocab.cold_ids
+    np.testing.assert_array_equal(ColdRows(folder).embedding(cold_ids), expected[cold_ids])
+    np.testing.assert_array_equal(ColdRows(folder).head(cold_ids), expected[cold_ids])
+    result = verify(folder.path, model, store=False)
+    assert result.ok, [check for check in result.checks if not check.ok]
+    assert "quantized-embedding" in [check.name for check in result.checks]
 
 
 def test_float_head_rows_are_not_stored_beside_the_quantised_ones(quantized):
