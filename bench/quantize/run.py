@@ -116,6 +116,7 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
     from trimserve_export.serving.block_search import search_blocks
     from trimserve_export.serving.calibration import Calibration, quantize_calibrated
     from trimserve_export.serving.servable import make_servable
+    from trimserve_export.serving.shared_table import map_shared
 
     source, is_decoder = resolve_model(checkpoint), model == DECODER
     task = "text-generation-with-past" if is_decoder else "feature-extraction"
@@ -143,6 +144,7 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
                 calibration=calibration,
                 shares=True,
             )
+        map_shared(path)
         if calibration is not None:
             known.moments.update(calibration.moments)
         outputs = _outputs(path, held_out, is_decoder=is_decoder)

@@ -36,6 +36,7 @@ from trimserve_export.serving.calibration import Calibration, quantize_calibrate
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.serving.servable import make_servable, serve
+from trimserve_export.serving.shared_table import map_shared
 from trimserve_export.trimming.trim import trim_head
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,7 @@ def make_graphs(
         made = quantize_calibrated(
             graph, output, scheme, has_head=has_head, calibration=calibration, shares=True
         )
+        map_shared(made)
         return {"model": made}
 
 

@@ -25,11 +25,14 @@ from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
+from trimserve.vocab.map import VocabMap
 from trimserve_export import export
 from trimserve_export.checkpoint.axes import load_config
 from trimserve_export.exporters import choice
 from trimserve_export.exporters.choice import choose_exporter, is_installed
 from trimserve_export.exporters.exporter import EXPORTERS, GraphJob, load_exporter
+from trimserve_export.layouts.writing import write_layout_graph
+from trimserve_export.serving.quantize import quantization_of
 from trimserve_export.verify import verify
 
 pytestmark = [pytest.mark.export, pytest.mark.next]
@@ -298,9 +301,14 @@ def test_onnxruntime_genai_runs_what_was_made_of_its_graphs(tmp_path, layout, qu
     vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     result = export(source, vocab, tmp_path / "out", exporter="genai", layout=layout, quantize=quantize)
     vocab = open_folder(result.path).vocab
-    full = load_exporter("genai").export_checkpoint(
-        model, tmp_path / "full", GraphJob(GENERATE, quantize=quantize)
-    )
+    full = load_exporter("genai").export_checkpoint(model, tmp_path / "full", GraphJob(GENERATE))
+    if quantize is not None:
+        (tmp_path / "rounded").mkdir()
+        everything = VocabMap.everything(source.vocab_size)
+        scheme = quantization_of(quantize)
+        full = write_layout_graph(
+            full, tmp_path / "rounded", everything, drop_in=False, has_head=True, scheme=scheme
+        )
     ids = [int(id_) for id_ in kept[:9]]
     expected = list(ids)
     for _ in range(8):
@@ -334,8 +342,10 @@ def test_verify_sees_shifted_rows_of_a_quantised_table(tmp_path, layout):
     graph = ir.load(folder / "model.onnx")
     rows = len(open_folder(folder).vocab)
     weights = graph.graph.initializers.values()
-    table = next(value for value in weights if value.shape[0] == rows and len(value.shape) == 3)
-    table.const_value = ir.tensor(np.roll(table.const_value.numpy(), 1, axis=0), name=table.name)
+    tables = [value for value in weights if value.shape[:1] == (rows,) and value.dtype == ir.DataType.UINT8]
+    assert [len(table.shape) for table in tables] == [3, 2]  # the same bytes, a block or a row together
+    for table in tables:
+        table.const_value = ir.tensor(np.roll(table.const_value.numpy(), 1, axis=0), name=table.name)
     ir.save(graph, folder / "model.onnx")
     write_manifest(folder, dataclasses.replace(read_manifest(folder), files=list_files(folder)))
     failed = set(verify(folder, model, store=False).failed)

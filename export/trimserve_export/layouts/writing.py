@@ -13,6 +13,8 @@ from trimserve_export.layouts.drop_in import make_drop_in, save_plain, save_tied
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.serving.calibration import Calibration, quantize_calibrated
+from trimserve_export.serving.quantized_embedding import round_cold_embedding
+from trimserve_export.serving.shared_table import map_shared
 
 # Copied as they are, unless the checkpoint itself is the result.
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -72,8 +74,13 @@ def write_layout_graph(
         if scheme is not None:
             tied = save_tied(made, Path(scratch) / "tied") if has_head else made
             made = quantize_calibrated(
-                tied, Path(scratch), scheme, has_head=has_head, calibration=calibration
+                tied, Path(scratch), scheme, has_head=has_head, calibration=calibration, shares=True
             )
-        if not drop_in:
-            return save_plain(made, target)
-        return make_drop_in(made, target, vocab, has_head=has_head, cold_path=cold_path)
+            if cold_path is not None and vocab.head.cold_ids.size:
+                round_cold_embedding(made, cold_path)
+        if drop_in:
+            path = make_drop_in(made, target, vocab, has_head=has_head, cold_path=cold_path)
+        else:
+            path = save_plain(made, target)
+        map_shared(path)
+        return path

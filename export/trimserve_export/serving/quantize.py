@@ -30,7 +30,7 @@ from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
 from trimserve_export.serving.block_search import BLOCK, search_blocks
 from trimserve_export.serving.products import Matrix, Product, products_of
-from trimserve_export.serving.shared_table import map_shared, share_table
+from trimserve_export.serving.shared_table import share_table
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def quantize_graph(
         scheme: see `Quantization`.
         has_head: the graph has a vocab head, which must be among the products.
         moments: see `quantize_products`.
-        shares: see `quantize_products`.
+        shares: see `quantize_products`; whoever writes the final graph calls `map_shared`.
 
     Returns:
         The path of the quantised graph.
@@ -140,7 +140,6 @@ def quantize_graph(
     quantize_products(model, scheme, has_head=has_head, moments=moments, shares=shares)
     path = output / source.name
     ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
-    map_shared(path)
     return path
 
 
