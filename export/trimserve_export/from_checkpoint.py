@@ -198,7 +198,12 @@ def make_graphs(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".servable.") as scratch:
         graph = _make_servable(exported, Path(scratch), rows, head, has_head=has_head)
         made = quantize_calibrated(
-            graph, output, scheme, has_head=has_head, calibration=calibration, shares=True
+            graph,
+            output,
+            scheme,
+            has_head=has_head,
+            calibration=calibration,
+            shares=not scheme.by_exporter,  # folders of earlier versions have a table of floats
         )
         map_shared(made)
         return {"model": made}

@@ -92,7 +92,9 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
         quantization = Quantization.from_dict(manifest.quantization)
         options |= {"dtype": manifest.dtype}
         if quantization is not None:
-            options |= {"quantize": f"int{quantization.body.bits}", "vocab_bits": quantization.rows.bits}
+            options["quantize"] = f"int{quantization.body.bits}"
+            if "device" not in manifest.exporter:  # a builder for another device quantises by itself
+                options["vocab_bits"] = quantization.rows.bits
             options["calibration"] = calibration_of(like)
         options["exporter"] = manifest.exporter.get("name", "auto")
         options["device"] = manifest.exporter.get("device", "cpu")

@@ -74,7 +74,12 @@ def write_layout_graph(
         if scheme is not None:
             tied = save_tied(made, Path(scratch) / "tied") if has_head else made
             made = quantize_calibrated(
-                tied, Path(scratch), scheme, has_head=has_head, calibration=calibration, shares=True
+                tied,
+                Path(scratch),
+                scheme,
+                has_head=has_head,
+                calibration=calibration,
+                shares=not scheme.by_exporter,
             )
             if cold_path is not None and vocab.head.cold_ids.size:
                 round_cold_embedding(made, cold_path)

@@ -33,11 +33,11 @@ from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
+from trimserve_export import planning
 from trimserve_export.full_model import export_full
 from trimserve_export.graphs.head import find_head
 from trimserve_export.options import Options
 from trimserve_export.pipeline import export
-from trimserve_export.serving import quantize
 from trimserve_export.serving.quantize import quantization_of, quantize_graph, quantize_rows, scheme_of
 from trimserve_export.verify import verify
 
@@ -316,18 +316,25 @@ def test_vocab_rows_have_bits_of_their_own(tmp_path, vocab_bits, expected):
     assert verify(folder.path, model, store=False).ok
 
 
-def test_a_folder_with_one_scheme_for_all_still_opens(tmp_path, monkeypatch):
-    """Folders of earlier versions: scales by the largest number, and no word of rows and body."""
-    monkeypatch.setitem(quantize._BODIES, "int4", BlockScheme(4))
-    model = save_model("llama", tmp_path / "model", hidden_size=48)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_folder_of_an_earlier_version_still_opens_and_verifies(tmp_path, monkeypatch, bits):
+    """One scheme for all, by the largest number, an embedding of floats; no word of rows and body."""
+    model = save_model("llama_tied", tmp_path / "model", hidden_size=64)
     vocab = make_vocab([*range(8), 20, 36], 37)
-    export(model, vocab, tmp_path / "out", quantize="int4", vocab_bits=4)
+    old = Quantization(BlockScheme(bits), BlockScheme(bits), by_exporter=True)
+    monkeypatch.setattr(planning, "quantization_of", lambda *_, **__: old)
+    export(model, vocab, tmp_path / "out", quantize=f"int{bits}")
     manifest = read_manifest(tmp_path / "out")
-    old = {"bits": 4, "block_size": 32, "accuracy_level": 4, "zero_points": False}
-    expected = ColdRows(open_folder(tmp_path / "out")).head(vocab.cold_ids)
-    write_manifest(tmp_path / "out", replace(manifest, quantization=old))
-    np.testing.assert_array_equal(ColdRows(open_folder(tmp_path / "out")).head(vocab.cold_ids), expected)
-    assert verify(tmp_path / "out", model, store=False).ok
+    flat = {"bits": bits, "block_size": 32, "accuracy_level": 4, "zero_points": False}
+    write_manifest(tmp_path / "out", replace(manifest, quantization=flat))
+    table = transformers.AutoModelForCausalLM.from_pretrained(model).lm_head.weight.detach().numpy()
+    cold = ColdRows(open_folder(tmp_path / "out"))
+    np.testing.assert_array_equal(cold.embedding(vocab.cold_ids), table[vocab.cold_ids])
+    blocks = quantize_rows(table[vocab.cold_ids], BlockScheme(bits))
+    expected = dequantize(blocks.integers, blocks.scales, 64, BlockScheme(bits))
+    np.testing.assert_array_equal(cold.head(vocab.cold_ids), expected)
+    result = verify(tmp_path / "out", model, store=False)
+    assert result.ok, [check for check in result.checks if not check.ok]
 
 
 @pytest.mark.parametrize(
