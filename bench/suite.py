@@ -67,7 +67,7 @@ SUITE = (
     Entry("peers", 5, quick=False),
     Entry("segmentation", 3, quick=False),
     # Its models come from PyPI packages; without them it says so.
-    Entry("quantize", 6, ("--exporter", "optimum")),
+    Entry("quantize", 2.5),
 )
 
 

@@ -111,7 +111,9 @@ def excerpts(tokenizer: Tokenizer, count: int, tokens: int) -> dict[str, list[np
 def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, Any]:  # noqa: ANN401
     """Quantise a model in all ways; returns its row."""
     from trimserve.model.resolve import resolve_model
-    from trimserve_export.exporters.exporter import GraphJob, load_exporter
+    from trimserve_export.checkpoint.axes import load_config
+    from trimserve_export.exporters.choice import choose_exporter
+    from trimserve_export.exporters.exporter import GraphJob
     from trimserve_export.serving import quantize
     from trimserve_export.serving.block_search import search_blocks
     from trimserve_export.serving.calibration import Calibration, quantize_calibrated
@@ -120,7 +122,9 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
 
     source, is_decoder = resolve_model(checkpoint), model == DECODER
     task = "text-generation-with-past" if is_decoder else "feature-extraction"
-    exported = load_exporter(args.exporter).export_checkpoint(checkpoint, work / "exported", GraphJob(task))
+    job = GraphJob(task)
+    exporter = choose_exporter(args.exporter, load_config(checkpoint), job).exporter
+    exported = exporter.export_checkpoint(checkpoint, work / "exported", job)
     served = make_servable(exported, work / "float", rows=source.vocab_size, has_head=is_decoder).path
     tokenizer = source.tokenizer()
     domain = texts_of(DOMAIN)
@@ -242,9 +246,7 @@ def _said(found: Mapping[str, float], fp32: Mapping[str, float]) -> str:
 def main() -> int:
     """Measure each model that is there, save its row, print its table."""
     parser = harness.parser(__doc__ or "", rounds=1, work="the graphs")
-    parser.add_argument(
-        "--exporter", default="transformers", help="what makes the graphs (default: transformers)"
-    )
+    parser.add_argument("--exporter", default="auto", help="what makes the graphs (default: auto)")
     parser.add_argument("--excerpts", type=int, default=3, help="a corpus, of the decoder (default 3)")
     parser.add_argument("--tokens", type=int, default=_EXCERPT_TOKENS, help="an excerpt (default 200)")
     parser.add_argument("--checkpoint", type=Path, help="a folder with the decoder, made before")
