@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cuda")
 # A folded constant above this size would be a second, anonymous copy of a mapped weight.
-_MAX_FOLDED_BYTES = 1 << 20
+MAX_FOLDED_BYTES = 1 << 20
 
 
 def open_session(
@@ -63,7 +63,7 @@ def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.Sessio
     options: ort.SessionOptions = runtime.SessionOptions()
     options.log_severity_level = 3  # a fold that was skipped on purpose is no warning for the user
     options.add_session_config_entry(
-        "optimization.constant_folding_max_output_size_in_bytes", str(_MAX_FOLDED_BYTES)
+        "optimization.constant_folding_max_output_size_in_bytes", str(MAX_FOLDED_BYTES)
     )
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     # Each session has its own threads: a pool shared by the process (set_global_thread_pool_sizes) makes

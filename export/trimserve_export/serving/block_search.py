@@ -3,10 +3,11 @@
 A block of 32 weights w becomes integers q of 0 to 15. Two forms:
 
 - a zero point z, an integer: w is about s (q - z). MatMulNBits multiplies it as fast as without one.
-- a minimum m, a float: w is about s q + m. The graph adds m times the sum of the block's inputs, which costs
-  a small product beside the large one. Weights that were rounded like this once (GGUF's Q4_1 and Q4_K, made
-  floats again) lie on such a lattice, and come out as they went in; for others it gains little. So a matrix
-  takes minima only where they leave a fraction of the error.
+- a minimum, which stands here by what the middle integer means: w is about s (q - 8) + m, m a float. The
+  graph adds m times the sum of the block's inputs, which costs a small product beside the large one. Weights
+  that were rounded like this once (GGUF's Q4_1 and Q4_K, made floats again) lie on such a lattice, and come
+  out as they went in; for others it gains little. So a matrix takes minima only where they leave a fraction
+  of the error.
 
 Scales come from a search: the range of a block is narrowed step by step, the integers rounded, scale (and
 minimum) fitted to them by least squares, and the smallest error wins. Errors are squared, and weighted by the
@@ -17,12 +18,16 @@ processor finds the same integers.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 BLOCK = 32
 _LEVELS = 15
+_MIDDLE = np.float32(8)
+# Largest numbers of rows: scales are about a tenth, and float16 has its full precision from 2^-14 on.
+_USUAL = (2.0**-7, 2.0**10)
 # How far a block's range is narrowed at most: beyond, what is clipped costs more than finer steps gain.
 _RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 # Blocks that are searched together: their floats stay in a core's cache.
@@ -40,20 +45,20 @@ class SearchedBlocks:
 
     Attributes:
         integers: uint8 (n, blocks, 16), the first of two in the low half.
-        scales: float32 (n, blocks).
+        scales: float16 or float32 (n, blocks).
         zero_points: uint8 (n, ceil(blocks / 2)), packed alike; None where the blocks have minima.
-        minima: float16 (n, blocks), or None.
+        middles: of blocks with minima, what the integer 8 means: float16 (n, blocks); or None.
     """
 
     integers: Bytes
-    scales: Floats
+    scales: npt.NDArray[np.floating]
     zero_points: Bytes | None
-    minima: npt.NDArray[np.float16] | None
+    middles: npt.NDArray[np.float16] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """Blocks as columns: integers (32, n); scale, offset (zero point or minimum) and error of each (n,)."""
+    """Blocks as columns: integers (32, n); scale, offset (zero point or middle) and error of each (n,)."""
 
     integers: Floats
     scales: Floats
@@ -72,7 +77,7 @@ class _Fit:
 
 
 def search_blocks(
-    rows: npt.NDArray[np.floating], moments: Floats | None, *, minima: bool = True
+    rows: npt.NDArray[np.floating], moments: Floats | None, *, minima: bool = True, half: bool = False
 ) -> SearchedBlocks:
     """Round a matrix to 4 bits.
 
@@ -80,16 +85,21 @@ def search_blocks(
         rows: a row an output, float (n, H).
         moments: second moments of the product's inputs (H,), in any unit; None weights all alike.
         minima: whether blocks may have minima.
+        half: store the scales in float16 if they are of a size for it.
     """
     count, width = rows.shape
     weights = _weights(moments, width)
-    with_minima = minima and width % BLOCK == 0 and _prefers_minima(rows, weights)
+    sample = rows[:: max(1, len(rows) // _SAMPLE_ROWS)]
+    with_minima = minima and width % BLOCK == 0 and _prefers_minima(sample, weights)
+    kind: np.dtype[Any] = np.dtype(
+        np.float16 if rows.dtype == np.float16 or (half and _is_usual(sample)) else np.float32
+    )
     blocks = -(-width // BLOCK)
     integers = np.empty((count, blocks, BLOCK // 2), np.uint8)
-    scales = np.empty((count, blocks), np.float32)
+    scales = np.empty((count, blocks), kind)
     offsets = np.empty((count, blocks), np.float32)
     for part in _slices(count, blocks):
-        fit = _fit(rows[part], weights, minima=with_minima)
+        fit = _fit(rows[part], weights, kind, minima=with_minima)
         shape = (part.stop - part.start, blocks)
         values = fit.integers.T.reshape(*shape, BLOCK).astype(np.uint8)
         integers[part] = values[..., ::2] | (values[..., 1::2] << np.uint8(4))
@@ -116,28 +126,32 @@ def _slices(count: int, blocks: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
+def _is_usual(rows: npt.NDArray[np.floating]) -> bool:
+    """Whether scales have the size of float16's normal numbers, with room on both sides."""
+    largest = np.abs(rows).max(axis=1)
+    return bool(np.median(largest) >= _USUAL[0] and largest.max() <= _USUAL[1])
+
+
 def _prefers_minima(rows: npt.NDArray[np.floating], weights: Floats) -> bool:
-    sample = rows[:: max(1, len(rows) // _SAMPLE_ROWS)]
-    errors = [
-        float(_fit(sample, weights, minima=form).errors.astype(np.float64).sum()) for form in (True, False)
-    ]
-    return errors[0] < _MINIMA_BELOW * errors[1]
+    kind = np.dtype(np.float32)
+    fits = [_fit(rows, weights, kind, minima=form).errors.astype(np.float64) for form in (True, False)]
+    return float(fits[0].sum()) < _MINIMA_BELOW * float(fits[1].sum())
 
 
-def _fit(rows: npt.NDArray[np.floating], weights: Floats, *, minima: bool) -> _Fit:
+def _fit(rows: npt.NDArray[np.floating], weights: Floats, kind: np.dtype[Any], *, minima: bool) -> _Fit:
     """The best fit found for each block of some rows, row after row."""
     missing = weights.size - rows.shape[1]
     padded = np.pad(np.asarray(rows, np.float32), ((0, 0), (0, missing)))
     columns = np.ascontiguousarray(padded.reshape(-1, BLOCK).T)
     weighted = np.ascontiguousarray(np.tile(weights, (len(rows), 1)).T)
-    candidates = (_with_minima if minima else _with_zero_points)(columns, weighted)
+    candidates = (_with_minima if minima else _with_zero_points)(columns, weighted, kind)
     best = next(candidates)
     for other in candidates:
         best = best.better_of(other)
     return best
 
 
-def _with_zero_points(columns: Floats, weighted: Floats) -> Iterator[_Fit]:
+def _with_zero_points(columns: Floats, weighted: Floats, kind: np.dtype[Any]) -> Iterator[_Fit]:
     low, high = np.minimum(columns.min(axis=0), 0), np.maximum(columns.max(axis=0), 0)
     full = _nonzero((high - low) / np.float32(_LEVELS))
     for share in _RANGES:
@@ -148,32 +162,33 @@ def _with_zero_points(columns: Floats, weighted: Floats) -> Iterator[_Fit]:
             shifted = integers - zeros
             power = (weighted * shifted * shifted).sum(axis=0)
             fitted = (weighted * shifted * columns).sum(axis=0) / np.where(power > 0, power, 1)
-            scales = np.where(fitted > 0, fitted, scales)
-            errors = (weighted * (shifted * scales - columns) ** 2).sum(axis=0)
-            yield _Fit(integers, scales, zeros, errors)
+            chosen = _stored(np.where(fitted > 0, fitted, scales), kind)
+            errors = (weighted * (shifted * chosen - columns) ** 2).sum(axis=0)
+            yield _Fit(integers, chosen, zeros, errors)
 
 
-def _with_minima(columns: Floats, weighted: Floats) -> Iterator[_Fit]:
+def _with_minima(columns: Floats, weighted: Floats, kind: np.dtype[Any]) -> Iterator[_Fit]:
     low, high = columns.min(axis=0), columns.max(axis=0)
     total = _nonzero(weighted.sum(axis=0))
     mean = (weighted * columns).sum(axis=0) / total
     for share in _RANGES:
-        scales = _nonzero((high - low) * np.float32(share / _LEVELS))
-        minima = _half(low + (high - low) * np.float32((1 - share) / 2))
-        fit = _at(columns, weighted, scales, minima)
+        scales = _stored(_nonzero((high - low) * np.float32(share / _LEVELS)), kind)
+        middles = low + (high - low) * np.float32((1 - share) / 2) + scales * _MIDDLE
+        fit = _at(columns, weighted, scales, middles)
         yield fit
         middle = (weighted * fit.integers).sum(axis=0) / total
         shifted = fit.integers - middle
         power = (weighted * shifted * shifted).sum(axis=0)
         fitted = (weighted * shifted * (columns - mean)).sum(axis=0) / np.where(power > 0, power, 1)
-        scales = np.where(fitted > 0, fitted, scales)
-        yield _at(columns, weighted, scales, _half(mean - scales * middle))
+        scales = _stored(np.where(fitted > 0, fitted, scales), kind)
+        yield _at(columns, weighted, scales, mean - scales * (middle - _MIDDLE))
 
 
-def _at(columns: Floats, weighted: Floats, scales: Floats, minima: Floats) -> _Fit:
-    integers = np.clip(np.rint((columns - minima) / scales), 0, _LEVELS)
-    errors = (weighted * (integers * scales + minima - columns) ** 2).sum(axis=0)
-    return _Fit(integers, scales, minima, errors)
+def _at(columns: Floats, weighted: Floats, scales: Floats, wanted: Floats) -> _Fit:
+    middles = wanted.astype(np.float16).astype(np.float32)
+    integers = np.clip(np.rint((columns - middles) / scales + _MIDDLE), 0, _LEVELS)
+    errors = (weighted * ((integers - _MIDDLE) * scales + middles - columns) ** 2).sum(axis=0)
+    return _Fit(integers, scales, middles, errors)
 
 
 def _nonzero(values: Floats) -> Floats:
@@ -181,9 +196,9 @@ def _nonzero(values: Floats) -> Floats:
     return np.where(values > np.finfo(np.float32).tiny, values, np.float32(1))
 
 
-def _half(minima: Floats) -> Floats:
-    """Minima as they are stored."""
-    return minima.astype(np.float16).astype(np.float32)
+def _stored(scales: Floats, kind: np.dtype[Any]) -> Floats:
+    """Scales as they are stored; one that float16 has no number for leaves a block of zeros."""
+    return _nonzero(scales.astype(kind).astype(np.float32))
 
 
 def _packed(zero_points: Bytes) -> Bytes:

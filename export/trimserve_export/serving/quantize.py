@@ -24,6 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.files.quantized import BlockScheme, BlockSpecs, Quantization, block_specs
 from trimserve.files.tensors import TensorSpec, map_tensor, to_float32
+from trimserve.runtime.session import MAX_FOLDED_BYTES
 from trimserve_export.graphs.nodes import NodeWriter, take_over
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
@@ -190,16 +191,14 @@ class _Writer:
         if fed is None:
             raise UnsupportedModelError(f"{describe(node)} multiplies nothing: the graph is damaged.")
         outputs, inputs = product.rows.shape
-        operands = self._operands(product, scheme, minima=fed.shape is not None and len(fed.shape) in (2, 3))
         writer = NodeWriter(self._graph, f"quantize/{node.name}")
+        minima = fed.shape is not None and len(fed.shape) in (2, 3)
+        operands = self._operands(product, scheme, writer, minima=minima)
         attributes = block_attributes(inputs, outputs, scheme)
         result = writer.op("MatMulNBits", [fed, *operands.blocks], domain=_CONTRIB, output=None, **attributes)
-        if operands.minima is not None:
-            minima, dtype = operands.minima, product.rows.dtype
+        if operands.middles is not None:
             sums = self._block_sums(fed, inputs // BLOCK, writer)
-            if dtype != np.float16:
-                minima = writer.op("Cast", [minima], to=int(ir.DataType.from_numpy(dtype)))
-            result = writer.op("Add", [result, writer.op("MatMul", [sums, minima])])
+            result = writer.op("Add", [result, writer.op("MatMul", [sums, operands.middles])])
         if product.bias is not None:
             result = writer.op("Add", [result, product.bias])
         writer.insert_before(node)
@@ -215,7 +214,9 @@ class _Writer:
             self._sums[fed] = writer.op("ReduceSum", [apart, writer.constant([-1])], keepdims=0)
         return self._sums[fed]
 
-    def _operands(self, product: Product, scheme: BlockScheme, *, minima: bool) -> "_Operands":
+    def _operands(
+        self, product: Product, scheme: BlockScheme, writer: NodeWriter, *, minima: bool
+    ) -> "_Operands":
         key = (product.weight, product.by_row, scheme, minima)
         if key not in self._made:
             name = f"{product.weight.name}_Q{scheme.bits}{'_rows' if product.by_row else ''}"
@@ -224,10 +225,20 @@ class _Writer:
                 arrays = {"": blocks.integers, "_scales": blocks.scales}
             else:
                 arrays = _searched(product, self._moments.get(str(product.weight.name)), minima=minima)
-            made = {end: self._constant(f"{name}{end}", array) for end, array in arrays.items()}
-            found_minima = made.pop("_minima", None)
-            self._made[key] = _Operands(tuple(made.values()), found_minima)
+            made = {
+                end: self._of_graph(self._constant(f"{name}{end}", array), product, writer)
+                for end, array in arrays.items()
+            }
+            middles = made.pop("_middles", None)
+            self._made[key] = _Operands(tuple(made.values()), middles)
         return self._made[key]
+
+    def _of_graph(self, constant: ir.Value, product: Product, writer: NodeWriter) -> ir.Value:
+        """Floats that are stored in float16, in the graph's dtype."""
+        dtype = ir.DataType.from_numpy(product.rows.dtype)
+        if constant.dtype in (ir.DataType.UINT8, dtype):
+            return constant
+        return writer.op("Cast", [constant], to=int(dtype))
 
     def _constant(self, name: str, array: Matrix) -> ir.Value:
         tensor = ir.tensor(array, name=name)
@@ -240,22 +251,22 @@ class _Writer:
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """Integers, scales and perhaps zero points; the minima (blocks, outputs) where a matrix has them."""
+    """Integers, scales and perhaps zero points; the middles (blocks, outputs) where a matrix has minima."""
 
     blocks: tuple[ir.Value, ...]
-    minima: ir.Value | None
+    middles: ir.Value | None
 
 
 def _searched(product: Product, moments: Moment | None, *, minima: bool) -> dict[str, Matrix]:
     """The constants of a matrix in searched blocks, by how their names end."""
     rows = product.rows
-    found = search_blocks(rows, moments, minima=minima)
-    arrays: dict[str, Matrix] = {"": found.integers, "_scales": found.scales.astype(rows.dtype)}
-    if found.minima is None:
+    # Larger casts are not folded when a session opens, and MatMulNBits packs by constant scales alone.
+    half = 4 * rows.size // BLOCK <= MAX_FOLDED_BYTES
+    found = search_blocks(rows, moments, minima=minima, half=half)
+    arrays: dict[str, Matrix] = {"": found.integers, "_scales": found.scales}
+    if found.middles is None:
         return arrays | {"_zero_points": cast(Matrix, found.zero_points)}
-    # The kernel subtracts 8 from integers without zero points.
-    zero_points = np.zeros((len(rows), -(-found.scales.shape[1] // 2)), np.uint8)
-    return arrays | {"_zero_points": zero_points, "_minima": np.ascontiguousarray(found.minima.T)}
+    return arrays | {"_middles": np.ascontiguousarray(found.middles.T)}  # the kernel subtracts 8 by itself
 
 
 def block_attributes(inputs: int, outputs: int, scheme: BlockScheme) -> dict[str, int]:

@@ -17,11 +17,11 @@ RANDOM = np.random.default_rng(3)
 
 def floats(blocks: SearchedBlocks, width: int) -> np.ndarray:
     """What the blocks stand for, by the formula in the module's docstring."""
-    if blocks.minima is None:
+    if blocks.middles is None:
         return dequantize(blocks.integers, blocks.scales, width, SCHEME, blocks.zero_points)
     low, high = blocks.integers & 15, blocks.integers >> 4
     integers = np.stack([low, high], axis=-1).reshape(*blocks.scales.shape, 32).astype(np.float32)
-    rows = integers * blocks.scales[..., None] + blocks.minima[..., None].astype(np.float32)
+    rows = (integers - 8) * blocks.scales[..., None] + blocks.middles[..., None].astype(np.float32)
     return rows.reshape(len(rows), -1)[:, :width]
 
 
@@ -46,19 +46,19 @@ def test_weights_on_a_lattice_with_minima_come_out_as_they_went_in(dtype):
     rows = (integers * scales.astype(np.float32) - scales.astype(np.float32) * 7.3).astype(dtype)
     minima = rows.astype(np.float32).reshape(70, 4, 32).min(axis=-1)
     found = search_blocks(rows.reshape(70, 128), None)
-    assert found.minima is not None
+    assert found.middles is not None
     # The minimum is stored in fp16, a scale is rounded: nothing like a step.
     bound = np.abs(minima).max() * 2.0**-11 + np.abs(rows).max() * 2.0**-9 * (dtype == np.float16) + 1e-6
     assert np.abs(floats(found, 128) - rows.reshape(70, 128)).max() <= bound
     without = search_blocks(rows.reshape(70, 128), None, minima=False)
-    assert without.minima is None
+    assert without.middles is None
     assert error(rows.reshape(70, 128), floats(without, 128)) > 10 * error(
         rows.reshape(70, 128), floats(found, 128)
     )
 
 
 def test_any_weights_take_zero_points_which_cost_nothing_to_multiply_with():
-    assert search_blocks(RANDOM.standard_normal((64, 96)).astype(np.float32), None).minima is None
+    assert search_blocks(RANDOM.standard_normal((64, 96)).astype(np.float32), None).middles is None
 
 
 def test_moments_move_the_error_to_where_inputs_are_small():
