@@ -165,7 +165,7 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
 
 
 def _without_minima(search: Any) -> Any:  # noqa: ANN401
-    return lambda rows, moments, **_: search(rows, moments, minima=False)
+    return lambda rows, moments, **options: search(rows, moments, **options | {"minima": False})
 
 
 def _outputs(

@@ -44,6 +44,8 @@ VOCAB_BITS = 8
 # With fewer a lookup would round every layer's input too much.
 _SHARED_BITS = 8
 _CONTRIB = "com.microsoft"
+# The opset from which Shape gives all sizes but the last.
+_SHAPE_OF_SOME_AXES = 15
 _SLICE_BYTES = 16 << 20
 _DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 Moment = npt.NDArray[np.float32]
@@ -182,6 +184,7 @@ class _Writer:
     def __init__(self, graph: ir.Graph, moments: Moments) -> None:
         self._graph = graph
         self._moments = moments
+        self._opset = graph.opset_imports.get("", 0)
         self._made: dict[tuple[ir.Value, bool, BlockScheme, bool], _Operands] = {}
         self._sums: dict[ir.Value, ir.Value] = {}
 
@@ -192,8 +195,7 @@ class _Writer:
             raise UnsupportedModelError(f"{describe(node)} multiplies nothing: the graph is damaged.")
         outputs, inputs = product.rows.shape
         writer = NodeWriter(self._graph, f"quantize/{node.name}")
-        minima = fed.shape is not None and len(fed.shape) in (2, 3)
-        operands = self._operands(product, scheme, writer, minima=minima)
+        operands = self._operands(product, scheme, writer, minima=self._opset >= _SHAPE_OF_SOME_AXES)
         attributes = block_attributes(inputs, outputs, scheme)
         result = writer.op("MatMulNBits", [fed, *operands.blocks], domain=_CONTRIB, output=None, **attributes)
         if operands.middles is not None:
@@ -209,8 +211,12 @@ class _Writer:
     def _block_sums(self, fed: ir.Value, blocks: int, writer: NodeWriter) -> ir.Value:
         """The sums of a product's input, a block each (..., blocks); products of one input share them."""
         if fed not in self._sums:
-            leading = [0] * (len(fed.shape or ()) - 1)
-            apart = writer.op("Reshape", [fed, writer.constant([*leading, blocks, BLOCK])])
+            if fed.shape is None:
+                leading = writer.op("Shape", [fed], end=-1)
+                shape = writer.op("Concat", [leading, writer.constant([blocks, BLOCK])], axis=0)
+            else:
+                shape = writer.constant([*[0] * (len(fed.shape) - 1), blocks, BLOCK])
+            apart = writer.op("Reshape", [fed, shape])
             self._sums[fed] = writer.op("ReduceSum", [apart, writer.constant([-1])], keepdims=0)
         return self._sums[fed]
 

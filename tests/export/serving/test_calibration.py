@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+import onnx_ir as ir
 import torch
 import transformers
 
@@ -140,3 +142,37 @@ def test_a_model_that_rounding_harms_is_warned_of(model, vocab, tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         export(model, vocab, tmp_path / "out", quantize="int4", vocab_bits=4, calibration=TEXTS)
     assert "leave --vocab-bits 4 out" in caplog.text
+
+
+def _on_a_lattice(weights: torch.Tensor) -> torch.Tensor:
+    """Each block of 32 in sixteen equal steps from its smallest to its largest number, as Q4_1 has it."""
+    blocks = weights.reshape(-1, 32)
+    low, high = blocks.min(dim=1, keepdim=True).values, blocks.max(dim=1, keepdim=True).values
+    low, step = low.half().float(), ((high - low) / 15).half().float()
+    return (((blocks - low) / step).round().clamp(0, 15) * step + low).reshape(weights.shape)
+
+
+def test_a_model_of_q4_1_weights_comes_out_as_it_went_in(model, vocab, tmp_path):
+    """What is left is how the kernel rounds activations, as it does with 8 bits, too."""
+    lattice = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in lattice.model.layers:
+            for part in layer.modules():
+                if isinstance(part, torch.nn.Linear):
+                    part.weight.copy_(_on_a_lattice(part.weight))
+    shutil.copytree(model, tmp_path / "model")
+    lattice.save_pretrained(tmp_path / "model")
+    source = resolve_model(tmp_path / "model")
+    rows = make_vocab(vocab.kept_ids, source.vocab_size, source.tokenizer_sha256)
+    for bits in ("int4", "int8"):
+        export(source, rows, tmp_path / bits, quantize=bits, calibration=TEXTS, progress=False)
+    graph = ir.load(tmp_path / "int4" / "model.onnx").graph
+    assert sum(node.op_type == "ReduceSum" and "quantize" in node.name for node in graph) >= 4
+    ids = np.arange(40)[None]
+    exported = export(source, rows, tmp_path / "fp32", progress=False).path
+    fp32, int4, int8 = (
+        run(open_graph(path / "model.onnx"), ids, cold_rows=np.zeros((1, 64), np.float32))["hidden_states"]
+        for path in (exported, tmp_path / "int4", tmp_path / "int8")
+    )
+    assert np.abs(int4 - fp32).max() < 2 * np.abs(int8 - fp32).max()
+    assert verify(tmp_path / "int4", tmp_path / "model", store=False).ok
