@@ -30,6 +30,7 @@ from trimserve_export.planning import Plan, plan_export
 from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import fill_from_static, is_static
+from trimserve_export.trial import try_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         plan = plan_export(source, vocab, options, sample) if source.graph is None and not static else None
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
+            try_folder(staging, manifest, device=device)
     return _result(target, manifest, plan, time.perf_counter() - start)
 
 
