@@ -36,9 +36,9 @@ def load(
         threads: threads of one operator; by default the CPUs this process may use.
         low_memory: use the weights where they are mapped instead of packed copies: next to no private
             memory, slower steps. Quantised weights are always packed.
-        verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and, by
-            what the system says, not written to since; ``"off"`` compares sizes. By default what `TRIMSERVE_VERIFY`
-            says, else fast.
+        verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and not
+            written to since, as the system says; ``"off"`` compares sizes. By default what
+            `TRIMSERVE_VERIFY` says, else fast.
 
     Returns:
         An Encoder or a Generator, by the folder's task.

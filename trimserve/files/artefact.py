@@ -86,7 +86,7 @@ def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArr
         )
     arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
     facts = {
-        key: parse_json(value, f"{path}: its {key}", advice=f"make the {kind} again.")
+        key: parse_json(value, f"{path}: its {key}", advice=f"make the {kind} again.", finite=False)
         for key, value in metadata.items()
         if key not in ("kind", "schema_version")
     }

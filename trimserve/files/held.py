@@ -19,8 +19,9 @@ from pathlib import Path
 from trimserve.errors import MismatchError, TrimserveError
 
 # Up to this size a file is read at once, and needs no descriptor.
-SMALL_BYTES = 256 << 10
+SMALL_BYTES = 64 << 10
 _CHUNK_BYTES = 1 << 20
+_HASHED_BYTES = 256 << 10
 # A pipe that has a file's name must not block; Windows changes line ends without O_BINARY.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _BY_FOLDER = os.open in os.supports_dir_fd
@@ -101,9 +102,10 @@ class HeldFile:
         if self._content is not None:
             return hashlib.sha256(self._content).hexdigest()
         digest, offset = hashlib.sha256(), 0
-        while chunk := self._pread(offset, _CHUNK_BYTES):
-            digest.update(chunk)
-            offset += len(chunk)
+        buffer = memoryview(bytearray(_HASHED_BYTES))  # one: threads that allocate keep what they free
+        while count := self._read_into(buffer, offset):
+            digest.update(buffer[:count])
+            offset += count
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
@@ -131,6 +133,13 @@ class HeldFile:
         with path.open("xb") as target:
             for offset in range(0, self.size, _CHUNK_BYTES):
                 target.write(self.read(offset, _CHUNK_BYTES))
+
+    def _read_into(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [buffer], offset)
+        chunk = _read_at(self._descriptor, len(buffer), offset)
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
     def _pread(self, offset: int, count: int) -> bytes:
         parts = []

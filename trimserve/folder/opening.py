@@ -125,9 +125,9 @@ def open_folder(path: Path, *, verify: str | None = None) -> TrimmedFolder:
 
     Args:
         path: the folder.
-        verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and, by
-            what the system says, not written to since; ``"off"`` compares sizes. By default what `TRIMSERVE_VERIFY`
-            says, else fast.
+        verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and not
+            written to since, as the system says; ``"off"`` compares sizes. By default what
+            `TRIMSERVE_VERIFY` says, else fast.
 
     Raises:
         UsageError: not a trimmed folder, or no such `verify`.
@@ -136,7 +136,10 @@ def open_folder(path: Path, *, verify: str | None = None) -> TrimmedFolder:
     chosen = chosen_verify(verify)
     for tries_left in reversed(range(_TRIES)):
         if not is_trimmed(path):
-            read_manifest(path)  # which says so
+            if not tries_left or tries_left == _TRIES - 1:
+                read_manifest(path)  # which says so
+            time.sleep(_PAUSE_SECONDS)  # it was there: its successor is about to be
+            continue
         held = HeldFolder(path)
         try:
             return _open(path, held, chosen)
