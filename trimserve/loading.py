@@ -26,6 +26,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     low_memory: bool = False,
+    verify: str | None = None,
 ) -> "Encoder | Generator":
     """Load a trimmed folder.
 
@@ -35,6 +36,9 @@ def load(
         threads: threads of one operator; by default the CPUs this process may use.
         low_memory: use the weights where they are mapped instead of packed copies: next to no private
             memory, slower steps. Quantised weights are always packed.
+        verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and not
+            written to since, as the system says; ``"off"`` compares sizes. By default what
+            `TRIMSERVE_VERIFY` says, else fast.
 
     Returns:
         An Encoder or a Generator, by the folder's task.
@@ -45,13 +49,13 @@ def load(
         UnsupportedModelError: a layout or a task that this runtime does not run.
         MissingExtraError: onnxruntime is not installed.
     """
-    folder = open_folder(Path(path))
+    folder = open_folder(Path(path), verify=verify)
     check_runnable(folder)
     codec = Codec(folder)
     release_free_memory()  # before the graphs are read, so that both peaks do not add up
     prepack = prepacks(quantized=folder.manifest.quantization is not None, low_memory=low_memory)
     sessions = {
-        role: open_session(folder.file(name), device=device, threads=threads, prepack=prepack)
+        role: open_session(folder.graph(name), device=device, threads=threads, prepack=prepack)
         for role, name in folder.manifest.graphs.items()
     }
     cold = ColdRows(folder, widths=_row_widths(folder, next(iter(sessions.values()))))

@@ -43,7 +43,7 @@ def test_corpus_in_trimmed_folder_out(source, corpus, tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     keys = {"kept", "vocab_size", "bytes_before", "bytes_after", "files", "seconds", "peak_rss_bytes"}
     assert document.keys() >= keys
-    folder = open_folder(out, hash_all=True)
+    folder = open_folder(out, verify="full")
     assert document["kept"] == len(folder.vocab)
     assert folder.vocab.rule["sources"][0]["sha256"] == sha256_file(corpus)
     assert document["files"].keys() == {path.name for path in out.iterdir()}

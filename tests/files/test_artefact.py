@@ -94,7 +94,7 @@ def test_wrong_kind_schema_and_damage_are_refused(tmp_path):
     with pytest.raises(MismatchError, match="schema 2, this trimserve reads 1"):
         load_vocab(file)
     save_file({"x": np.zeros(1)}, file, {"kind": "vocab", "schema_version": "1", "rule": "{"})
-    with pytest.raises(MismatchError, match="is damaged"):
+    with pytest.raises(MismatchError, match="its rule is not JSON"):
         load_artefact(file, "vocab")
 
 

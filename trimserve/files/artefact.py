@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.atomic import atomic_path
+from trimserve.files.checked_json import parse_json
+from trimserve.files.held import HeldFile
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
 
 SCHEMA_VERSION = 1
@@ -61,16 +62,20 @@ def save_artefact(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any
         exhaust(write_tensors(temporary, tensors, metadata))
 
 
-def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Read an artefact of the given kind: its arrays and its facts.
 
     Raises:
         UsageError: there is no such file.
         MismatchError: it is no artefact of this kind, or of a schema this version cannot read.
     """
-    if not path.is_file():
+    if isinstance(path, HeldFile):
+        file, path = path, path.path
+    elif path.is_file():
+        file = HeldFile(path)
+    else:
         raise UsageError(f"{path} does not exist: expected a {kind} file.")
-    specs, metadata = read_header(path)
+    specs, metadata = read_header(file)
     if metadata.get("kind") != kind:
         found = metadata.get("kind", "no trimserve file")
         raise MismatchError(f"{path} should be a {kind} but is {found}: pass the right file.")
@@ -79,11 +84,10 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
             f"{path} has schema {version}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
-    try:
-        arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
-        facts = {
-            key: json.loads(value) for key, value in metadata.items() if key not in ("kind", "schema_version")
-        }
-    except (ValueError, SafetensorError) as error:
-        raise MismatchError(f"{path} is damaged ({error}): make the {kind} again.") from error
+    arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
+    facts = {
+        key: parse_json(value, f"{path}: its {key}", advice=f"make the {kind} again.", finite=False)
+        for key, value in metadata.items()
+        if key not in ("kind", "schema_version")
+    }
     return arrays, facts

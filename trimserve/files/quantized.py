@@ -16,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import MismatchError
+from trimserve.files.checked_json import convert_json
+from trimserve.files.held import HeldFile
 from trimserve.files.tensors import STORAGE_DTYPES, TensorSpec
 
 _BITS = (4, 8)
+_LARGEST_BLOCK = 1 << 16
 _SMALLEST = np.finfo(np.float32).tiny
 
 
@@ -43,7 +46,7 @@ class BlockScheme:
 
     def __post_init__(self) -> None:
         size = self.block_size
-        if self.bits not in _BITS or size < 16 or size & (size - 1):
+        if self.bits not in _BITS or not 16 <= size <= _LARGEST_BLOCK or size & (size - 1):
             raise MismatchError(
                 f"quantisation to {self.bits} bits in blocks of {size} is not known: expected 4 or 8 bits "
                 "and a power of two from 16. Export the folder again."
@@ -52,7 +55,7 @@ class BlockScheme:
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> Self | None:
         """Read the manifest's entry; None for weights that are not quantised."""
-        return None if values is None else cls(**values)
+        return None if values is None else convert_json(values, cls, "the manifest's quantization")
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's entry."""
@@ -93,26 +96,27 @@ class BlockSpecs:
         return last.offset + last.nbytes
 
 
-def block_specs(path: Path, rows: int, width: int, scheme: BlockScheme, dtype: str) -> BlockSpecs:
+def block_specs(path: Path | HeldFile, rows: int, width: int, scheme: BlockScheme, dtype: str) -> BlockSpecs:
     """The layout of a file of quantised rows: all integers, then all scales, then all zero points.
 
     Args:
-        path: the file.
+        path: the file; of an opened one the rows are mapped through what was opened.
         rows: n.
         width: H.
         scheme: see `BlockScheme`.
         dtype: of the scales, in safetensors' words.
     """
+    file, path = (path, path.path) if isinstance(path, HeldFile) else (None, path)
     shape = (rows, scheme.blocks(width))
     integers = TensorSpec(
-        "integers", "U8", (*shape, scheme.block_bytes), path, 0, rows * shape[1] * scheme.block_bytes
+        "integers", "U8", (*shape, scheme.block_bytes), path, 0, rows * shape[1] * scheme.block_bytes, file
     )
     nbytes = rows * shape[1] * STORAGE_DTYPES[dtype].itemsize
-    scales = TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes)
+    scales = TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes, file)
     if not scheme.zero_points:
         return BlockSpecs(integers, scales)
     size = scheme.zero_point_bytes(width)
-    zeros = TensorSpec("zero_points", "U8", (rows, size), path, integers.nbytes + nbytes, rows * size)
+    zeros = TensorSpec("zero_points", "U8", (rows, size), path, integers.nbytes + nbytes, rows * size, file)
     return BlockSpecs(integers, scales, zeros)
 
 

@@ -5,6 +5,7 @@ No model is loaded, and torch is not needed.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -250,7 +251,7 @@ def _check_shapes(tuned: TensorSpec, base: TensorSpec, axis: int, vocab: VocabMa
 
 
 def _nbytes(source: TensorSource) -> int:
-    return int(np.prod(source.shape, dtype=np.int64)) * STORAGE_DTYPES[source.dtype].itemsize
+    return math.prod(source.shape) * STORAGE_DTYPES[source.dtype].itemsize
 
 
 def _convert(values: npt.NDArray[Any], dtype: str, target: str) -> npt.NDArray[Any]:

@@ -2,30 +2,43 @@
 
 import dataclasses
 import json
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypedDict
+
+from msgspec import Meta
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
+from trimserve.files.checked_json import convert_json, parse_json
+from trimserve.files.held import HeldFile
+from trimserve.files.quantized import BlockScheme
 from trimserve.folder.names import COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
 from trimserve.folder.tasks import Task
+from trimserve.vocab.file import MOST_IDS
 
 # Where ids are remapped: see docs/layouts.md.
 Layout = Literal["runtime", "tokenizer", "graph"]
 # What weights of a graph are stored in.
 Dtype = Literal["fp32", "fp16", "bf16"]
+# A manifest is small beside this, with the results of a long verification and a corpus of many files.
+MOST_BYTES = 64 << 20
+_ADVICE = "export the folder again."
+_Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+_Ids = Annotated[int, Meta(ge=1, le=MOST_IDS)]
+_Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+# Hashes that older folders may lack.
+_MaybeSha256 = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+_Role = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,31}$")]
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """Size and hash of one file of the folder."""
 
-    bytes: int
-    sha256: str
+    bytes: _Count
+    sha256: _Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +47,8 @@ class CutTensor:
 
     name: str
     axis: int
-    rows_before: int
-    rows_after: int
+    rows_before: _Count
+    rows_after: _Count
     dtype: str
 
 
@@ -67,8 +80,8 @@ class Lengths:
         restarts: a text that grows beyond `unchanged` while it is generated is read again (Phi-3).
     """
 
-    longest: int | None = None
-    unchanged: int | None = None
+    longest: _Count | None = None
+    unchanged: _Count | None = None
     restarts: bool = False
 
 
@@ -99,24 +112,24 @@ class Manifest:
     """
 
     source: Source
-    tokenizer_sha256: str
-    vocab_size: int
-    kept: int
+    tokenizer_sha256: _MaybeSha256
+    vocab_size: _Ids
+    kept: _Ids
     task: Task
     layout: Layout
     dtype: str
-    graphs: dict[str, str]
+    graphs: dict[_Role, str]
     cut: tuple[CutTensor, ...]
     selection: dict[str, Any]
     exporter: dict[str, str]
     created: str
     files: dict[str, FileEntry]
-    bytes_before: int = 0
+    bytes_before: _Count = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
-    head_rows: int | None = None
+    head_rows: _Ids | None = None
     tokenizer: dict[str, Any] = field(default_factory=dict)
     lengths: Lengths | None = None
     generation: dict[str, Any] | None = None
@@ -133,58 +146,56 @@ class Manifest:
         Raises:
             MismatchError: not JSON, another schema, a missing key, or a path that leaves the folder.
         """
-        try:
-            raw = json.loads(text)
-            version = raw["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise MismatchError(
-                    f"{origin} has schema {version}, this trimserve reads {SCHEMA_VERSION}: "
-                    "export the folder again or update trimserve."
-                )
-            raw["source"] = Source(**raw["source"])
-            raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
-            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            if raw.pop("pooling", None) is not None:
-                raise MismatchError(
-                    f"{origin} was written by an earlier trimserve, which kept the pooling there: export the "
-                    "folder again."
-                )
-            raw["lengths"] = Lengths(**raw["lengths"]) if raw.get("lengths") else None
-            manifest = cls(**raw)
-            parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            optional = [manifest.lengths] if manifest.lengths is not None else []
-            for part in (manifest, *parts, *optional):
-                _check_types(part)
-            for name in (*manifest.files, *manifest.graphs.values()):
-                check_inner_name(name, origin)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, MismatchError):
-                raise
+        # Of a row that is not finite, the sketch's bound is infinite.
+        raw = parse_json(text, origin, advice=_ADVICE, finite=False)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version is None:
+            raise MismatchError(f"{origin} is not a manifest this version understands: {_ADVICE}")
+        if version != SCHEMA_VERSION:
             raise MismatchError(
-                f"{origin} is not a manifest this version understands ({error}): export the folder again."
-            ) from error
+                f"{origin} has schema {version}, this trimserve reads {SCHEMA_VERSION}: "
+                "export the folder again or update trimserve."
+            )
+        if raw.pop("pooling", None) is not None:
+            raise MismatchError(
+                f"{origin} was written by an earlier trimserve, which kept the pooling there: {_ADVICE}"
+            )
+        raw["lengths"] = raw.get("lengths") or None
+        subject = f"{origin} is not a manifest this version understands: it"
+        manifest = convert_json(raw, cls, subject, advice=_ADVICE)
+        manifest._check(raw, subject, origin)
         return manifest
 
+    def _check(self, raw: Mapping[str, Any], subject: str, origin: str) -> None:
+        """Check what the fields' types do not say: keys within, names, and the free parts we rely on."""
+        inner: list[tuple[type, object]] = [(Source, raw["source"]), (_Settings, self._settings)]
+        inner += [(FileEntry, entry) for entry in raw["files"].values()]
+        inner += [(CutTensor, entry) for entry in raw["cut"]]
+        inner += [(Lengths, raw["lengths"])] if self.lengths is not None else []
+        inner += [(BlockScheme, self.quantization)] if self.quantization is not None else []
+        for kind, part in inner:
+            convert_json(part, kind, subject, advice=_ADVICE)
+        named = self.tokenizer.get("file")
+        if named is not None and named not in self.files:
+            raise MismatchError(f"{origin} names the tokenizer {named!r} and does not list it: {_ADVICE}")
+        for name in (*self.files, *self.graphs.values()):
+            check_inner_name(name, origin)
+        if missing := sorted(set(self.graphs.values()) - self.files.keys()):
+            raise MismatchError(f"{origin} names the graph {missing[0]!r} and does not list it: {_ADVICE}")
 
-def _field_types(part: type) -> dict[str, tuple[Any, ...]]:
-    """Field of a dataclass -> the classes that its value may have; what containers hold is not looked at."""
-    hints = typing.get_type_hints(part)
-    return {
-        name: typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        for name, hint in hints.items()
-    }
+    @property
+    def _settings(self) -> object:
+        return self.tokenizer.get("settings") or {}
 
 
-def _check_types(part: object) -> None:
-    """Raise a TypeError that names a field of another type than declared, or of a word that is not known."""
-    for name, types in _field_types(type(part)).items():
-        value = getattr(part, name)
-        words = [word for one in types if typing.get_origin(one) is Literal for word in typing.get_args(one)]
-        if words and value not in words:
-            raise TypeError(f"{name} is {value!r}, and known are {', '.join(words)}")
-        classes = () if words else tuple(typing.get_origin(one) or one for one in types)
-        if classes and (not isinstance(value, classes) or (isinstance(value, bool) and bool not in classes)):
-            raise TypeError(f"{name} is {value!r}")
+class _Settings(TypedDict, total=False):
+    """What `Manifest.tokenizer` may say beside the tokenizer's file; see `declared_settings`."""
+
+    truncation_side: Literal["left", "right"]
+    model_max_length: _Count | None
+    clean_up: bool
+    split_special_tokens: bool
+    special_tokens: dict[str, str]
 
 
 def is_trimmed(path: Path) -> bool:
@@ -203,12 +214,18 @@ def read_manifest(path: Path) -> Manifest:
         raise UsageError(
             f"{path} is not a trimmed folder (no {MANIFEST_NAME} in it): make one with `trimserve export`."
         )
-    file = path / MANIFEST_NAME
-    try:
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise MismatchError(f"{file} is not UTF-8 text: export the folder again.") from error
-    return Manifest.from_json(text, str(file))
+    return parse_manifest(HeldFile(path / MANIFEST_NAME))
+
+
+def parse_manifest(file: HeldFile) -> Manifest:
+    """Read an opened manifest.
+
+    Raises:
+        MismatchError: too large, not UTF-8, or see `Manifest.from_json`.
+    """
+    if file.size > MOST_BYTES:
+        raise MismatchError(f"{file.path} has {file.size:,} bytes, too many for a manifest: {_ADVICE}")
+    return Manifest.from_json(file.read_text(), str(file.path))
 
 
 def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:

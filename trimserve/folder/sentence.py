@@ -213,16 +213,13 @@ def read_settings(folder: TrimmedFolder) -> SentenceSettings:
     """
     if SENTENCE_NAME not in folder.manifest.files:
         return SentenceSettings()
-    path = folder.path / SENTENCE_NAME
-    try:
-        return SentenceSettings.from_json(path.read_text("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise MismatchError(f"{path} is not UTF-8 text: export the folder again.") from error
+    file = folder.opened(SENTENCE_NAME)
+    return SentenceSettings.from_json(file.read_text(), str(file.path))
 
 
 def read_tensors(folder: TrimmedFolder) -> dict[str, Floats]:
     """Read the modules' tensors, float32 each, into memory; they are small beside the graph."""
     if SENTENCE_TENSORS_NAME not in folder.manifest.files:
         return {}
-    specs, _ = read_header(folder.path / SENTENCE_TENSORS_NAME)
+    specs, _ = read_header(folder.opened(SENTENCE_TENSORS_NAME))
     return {name: to_float32(np.array(map_tensor(spec)), spec.dtype) for name, spec in specs.items()}

@@ -80,7 +80,7 @@ class ColdRows:
         self._graph_dtype = folder.manifest.dtype if dtype is None else dtype
         self.dtype = GRAPH_DTYPES[self._graph_dtype]
         self.cold_ids, self.head_cold_ids = folder.vocab.cold_ids, folder.vocab.head.cold_ids
-        self._specs, metadata = read_header(folder.file(COLD_NAME)) if folder.has_cold else ({}, {})
+        self._specs, metadata = read_header(folder.opened(COLD_NAME)) if folder.has_cold else ({}, {})
         self._tied = metadata.get("tied") == "true"
         for spec in self._specs.values():
             self._check(spec)
@@ -237,16 +237,17 @@ class _QuantizedRows:
 
     def __init__(self, folder: TrimmedFolder, width: int) -> None:
         scheme = BlockScheme.from_dict(folder.manifest.quantization)
-        path = folder.file(COLD_BLOCKS_NAME)
+        file = folder.opened(COLD_BLOCKS_NAME)
+        path = file.path
         if scheme is None:
             raise MismatchError(
                 f"{path} is quantised and the manifest does not say how: export the folder again."
             )
         dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
-        specs = block_specs(path, len(folder.vocab.head.cold_ids), width, scheme, dtype)
-        if specs.end > path.stat().st_size:
+        specs = block_specs(file, len(folder.vocab.head.cold_ids), width, scheme, dtype)
+        if specs.end > file.size:
             raise MismatchError(
-                f"{path} should have at least {specs.end:,} bytes but has {path.stat().st_size:,}: "
+                f"{path} should have at least {specs.end:,} bytes but has {file.size:,}: "
                 "export the folder again."
             )
         self.scheme = scheme

@@ -7,11 +7,14 @@ docs/runtime.md has the table.
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import MismatchError, UsageError, require
+from trimserve.files.held import HeldGraph
+from trimserve.foreign import foreign
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -24,12 +27,13 @@ _MAX_FOLDED_BYTES = 1 << 20
 
 
 def open_session(
-    path: Path, *, device: str = "cpu", threads: int | None = None, prepack: bool = True
+    graph: Path | HeldGraph, *, device: str = "cpu", threads: int | None = None, prepack: bool = True
 ) -> "ort.InferenceSession":
     """Open an ONNX file.
 
     Args:
-        path: the graph; its external data lies beside it.
+        graph: the graph, whose external data lies beside it; or one of an opened folder: what is run is then
+            what was opened, whatever is at its path now.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of one operator; by default the CPUs this process may use.
         prepack: let the CPU kernels keep their own copy of each matrix in their preferred layout:
@@ -38,25 +42,50 @@ def open_session(
     Raises:
         MissingExtraError: onnxruntime is not installed.
         UsageError: unknown device, one that this onnxruntime was not built for, or no thread.
-        MismatchError: the file is not a graph that ONNX Runtime can load.
+        MismatchError: the file is not a graph that ONNX Runtime can load, or was written to since it was
+            opened.
+        TrimserveError: it was replaced since it was opened, and there is no room for a copy.
     """
     runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
     chosen = providers(runtime, device)
     if threads is not None and threads < 1:
         raise UsageError(f"threads should be 1 or more, found {threads}.")
-    options = _options(runtime, threads or available_cpus(), prepack=prepack)
-    try:
-        session: ort.InferenceSession = runtime.InferenceSession(
-            os.fspath(path.resolve()), options, providers=chosen
-        )
-    except Exception as error:
-        # onnxruntime's exception classes share no base but Exception.
-        if type(error).__module__.partition(".")[0] != "onnxruntime":
-            raise
-        reason = str(error).partition("\n")[0]
-        raise MismatchError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
-    logger.info("session %s: %s, prepack %s", path.name, chosen[0], "on" if prepack else "off")
+
+    def create(path: Path) -> "ort.InferenceSession":
+        options = _options(runtime, threads or available_cpus(), prepack=prepack)
+        # Not resolved: behind a link of the hub's cache, the data does not lie beside the graph by its name.
+        with foreign(
+            f"{graph if isinstance(graph, Path) else graph.path} cannot be loaded by ONNX Runtime",
+            advice="export the folder again.",
+        ):
+            session: ort.InferenceSession = runtime.InferenceSession(
+                os.fspath(path.absolute()), options, providers=chosen
+            )
+        return session
+
+    session = create(graph) if isinstance(graph, Path) else _open_held(graph, create)
+    name = graph.name if isinstance(graph, Path) else graph.path.name
+    logger.info("session %s: %s, prepack %s", name, chosen[0], "on" if prepack else "off")
     return session
+
+
+def _open_held(graph: HeldGraph, create: "Callable[[Path], ort.InferenceSession]") -> "ort.InferenceSession":
+    """Open a graph by its path where that leads to what is held, before and after; else a copy of that.
+
+    ONNX Runtime maps external data that it opens by path; what it is given as bytes it copies into memory.
+    """
+    if graph.is_in_place:
+        try:
+            session = create(graph.path)
+        except MismatchError:
+            if graph.is_in_place:
+                raise
+        else:
+            if graph.is_in_place:
+                return session
+    logger.info("%s was replaced after it was opened: a copy of what it was is run", graph.path)
+    with graph.copied() as copy:
+        return create(copy)
 
 
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":

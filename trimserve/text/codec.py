@@ -17,11 +17,12 @@ from tokenizers import Encoding, Tokenizer
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.foreign import foreign
 from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
 from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
-from trimserve.text.tokenizer import load_tokenizer, special_ids
+from trimserve.text.tokenizer import parse_tokenizer, special_ids
 
 _BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
 # A text, or two that a model reads together.
@@ -46,7 +47,9 @@ class Codec:
         self._folder = folder
         self.vocab = folder.vocab
         _check_hashes(folder)
-        self.tokenizer = load_tokenizer(folder.tokenizer_path)
+        file = folder.opened(folder.tokenizer_name)
+        with foreign(f"{file.path} cannot be read as a tokenizer", advice="export the folder again."):
+            self.tokenizer = parse_tokenizer(file.read())
         self._settings = folder.tokenizer_settings
         self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
         self.special_ids = special_ids(self.tokenizer)
@@ -298,7 +301,7 @@ def _check_texts(texts: Sequence[Text]) -> None:
 def _check_hashes(folder: TrimmedFolder) -> None:
     expected = folder.manifest.tokenizer_sha256
     found = {
-        folder.tokenizer_path.name: folder.manifest.files[folder.tokenizer_path.name].sha256,
+        folder.tokenizer_name: folder.manifest.files[folder.tokenizer_name].sha256,
         "the vocab": folder.vocab.tokenizer_sha256 or expected,
     }
     for name, digest in found.items():

@@ -1,15 +1,33 @@
 """The file of a vocab: the map as its one tensor, reasons and the head's ids as metadata."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from trimserve.errors import MismatchError
 from trimserve.files.artefact import Arrays, load_artefact, save_artefact
+from trimserve.files.checked_json import convert_json
+from trimserve.files.held import HeldFile
 from trimserve.vocab.map import VocabMap
+
+# Some bytes for each id are allocated when a vocab is read, however small its file is; real models have at
+# most a million or so.
+MOST_IDS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The metadata of a vocab file; see `save_vocab`."""
+
+    vocab_size: Annotated[int, Meta(ge=1, le=MOST_IDS)]
+    tokenizer_sha256: str
+    rule: dict[str, Any] = field(default_factory=dict)
+    reason: Annotated[str, Meta(pattern="^[0-9]*$")] = ""
+    output: Annotated[str, Meta(pattern="^[01]*$")] | None = None
 
 
 def save_vocab(vocab: VocabMap, path: Path) -> None:
@@ -29,35 +47,47 @@ def save_vocab(vocab: VocabMap, path: Path) -> None:
     save_artefact(path, "vocab", {"vocab_map": vocab.kept_ids}, facts)
 
 
-def load_vocab(path: Path) -> VocabMap:
+def load_vocab(path: Path | HeldFile) -> VocabMap:
     """Read a vocab file.
 
     Raises:
         UsageError: there is no such file.
-        MismatchError: it is no vocab, or its ids are out of order or out of range.
+        MismatchError: it is no vocab, its ids are out of order or out of range, or the vocab that it is cut
+            from has more ids than any model.
     """
-    arrays, facts = load_artefact(path, "vocab")
-    try:
-        return VocabMap(
-            kept_ids=arrays["vocab_map"],
-            reason=_reasons(arrays, facts),
-            vocab_size=facts["vocab_size"],
-            tokenizer_sha256=facts["tokenizer_sha256"],
-            rule=facts["rule"],
-            output_ids=arrays["vocab_map"][_digits(facts["output"]) > 0] if "output" in facts else None,
-        )
-    except KeyError as error:
-        raise MismatchError(f"{path} lacks {error}: select the vocab again.") from error
-    except IndexError as error:
+    arrays, stored = load_artefact(path, "vocab")
+    shown = path.path if isinstance(path, HeldFile) else path
+    if "vocab_map" not in arrays:
+        raise MismatchError(f"{shown} lacks 'vocab_map': select the vocab again.")
+    facts = convert_json(stored, _Facts, str(shown), advice="select the vocab again.")
+    kept = arrays["vocab_map"]
+    if kept.dtype.kind not in "iu" or kept.ndim != 1:
         raise MismatchError(
-            f"{path} does not say of each id whether it is an output id: select it again."
-        ) from error
+            f"{shown} should list ids as integers but has {kept.dtype} of shape {kept.shape}: select the "
+            "vocab again."
+        )
+    output = None
+    if facts.output is not None:
+        named = _digits(facts.output)
+        if len(named) != len(kept):
+            raise MismatchError(
+                f"{shown} does not say of each id whether it is an output id: select it again."
+            )
+        output = kept[named > 0]
+    return VocabMap(
+        kept_ids=kept,
+        reason=_reasons(arrays, facts),
+        vocab_size=facts.vocab_size,
+        tokenizer_sha256=facts.tokenizer_sha256,
+        rule=facts.rule,
+        output_ids=output,
+    )
 
 
-def _reasons(arrays: Arrays, facts: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+def _reasons(arrays: Arrays, facts: _Facts) -> npt.NDArray[np.uint8]:
     if "reason" in arrays:  # as written before they moved to the metadata
         return np.asarray(arrays["reason"])
-    return _digits(facts["reason"])
+    return _digits(facts.reason)
 
 
 def _digits(text: str) -> npt.NDArray[np.uint8]:
