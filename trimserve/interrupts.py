@@ -83,5 +83,5 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if came:
-            handler: Any = before[came[0][0]]
-            handler(*came[0])
+            waiting: Any = before[came[0][0]]
+            waiting(*came[0])

@@ -3,7 +3,7 @@
 Where the staged folder lies and how it comes in place:
 
 - Beside the target: one rename. A folder that is replaced changes places with it in one step (`exchange`);
-  where the system has no such call it is moved aside first, and a run that is killed between these two renames
+  where the system has no such call it is moved aside first, and a run that is killed between the renames
   leaves it to the next run at that place, which moves it back (`files/claim.py`).
 - In the target, where that is empty and cannot be renamed: a mount point, the current folder, a folder in one
   that may not be written. The files are moved up one by one, the manifest last, and the next run takes back
@@ -212,9 +212,8 @@ def _swap(held: Claim, staging: Path, path: Path) -> None:
 
 
 def _move_in(held: Claim, staging: Path, path: Path) -> None:
-    names = sorted(
-        (entry.name for entry in staging.iterdir()), key=lambda name: (name == MANIFEST_NAME, name)
-    )
+    found = (entry.name for entry in staging.iterdir())
+    names = sorted(found, key=lambda name: (name == MANIFEST_NAME, name))
     held.say(moving=names)
     try:
         for name in names:
