@@ -1,10 +1,10 @@
 """Export an untrimmed model as a trimmed one is exported: what `verify` and tests compare with."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from trimserve.files.quantized import BlockScheme
+from trimserve.files.scratch import scratch_beside
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
@@ -53,9 +53,9 @@ def export_full(
         return serve_full_static(source, output, dtype)
     made_by = load_exporter(exporter)
     quantize = None if scheme is None else f"int{scheme.bits}"
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
+    with scratch_beside(output) as scratch:
         job = GraphJob(task, dtype, quantize, device)
-        exported = made_by.export_checkpoint(source.path, Path(scratch), job)
+        exported = made_by.export_checkpoint(source.path, scratch, job)
         if layout != "runtime" and scheme is None and not has_vocab_head(task):
             return save_plain(exported, output)
         ours = None if made_by.QUANTIZES else scheme

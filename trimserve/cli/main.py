@@ -1,6 +1,7 @@
 """Parse the command line, run one subcommand, turn errors into one sentence and an exit code."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -8,11 +9,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from trimserve.errors import TrimserveError
+from trimserve.files.atomic import recording
+from trimserve.interrupts import exit_code, terminations
 from trimserve.stdout import data_only
 from trimserve.version import __version__
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # subcommand -> its one-line help; trimserve/cli/<subcommand>.py has add_arguments(parser) and run(args).
 COMMANDS = {
     "inspect": "what a model or folder is, its vocab tensors, and the prize of trimming it",
@@ -39,23 +44,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 failed, 2 usage, 3 verification failed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = _run(arguments, is_program=argv is None)
-        if sys.stdout is not None:  # None where the caller closed it
-            sys.stdout.flush()  # --help: a reader that has gone is noticed here, not at the interpreter's end
-        return code
-    except TrimserveError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no file was written.", 130)
-    except BrokenPipeError:
-        # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        advice = " Free some space and run it again." if error.errno == errno.ENOSPC else ""
-        named = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{named}.{advice}", 1)
+    is_program = argv is None
+    with recording() as written, terminations() if is_program else contextlib.nullcontext():
+        try:
+            code = _run(arguments, is_program=is_program)
+            if sys.stdout is not None:  # None where the caller closed it
+                sys.stdout.flush()  # --help: a reader that has gone is noticed here, not at the end
+            return code
+        except TrimserveError as error:
+            return _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            return _fail(_interrupted(written), exit_code())
+        except BrokenPipeError:
+            # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            advice = " Free some space and run it again." if error.errno in _FULL else ""
+            named = f": {error.filename}" if error.filename else ""
+            return _fail(f"{error.strerror or _one_line(error)}{named}.{advice}", 1)
+
+
+def _interrupted(written: Sequence[Path]) -> str:
+    """What stands in its place after a signal."""
+    stands = dict.fromkeys(str(path) for path in written if path.exists())
+    if not stands:
+        return "interrupted; no file was written."
+    return f"interrupted; {', '.join(stands)} was written before and is complete."
+
+
+def _one_line(error: BaseException) -> str:
+    """A library's own words for what has no number of the system."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _run(arguments: list[str], *, is_program: bool) -> int:

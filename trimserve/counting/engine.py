@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import Document
 from trimserve.corpus.files import CorpusFile, CorpusSource
-from trimserve.counting.documents import DocumentCounter, uninterrupted
+from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.encoding.choosing import choose_encoder
 from trimserve.counting.encoding.encoders import IdEncoder
 from trimserve.counting.plan import (
@@ -32,6 +32,7 @@ from trimserve.counting.sums import Sums, plan_hash
 from trimserve.counting.workers.job import Job
 from trimserve.counting.workers.processes import count_local
 from trimserve.errors import UsageError
+from trimserve.interrupts import uninterrupted
 
 log = logging.getLogger(__name__)
 _HASH_BLOCK = 1 << 22

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.files.scratch import scratch_folder
 from trimserve.files.tensors import (
     CHUNK_BYTES,
     STORAGE_DTYPES,
@@ -168,9 +168,9 @@ def full_source(
             )
         yield source
         return
-    beside = near if near is not None and near.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix=".trimserve-full.", dir=beside) as scratch:
-        full = restore(source.path, base, Path(scratch) / "full")
+    beside = near if near is not None and os.access(near, os.W_OK) else None
+    with scratch_folder("source", beside) as scratch:
+        full = restore(source.path, base, scratch / "full")
         yield ModelSource(source.name, source.revision, full.path)
 
 

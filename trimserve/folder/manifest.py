@@ -1,6 +1,7 @@
 """`trimserve.json`: what a trimmed folder was made from and which files it has."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from msgspec import Meta
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
+from trimserve.files.atomic import atomic_path, replace_in_order
 from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.held import HeldFile
 from trimserve.files.quantized import BlockScheme
@@ -236,9 +238,45 @@ def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write `trimserve.json` into a folder, atomically."""
-    temporary = path / f".{MANIFEST_NAME}.part"
-    temporary.write_text(manifest.to_json(), "utf-8")
-    temporary.replace(path / MANIFEST_NAME)
+    with atomic_path(path / MANIFEST_NAME, follow=False) as temporary:
+        temporary.write_text(manifest.to_json(), "utf-8")
+
+
+def replace_listed(path: Path, manifest: Manifest, name: str, content: bytes) -> None:
+    """Replace a file of a folder that may be in use, and its manifest.
+
+    No step replaces two files, and a folder loads only if the manifest's hash is the file's. So between the
+    old pair and the new one stands a manifest that does not list the file, and each of the three steps leaves
+    a folder that loads, whatever ends this process between them:
+
+        old manifest, old file  ->  manifest without it, old file  ->  the same, new file  ->  new manifest
+
+    All three are on the disk before the first step, so that a full disk changes nothing.
+
+    Args:
+        path: the folder.
+        manifest: the new one; what it says of the file is set here.
+        name: of a file that nothing needs in order to load the folder.
+        content: its new bytes.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    listed = dataclasses.replace(manifest, files=manifest.files | {name: entry})
+    others = {other: found for other, found in manifest.files.items() if other != name}
+    unlisted = dataclasses.replace(manifest, files=others)
+    last = (MANIFEST_NAME, listed.to_json().encode())
+    if manifest.files.get(name) == entry and _holds(path / name, content):
+        replace_in_order(path, [last])
+    else:
+        first = (MANIFEST_NAME, unlisted.to_json().encode())
+        replace_in_order(path, [first, (name, content), last])
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file holds these bytes."""
+    return path.is_file() and path.read_bytes() == content
 
 
 def with_verification(manifest: Manifest, result: Mapping[str, Any]) -> Manifest:

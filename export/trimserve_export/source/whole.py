@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-import tempfile
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from trimserve.errors import MissingExtraError, UsageError
+from trimserve.files.scratch import scratch_folder
 from trimserve.files.tensors import TensorSource, WholeTensor, exhaust, write_tensors
 from trimserve.finetune.restoring import full_source, is_compact
 from trimserve.model.resolve import resolve_model
@@ -41,12 +42,11 @@ def whole_source(
     Raises:
         TrimserveError: see `trimserve.finetune.restoring` and `trimserve_export.source.adapter`.
     """
-    beside = near if near is not None and near.is_dir() else None
+    beside = near if near is not None and os.access(near, os.W_OK) else None
     with contextlib.ExitStack() as stack:
 
         def scratch() -> Path:
-            made = tempfile.TemporaryDirectory(prefix=".trimserve-full.", dir=beside)
-            return Path(stack.enter_context(made))
+            return stack.enter_context(scratch_folder("source", beside))
 
         own, brought = _parts_of(source, adapter)
         if brought is not None:

@@ -1,21 +1,23 @@
 """Run every check that applies to a folder, against the full model exported the same way for the occasion."""
 
+import contextlib
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
+from trimserve.files.claim import claim
 from trimserve.files.quantized import BlockScheme
-from trimserve.folder.manifest import Manifest, read_manifest, with_verification, write_manifest
+from trimserve.files.scratch import scratch_folder
+from trimserve.folder.manifest import Manifest, read_manifest, with_verification
 from trimserve.folder.opening import open_folder
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
 from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
-from trimserve_export.card import with_card
+from trimserve_export.card import CARD_NAME, update_card
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
 from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
@@ -89,11 +91,11 @@ def verify(
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
     with (
-        tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch,
+        scratch_folder("full") as scratch,
         whole_source(source, adapter=adapter or manifest.source.adapter, renamed=True) as source,
     ):
         source = ask_library(source)
-        full = _export_full(source, manifest, Path(scratch))
+        full = _export_full(source, manifest, scratch)
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
         result = VerifyResult(tuple(_run(context, progress=progress)))
@@ -177,11 +179,33 @@ def _outcome(name: str, check: Callable[[Context], Check], context: Context) -> 
 
 
 def _store(context: Context, result: VerifyResult) -> None:
-    """Write the result into manifest and card; a folder that may not be written keeps its old ones."""
+    """Write the result into manifest and card of the folder that was verified, and of no other one.
+
+    Where that cannot be done the folder keeps its old ones, and one line says so: the result is the same.
+    """
     folder = context.folder
     entry = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **result.to_dict()}
     try:
-        manifest = with_card(with_verification(folder.manifest, entry), context.source, folder.path)
-        write_manifest(folder.path, manifest)
-    except PermissionError as error:
-        logger.warning("the result was not stored in %s: %s", folder.path, error)
+        with _unreplaced(folder.path):
+            if _apart(read_manifest(folder.path)) != _apart(folder.manifest):
+                raise MismatchError("another export has replaced it meanwhile")
+            update_card(with_verification(folder.manifest, entry), context.source, folder.path)
+    except (OSError, TrimserveError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        logger.warning("the result could not be recorded in %s: %s", folder.path, why)
+
+
+@contextlib.contextmanager
+def _unreplaced(path: Path) -> Iterator[None]:
+    """Let no export of this version replace a folder in the block; where its parent is closed, none can."""
+    target = path.resolve()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(claim(target))
+        yield
+
+
+def _apart(manifest: Manifest) -> Manifest:
+    """What of a manifest no verification changes."""
+    files = {name: entry for name, entry in manifest.files.items() if name != CARD_NAME}
+    return dataclasses.replace(manifest, verification=None, files=files)

@@ -1,7 +1,6 @@
 """`trimserve bench`: the full model against a trimmed folder, in processes that take turns."""
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Export the full model into a temporary folder, measure both, report."""
     from trimserve.benchmark.compare import Settings, compare
     from trimserve.cli.inputs import read_lines
+    from trimserve.files.scratch import scratch_folder
     from trimserve.folder.opening import open_folder
     from trimserve.loading import check_runnable
     from trimserve.model.resolve import resolve_source
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         args.device,
         args.low_memory,
     )
-    with tempfile.TemporaryDirectory(prefix="trimserve-bench-") as scratch:
-        full = Path(scratch, "full")
+    with scratch_folder("bench") as scratch:
+        full = scratch / "full"
         untrimmed.export_untrimmed(trimmed, source, full)
         try:
             found = compare(full, args.folder.resolve(), texts, settings)

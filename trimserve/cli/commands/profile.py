@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.arguments import add_reading_arguments, reading_options
 from trimserve.cli.output import emit
+from trimserve.interrupts import exit_code
 
 if TYPE_CHECKING:
     from trimserve.profiles.profile import Profile
-
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +69,7 @@ def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:
         f"{partial.texts:,} texts, and is a valid profile: {advice}.",
         file=sys.stderr,
     )
-    return _INTERRUPTED
+    return exit_code()
 
 
 def _report(counted: "Profile", args: argparse.Namespace, seconds: float) -> None:
