@@ -116,6 +116,10 @@ class Faults:
         self.skip = skip
         self.found: Counter[str] = Counter()
 
+    def listed(self) -> str:
+        """What was left out, for people."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.found.items()))
+
     def meet(self, kind: str, message: Callable[[], str], count: int = 1) -> None:
         """Count a fault of a kind.
 

@@ -59,8 +59,8 @@ def read_parquet(
                         yield from row_documents(row, reading, partial(place, number), faults)
             if number - begin != sizes[group]:
                 raise UsageError(
-                    f"{file.name} holds {number - begin:,} rows in row group {group:,}, not the {sizes[group]:,} "
-                    f"that its footer says: {AGAIN}"
+                    f"{file.name} holds {number - begin:,} rows in row group {group:,}, not {sizes[group]:,} "
+                    f"as its footer says: {AGAIN}"
                 )
 
 
