@@ -96,16 +96,41 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"trimserve {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    named = next((word for word in arguments if not word.startswith("-")), None)
-    for name, summary in COMMANDS.items():
-        command = subparsers.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + "."
-        )
-        if name == named:  # only the called command's module is imported
-            importlib.import_module(f"trimserve.cli.commands.{name}").add_arguments(command)
-        command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
-        command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
-    return parser.parse_args(arguments)
+    at = next((at for at, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    named = arguments[at] if at < len(arguments) else None
+    commands = {
+        name: subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        for name, summary in COMMANDS.items()
+    }
+    if at or named not in commands:  # nothing, --help, --version, or a mistake: none of it comes back
+        parser.parse_args(arguments[: at + 1])
+        parser.error("expected a COMMAND first")
+    command = commands[named]
+    importlib.import_module(f"trimserve.cli.commands.{named}").add_arguments(
+        command
+    )  # of the called one alone
+    command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
+    command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    return _parse_mixed(command, arguments[1:], argparse.Namespace(command=named))
+
+
+def _parse_mixed(
+    parser: argparse.ArgumentParser, words: list[str], known: argparse.Namespace
+) -> argparse.Namespace:
+    """Parse options and positional arguments in any order, as people type them.
+
+    argparse does it for a parser without subcommands; of one with them (`finetune`), for the subcommand.
+    """
+    below = next((entry for entry in parser._actions if isinstance(entry, argparse._SubParsersAction)), None)
+    if below is None:
+        return parser.parse_intermixed_args(words, known)
+    at = next((at for at, word in enumerate(words) if word in below.choices), None)
+    if at is None:
+        return parser.parse_args(words, known)  # says what is missing
+    setattr(known, below.dest, words[at])
+    below.required = False
+    known = parser.parse_args(words[:at], known)
+    return _parse_mixed(below.choices[words[at]], words[at + 1 :], known)
 
 
 def _fail(message: str, code: int) -> int:

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import Document
-from trimserve.corpus.files import CorpusFile, CorpusSource
-from trimserve.counting.documents import DocumentCounter
+from trimserve.corpus.files import CorpusFile, CorpusSource, check_unchanged
+from trimserve.counting.documents import DocumentCounter, uninterrupted
 from trimserve.counting.encoding.choosing import choose_encoder
 from trimserve.counting.encoding.encoders import IdEncoder
 from trimserve.counting.plan import (
@@ -85,6 +85,8 @@ class CorpusCounter:
         with contextlib.closing(SourceHashes(self._hashed_apart())) as hashes:
             self._count_slices(job, encoder, on_bytes)
             sums.sources += hashes.sources()
+        for file in dict.fromkeys(piece.file for piece in self.slices):
+            check_unchanged(file)
         if corpus.streams:
             self._count_stream(encoder, itertools.chain(first, stream), on_bytes)
         if not sums.total.characters and self.slices_are_all:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from trimserve.arrays import Counts, Ids
 from trimserve.console import progress as progress_bar
 from trimserve.corpus.corpus import Corpus
-from trimserve.corpus.documents import Reading, Unit
+from trimserve.corpus.documents import MAX_LINE, Reading, Unit
 from trimserve.counting.count import Interrupted, Tally, count_corpus
 from trimserve.counting.encoding.encoders import limit_threads
 from trimserve.counting.plan import How, Shard, Where
@@ -37,6 +37,7 @@ class ProfileOptions(TypedDict, total=False):
     chat: bool
     unit: Unit
     skip_bad: bool
+    max_line: int
     workers: int
     engine: Where
     shard: str
@@ -74,6 +75,8 @@ def profile(
               model's chat template; what the assistant says is counted in `output_counts` too.
             - unit: "document" (default), "line" or "paragraph".
             - skip_bad: count and leave out bad rows and bytes instead of refusing them.
+            - max_line: the longest line, row or cell that is read, 64 Mi characters by default; so that no
+              file takes all the memory.
             - workers: cores to use; all by default. The tokenizer's threads can only be limited before
               anything else in the process tokenises.
             - engine: "local" (default) or "ray".
@@ -93,6 +96,7 @@ def profile(
     read = Corpus(
         [str(file) for file in files], texts=options.get("texts"), reading=reading_of(source, options)
     )
+    read.check_first_rows()
     before = None if resume is None else _tally_of(resume, source)
     if workers is not None:
         limit_threads(workers)
@@ -128,6 +132,7 @@ def reading_of(source: ModelSource, options: ProfileOptions) -> Reading:
         template=ChatTemplate.of(source) if options.get("chat") else None,
         unit=options.get("unit", "document"),
         skip_bad=options.get("skip_bad", False),
+        max_line=options.get("max_line", MAX_LINE),
     )
 
 

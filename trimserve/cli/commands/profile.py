@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.arguments import add_reading_arguments, reading_options
 from trimserve.cli.output import emit
+from trimserve.cli.rules import Rule, check
 from trimserve.interrupts import exit_code
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("local", "ray"), help="where to count (default: local)")
     parser.add_argument("--shard", metavar="I/N", help="count part I of N, from 1/N; merge adds them up")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished profile at --output, if there is one"
+        "--resume",
+        action="store_true",
+        default=None,
+        help="go on with the unfinished profile at --output, if there is one",
     )
 
 
@@ -39,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.profiles.profile import Profile
     from trimserve.profiles.profiling import ProfileInterrupted, profile
 
+    check(args, _RULES)
     check_output(args.output, "profile")  # before minutes of counting
     options: Any = reading_options(args)
     options |= {name: value for name in _OPTIONS if (value := getattr(args, name))}
@@ -59,6 +64,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 _OPTIONS = ("engine", "shard")
+
+
+def _has_rows(args: argparse.Namespace) -> bool:
+    """Whether the corpus can have rows with fields; what lies on the hub is seen when it is fetched."""
+    from trimserve.corpus.files import HUB, STDIN, find_files
+    from trimserve.corpus.rows import is_table
+
+    if any(name == STDIN or name.startswith(HUB) for name in args.corpus):
+        return True
+    return any(is_table(file.format) for file in find_files(args.corpus))
+
+
+_RULES = (
+    Rule(
+        ("text_column", "output_column", "chat"),
+        _has_rows,
+        "says how rows of tables are read, and the corpus is plain text: leave it out.",
+    ),
+    Rule(
+        ("resume",),
+        lambda args: "-" not in args.corpus,
+        "cannot go on with stdin, whose beginning has gone: leave it out and count anew, or name files.",
+    ),
+)
 
 
 def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:
