@@ -1,7 +1,6 @@
 """Damaged files of models: each ends in one sentence or does no harm, whatever library meets it first."""
 
 import itertools
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,7 +58,9 @@ def decoder(path: Path) -> Path:
             "chat_template": [{"name": "default", "template": CHAT_TEMPLATE}],
         },
     )
-    write_json(path / "special_tokens_map.json", {"eos_token": added | {"content": "<|endoftext|>", "special": True}})
+    write_json(
+        path / "special_tokens_map.json", {"eos_token": added | {"content": "<|endoftext|>", "special": True}}
+    )
     write_json(path / "added_tokens.json", {"<think>": id_})
     write_json(
         path / "generation_config.json",
@@ -137,7 +138,11 @@ def spiece(path: Path) -> Path:
     text = path / "text.txt"
     text.write_text("the cat sat on the mat\na dog and a cat\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(path / "spiece"), vocab_size=40, hard_vocab_limit=False, minloglevel=2
+        input=str(text),
+        model_prefix=str(path / "spiece"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     text.unlink()
     (path / "spiece.vocab").unlink()
@@ -202,7 +207,7 @@ USES: dict[str, tuple[Callable[[Path], None], ...]] = {
 
 
 def damages(folders: dict[str, Path], rng: random.Random, root: Path) -> Iterator[tuple[str, Path, str]]:
-    """Damaged copies, one at a time in one place: the family, the folder, the file and what was done to it."""
+    """Damaged copies, one at a time: the family, the folder, and what was done to which file."""
     for number in itertools.count():
         (family,) = rng.choices(list(OFTEN), list(OFTEN.values()))
         files = sorted(file for file in folders[family].rglob("*") if file.is_file())

@@ -116,7 +116,7 @@ def damaged_json(document: Any, rng: random.Random) -> tuple[bytes, str]:
         value = rng.choice(ODD)
         return _text(value), f"is {_short(value)}"
     if kind == "deep":
-        word = rng.choice(('[', '{"a":'))
+        word = rng.choice(("[", '{"a":'))
         return (word * rng.choice((50, 900, 100_000))).encode(), "deep"
     places = list(_places(document))
     if not places:
@@ -143,7 +143,9 @@ def damaged_json(document: Any, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _places(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, entry in entries:
         yield (*prefix, key)
         if len(prefix) < 6:
@@ -205,7 +207,7 @@ class Counter:
         self.tried += 1
         self.kinds[name] += 1
         if fault is not None:
-            self.faults.setdefault(fault.partition(": ")[0], f"{fault} [{name}: {what}]")
+            self.faults.setdefault(":".join(fault.split(":")[:3])[:90], f"{fault} [{name}: {what}]")
 
     def report(self, title: str) -> str:
         """What CI prints."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.atomic import atomic_path
+from trimserve.files.checked_json import parse_json
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
 
 SCHEMA_VERSION = 1
@@ -79,11 +79,10 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
             f"{path} has schema {version}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
-    try:
-        arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
-        facts = {
-            key: json.loads(value) for key, value in metadata.items() if key not in ("kind", "schema_version")
-        }
-    except (ValueError, SafetensorError) as error:
-        raise MismatchError(f"{path} is damaged ({error}): make the {kind} again.") from error
-    return arrays, facts
+    advice = f"make the {kind} again."
+    facts = {
+        key: parse_json(value, f"the entry {key!r} of {path}", advice=advice)
+        for key, value in metadata.items()
+        if key not in ("kind", "schema_version")
+    }
+    return {name: np.array(map_tensor(spec)) for name, spec in specs.items()}, facts

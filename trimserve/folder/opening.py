@@ -1,12 +1,12 @@
 """A trimmed folder: `trimserve.json`, the hashes of its files, and what does not fit together."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimserve.errors import MismatchError
 from trimserve.files.hashes import sha256_file
+from trimserve.files.model_json import read_model_json
 from trimserve.folder.manifest import FileEntry, Manifest, read_manifest
 from trimserve.folder.names import COLD_NAME, MANIFEST_NAME, TOKENIZER_NAME, VOCAB_NAME, is_inner_folder
 from trimserve.folder.tokenizer_settings import declared_settings
@@ -51,19 +51,14 @@ class TrimmedFolder:
             ) from error
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object of the source model; empty where the folder has none.
+        """A JSON object of the source model, checked; empty where the folder has none.
 
         Raises:
-            MismatchError: it is not JSON.
+            MismatchError: see `read_model_json`.
         """
-        text = self.read_text(name)
-        try:
-            content = {} if text is None else json.loads(text)
-        except ValueError as error:
-            raise MismatchError(
-                f"{self.path / name} is not JSON ({error}): export the folder again."
-            ) from error
-        return content if isinstance(content, dict) else {}
+        if name not in self.manifest.files:
+            return {}
+        return read_model_json(self.path / name, advice="export the folder again.")
 
     @property
     def tokenizer_path(self) -> Path:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimserve.files.model_json import read_model_json
 from trimserve.model.effective_tokenizer import EffectiveTokenizer
 
 MODULES_NAME = "modules.json"
@@ -30,15 +31,9 @@ def lower_cases(root: Path, folder: Path) -> bool:
 
 
 def _transformer_config(folder: Path) -> dict[str, Any]:
-    """What the transformer's config holds; a damaged file is refused where the whole of it is read."""
-    for name in TRANSFORMER_CONFIGS:
-        try:
-            content = json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content:
-            return content
-    return {}
+    """What the first of the transformer's configs that says anything holds."""
+    found = (read_model_json(folder / name) for name in TRANSFORMER_CONFIGS)
+    return next(filter(None, found), {})
 
 
 def lower_cased(tokenizer: EffectiveTokenizer) -> EffectiveTokenizer:

@@ -1,6 +1,5 @@
 """The cold head: hidden states -> logits of the cold ids, by graphs over the mapped cold rows."""
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -12,6 +11,8 @@ import numpy.typing as npt
 
 from trimserve.arrays import Floats, Ids
 from trimserve.errors import MismatchError
+from trimserve.files.checked_json import convert_json, parse_json
+from trimserve.files.model_json import Rows
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.runtime.session import available_cpus, open_session
@@ -41,7 +42,9 @@ class PartedGraph:
                 f"{path} was written by another version of trimserve: export the model again, or use compact "
                 "mode."
             )
-        ends = np.cumsum([0, *json.loads(metadata[PARTS_KEY])]).tolist()
+        origin, advice = f"the entry {PARTS_KEY} of {path}", "export the folder again."
+        parts = parse_json(metadata[PARTS_KEY], origin, advice=advice)
+        ends = np.cumsum([0, *convert_json(parts, list[Rows], origin, advice=advice)]).tolist()
         self._parts = [slice(start, end) for start, end in pairwise(ends)]
         self._threads = min(threads, len(self._parts))
         self._pool: ThreadPoolExecutor | None = None

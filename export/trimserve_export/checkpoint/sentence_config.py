@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from trimserve.arrays import Floats
 from trimserve.errors import MismatchError, UnsupportedModelError
@@ -38,6 +38,7 @@ from trimserve_export.checkpoint.sentence_modules import (
     read_activation,
     read_modules,
 )
+from trimserve_export.checkpoint.source_tokenizer import load_tokenizer
 
 _CONFIG_KEYS = {
     "__version__",
@@ -153,7 +154,7 @@ def read_declared(
 
 def _default_mode(source: ModelSource) -> str:
     """The last token for what was trained as a causal language model, as sentence-transformers takes it."""
-    name = (source.config.get("architectures") or [""])[0]
+    name = next(iter(source.config.get("architectures") or ()), "")
     return "lasttoken" if name.endswith("ForCausalLM") and source.config.get("is_causal", True) else "mean"
 
 
@@ -342,16 +343,15 @@ def _feeds_type_ids(source: ModelSource, *, pairs: bool) -> bool:
     if not any(type_id for encoding in encodings for type_id in encoding.type_ids):
         return True  # zeros either way
     try:
-        names = AutoTokenizer.from_pretrained(source.path).model_input_names  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError, ImportError):  # no class for it: tokenizer.json alone counts
+        names = load_tokenizer(source).model_input_names
+    except UnsupportedModelError:  # no class for it: tokenizer.json alone counts
         return True
     return "token_type_ids" in names
 
 
 def _special_ids(source: ModelSource) -> tuple[int, ...]:
     """What the source's library calls special: the tokens that have a role in its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(source.path)  # type: ignore[no-untyped-call]
-    return tuple(sorted(set(tokenizer.all_special_ids)))
+    return tuple(sorted(set(load_tokenizer(source).all_special_ids)))
 
 
 def _cross_encoder(source: ModelSource, config: PretrainedConfig | None) -> SentenceSettings:
