@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
+from trimserve.files.content import check_content
 from trimserve.files.model_json import read_model_json
 from trimserve.folder.names import SOURCE_TOKENIZER_FILES, TOKENIZER_NAME
 from trimserve.folder.tokenizer_settings import declared_settings
@@ -169,6 +170,7 @@ def _as_it_is(folder: Path, reason: str) -> EffectiveTokenizer:
 
 def original_tokenizer(folder: Path, made_by: Mapping[str, str] | None = None) -> EffectiveTokenizer:
     """tokenizer.json by itself, whatever stands beside it."""
+    check_content(folder / TOKENIZER_NAME)
     content = (folder / TOKENIZER_NAME).read_bytes()
     settings = declared_settings(_read(folder, _CONFIG), _read(folder, _SPECIAL))
     made_by = {"library": "tokenizers", **(made_by or {})}
@@ -178,7 +180,8 @@ def original_tokenizer(folder: Path, made_by: Mapping[str, str] | None = None) -
 def lone_tokenizer(folder: Path, reason: str) -> EffectiveTokenizer:
     """tokenizer.json by itself for a library that reads no file beside it: its own settings alone count."""
     original = original_tokenizer(folder, {"reason": reason})
-    truncation = _read(folder, TOKENIZER_NAME).get("truncation") or {}
+    path = folder / TOKENIZER_NAME
+    truncation = parse_tokenizer(original.content, str(path), as_stored=True).truncation or {}
     side = str(truncation.get("direction", "right")).lower()
     return replace(original, settings=declared_settings({"truncation_side": side}, {}))
 

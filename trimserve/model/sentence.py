@@ -40,8 +40,8 @@ def lower_cased(tokenizer: EffectiveTokenizer) -> EffectiveTokenizer:
     """The tokenizer with a lower-casing before its own normaliser, unless it has one."""
     content = json.loads(tokenizer.content)
     own = content.get("normalizer")
-    steps = own["normalizers"] if own and own["type"] == "Sequence" else [own] if own else []
-    if any(step["type"] == "Lowercase" for step in steps):
+    steps = own["normalizers"] if own and own.get("type") == "Sequence" else [own] if own else []
+    if any(step.get("type") == "Lowercase" for step in steps):
         return tokenizer
     content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
     return dataclasses.replace(

@@ -40,12 +40,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return parse_tokenizer(path.read_bytes(), str(path))
 
 
-def parse_tokenizer(content: bytes, origin: str = "the tokenizer") -> Tokenizer:
+def parse_tokenizer(content: bytes, origin: str = "the tokenizer", *, as_stored: bool = False) -> Tokenizer:
     """Load the content of a tokenizer.json, with padding and truncation off.
 
     Args:
         content: UTF-8 JSON.
         origin: the file, as the subject of the message.
+        as_stored: leave padding and truncation as they are.
 
     Raises:
         MismatchError: the tokenizers library cannot read it, it has no tokens,
@@ -54,8 +55,9 @@ def parse_tokenizer(content: bytes, origin: str = "the tokenizer") -> Tokenizer:
     with foreign(f"{origin} cannot be read as a tokenizer", advice="fetch it again."):
         tokenizer = Tokenizer.from_buffer(content)
         # all-MiniLM's file cuts every text to 128 tokens and pads the rest.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        if not as_stored:
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
         size = tokenizer.get_vocab_size(with_added_tokens=True)
     # The library itself counts up to the largest id when it writes a tokenizer.
     end = end_of_ids(tokenizer) if _LARGE.search(content) else size

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import transformers
 
 from trimserve.errors import TrimserveError, UnsupportedModelError
+from trimserve.files.model_json import FETCH
 from trimserve.foreign import foreign
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def quiet() -> Iterator[None]:
 def transformers_border(
     subject: str,
     *,
-    advice: str = "fetch the model again.",
+    advice: str = FETCH,
     error: type[TrimserveError] = UnsupportedModelError,
 ) -> Iterator[None]:
     """Let transformers work in the block, quietly.

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from trimserve.arrays import Floats
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.files.content import check_content
 from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.sentence import (
     KINDS,
@@ -24,12 +25,14 @@ from trimserve.folder.sentence import (
     Dense,
     Kind,
     Pooling,
+    PoolingMode,
     SentenceSettings,
     SpladePooling,
 )
 from trimserve.model.sentence import MODULES_NAME, PROMPTS_NAME, TRANSFORMER_CONFIGS
 from trimserve.model.source import ModelSource
 from trimserve.text.chat import chat_templates
+from trimserve.text.tokenizer import parse_tokenizer
 from trimserve_export.checkpoint.sentence_modules import (
     STATIC,
     Listed,
@@ -152,7 +155,7 @@ def read_declared(
     return None
 
 
-def _default_mode(source: ModelSource) -> str:
+def _default_mode(source: ModelSource) -> PoolingMode:
     """The last token for what was trained as a causal language model, as sentence-transformers takes it."""
     name = next(iter(source.config.get("architectures") or ()), "")
     return "lasttoken" if name.endswith("ForCausalLM") and source.config.get("is_causal", True) else "mean"
@@ -207,11 +210,11 @@ def _check(settings: SentenceSettings, task: str, source: ModelSource) -> None:
 
 def _static(settings: SentenceSettings, source: ModelSource) -> SentenceSettings:
     """A static embedding is the mean of its tokens' rows; its tokenizer cuts as tokenizer.json says."""
-    truncation = source.read_json(TOKENIZER_NAME).get("truncation") or {}
-    if truncation.get("strategy", "LongestFirst") != "LongestFirst" or truncation.get("stride", 0):
-        raise UnsupportedModelError(
-            f"{source.path / TOKENIZER_NAME} truncates in an unusual way: {truncation}."
-        )
+    path = source.path / TOKENIZER_NAME
+    check_content(path)
+    truncation = parse_tokenizer(path.read_bytes(), str(path), as_stored=True).truncation or {}
+    if truncation.get("strategy", "longest_first") != "longest_first" or truncation.get("stride", 0):
+        raise UnsupportedModelError(f"{path} truncates in an unusual way: {truncation}.")
     return dataclasses.replace(
         settings,
         modules=(Pooling(), *settings.modules),
