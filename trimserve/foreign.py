@@ -30,6 +30,18 @@ def foreign(
     return _Border(subject, advice, error)
 
 
+def rust_faults(subject: str, *, advice: str) -> "_RustBorder":
+    """Like `foreign`, but only what no code of trimserve raises: panics of Rust code, and bare Exceptions.
+
+    The tokenizers library raises those two wherever a text meets a damaged tokenizer, so this stands around
+    whole functions that have many calls into it: a fault of our own keeps its traceback.
+
+    Raises:
+        MismatchError: in the place of either.
+    """
+    return _RustBorder(subject, advice, MismatchError)
+
+
 class _Border:
     """A class and not a generator: a step of a graph passes here, and this costs a third."""
 
@@ -46,7 +58,7 @@ class _Border:
     def __exit__(
         self, kind: type[BaseException] | None, caught: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if caught is None or _passes(caught):
+        if caught is None or self._passes(caught):
             return
         if isinstance(caught, MemoryError):
             raise TrimserveError(
@@ -54,13 +66,19 @@ class _Border:
             ) from caught
         raise self._error(f"{self._subject} ({reason(caught)}): {self._advice}") from caught
 
+    def _passes(self, caught: BaseException) -> bool:
+        if is_panic(caught):
+            return False
+        if not isinstance(caught, Exception) or isinstance(caught, TrimserveError):
+            return True
+        return isinstance(caught, OSError) and caught.errno is not None
 
-def _passes(caught: BaseException) -> bool:
-    if is_panic(caught):
-        return False
-    if not isinstance(caught, Exception) or isinstance(caught, TrimserveError):
-        return True
-    return isinstance(caught, OSError) and caught.errno is not None
+
+class _RustBorder(_Border, contextlib.ContextDecorator):
+    """Around a block, or around a whole function as its decorator."""
+
+    def _passes(self, caught: BaseException) -> bool:
+        return not is_panic(caught) and type(caught) is not Exception
 
 
 def is_panic(caught: BaseException) -> bool:

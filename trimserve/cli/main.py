@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from trimserve.cli.native_stderr import hide_panics
 from trimserve.errors import TrimserveError
 from trimserve.files.atomic import recording
 from trimserve.interrupts import exit_code, terminations
@@ -83,6 +84,8 @@ def _run(arguments: list[str], *, is_program: bool) -> int:
         args = _parse(arguments)
     except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for usage
         return int(stop.code or 0)
+    if is_program:
+        hide_panics()
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     with data_only(utf8=args.format == "json", restore=not is_program):
         code: int = importlib.import_module(f"trimserve.cli.commands.{args.command}").run(args)

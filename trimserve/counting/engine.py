@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import Document
 from trimserve.corpus.files import CorpusFile, CorpusSource, check_unchanged
-from trimserve.counting.documents import DocumentCounter, uninterrupted
+from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.encoding.choosing import choose_encoder
 from trimserve.counting.encoding.encoders import IdEncoder
 from trimserve.counting.plan import (

@@ -84,10 +84,10 @@ def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArr
             f"{path} has schema {version}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
-    arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
+    advice = f"make the {kind} again."
     facts = {
-        key: parse_json(value, f"{path}: its {key}", advice=f"make the {kind} again.", finite=False)
+        key: parse_json(value, f"the entry {key!r} of {path}", advice=advice)
         for key, value in metadata.items()
         if key not in ("kind", "schema_version")
     }
-    return arrays, facts
+    return {name: np.array(map_tensor(spec)) for name, spec in specs.items()}, facts

@@ -15,10 +15,10 @@ from trimserve.files.artefact import SCHEMA_VERSION
 from trimserve.files.atomic import atomic_path, replace_in_order
 from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.held import HeldFile
+from trimserve.files.model_json import MOST_ROWS
 from trimserve.files.quantized import BlockScheme
 from trimserve.folder.names import COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
 from trimserve.folder.tasks import Task
-from trimserve.vocab.file import MOST_IDS
 
 # Where ids are remapped: see docs/layouts.md.
 Layout = Literal["runtime", "tokenizer", "graph"]
@@ -28,7 +28,7 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 MOST_BYTES = 64 << 20
 _ADVICE = "export the folder again."
 _Count = Annotated[int, Meta(ge=0, le=1 << 62)]
-_Ids = Annotated[int, Meta(ge=1, le=MOST_IDS)]
+_Ids = Annotated[int, Meta(ge=1, le=MOST_ROWS)]
 _Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 # Hashes that older folders may lack.
 _MaybeSha256 = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]

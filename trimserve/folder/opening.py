@@ -13,6 +13,7 @@ from trimserve.errors import MismatchError
 from trimserve.files.checked_json import parse_json
 from trimserve.files.hashes import sha256_file
 from trimserve.files.held import HeldFile, HeldFolder, HeldGraph
+from trimserve.files.model_json import check_model_object
 from trimserve.folder.checking import Verify, check_files, chosen_verify
 from trimserve.folder.manifest import FileEntry, Manifest, is_trimmed, parse_manifest, read_manifest
 from trimserve.folder.names import COLD_NAME, MANIFEST_NAME, TOKENIZER_NAME, VOCAB_NAME, is_inner_folder
@@ -82,19 +83,16 @@ class TrimmedFolder:
         return self.opened(name).read_text() if name in self.manifest.files else None
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object of the source model; empty where the folder has none.
+        """A JSON object of the source model, checked; empty where the folder has none.
 
         Raises:
-            MismatchError: it is not a JSON object.
+            MismatchError: see `read_model_json`.
         """
         if name not in self.manifest.files:
             return {}
         origin, advice = str(self.path / name), "export the folder again."
-        # transformers writes numbers that are not finite.
         content = parse_json(self.opened(name).read(), origin, advice=advice, finite=False)
-        if not isinstance(content, dict):
-            raise MismatchError(f"{origin} should hold a JSON object: {advice}")
-        return content
+        return check_model_object(content, name, origin, advice=advice)
 
     @property
     def tokenizer_name(self) -> str:

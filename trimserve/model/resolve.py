@@ -1,11 +1,12 @@
 """From what `-m/--model` names, a folder, a graph or a hub id, to the model's files."""
 
-import json
 import re
 from pathlib import Path
 
-from trimserve.errors import MismatchError, UsageError, require
+from trimserve.errors import UsageError, require
 from trimserve.files.hub import fetch_snapshot
+from trimserve.files.inner import inner_path
+from trimserve.files.model_json import read_modules
 from trimserve.folder.manifest import Source
 from trimserve.folder.names import check_plain_name
 from trimserve.model.effective_tokenizer import has_tokenizer
@@ -73,14 +74,15 @@ def _in_folder(name: str, revision: str | None, path: Path) -> ModelSource:
     modules = path / MODULES_NAME
     if not modules.is_file():
         return ModelSource(name, revision, path)
-    try:
-        first = str(json.loads(modules.read_text("utf-8"))[0]["path"]).rstrip("/")
-    except (ValueError, LookupError, TypeError) as error:
-        raise MismatchError(f"{modules} is no list of modules ({error!r}): fetch the model again.") from error
-    if first in ("", ".") or not (path / first).is_dir():
+    listed = read_modules(modules)
+    first = listed[0].path.rstrip("/") if listed else ""
+    if first in ("", "."):
         return ModelSource(name, revision, path)
     check_plain_name(first, str(modules))
-    return ModelSource(name, revision, path / first, modules_folder=path)
+    folder = inner_path(path, first, str(modules))
+    if not folder.is_dir():
+        return ModelSource(name, revision, path)
+    return ModelSource(name, revision, folder, modules_folder=path)
 
 
 def _folder_of(graph: Path) -> Path:

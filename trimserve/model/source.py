@@ -1,7 +1,6 @@
 """A model's files in a local folder: its configs, tokenizer, graphs and the headers of its weights."""
 
 import glob
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, TrimserveError, UsageError
-from trimserve.files.content import check_content
+from trimserve.errors import MismatchError, UsageError
+from trimserve.files.inner import inner_path
+from trimserve.files.model_json import TEXT_SECTIONS, read_model_json, read_modules
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
 from trimserve.folder.tokenizer_settings import declared_settings
@@ -26,14 +26,12 @@ from trimserve.model.effective_tokenizer import (
 from trimserve.model.sentence import MODULES_NAME, lower_cased, lower_cases
 from trimserve.model.tensor_names import unwrapped_names
 from trimserve.model.weights import no_weights
-from trimserve.text.tokenizer import end_of_ids, unreadable
+from trimserve.text.tokenizer import end_of_ids
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GENAI_NAME = "genai_config.json"
-# Sub-configs that can hold the language model's sizes in a composite model.
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
 # The last two are those of static embeddings.
 _EMBEDDING = re.compile(
     r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$|^embedding\.weight$|^embeddings$"
@@ -91,7 +89,9 @@ class ModelSource:
         """
         if self.named_graph is not None or (self.has_weights and self.variant is None):
             return self.named_graph
-        named = self.genai_model.get("decoder", {}).get("filename")
+        named = (self.genai_model.get("decoder") or {}).get("filename")
+        if named is not None:
+            inner_path(self.path, str(named), str(self.path / GENAI_NAME))
         return find_graph(self.path, named, self.variant)
 
     @property
@@ -122,30 +122,19 @@ class ModelSource:
             raise MismatchError(f"{path} is not UTF-8 ({error}): fetch the model again.") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON object of the folder; empty where the file is absent.
+        """Read a JSON object of the folder, checked; empty where the file is absent.
 
         Raises:
-            MismatchError: it is not a JSON object in UTF-8, or an empty file or a pointer in its place.
+            MismatchError: see `read_model_json`.
         """
-        text = self.read_text(name)
-        path = self.path / name
-        try:
-            content = {} if text is None else json.loads(text)
-        except ValueError as error:
-            check_content(path)
-            raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
-        if not isinstance(content, dict):
-            raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
-        return content
+        return read_model_json(self.path / name)
 
     @cached_property
     def is_static_embedding(self) -> bool:
         """Whether it begins with sentence-transformers' StaticEmbedding, a table of vectors by token id."""
-        try:
-            first = json.loads((self.root / MODULES_NAME).read_text("utf-8"))[0]["type"]
-        except (OSError, ValueError, LookupError, TypeError):
-            return False
-        return str(first).endswith(".StaticEmbedding")
+        path = self.root / MODULES_NAME
+        modules = read_modules(path) if path.is_file() else ()
+        return bool(modules) and modules[0].type.endswith(".StaticEmbedding")
 
     @cached_property
     def effective(self) -> EffectiveTokenizer:
@@ -193,12 +182,7 @@ class ModelSource:
         Raises:
             MismatchError: it is not one that the tokenizers library can read.
         """
-        try:
-            tokenizer = self.effective.load()
-        except Exception as error:  # the library raises bare Exception
-            if isinstance(error, TrimserveError):
-                raise
-            raise unreadable(self.path / TOKENIZER_NAME, error) from error
+        tokenizer = self.effective.load()
         if "vocab_size" not in self.__dict__ and self._model_rows() is None:
             # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
             self.__dict__["vocab_size"] = end_of_ids(tokenizer)
@@ -215,8 +199,8 @@ class ModelSource:
     def _model_rows(self) -> int | None:
         """V by the config, else by the weights; None where neither tells it."""
         for config in self.text_configs():
-            if isinstance(size := config.get("vocab_size"), int) and size > 0:
-                return size
+            if (size := config.get("vocab_size")) is not None:
+                return int(size)
         embeddings = (spec for spec in self._matrices() if _EMBEDDING.search(spec.name))
         spec = next(embeddings, None)
         return None if spec is None else spec.shape[0]
@@ -224,7 +208,7 @@ class ModelSource:
     def text_configs(self) -> Iterator[dict[str, Any]]:
         """Yield the config and the sub-configs that can describe the language model, outermost first."""
         yield self.config or self.genai_model
-        for key in _TEXT_CONFIGS:
+        for key in TEXT_SECTIONS:
             if isinstance(nested := self.config.get(key), dict):
                 yield nested
 
@@ -294,13 +278,11 @@ class ModelSource:
         return self.tensors.keys() != {name for specs in stored for name in specs}
 
     def _indexed_files(self) -> tuple[Path, ...]:
-        weight_map = self.read_json(INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise MismatchError(f"{self.path / INDEX_NAME} has no weight_map: fetch the model again.")
-        names = sorted({str(name) for name in weight_map.values()})
+        index = self.path / INDEX_NAME
+        names = sorted(set(self.read_json(INDEX_NAME)["weight_map"].values()))
         for name in names:
-            check_plain_name(name, str(self.path / INDEX_NAME))
-            if not (self.path / name).is_file():
+            check_plain_name(name, str(index))
+            if not inner_path(self.path, name, str(index)).is_file():
                 raise UsageError(
                     f"{self.path} lacks {name}, which {INDEX_NAME} lists: fetch the model again."
                 )

@@ -23,7 +23,7 @@ from trimserve.model.structural import structural_ids
 from trimserve.process import release_free_memory
 from trimserve.profiles.profile import Profile
 from trimserve.text.chat import ChatTemplate
-from trimserve.text.tokenizer import newline_ids
+from trimserve.text.tokenizer import newline_ids, tokenizer_border
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ def _tally_of(partial: Profile, source: ModelSource) -> Tally:
     return Tally(**facts, state=partial.unfinished)
 
 
+@tokenizer_border
 def _warn_without_newlines(counts: Counts, tokenizer: Tokenizer) -> None:
     newlines = np.array([id_ for id_ in newline_ids(tokenizer) if id_ < counts.size], np.int64)
     if newlines.size and not counts[newlines].any():

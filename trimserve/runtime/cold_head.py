@@ -14,6 +14,7 @@ from trimserve.arrays import Floats, Ids
 from trimserve.errors import MismatchError
 from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.held import HeldGraph
+from trimserve.files.model_json import Rows
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.runtime.session import available_cpus, open_session
@@ -57,8 +58,9 @@ class PartedGraph:
                 f"{path} was written by another version of trimserve: export the model again, or use compact "
                 "mode."
             )
-        origin = f"{path}: its entry {PARTS_KEY}"
-        sizes = convert_json(parse_json(metadata[PARTS_KEY], origin), list[_Size], origin)
+        origin, advice = f"the entry {PARTS_KEY} of {path}", "export the folder again."
+        found = parse_json(metadata[PARTS_KEY], origin, advice=advice)
+        sizes = convert_json(found, list[Rows], origin, advice=advice)
         if rows is not None and sum(sizes) != rows:
             raise MismatchError(
                 f"{path} is of {sum(sizes):,} cold rows, the folder has {rows:,}: export it again."

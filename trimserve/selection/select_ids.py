@@ -22,6 +22,7 @@ from trimserve.selection.keep_file import KeepList, check_named, read_keep_file
 from trimserve.selection.ranking import Mass, affordable, covering, occurrences, ranked, round_up
 from trimserve.selection.rule import SelectionRule
 from trimserve.text.dead_ids import dead_ids
+from trimserve.text.tokenizer import tokenizer_border
 from trimserve.vocab.map import Reason, VocabMap
 
 Profiles = Profile | Sequence[Profile] | Mapping[str, Profile]
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 Reasons = npt.NDArray[np.int8]
 
 
+@tokenizer_border
 def select(  # noqa: PLR0913 - the options are the public interface
     profiles: Profiles,
     *,

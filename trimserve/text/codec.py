@@ -22,7 +22,7 @@ from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, joi
 from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
-from trimserve.text.tokenizer import parse_tokenizer, special_ids
+from trimserve.text.tokenizer import parse_tokenizer, special_ids, tokenizer_border
 
 _BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
 # A text, or two that a model reads together.
@@ -38,6 +38,7 @@ class Codec:
         special_ids: token ids that decoding leaves out.
     """
 
+    @tokenizer_border
     def __init__(self, folder: TrimmedFolder) -> None:
         """Load the tokenizer.
 
@@ -93,6 +94,7 @@ class Codec:
         encoded = self.encode_typed(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         return [text.ids for text in encoded]
 
+    @tokenizer_border
     def encode_typed(
         self, texts: Sequence[Text], *, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[Encoded]:
@@ -150,6 +152,7 @@ class Codec:
         stay = np.r_[0 : max_tokens - tail, len(ids) - tail : len(ids)]
         return Encoded(ids[stay], encoded.type_ids[stay], truncated=True)
 
+    @tokenizer_border
     def decode(self, ids: npt.ArrayLike, *, skip_special_tokens: bool = True) -> str:
         """Decode token ids to text, by default without special tokens."""
         listed = np.asarray(ids, np.int64).ravel().tolist()
@@ -164,6 +167,7 @@ class Codec:
         """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
         return StreamDecoder(self.tokenizer, clean=bool(self._settings["clean_up"]))
 
+    @tokenizer_border
     def servable(self, sequences: Sequence[Ids]) -> Servable:
         """Make every id one that the folder has a row for.
 

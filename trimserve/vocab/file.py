@@ -1,6 +1,6 @@
 """The file of a vocab: the map as its one tensor, reasons and the head's ids as metadata."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,25 +9,11 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from trimserve.errors import MismatchError
-from trimserve.files.artefact import Arrays, load_artefact, save_artefact
+from trimserve.files.artefact import load_artefact, save_artefact
 from trimserve.files.checked_json import convert_json
 from trimserve.files.held import HeldFile
+from trimserve.files.model_json import MOST_ROWS, Rows
 from trimserve.vocab.map import VocabMap
-
-# Some bytes for each id are allocated when a vocab is read, however small its file is; real models have at
-# most a million or so.
-MOST_IDS = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """The metadata of a vocab file; see `save_vocab`."""
-
-    vocab_size: Annotated[int, Meta(ge=1, le=MOST_IDS)]
-    tokenizer_sha256: str
-    rule: dict[str, Any] = field(default_factory=dict)
-    reason: Annotated[str, Meta(pattern="^[0-9]*$")] = ""
-    output: Annotated[str, Meta(pattern="^[01]*$")] | None = None
 
 
 def save_vocab(vocab: VocabMap, path: Path) -> None:
@@ -55,39 +41,42 @@ def load_vocab(path: Path | HeldFile) -> VocabMap:
         MismatchError: it is no vocab, its ids are out of order or out of range, or the vocab that it is cut
             from has more ids than any model.
     """
-    arrays, stored = load_artefact(path, "vocab")
     shown = path.path if isinstance(path, HeldFile) else path
-    if "vocab_map" not in arrays:
-        raise MismatchError(f"{shown} lacks 'vocab_map': select the vocab again.")
-    facts = convert_json(stored, _Facts, str(shown), advice="select the vocab again.")
+    arrays, facts = load_artefact(path, "vocab")
+    told = convert_json(facts, _Facts, f"the metadata of {shown}", advice=_AGAIN)
+    # Reasons were an array before they moved to the metadata.
+    reason = arrays.get("reason", None if told.reason is None else _digits(told.reason))
+    if arrays.keys() - {"reason"} != {"vocab_map"} or reason is None:
+        raise MismatchError(f"{shown} should hold vocab_map and a reason for each id: {_AGAIN}")
     kept = arrays["vocab_map"]
-    if kept.dtype.kind not in "iu" or kept.ndim != 1:
-        raise MismatchError(
-            f"{shown} should list ids as integers but has {kept.dtype} of shape {kept.shape}: select the "
-            "vocab again."
-        )
-    output = None
-    if facts.output is not None:
-        named = _digits(facts.output)
-        if len(named) != len(kept):
-            raise MismatchError(
-                f"{shown} does not say of each id whether it is an output id: select it again."
-            )
-        output = kept[named > 0]
+    if kept.ndim != 1 or kept.dtype.kind not in "iu":
+        raise MismatchError(f"{shown} should hold a list of ids, not {kept.dtype} {kept.shape}: {_AGAIN}")
+    output = None if told.output is None else _digits(told.output) > 0
+    if output is not None and output.shape != kept.shape:
+        raise MismatchError(f"{shown} does not say of each id whether it is an output id: {_AGAIN}")
     return VocabMap(
         kept_ids=kept,
-        reason=_reasons(arrays, facts),
-        vocab_size=facts.vocab_size,
-        tokenizer_sha256=facts.tokenizer_sha256,
-        rule=facts.rule,
-        output_ids=output,
+        reason=reason,
+        vocab_size=told.vocab_size,
+        tokenizer_sha256=told.tokenizer_sha256,
+        rule=told.rule,
+        output_ids=None if output is None else kept[output],
     )
 
 
-def _reasons(arrays: Arrays, facts: _Facts) -> npt.NDArray[np.uint8]:
-    if "reason" in arrays:  # as written before they moved to the metadata
-        return np.asarray(arrays["reason"])
-    return _digits(facts.reason)
+_AGAIN = "select the vocab again."
+Digits = Annotated[str, Meta(pattern="^[0-9]*$", max_length=MOST_ROWS)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The metadata of a vocab's file."""
+
+    vocab_size: Rows
+    tokenizer_sha256: str
+    rule: dict[str, Any]
+    reason: Digits | None = None
+    output: Digits | None = None
 
 
 def _digits(text: str) -> npt.NDArray[np.uint8]:
