@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Floats, Ids
+from trimserve.concurrency import Once, renew_in_child
 from trimserve.errors import MismatchError
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.folder.opening import TrimmedFolder
@@ -44,7 +45,9 @@ class PartedGraph:
         ends = np.cumsum([0, *json.loads(metadata[PARTS_KEY])]).tolist()
         self._parts = [slice(start, end) for start, end in pairwise(ends)]
         self._threads = min(threads, len(self._parts))
-        self._pool: ThreadPoolExecutor | None = None
+        # Its threads start with the first product, and again in a forked child, which has none of them.
+        self._pool: Once[ThreadPoolExecutor] = Once()
+        renew_in_child(self)
 
     def each(self, names: list[str], hidden: npt.NDArray[Any], use: Callable[[slice, Arrays], T]) -> list[T]:
         """Run every part and pass its outputs on, with the cold rows it holds; results in the parts' order.
@@ -62,9 +65,14 @@ class PartedGraph:
         numbers = range(len(self._parts))
         if self._threads == 1:
             return list(map(run, numbers))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, "trimserve-cold")
-        return list(self._pool.map(run, numbers))
+        return list(self._pool.get(self._start_threads).map(run, numbers))
+
+    def renew(self) -> None:
+        """See `Renewable`."""
+        self._pool = Once()
+
+    def _start_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, "trimserve-cold")
 
 
 class ColdHead:
