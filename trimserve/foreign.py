@@ -6,10 +6,25 @@ from types import TracebackType
 from trimserve.errors import MismatchError, TrimserveError
 
 _LONGEST_REASON = 300
+_LESS = "free some memory or give it less to do."
+
+
+# What libraries say that found no memory, and have no class for it: ONNX Runtime, C++, torch, CUDA.
+_NO_MEMORY = (
+    "failed to allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "can't allocate memory",
+    "out of memory",
+)
 
 
 def foreign(
-    subject: str, *, advice: str, error: type[TrimserveError] = MismatchError
+    subject: str,
+    *,
+    advice: str,
+    error: type[TrimserveError] = MismatchError,
+    memory: str = _LESS,
 ) -> contextlib.AbstractContextManager[None]:
     """Turn whatever another library raises in the block into `error`: ``{subject} ({reason}): {advice}``.
 
@@ -19,15 +34,17 @@ def foreign(
         subject: what went wrong, e.g. ``"x/tokenizer.json cannot be read as a tokenizer"``.
         advice: what to do next, with its full stop.
         error: the class to raise.
+        memory: the advice where memory was lacking.
 
     Raises:
         TrimserveError: of the class `error`, from any Exception but those below, and from a panic of Rust
-            code, which is no Exception. A lack of memory is a TrimserveError that says so.
+            code, which is no Exception. A lack of memory is a TrimserveError that says so, by whichever name
+            the library calls it.
 
     What passes unchanged: errors of trimserve, Ctrl-C and its kin, and what the system says about a file (an
     OSError with a number).
     """
-    return _Border(subject, advice, error)
+    return _Border(subject, advice, error, memory)
 
 
 def rust_faults(subject: str, *, advice: str) -> "_RustBorder":
@@ -39,18 +56,19 @@ def rust_faults(subject: str, *, advice: str) -> "_RustBorder":
     Raises:
         MismatchError: in the place of either.
     """
-    return _RustBorder(subject, advice, MismatchError)
+    return _RustBorder(subject, advice, MismatchError, _LESS)
 
 
 class _Border:
     """A class and not a generator: a step of a graph passes here, and this costs a third."""
 
-    __slots__ = ("_advice", "_error", "_subject")
+    __slots__ = ("_advice", "_error", "_memory", "_subject")
 
-    def __init__(self, subject: str, advice: str, error: type[TrimserveError]) -> None:
+    def __init__(self, subject: str, advice: str, error: type[TrimserveError], memory: str) -> None:
         self._subject = subject
         self._advice = advice
         self._error = error
+        self._memory = memory
 
     def __enter__(self) -> None:
         return None
@@ -60,10 +78,8 @@ class _Border:
     ) -> None:
         if caught is None or self._passes(caught):
             return
-        if isinstance(caught, MemoryError):
-            raise TrimserveError(
-                f"{self._subject} (out of memory): free some memory or give it less to do."
-            ) from caught
+        if _lacks_memory(caught):
+            raise TrimserveError(f"{self._subject} (out of memory): {self._memory}") from caught
         raise self._error(f"{self._subject} ({reason(caught)}): {self._advice}") from caught
 
     def _passes(self, caught: BaseException) -> bool:
@@ -79,6 +95,11 @@ class _RustBorder(_Border, contextlib.ContextDecorator):
 
     def _passes(self, caught: BaseException) -> bool:
         return not is_panic(caught) and type(caught) is not Exception
+
+
+def _lacks_memory(caught: BaseException) -> bool:
+    said = str(caught).lower()
+    return isinstance(caught, MemoryError) or any(words in said for words in _NO_MEMORY)
 
 
 def is_panic(caught: BaseException) -> bool:

@@ -11,12 +11,10 @@ from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_T
 from trimserve.process import release_free_memory
 from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
 from trimserve.runtime.contract import served_fault
-from trimserve.runtime.session import open_session, prepacks
+from trimserve.runtime.session import Session, open_session, prepacks
 from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
-    import onnxruntime as ort
-
     from trimserve.generation.generator import Generator
 
 
@@ -75,7 +73,7 @@ def load(
     return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
 
 
-def _check_graphs(folder: TrimmedFolder, sessions: "dict[str, ort.InferenceSession]") -> None:
+def _check_graphs(folder: TrimmedFolder, sessions: dict[str, Session]) -> None:
     for role, session in sessions.items():
         if (fault := served_fault(session, folder.manifest.task, role)) is not None:
             raise UnsupportedModelError(
@@ -110,7 +108,7 @@ def check_runnable(folder: TrimmedFolder) -> None:
         )
 
 
-def _row_widths(folder: TrimmedFolder, session: "ort.InferenceSession") -> tuple[int, ...]:
+def _row_widths(folder: TrimmedFolder, session: Session) -> tuple[int, ...]:
     widths = cold_widths(session)
     if COLD_INPUT not in widths:
         raise UnsupportedModelError(

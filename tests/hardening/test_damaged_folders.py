@@ -16,11 +16,12 @@ import pytest
 
 from trimserve.errors import TrimserveError
 
-pytestmark = pytest.mark.export
 pytest.importorskip("torch")
 from tests.support.damage import damaged
 from tests.support.served import KINDS, answers, make
 from trimserve.folder.names import MANIFEST_NAME
+
+pytestmark = pytest.mark.export
 
 SEED = 20261201
 # Of CI, and of the slow suite: how many without and with new hashes, and of graphs with them.

@@ -11,9 +11,10 @@ from trimserve import load
 from trimserve.errors import MismatchError
 from trimserve.files import held
 
-pytestmark = pytest.mark.export
 pytest.importorskip("torch")
 from tests.support.served import KINDS, answers, make
+
+pytestmark = pytest.mark.export
 
 # Each n-th moment of a load is tried.
 EVERY = {"generator": 2, "encoder": 4, "translator": 4, "sentence": 4}

@@ -28,21 +28,21 @@ def fake_cuda(monkeypatch):
 @pytest.mark.usefixtures("fake_cuda")
 def test_cuda_comes_before_the_cpu_and_takes_no_more_memory_than_asked(tmp_path):
     session = open_session(tmp_path / "model.onnx", device="cuda", threads=3)
-    (cuda, settings), cpu = session.providers
+    (cuda, settings), cpu = session.raw.providers
     assert (cuda, cpu) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert settings["arena_extend_strategy"] == "kSameAsRequested"
-    assert session.options.intra_op_num_threads == 3
+    assert session.raw.options.intra_op_num_threads == 3
 
 
 @pytest.mark.usefixtures("fake_cuda")
 def test_the_cpu_is_alone_where_it_is_asked_for(tmp_path):
-    assert open_session(tmp_path / "model.onnx").providers == ["CPUExecutionProvider"]
+    assert open_session(tmp_path / "model.onnx").raw.providers == ["CPUExecutionProvider"]
 
 
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("prepack", [True, False])
 def test_one_copy_of_each_weight_is_asked_for(tmp_path, prepack):
-    entry = open_session(tmp_path / "m.onnx", prepack=prepack).options.get_session_config_entry
+    entry = open_session(tmp_path / "m.onnx", prepack=prepack).raw.options.get_session_config_entry
     assert entry("session.disable_prepacking") == ("0" if prepack else "1")
     assert entry("optimization.constant_folding_max_output_size_in_bytes") == str(1 << 20)
     assert entry("session.intra_op.allow_spinning") == "0"

@@ -1,7 +1,7 @@
 """What native libraries print to stderr, without the notes of Rust panics that become errors of trimserve.
 
-The tokenizers library prints "thread … panicked at …" before its panic reaches Python, past `sys.stderr`: users
-would read three lines of Rust before the one sentence that says what is wrong.
+The tokenizers library prints "thread … panicked at …" before its panic reaches Python, past `sys.stderr`:
+users would read three lines of Rust before the one sentence that says what is wrong.
 """
 
 import os

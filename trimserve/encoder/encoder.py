@@ -1,7 +1,6 @@
 """Encoder: texts to embeddings, scores or head outputs, for a trimmed folder of an encoder model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +18,8 @@ from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, TOKENS, SpladePooling, read_settings
 from trimserve.folder.tasks import EMBEDDING_TASK
 from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import Session
 from trimserve.text.codec import Codec, Text, shorten
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
-
 
 # The prompts that sentence-transformers takes for queries and documents where none is asked for.
 _QUERY_PROMPTS = ("query",)
@@ -47,9 +43,7 @@ class Encoder(TaskMethods):
         stats: see `EncoderStats`.
     """
 
-    def __init__(
-        self, folder: TrimmedFolder, session: "ort.InferenceSession", codec: Codec, cold: ColdRows
-    ) -> None:
+    def __init__(self, folder: TrimmedFolder, session: Session, codec: Codec, cold: ColdRows) -> None:
         self.folder = folder
         self.codec = codec
         self.task = folder.manifest.task

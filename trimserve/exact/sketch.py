@@ -27,12 +27,13 @@ product with the most extreme operands is compared when the sketch is opened.
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Doubles, Floats, Ids
+from trimserve.concurrency import Once
 from trimserve.errors import MismatchError
 from trimserve.exact.bounds import X86, HeadArithmetic, norms, product_error, rounding_distance
 from trimserve.exact.sketch_rows import (
@@ -48,15 +49,11 @@ from trimserve.exact.sketch_rows import (
 from trimserve.files.held import HeldFile
 from trimserve.files.quantized import BlockScheme
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header
-from trimserve.folder.opening import TrimmedFolder
-from trimserve.runtime.after_head import AfterHead
-from trimserve.runtime.cold_rows import ColdRows
-from trimserve.runtime.session import open_session
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 from trimserve.folder.names import SKETCH_DATA_NAME, SKETCH_GRAPH_NAME, SKETCH_MASS_NAME, SKETCH_NAME
-from trimserve.runtime.after_head import slope_after
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.runtime.after_head import AfterHead, slope_after
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import Session, open_session
 
 SORTED_ROWS = 16_384
 # An export holds one run's integers, and a session packs them: the rows of a wide model make shorter runs.
@@ -127,7 +124,7 @@ class Sketch:
         self.arithmetic = arithmetic_of(folder, after_head)
         self._session = open_session(folder.graph(SKETCH_GRAPH_NAME), threads=threads, prepack=True)
         self._folder, self._threads = folder, threads
-        self._mass_session: ort.InferenceSession | None = None
+        self._mass_session: Once[Session] = Once()
         self._slope = slope_after(after_head) if SKETCH_MASS_NAME in folder.manifest.files else None
         stored = self._order.size * row_bytes(self._width, self.bits)
         if data.size < stored:
@@ -236,16 +233,16 @@ class Sketch:
         With p the products of a group and u its bound, its logits are at most u - s t (max p - p), so its
         mass is at most exp(u) sum exp(-s t (max p - p)). What a second digit adds is in u.
         """
-        if self._mass_session is None:
-            graph = self._folder.graph(SKETCH_MASS_NAME)
-            self._mass_session = open_session(graph, threads=self._threads, prepack=True)
         steepness = np.zeros((len(digits.values), self._scales.size), np.float32)
         steps = slope * (1 - _MASS_MARGIN) * digits.scales[:count, None] * self._scales
         steepness[:count] = np.minimum(steps, _STEEPEST)
         fed = {"digits": digits.values, "steepness": steepness}
-        maxima, masses = self._mass_session.run(["maximum", "mass"], fed)
+        maxima, masses = self._mass_session.get(self._open_masses).run(["maximum", "mass"], fed)
         alike = np.asarray(masses[:count], np.float64) * (1 + _MASS_MARGIN)
         return np.asarray(maxima, np.float64), np.minimum(alike, float(GROUP_ROWS))
+
+    def _open_masses(self) -> Session:
+        return open_session(self._folder.graph(SKETCH_MASS_NAME), threads=self._threads, prepack=True)
 
     def _check(self, data: HeldFile) -> None:
         """Compare a product with the most extreme operands: a kernel that saturates would show here."""

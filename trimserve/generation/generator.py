@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Unpack
 
 from trimserve.arrays import Ids
+from trimserve.concurrency import Once
 from trimserve.decoding.beam import BeamParams, BeamSearch
 from trimserve.decoding.loop import Checker, GenerationLoop
 from trimserve.decoding.request import Request
@@ -13,7 +14,7 @@ from trimserve.decoding.stats import ColdReads, GeneratorStats
 from trimserve.errors import UsageError
 from trimserve.exact.certificate import ColdCertificate
 from trimserve.exact.checker import ExactChecker
-from trimserve.exact.draft_length import DraftLength
+from trimserve.exact.draft_length import DraftLength, LearnedCosts
 from trimserve.exact.sketch import Sketch, can_be_certified
 from trimserve.folder.names import COLD_MAX_NAME
 from trimserve.folder.opening import TrimmedFolder
@@ -48,7 +49,6 @@ class Generator:
     ) -> None:
         self.folder = folder
         self.codec = codec
-        self.stats = GeneratorStats(head_share=decoder.head_share)
         self.config = GenerationConfig(folder)
         self.stop_ids = self.config.stop_ids
         self._cold = cold
@@ -56,12 +56,13 @@ class Generator:
         # The decoder on a device leaves the CPU free for checking; on the CPU both want the same cores.
         self._overlap = decoder.device != "cpu" if overlap is None else overlap
         self._decoder = decoder
-        self._head: ColdHead | None = None
-        self._certificate: ColdCertificate | None = None
-        count = max(cold.head_cold_ids.size, 1)
-        self._reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=cold.head_nbytes // count)
-        # By their maximum, and whether checks have the certificate, which makes them cheaper.
-        self._blocks: dict[tuple[int, bool], DraftLength] = {}
+        self._head: Once[ColdHead] = Once()
+        self._certificate: Once[ColdCertificate | None] = Once()
+        row_bytes = cold.head_nbytes // max(cold.head_cold_ids.size, 1)
+        reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=row_bytes)
+        self.stats = GeneratorStats(cold_reads=reads, head_share=decoder.head_share)
+        # By the longest block, and whether checks have the certificate, which makes them cheaper.
+        self._learned: dict[tuple[int, bool], LearnedCosts] = {}
 
     @property
     def can_be_exact(self) -> bool:
@@ -201,7 +202,7 @@ class Generator:
     def _servable(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
         """The sequences with ids that the folder has rows for; counts cold tokens."""
         servable = self.codec.servable(sequences)
-        self.stats.cold_tokens += servable.cold_tokens
+        self.stats.count_cold(servable.cold_tokens)
         return servable.sequences
 
     def _run(
@@ -212,8 +213,10 @@ class Generator:
         try:
             yield from loop.run(requests)
         finally:
+            seconds = time.perf_counter() - start
             timings = [loop.timing, *([checker.timing] if checker else [])]
-            self.stats.count(requests, self.folder.vocab.head, timings, time.perf_counter() - start)
+            reads = checker.reads if checker else None
+            self.stats.count(requests, self.folder.vocab.head, timings, seconds, reads)
 
     def _search(
         self, requests: Sequence[Request], plan: GenerationPlan, params: BeamParams
@@ -234,20 +237,20 @@ class Generator:
             return None
         if plan.report_mass:
             return MassMeter(head)
-        certificate = self._cold_certificate(head) if plan.certify else None
-        key = (plan.max_block, certificate is not None)
-        if key not in self._blocks:
-            self._blocks[key] = DraftLength(plan.max_block, overlap=self._overlap)
-        self.stats.cold_reads = self._reads
-        return ExactChecker(head, self.folder.vocab.head, self._blocks[key], certificate, self._reads)
+        shared = self._certificate.get(lambda: self._make_certificate(head)) if plan.certify else None
+        reads = self.stats.cold_reads.nothing_yet()
+        certificate = None if shared is None else shared.counting(reads)
+        learned = self._learned.setdefault((plan.max_block, shared is not None), LearnedCosts())
+        block = DraftLength(plan.max_block, overlap=self._overlap, learned=learned)
+        return ExactChecker(head, self.folder.vocab.head, block, certificate, reads)
 
-    def _cold_certificate(self, head: ColdHead) -> ColdCertificate | None:
-        """The certificate, opened once; None where the folder has no sketch, or it proves nothing here."""
+    def _make_certificate(self, head: ColdHead) -> ColdCertificate | None:
+        """None where the folder has no sketch, or it proves nothing here."""
         after_head = self._decoder.after_head
-        if self._certificate is None and can_be_certified(self.folder, after_head):
-            sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
-            self._certificate = ColdCertificate(sketch, head, self.folder.vocab.head, self._reads)
-        return self._certificate
+        if not can_be_certified(self.folder, after_head):
+            return None
+        sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
+        return ColdCertificate(sketch, head, self.folder.vocab.head)
 
     def _cold_head(self, purpose: str) -> ColdHead | None:
         """The cold head, opened once; None where no id is cold."""
@@ -256,6 +259,6 @@ class Generator:
                 f"{purpose} needs the cold head, which {self.folder.path} does not have: export it again "
                 "without --no-cold, or use compact mode."
             )
-        if self._head is None and self.folder.vocab.head.cold_ids.size:
-            self._head = ColdHead(self.folder, threads=self._threads)
-        return self._head
+        if not self.folder.vocab.head.cold_ids.size:
+            return None
+        return self._head.get(lambda: ColdHead(self.folder, threads=self._threads))

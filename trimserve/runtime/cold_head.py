@@ -11,6 +11,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from trimserve.arrays import Floats, Ids
+from trimserve.concurrency import Once, renew_in_child
 from trimserve.errors import MismatchError
 from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.held import HeldGraph
@@ -67,7 +68,9 @@ class PartedGraph:
             )
         self._parts = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         self._threads = min(threads, len(self._parts))
-        self._pool: ThreadPoolExecutor | None = None
+        # Its threads start with the first product, and again in a forked child, which has none of them.
+        self._pool: Once[ThreadPoolExecutor] = Once()
+        renew_in_child(self)
 
     def each(self, names: list[str], hidden: npt.NDArray[Any], use: Callable[[slice, Arrays], T]) -> list[T]:
         """Run every part and pass its outputs on, with the cold rows it holds; results in the parts' order.
@@ -85,9 +88,14 @@ class PartedGraph:
         numbers = range(len(self._parts))
         if self._threads == 1:
             return list(map(run, numbers))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, "trimserve-cold")
-        return list(self._pool.map(run, numbers))
+        return list(self._pool.get(self._start_threads).map(run, numbers))
+
+    def renew(self) -> None:
+        """See `Renewable`."""
+        self._pool = Once()
+
+    def _start_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, "trimserve-cold")
 
 
 class ColdHead:

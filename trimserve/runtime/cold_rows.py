@@ -6,21 +6,18 @@ rows, and the system may drop them again. Only the asked rows are converted to t
 
 import mmap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.arrays import Ids
+from trimserve.arrays import Ids, Rows
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.files.quantized import BlockScheme, block_specs, dequantize, round_activations
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
 from trimserve.folder.opening import TrimmedFolder
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
-from trimserve.arrays import Rows
+from trimserve.runtime.session import Session
 
 ColdTensor = Literal["embedding", "head", "head_bias"]
 # `Dtype` of a graph (`Manifest.dtype`) -> numpy dtype of its inputs; numpy has no bfloat16, so its bits.
@@ -42,7 +39,7 @@ def table_name(name: str, table: int) -> str:
     return f"{name}.{table}" if table else name
 
 
-def cold_widths(session: "ort.InferenceSession") -> dict[str, int]:
+def cold_widths(session: Session) -> dict[str, int]:
     """Inputs of a servable graph that take rows of cold ids, and their widths, table by table."""
     inputs = session.get_inputs()
     return {value.name: int(value.shape[1]) for value in inputs if value.name.partition(".")[0] == COLD_INPUT}

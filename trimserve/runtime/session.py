@@ -5,13 +5,17 @@ packs a matrix (another). The options below were chosen by measuring anonymous m
 docs/runtime.md has the table.
 """
 
+import ctypes
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
+from trimserve.concurrency import Lock, renew_in_child
 from trimserve.errors import MismatchError, UsageError, require
 from trimserve.files.held import HeldGraph
 from trimserve.foreign import foreign
@@ -24,11 +28,152 @@ logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
 # A folded constant above this size would be a second, anonymous copy of a mapped weight.
 _MAX_FOLDED_BYTES = 1 << 20
+_DAMAGED = "the file is damaged or was made by another version: export the model again."
+
+
+class Session:
+    """An `InferenceSession` for any number of threads, in this process and in those forked from it.
+
+    All runs go through here: whatever ONNX Runtime raises becomes one sentence, and a forked child, which has
+    none of the session's threads, opens the graph again before its first run.
+
+    Attributes:
+        path: the graph.
+        opened: how often it was opened again in a child; what is bound to the session (`io_binding`) belongs
+            to one opening.
+    """
+
+    def __init__(
+        self, path: Path, make: Callable[[], "ort.InferenceSession"], *, device: str, threads: int
+    ) -> None:
+        """Open a graph.
+
+        Args:
+            path: the graph, for messages.
+            make: opens it; is called again in a forked child.
+            device: where it runs.
+            threads: of one operator; with 1 the session has no threads of its own.
+        """
+        self.path = path
+        self.opened = 0
+        self._make = make
+        self._device = device
+        self._has_threads = threads > 1
+        self._session: ort.InferenceSession | None = make()
+        self._lock = Lock()
+        self._in_use = _InUse(path)
+        renew_in_child(self)
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]
+    ) -> list[npt.NDArray[Any]]:
+        """Run on arrays; gives the named outputs, all by default.
+
+        Raises:
+            TrimserveError: there is not enough memory.
+            MismatchError: ONNX Runtime says anything else.
+        """
+        with self._in_use:
+            made: list[npt.NDArray[Any]] = (self._session or self._again()).run(names, feeds)
+            return made
+
+    def run_with_ort_values(
+        self, names: Sequence[str], feeds: "Mapping[str, ort.OrtValue]"
+    ) -> "Sequence[ort.OrtValue]":
+        """Run on values; errors as of `run`."""
+        with self._in_use:
+            made: Sequence[ort.OrtValue] = (self._session or self._again()).run_with_ort_values(names, feeds)
+            return made
+
+    def run_with_iobinding(self, binding: "ort.IOBinding") -> None:
+        """Run on what is bound; errors as of `run`."""
+        with self._in_use:
+            (self._session or self._again()).run_with_iobinding(binding)
+
+    def io_binding(self) -> "ort.IOBinding":
+        """A binding for one caller at a time, of this opening."""
+        return self.raw.io_binding()
+
+    def get_inputs(self) -> "list[ort.NodeArg]":
+        """The graph's inputs."""
+        return list(self.raw.get_inputs())
+
+    def get_outputs(self) -> "list[ort.NodeArg]":
+        """The graph's outputs."""
+        return list(self.raw.get_outputs())
+
+    def get_modelmeta(self) -> "ort.ModelMetadata":
+        """What is written in the graph about itself."""
+        return self.raw.get_modelmeta()
+
+    def get_providers(self) -> list[str]:
+        """The execution providers, the first that is asked first."""
+        return list(self.raw.get_providers())
+
+    @property
+    def raw(self) -> "ort.InferenceSession":
+        """ONNX Runtime's own object."""
+        return self._session or self._again()
+
+    def renew(self) -> None:
+        """Leave a session behind whose threads are gone in this child, or that one of them was using.
+
+        Anything else is kept, with the memory that it shares with the parent.
+        """
+        if self._session is None or (
+            not self._has_threads and not self._in_use.count and self._device == "cpu"
+        ):
+            return
+        # Its end would wait for its threads, at the latest when the interpreter ends: so it has none.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+        self._session = None
+        self._in_use = _InUse(self.path)
+        self.opened += 1
+
+    def _again(self) -> "ort.InferenceSession":
+        with self._lock:
+            if self._session is None:
+                if self._device != "cpu":
+                    raise UsageError(
+                        f"{self.path} was loaded on {self._device} before this process was forked, where no "
+                        "device can be used: load the model in the child, or start processes by 'spawn'."
+                    )
+                self._session = self._make()
+            return self._session
+
+
+class _InUse:
+    """The border around each run (see `foreign`), which also knows how many runs there are."""
+
+    __slots__ = ("_border", "_runs")
+
+    def __init__(self, path: Path) -> None:
+        self._border = foreign(
+            f"ONNX Runtime cannot run {path}",
+            advice=_DAMAGED,
+            memory="give it a shorter text or fewer at a time, or free some memory.",
+        )
+        # Appending and popping need no lock.
+        self._runs: list[None] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._runs)
+
+    def __enter__(self) -> None:
+        self._runs.append(None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runs.pop()
+        if error is not None:
+            self._border.__exit__(kind, error, trace)
 
 
 def open_session(
     graph: Path | HeldGraph, *, device: str = "cpu", threads: int | None = None, prepack: bool = True
-) -> "ort.InferenceSession":
+) -> Session:
     """Open an ONNX file.
 
     Args:
@@ -44,39 +189,46 @@ def open_session(
         UsageError: unknown device, one that this onnxruntime was not built for, or no thread.
         MismatchError: the file is not a graph that ONNX Runtime can load, or was written to since it was
             opened.
-        TrimserveError: it was replaced since it was opened, and there is no room for a copy.
+        TrimserveError: there is not enough memory for it; or it was replaced since it was opened, and there
+            is no room for a copy.
     """
     runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
     chosen = providers(runtime, device)
     if threads is not None and threads < 1:
         raise UsageError(f"threads should be 1 or more, found {threads}.")
+    count = threads or available_cpus()
+    path = graph if isinstance(graph, Path) else graph.path
+    # The process may change its folder before it forks. Links are not resolved: behind one of the hub's
+    # cache, the data does not lie beside the graph by its name.
+    place = path.absolute()
 
-    def create(path: Path) -> "ort.InferenceSession":
-        options = _options(runtime, threads or available_cpus(), prepack=prepack)
-        # Not resolved: behind a link of the hub's cache, the data does not lie beside the graph by its name.
+    def create(at: Path) -> "ort.InferenceSession":
+        options = _options(runtime, count, prepack=prepack)
         with foreign(
-            f"{graph if isinstance(graph, Path) else graph.path} cannot be loaded by ONNX Runtime",
-            advice="export the folder again.",
+            f"{path} cannot be loaded by ONNX Runtime",
+            advice=_DAMAGED,
+            memory="free some, or load it with low_memory=True.",
         ):
-            session: ort.InferenceSession = runtime.InferenceSession(
-                os.fspath(path.absolute()), options, providers=chosen
-            )
-        return session
+            return runtime.InferenceSession(os.fspath(at), options, providers=chosen)
 
-    session = create(graph) if isinstance(graph, Path) else _open_held(graph, create)
-    name = graph.name if isinstance(graph, Path) else graph.path.name
-    logger.info("session %s: %s, prepack %s", name, chosen[0], "on" if prepack else "off")
+    def make() -> "ort.InferenceSession":
+        return create(place) if isinstance(graph, Path) else _open_held(graph, place, create)
+
+    session = Session(path, make, device=device, threads=count)
+    logger.info("session %s: %s, prepack %s", path.name, chosen[0], "on" if prepack else "off")
     return session
 
 
-def _open_held(graph: HeldGraph, create: "Callable[[Path], ort.InferenceSession]") -> "ort.InferenceSession":
+def _open_held(
+    graph: HeldGraph, place: Path, create: "Callable[[Path], ort.InferenceSession]"
+) -> "ort.InferenceSession":
     """Open a graph by its path where that leads to what is held, before and after; else a copy of that.
 
     ONNX Runtime maps external data that it opens by path; what it is given as bytes it copies into memory.
     """
     if graph.is_in_place:
         try:
-            session = create(graph.path)
+            session = create(place)
         except MismatchError:
             if graph.is_in_place:
                 raise
@@ -90,7 +242,9 @@ def _open_held(graph: HeldGraph, create: "Callable[[Path], ort.InferenceSession]
 
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
     options: ort.SessionOptions = runtime.SessionOptions()
-    options.log_severity_level = 3  # a fold that was skipped on purpose is no warning for the user
+    # Nothing but what ends the process: a fold that was skipped on purpose is no warning for the user, and
+    # errors come as exceptions, too.
+    options.log_severity_level = 4
     options.add_session_config_entry(
         "optimization.constant_folding_max_output_size_in_bytes", str(_MAX_FOLDED_BYTES)
     )

@@ -4,7 +4,6 @@ Segmentation is that of the full model. An id without a compact row takes a cold
 without cold rows, is split into kept pieces (`trimserve.text.fallback`).
 """
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,9 +14,9 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from trimserve.arrays import Ids
+from trimserve.concurrency import Lock, Once
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.foreign import foreign
 from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
 from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
@@ -48,15 +47,13 @@ class Codec:
         self._folder = folder
         self.vocab = folder.vocab
         _check_hashes(folder)
-        file = folder.opened(folder.tokenizer_name)
-        with foreign(f"{file.path} cannot be read as a tokenizer", advice="export the folder again."):
-            self.tokenizer = parse_tokenizer(file.read())
         self._settings = folder.tokenizer_settings
-        self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
+        self.tokenizer = self._load()
         self.special_ids = special_ids(self.tokenizer)
         self._limit: int | None = None
         # Truncation is state of the tokenizer object.
-        self._lock = threading.Lock()
+        self._lock = Lock()
+        self._fallback: Once[Fallback] = Once()
 
     @cached_property
     def pad_id(self) -> int:
@@ -114,6 +111,7 @@ class Codec:
         _check_texts(texts)
         encoded: list[Encoded] = []
         with self._lock:
+            self._mend()
             pairs = any(isinstance(text, tuple) for text in texts)
             self._truncate(max_tokens, add_special_tokens, pairs=pairs)
             for start in range(0, len(texts), _BATCH):
@@ -208,6 +206,7 @@ class Codec:
     def lent(self) -> Iterator[Tokenizer]:
         """Lend the tokenizer to one caller, who may change its truncation."""
         with self._lock:
+            self._mend()
             try:
                 self.tokenizer.no_truncation()
                 yield self.tokenizer
@@ -229,20 +228,32 @@ class Codec:
         token: str | None = self._settings["special_tokens"].get(role)
         return token
 
-    @cached_property
-    def _fallback(self) -> Fallback:
-        return Fallback(self.tokenizer, self.vocab)
-
     def _split(self, ids: Ids, cold: npt.NDArray[np.bool_]) -> tuple[Ids, npt.NDArray[np.int64]]:
         if not cold.any():
             return ids, np.ones(len(ids), np.int64)
         try:
-            return self._fallback.split(ids, cold)
+            return self._fallback.get(lambda: Fallback(self.tokenizer, self.vocab)).split(ids, cold)
         except UnknownIdError as error:
             raise UnknownIdError(f"text {shorten(self.decode(ids))}: {error}") from error
 
     def _is_kept(self, id_: int) -> bool:
         return 0 <= id_ < self.vocab.vocab_size and bool(self.vocab.is_kept(id_))
+
+    def _mend(self) -> None:
+        """Replace the tokenizer in a forked child, where another thread was using it at the fork.
+
+        Within the library it counts as used from then on, and refuses to be changed or waits for ever.
+        """
+        if self._lock.lost:
+            self.tokenizer = self._load()
+            self._limit = None
+            self._lock.lost = False
+
+    def _load(self) -> Tokenizer:
+        file = self._folder.opened(self._folder.tokenizer_name)
+        tokenizer = parse_tokenizer(file.read(), str(file.path))
+        tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
+        return tokenizer
 
     def _truncate(self, max_tokens: int | None, add_special_tokens: bool, *, pairs: bool) -> None:
         added = self.tokenizer.num_special_tokens_to_add(pairs) if add_special_tokens else 0
