@@ -97,7 +97,7 @@ def test_a_failure_while_swapping_puts_the_old_folder_back(tmp_path, monkeypatch
         rename(source, target)
 
     monkeypatch.setattr(Path, "rename", lambda self, target: failing(self, target))
-    monkeypatch.setattr("trimserve.folder.staging.exchange", lambda *_paths: False)
+    monkeypatch.setattr("trimserve.folder.staging.exchange", lambda *_: False)
     with pytest.raises(error):
         write(tmp_path / "out", "new", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
