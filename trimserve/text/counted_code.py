@@ -10,7 +10,7 @@ from jinja2.compiler import CodeGenerator, Frame
 
 
 class CountedCode(CodeGenerator):
-    """Asks `environment`, a `trimserve.text.sandbox` one, of blocks, comparisons, keys, slices and texts joined."""
+    """Asks the environment of `trimserve.text.sandbox`: of blocks, comparisons, keys, slices, joins."""
 
     def blockvisit(self, nodes_: Iterable[nodes.Node], frame: Frame) -> None:
         block = list(nodes_)
@@ -19,7 +19,7 @@ class CountedCode(CodeGenerator):
         self.writeline(f"environment.enter({literals})")
         super().blockvisit(block, frame)
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         join = "markup_join" if frame.eval_ctx.autoescape else "str_join"
         if frame.eval_ctx.volatile:
             join = "(markup_join if context.eval_ctx.volatile else str_join)"
@@ -29,14 +29,14 @@ class CountedCode(CodeGenerator):
             self.write(", ")
         self.write(")))")
 
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
         self.write("(")
         self._weighed(node.expr, frame)
         for op in node.ops:
             self.visit(op, frame)
         self.write(")")
 
-    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:  # noqa: N802
+    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:
         word = {"in": "in", "notin": "not in"}.get(node.op)
         if word is None:
             signs = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<="}
@@ -46,7 +46,7 @@ class CountedCode(CodeGenerator):
             self.write(f" {word} ")
             self._weighed(node.expr, frame, "weigh_container")
 
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
         if isinstance(node.arg, nodes.Slice):
             self.write("environment.sliced(")
             super().visit_Getitem(node, frame)
@@ -54,7 +54,7 @@ class CountedCode(CodeGenerator):
         else:
             super().visit_Getitem(node, frame)
 
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
         self.write("{")
         for item in node.items:
             self._weighed(item.key, frame)
