@@ -1,9 +1,9 @@
 """Open a trimmed folder as the object that runs it."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from trimserve.arguments import AnyPath, Count, checked
 from trimserve.encoder.encoder import Encoder
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder.opening import TrimmedFolder, open_folder
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from trimserve.generation.generator import Generator
 
 
+@checked
 def load(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
-    device: str = "cpu",
-    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    threads: Count | None = None,
     low_memory: bool = False,
     verify: str | None = None,
 ) -> "Encoder | Generator":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.arguments import Count, checked
 from trimserve.errors import require
 from trimserve.folder.manifest import is_trimmed, read_manifest
 from trimserve.folder.names import COLD_NAME
@@ -111,7 +112,8 @@ class OnnxFacts:
 Inspection = ModelFacts | TrimmedFacts | OnnxFacts
 
 
-def inspect(path: str | Path, *, kept: int = DEFAULT_KEPT, revision: str | None = None) -> Inspection:
+@checked
+def inspect(path: str | Path, *, kept: Count = DEFAULT_KEPT, revision: str | None = None) -> Inspection:
     """Tell what a path or hub id is.
 
     Args:

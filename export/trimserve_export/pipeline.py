@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimserve.arguments import checked
 from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
 from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.opening import TrimmedFolder
@@ -68,6 +69,7 @@ class ExportResult:
         return dataclasses.asdict(self) | {"path": str(self.path)}
 
 
+@checked
 def export(  # noqa: PLR0913 - the options are the public interface
     model: str | Path | ModelSource,
     vocab: VocabMap,

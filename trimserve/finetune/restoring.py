@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arguments import checked
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.scratch import scratch_folder
@@ -108,11 +109,13 @@ class MergedRows:
             yield block.nbytes
 
 
-def is_compact(path: Path) -> bool:
+@checked
+def is_compact(path: str | Path) -> bool:
     """Tell whether a folder is a compact checkpoint."""
-    return (path / PROVENANCE_NAME).is_file()
+    return (Path(path) / PROVENANCE_NAME).is_file()
 
 
+@checked
 def restore(
     checkpoint: str | Path,
     base: str | Path | ModelSource | None = None,

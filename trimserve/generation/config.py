@@ -10,7 +10,7 @@ from trimserve.decoding.logit_edits import LogitEdits
 from trimserve.decoding.token_rules import TokenRules, as_ids
 from trimserve.errors import UsageError
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.generation.fields import FIELDS, check_settings
+from trimserve.generation.fields import FIELDS, check_settings, check_values
 
 CONFIG_NAME = "generation_config.json"
 
@@ -44,6 +44,7 @@ class GenerationConfig:
             name: value for name, value in own.items() if name in FIELDS and value is not None
         }
         check_settings(self.settings, str(folder.path))
+        check_values(self.settings, str(folder.path))
         self.library = int(str(exported.get("transformers_version", "4")).partition(".")[0])
         self.positions: int | None = self._merged.get("max_position_embeddings")
         self.stop_ids = frozenset(as_ids(self.settings.get("eos_token_id")))

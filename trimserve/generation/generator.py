@@ -1,9 +1,11 @@
 """Generator: text in, text out, for a trimmed folder of a causal language model."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Unpack
 
+from trimserve.arguments import checked
 from trimserve.arrays import Ids
 from trimserve.concurrency import Once
 from trimserve.decoding.beam import BeamParams, BeamSearch
@@ -37,6 +39,11 @@ class Generator:
         >>> model.generate("Summarise: …", max_new_tokens=64)[0].text  # doctest: +SKIP
     """
 
+    # Options that would be ignored, and what to do instead.
+    _other_options: Mapping[str, str] = MappingProxyType(
+        {"decoder_start_token_id": "leave it out, only an encoder-decoder has it"}
+    )
+
     def __init__(
         self,
         folder: TrimmedFolder,
@@ -69,6 +76,7 @@ class Generator:
         """Whether the folder holds what exact mode needs; nothing where every id is kept."""
         return COLD_MAX_NAME in self.folder.manifest.files or not self.folder.vocab.head.cold_ids.size
 
+    @checked
     def generate(
         self, prompts: str | Sequence[str], **options: Unpack[GenerationOptions]
     ) -> list[Generation]:
@@ -88,6 +96,7 @@ class Generator:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self._generate(self.codec.encode(texts), options)
 
+    @checked
     def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
         """Generate for one prompt, giving text as soon as it is certain.
 
@@ -97,6 +106,7 @@ class Generator:
         (ids,) = self.codec.encode([prompt])
         yield from self._stream(ids, options)
 
+    @checked
     def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Generation:
         """Answer a conversation, through the folder's own chat template.
 
@@ -111,10 +121,12 @@ class Generator:
         (result,) = self._generate([self.chat_ids(messages)], options)
         return result
 
+    @checked
     def stream_chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[str]:
         """Like `chat`, giving text as soon as it is certain."""
         yield from self._stream(self.chat_ids(messages), options)
 
+    @checked
     def chat_ids(self, messages: Sequence[Message]) -> Ids:
         """The prompt's token ids for a conversation, int32 (T,)."""
         prompt = render_chat(self.folder, messages)
@@ -122,6 +134,7 @@ class Generator:
         (ids,) = self.codec.encode([prompt], add_special_tokens=False)
         return ids
 
+    @checked
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities of texts under the full model's vocab.
 
@@ -171,6 +184,9 @@ class Generator:
         Raises:
             UsageError: an option that does not exist, is out of range, or does not go with another.
         """
+        for name, advice in self._other_options.items():
+            if options.get(name) is not None:
+                raise UsageError(f"{name} means nothing to {self.folder.path}: {advice}.")
         size = self.folder.vocab.vocab_size
         return make_plan(self.config, options, size, can_be_exact=self.can_be_exact)
 

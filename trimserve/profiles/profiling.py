@@ -9,6 +9,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
+from trimserve.arguments import Count, checked
 from trimserve.arrays import Counts, Ids
 from trimserve.console import progress as progress_bar
 from trimserve.corpus.corpus import Corpus
@@ -31,17 +32,17 @@ log = logging.getLogger(__name__)
 class ProfileOptions(TypedDict, total=False):
     """Options of `profile`."""
 
-    texts: Iterable[str]
-    text_column: str
-    output_column: str
+    texts: Iterable[str] | None
+    text_column: str | None
+    output_column: str | None
     chat: bool
     unit: Unit
     skip_bad: bool
     max_line: int
-    workers: int
+    workers: Count | None
     engine: Where
-    shard: str
-    resume: Profile
+    shard: str | None
+    resume: Profile | None
     progress: bool
 
 
@@ -53,6 +54,7 @@ class ProfileInterrupted(KeyboardInterrupt):
         self.partial = partial
 
 
+@checked
 def profile(
     corpus: Sequence[str | Path] | str | Path,
     model: str | Path | ModelSource,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trimserve.arguments import checked
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.files.claim import claim
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 NamedCheck = tuple[str, Callable[[Context], Check]]
 
 
+@checked
 def verify(
     folder: str | Path,
     model: str | Path | ModelSource | None = None,
