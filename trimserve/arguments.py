@@ -9,7 +9,7 @@ import inspect
 import operator
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from numbers import Integral, Real
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import (
     Annotated,
     Any,
-    ForwardRef,
     Literal,
     ParamSpec,
     TypeVar,
@@ -218,19 +217,11 @@ def _container(hint: Any, origin: Any, args: tuple[Any, ...]) -> Kind:  # noqa: 
     if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
         return _sequence(kind_of(args[0]), tuple if origin is tuple else list)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Iterable):
-        if args == (int,):
-            return _sequence(kind_of(int), list)
-        # Read once, and perhaps larger than memory: what comes out of it is checked where it is read.
-        return Kind("a list", _iterable)
+        return _iterable(kind_of(args[0]), eager=args == (int,))
     if origin is Callable or hint is Callable:
         return Kind("a function", _callable)
     expected = origin or hint
-    if (
-        expected is Any
-        or not isinstance(expected, type)
-        or isinstance(expected, TypeVar | ForwardRef)
-        or expected is object
-    ):
+    if expected in (Any, object) or not isinstance(expected, type):
         return Kind("anything", lambda value: value)
     if getattr(expected, "_is_protocol", False):
         return Kind("anything", lambda value: value)
@@ -382,10 +373,28 @@ def _path(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def _iterable(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
-        raise WrongError(value)
-    return value
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """What is read once, and perhaps larger than memory: its entries are checked when they come."""
+
+    values: Iterable[Any]
+    kind: Kind
+
+    def __iter__(self) -> Iterator[Any]:
+        return (read_value("an entry of a list", value, self.kind) for value in self.values)
+
+
+def _iterable(entry: Kind, *, eager: bool) -> Kind:
+    listed = _sequence(entry, list)
+
+    def read(value: Any) -> Any:  # noqa: ANN401
+        if eager or isinstance(value, list | tuple):
+            return listed.read(value)
+        if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+            raise WrongError(value)
+        return _Entries(value, entry)
+
+    return Kind(listed.words, read)
 
 
 def _callable(value: Any) -> Any:  # noqa: ANN401

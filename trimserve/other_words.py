@@ -119,12 +119,13 @@ def meant(name: str, known: Collection[str], where: str) -> str:
         known: what there is.
         where: the function's name.
     """
-    start = f"unknown option {name}"
-    fitting = [word for word in WORDS.get(name, ()) if word in known]
-    near = fitting or difflib.get_close_matches(name.lower(), sorted(known), n=1, cutoff=0.6)
-    if fitting or (near and name not in SENTENCES):
-        return f"{start} of {where}(): did you mean {near[0]}?"
+    start = f"unknown option {name} of {where}()"
+    fitting = {word: next((to for to in ours if to in known), None) for word, ours in WORDS.items()}
+    words = {word: to for word, to in fitting.items() if to} | {word: word for word in known}
+    if name in words:
+        return f"{start}: did you mean {words[name]}?"
     if name in SENTENCES:
-        return f"{start} of {where}(): {SENTENCES[name]}."
-    listed = ", ".join(sorted(known - {"self"} if isinstance(known, set) else {*known} - {"self"}))
-    return f"{start} of {where}(): it takes {listed}."
+        return f"{start}: {SENTENCES[name]}."
+    if near := difflib.get_close_matches(name.lower(), sorted(words), n=1, cutoff=0.7):
+        return f"{start}: did you mean {words[near[0]]}?"
+    return f"{start}: it takes {', '.join(sorted({*known} - {'self'}))}."
