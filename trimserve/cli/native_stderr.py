@@ -12,15 +12,18 @@ from typing import NoReturn
 
 _STDERR = 2
 _HEADER = re.compile(rb"thread '.*' (\(\d+\) )?panicked at ")
-_NOTE = b"note: run with `RUST_BACKTRACE="
+_HINT = re.compile(rb"note: .*`RUST_BACKTRACE=|stack backtrace:")
+# Of a backtrace: a number and a function, or the place in its source.
+_FRAME = re.compile(rb" +(\d+: |at )")
 # How a note's lines begin, and the empty line before it.
-_STARTS = (b"thread '", _NOTE)
+_STARTS = (b"thread '", b"note: ", b"stack backtrace:", b" ")
 
 
 class PanicFilter:
     """Takes a stream of bytes and gives it back without the notes of panics.
 
-    A note is an empty line, a line that says where, one with the message, and a hint at RUST_BACKTRACE.
+    A note is an empty line, a line that says where, one with the message, and a hint at RUST_BACKTRACE; with
+    that set, the frames of the stack before the hint.
     """
 
     def __init__(self) -> None:
@@ -28,7 +31,7 @@ class PanicFilter:
         self._blank = b""  # an empty line that may belong to a note
         self._given = 0  # bytes of the last line that were given already
         self._skips_message = False
-        self._hint_may_follow = False
+        self._hint_may_follow = False  # or a backtrace
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that can be given by now."""
@@ -57,7 +60,7 @@ class PanicFilter:
             # Before Rust 1.73 the message stood in the same line.
             self._skips_message, self._hint_may_follow, self._blank = line.endswith(b":"), True, b""
             return b""
-        if self._hint_may_follow and line.startswith(_NOTE):
+        if self._hint_may_follow and (_HINT.match(line) or _FRAME.match(line)):
             return b""
         self._hint_may_follow = False
         before = self._take_blank()
@@ -69,7 +72,10 @@ class PanicFilter:
     def _may_be_a_notes(self, start: bytes) -> bool:
         if self._given:
             return False
-        return self._skips_message or any(start.startswith(one) or one.startswith(start) for one in _STARTS)
+        if self._skips_message:
+            return True
+        starts = _STARTS if self._hint_may_follow else _STARTS[:1]
+        return any(start.startswith(one) or one.startswith(start) for one in starts)
 
     def _take_blank(self) -> bytes:
         blank, self._blank = self._blank, b""
@@ -81,10 +87,9 @@ def hide_panics() -> None:
 
     A process of its own reads what is written there, so that the last words of a process that dies are not
     lost. It ends when nobody can write any more. Only for a program that has one thread so far; where
-    RUST_BACKTRACE or TRIMSERVE_DEBUG asks for more, and on Windows, nothing is hidden.
+    TRIMSERVE_DEBUG asks for more, and on Windows, nothing is hidden.
     """
-    wants_all = any(os.environ.get(name, "0") != "0" for name in ("RUST_BACKTRACE", "TRIMSERVE_DEBUG"))
-    if wants_all or sys.platform == "win32" or sys.stderr is None:
+    if os.environ.get("TRIMSERVE_DEBUG") == "1" or sys.platform == "win32" or sys.stderr is None:
         return
     try:
         real = os.dup(_STDERR)
