@@ -188,7 +188,7 @@ def open_session(
         MismatchError: the file is not a graph that ONNX Runtime can load.
         TrimserveError: there is not enough memory for it.
     """
-    runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
+    runtime = _onnxruntime()
     chosen = providers(runtime, device)
     if threads is not None and threads < 1:
         raise UsageError(f"threads should be 1 or more, found {threads}.")
@@ -208,6 +208,13 @@ def open_session(
     session = Session(path, make, device=device, threads=count)
     logger.info("session %s: %s, prepack %s", path.name, chosen[0], "on" if prepack else "off")
     return session
+
+
+def _onnxruntime() -> ModuleType:
+    # From version 1.31 on it starts threads that report its use to its makers, when it is imported. A forked
+    # child, which has none of them, waits for them for ever when its interpreter ends.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return require("onnxruntime", extra="cpu", purpose="running a trimmed model")
 
 
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
