@@ -192,7 +192,7 @@ def open_session(
         TrimserveError: there is not enough memory for it; or it was replaced since it was opened, and there
             is no room for a copy.
     """
-    runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
+    runtime = _onnxruntime()
     chosen = providers(runtime, device)
     if threads is not None and threads < 1:
         raise UsageError(f"threads should be 1 or more, found {threads}.")
@@ -238,6 +238,13 @@ def _open_held(
     logger.info("%s was replaced after it was opened: a copy of what it was is run", graph.path)
     with graph.copied() as copy:
         return create(copy)
+
+
+def _onnxruntime() -> ModuleType:
+    # From version 1.31 on it starts threads that report its use to its makers, when it is imported. A forked
+    # child, which has none of them, waits for them for ever when its interpreter ends.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return require("onnxruntime", extra="cpu", purpose="running a trimmed model")
 
 
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
