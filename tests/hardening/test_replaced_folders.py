@@ -7,13 +7,14 @@ import sys
 import onnxruntime
 import pytest
 
+pytest.importorskip("torch")
+
+from tests.support.served import KINDS, answers, make
 from trimserve import load
 from trimserve.errors import MismatchError
 from trimserve.files import held
 
 pytestmark = pytest.mark.export
-pytest.importorskip("torch")
-from tests.support.served import KINDS, answers, make
 
 # Each n-th moment of a load is tried.
 EVERY = {"generator": 2, "encoder": 4, "translator": 4, "sentence": 4}

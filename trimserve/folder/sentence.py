@@ -6,15 +6,18 @@ that changed over the years. They are read and checked once, at export; a trimme
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
+from msgspec import Meta
 
 from trimserve.arrays import Floats
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, to_float32, write_tensors
 from trimserve.folder.names import SENTENCE_NAME, SENTENCE_TENSORS_NAME
 from trimserve.folder.opening import TrimmedFolder
@@ -25,6 +28,8 @@ KINDS: tuple[Kind, ...] = ("SentenceTransformer", "SparseEncoder", "CrossEncoder
 # What modules hand on to each other.
 TOKENS, SENTENCE, SCORES = "token_embeddings", "sentence_embedding", "scores"
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+_Count = Annotated[int, Meta(ge=1, le=1 << 31)]
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
@@ -94,6 +99,12 @@ _MODULES: dict[str, type[Module]] = {
 }
 
 
+def _default(entry: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401 - whatever make_dataclass takes
+    if entry.default_factory is not dataclasses.MISSING:
+        return field(default_factory=entry.default_factory)
+    return field(default=entry.default)
+
+
 @dataclass(frozen=True, slots=True)
 class SentenceSettings:
     """Everything between a text and its embedding or score that is not the graph.
@@ -122,10 +133,10 @@ class SentenceSettings:
     graph_output: str = TOKENS
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
-    similarity: str = "cosine"
-    truncate_dim: int | None = None
-    max_active_dims: int | None = None
-    max_tokens: int | None = None
+    similarity: Similarity = "cosine"
+    truncate_dim: _Count | None = None
+    max_active_dims: _Count | None = None
+    max_tokens: _Count | None = None
     special_tokens: bool = True
     prompt_ends: tuple[int, ...] = ()
     type_ids: bool = True
@@ -178,23 +189,68 @@ class SentenceSettings:
         Raises:
             MismatchError: it is not that.
         """
-        try:
-            raw = json.loads(text)
-            raw["modules"] = tuple(_module(dict(entry)) for entry in raw["modules"])
-            raw["prompt_ends"] = tuple(raw["prompt_ends"])
-            settings = cls(**raw)
-            if settings.kind not in KINDS or settings.similarity not in SIMILARITIES:
-                raise ValueError(f"{settings.kind}, {settings.similarity}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MismatchError(
-                f"{origin} is not what this version understands ({error}): export the folder again."
-            ) from error
+        advice = "export the folder again."
+        raw = parse_json(text, origin, advice=advice)
+        entries = raw.get("modules") if isinstance(raw, dict) else None
+        if not isinstance(entries, list):
+            raise MismatchError(f"{origin} is not what this version understands: {advice}")
+        modules = tuple(_module(entry, origin) for entry in entries)
+        subject = f"{origin} is not what this version understands: it"
+        rest = convert_json(
+            {key: value for key, value in raw.items() if key != "modules"}, _REST, subject, advice=advice
+        )
+        settings = cls(modules=modules, **vars(rest))
+        settings._check_flow(origin)
         return settings
 
+    def _check_flow(self, origin: str) -> None:
+        """Refuse modules that read what none before them writes."""
+        there = {SENTENCE if self.is_sparse else self.graph_output}
+        for module in self.modules:
+            takes, gives = _takes_and_gives(module)
+            if takes not in there and not isinstance(module, SpladePooling):
+                raise MismatchError(
+                    f"{origin}: its {module.type} reads {takes!r}, which nothing before it gives: export the "
+                    "folder again."
+                )
+            there.add(gives)
 
-def _module(entry: dict[str, Any]) -> Module:
-    made = _MODULES[entry.pop("type")](**entry)
-    return dataclasses.replace(made, modes=tuple(made.modes)) if isinstance(made, Pooling) else made
+
+# All but the modules, whose union of classes is told apart by `_module`.
+_REST: type[Any] = dataclasses.make_dataclass(
+    "_Rest",
+    [
+        (
+            entry.name,
+            typing.get_type_hints(SentenceSettings, include_extras=True)[entry.name],
+            _default(entry),
+        )
+        for entry in dataclasses.fields(SentenceSettings)
+        if entry.name != "modules"
+    ],
+)
+
+
+def _takes_and_gives(module: Module) -> tuple[str, str]:
+    if isinstance(module, Dense):
+        return module.input, module.output
+    return (TOKENS if isinstance(module, Pooling) else SENTENCE), SENTENCE
+
+
+def _module(entry: object, origin: str) -> Module:
+    kind = _MODULES.get(str(entry.get("type"))) if isinstance(entry, dict) else None
+    if kind is None or not isinstance(entry, dict):
+        raise MismatchError(
+            f"{origin} lists a module that this version does not know: export the folder again."
+        )
+    fields = {key: value for key, value in entry.items() if key != "type"}
+    made: Module = convert_json(fields, kind, f"{origin}: its {kind.type}", advice="export the folder again.")
+    if isinstance(made, Pooling) and not (made.modes and set(made.modes) <= set(POOLING_MODES)):
+        raise MismatchError(
+            f"{origin} pools by {', '.join(made.modes) or 'nothing'}, known are {', '.join(POOLING_MODES)}: "
+            "export the folder again."
+        )
+    return made
 
 
 def write_settings(folder: Path, settings: SentenceSettings, tensors: Mapping[str, Floats]) -> None:

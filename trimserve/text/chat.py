@@ -131,7 +131,11 @@ def _by_name(entry: object) -> dict[str, str]:
         return {"default": entry}
     if not isinstance(entry, list):  # else [{"name": "default", "template": ...}, ...]
         return {}
-    return {item["name"]: item["template"] for item in entry if isinstance(item.get("template"), str)}
+    return {item["name"]: item["template"] for item in entry if _is_named(item)}
+
+
+def _is_named(item: object) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("name", "template"))
 
 
 def _environment() -> "jinja2.Environment":
