@@ -143,6 +143,6 @@ def _check_tensors(index: int, module: Dense | LayerNorm, tensors: Mapping[str, 
 def _check_width(index: int, module: Module, values: Floats, width: int) -> None:
     if values.shape[-1] != width:
         raise MismatchError(
-            f"module {index}, {module.type}, takes {width:,} numbers and is given {values.shape[-1]:,}: export "
-            "the folder again."
+            f"module {index}, {module.type}, takes {width:,} numbers and is given {values.shape[-1]:,}: "
+            "export the folder again."
         )

@@ -142,8 +142,8 @@ def _spec(path: Path, name: str, entry: _Entry, base: int, file: HeldFile | None
     shown = _shown(name)
     if entry.dtype not in STORAGE_DTYPES:
         raise UnsupportedModelError(
-            f"{path}: {shown} is stored as {_shown(entry.dtype)}, a number format of quantised weights, which "
-            "trimserve does not read: pass the floating-point model that it was made from."
+            f"{path}: {shown} is stored as {_shown(entry.dtype)}, a number format of quantised weights, "
+            "which trimserve does not read: pass the floating-point model that it was made from."
         )
     shape, itemsize = tuple(entry.shape), STORAGE_DTYPES[entry.dtype].itemsize
     # numpy takes no array whose other sizes overflow, even where one of them is 0.

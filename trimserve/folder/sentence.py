@@ -28,7 +28,6 @@ KINDS: tuple[Kind, ...] = ("SentenceTransformer", "SparseEncoder", "CrossEncoder
 # What modules hand on to each other.
 TOKENS, SENTENCE, SCORES = "token_embeddings", "sentence_embedding", "scores"
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 _Count = Annotated[int, Meta(ge=1, le=1 << 31)]
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
@@ -133,7 +132,7 @@ class SentenceSettings:
     graph_output: str = TOKENS
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
-    similarity: Similarity = "cosine"
+    similarity: str = "cosine"
     truncate_dim: _Count | None = None
     max_active_dims: _Count | None = None
     max_tokens: _Count | None = None
@@ -200,6 +199,10 @@ class SentenceSettings:
             {key: value for key, value in raw.items() if key != "modules"}, _REST, subject, advice=advice
         )
         settings = cls(modules=modules, **vars(rest))
+        if settings.similarity not in SIMILARITIES:
+            raise MismatchError(
+                f"{origin} compares by {settings.similarity!r}, known are {', '.join(SIMILARITIES)}: {advice}"
+            )
         settings._check_flow(origin)
         return settings
 

@@ -129,6 +129,6 @@ def check_numbers(config: Mapping[str, Any], origin: str) -> None:
         listed = value if isinstance(value, list) and name in _IDS else [value]
         if value is not None and not all(type(one) is int and abs(one) < 1 << 31 for one in listed):
             raise MismatchError(
-                f"{origin}: {name} is {str(value)[:40]!r}, which is no token id or number of tokens: export the "
-                "folder again."
+                f"{origin}: {name} is {str(value)[:40]!r}, which is no token id or number of tokens: export "
+                "the folder again."
             )

@@ -49,8 +49,8 @@ def cold_widths(session: "ort.InferenceSession") -> dict[str, int]:
         if value.name.partition(".")[0] == COLD_INPUT:
             if len(value.shape) != 2 or not isinstance(value.shape[1], int):
                 raise MismatchError(
-                    f"the graph's input {value.name} should have two axes, the second of a known size, and has "
-                    f"{value.shape}: export the folder again."
+                    f"the graph's input {value.name} should have two axes, the second of a known size, and "
+                    f"has {value.shape}: export the folder again."
                 )
             widths[value.name] = value.shape[1]
     return widths

@@ -76,16 +76,26 @@ def _open_held(graph: HeldGraph, create: "Callable[[Path], ort.InferenceSession]
     """
     if graph.is_in_place:
         try:
-            session = create(graph.path)
-        except MismatchError:
+            session = create(graph.file.place)
+        except MismatchError as error:
             if graph.is_in_place:
-                raise
+                raise (_scattered(graph) or error) from error
         else:
             if graph.is_in_place:
                 return session
     logger.info("%s was replaced after it was opened: a copy of what it was is run", graph.path)
     with graph.copied() as copy:
         return create(copy)
+
+
+def _scattered(graph: HeldGraph) -> MismatchError | None:
+    """The reason why a graph was refused, if it is that links lead to weights in another folder."""
+    if graph.is_together:
+        return None
+    return MismatchError(
+        f"{graph.path} and its weights are links to files in different folders, which ONNX Runtime does not "
+        "follow: make a copy without links (cp -rL) and load that."
+    )
 
 
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
