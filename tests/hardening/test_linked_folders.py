@@ -1,4 +1,4 @@
-"""A folder whose files are links, as the hub's cache has it: `snapshots/REVISION/NAME` -> `../../blobs/HASH`."""
+"""A folder of links, as the cache of the hub has it: `snapshots/REVISION/NAME` -> `../../blobs/HASH`."""
 
 import hashlib
 import os
