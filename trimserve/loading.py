@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Literal
 
 from trimserve.arguments import AnyPath, Count, checked
 from trimserve.encoder.encoder import Encoder
-from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.process import release_free_memory
-from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
+from trimserve.runtime.cold_rows import COLD_INPUT, GRAPH_DTYPES, ColdRows, cold_widths
 from trimserve.runtime.contract import served_fault
 from trimserve.runtime.session import Session, open_session, prepacks
 from trimserve.text.codec import Codec
@@ -89,6 +89,7 @@ def check_runnable(folder: TrimmedFolder) -> None:
     Raises:
         UsageError: it holds no graph.
         UnsupportedModelError: a layout for others, or a graph is missing.
+        MismatchError: it names a dtype that no graph has.
     """
     manifest = folder.manifest
     if not manifest.graphs:
@@ -100,6 +101,11 @@ def check_runnable(folder: TrimmedFolder) -> None:
         raise UnsupportedModelError(
             f"{folder.path} has the layout {manifest.layout!r}, which is for other runtimes: this one runs "
             "folders exported with --layout runtime."
+        )
+    if manifest.dtype not in GRAPH_DTYPES:
+        raise MismatchError(
+            f"{folder.path} says that its graph is in {manifest.dtype!r}, and known are "
+            f"{', '.join(GRAPH_DTYPES)}: export the folder again."
         )
     roles = {"encoder", "decoder"} if manifest.task == TEXT2TEXT_TASK else {"model"}
     if missing := sorted(roles - manifest.graphs.keys()):

@@ -14,11 +14,11 @@ import time
 
 import pytest
 
-from trimserve.errors import TrimserveError
-
 pytest.importorskip("torch")
+
 from tests.support.damage import damaged
 from tests.support.served import KINDS, answers, make
+from trimserve.errors import TrimserveError
 from trimserve.folder.names import MANIFEST_NAME
 
 pytestmark = pytest.mark.export
@@ -106,7 +106,7 @@ class Trial:
 
 
 def _is_sentence(message):
-    return bool(message) and "\n" not in message and len(message) < 2_000 and message.endswith((".", ")"))
+    return bool(message) and "\n" not in message and len(message) < 2_000
 
 
 def run(folders, root, count, *, rehashed, graphs=None, first=0):

@@ -7,12 +7,12 @@ import sys
 import onnxruntime
 import pytest
 
+pytest.importorskip("torch")
+
+from tests.support.served import KINDS, answers, make
 from trimserve import load
 from trimserve.errors import MismatchError
 from trimserve.files import held
-
-pytest.importorskip("torch")
-from tests.support.served import KINDS, answers, make
 
 pytestmark = pytest.mark.export
 

@@ -33,7 +33,8 @@ class HeldFile:
     """A file by its descriptor, or by its bytes where it is small.
 
     Attributes:
-        path: where it was when it was opened, for messages.
+        path: where it was when it was opened, as it was given, for messages.
+        place: the same, wherever the process goes later.
         status: what the system said of it then.
     """
 
@@ -50,7 +51,7 @@ class HeldFile:
             MismatchError: it is a folder or a device.
         """
         self.path = path
-        self._absolute = path.absolute()  # the process may change its folder
+        self.place = path.absolute()
         descriptor = os.open(name or path, _FLAGS, dir_fd=folder) if folder is not None else _open(path)
         self._close = weakref.finalize(self, os.close, descriptor)
         self._close.atexit = False
@@ -124,7 +125,7 @@ class HeldFile:
     def is_in_place(self) -> bool:
         """Whether its path still leads to this file, and to what was in it."""
         try:
-            return _same(self._absolute.stat(), self.status)
+            return _same(self.place.stat(), self.status)
         except OSError:
             return False
 
@@ -255,6 +256,24 @@ class HeldGraph:
             file.check_unchanged()
         return all(file.is_in_place for file in files)
 
+    @property
+    def is_together(self) -> bool:
+        """Whether graph and data lie in one folder, behind the links that may lead to them.
+
+        So it is in the hub's cache, where each file of a snapshot is a link to one in `blobs`.
+        """
+        files = (self.file, *self._used())
+        return len({file.place.resolve().parent for file in files}) == 1
+
+    def _used(self) -> list[HeldFile]:
+        """Those of the files beside it whose names stand in the graph."""
+        content = self.file.map()
+        return [
+            file
+            for name, file in self._beside.items()
+            if file is not self.file and content.find(name.encode()) >= 0
+        ]
+
     @contextlib.contextmanager
     def copied(self) -> Iterator[Path]:
         """Give the path of a copy of the graph, its data beside it, for as long as the block takes.
@@ -264,14 +283,12 @@ class HeldGraph:
         Raises:
             TrimserveError: there is no room for it.
         """
-        content = self.file.map()
         with tempfile.TemporaryDirectory(prefix="trimserve-held-", ignore_cleanup_errors=True) as folder:
             target = Path(folder)
             try:
                 self.file.copy_to(target / self.path.name)
-                for name, file in self._beside.items():
-                    if file is not self.file and content.find(name.encode()) >= 0:
-                        file.copy_to(target / name)
+                for file in self._used():
+                    file.copy_to(target / file.path.name)
             except OSError as error:
                 raise TrimserveError(
                     f"{self.path} was replaced after it was loaded, and {tempfile.gettempdir()} has no room "

@@ -45,6 +45,7 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MOST_BYTES = 1 << 62  # what offsets within a file can be, with room for sums
+_LONGEST_SHOWN = 200
 _AGAIN = "Fetch or make it again."
 # numpy's arrays have at most 64 axes; a product of sizes is computed in Python's integers, which do not wrap.
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_BYTES)]
@@ -138,22 +139,28 @@ def read_header(path: Path | HeldFile) -> tuple[dict[str, TensorSpec], dict[str,
 
 def _spec(path: Path, name: str, entry: _Entry, base: int, file: HeldFile | None) -> TensorSpec:
     begin, end = entry.data_offsets
+    shown = _shown(name)
     if entry.dtype not in STORAGE_DTYPES:
         raise UnsupportedModelError(
-            f"{path}: {name} is stored as {entry.dtype}, a number format of quantised weights, which "
-            "trimserve does not read: pass the floating-point model that it was made from."
+            f"{path}: {shown} is stored as {_shown(entry.dtype)}, a number format of quantised weights, "
+            "which trimserve does not read: pass the floating-point model that it was made from."
         )
     shape, itemsize = tuple(entry.shape), STORAGE_DTYPES[entry.dtype].itemsize
     # numpy takes no array whose other sizes overflow, even where one of them is 0.
     if math.prod(size or 1 for size in shape) * itemsize > _MOST_BYTES:
-        raise MismatchError(f"{path}: {name} of shape {shape} is larger than any file. {_AGAIN}")
+        raise MismatchError(f"{path}: {shown} of shape {shape} is larger than any file. {_AGAIN}")
     nbytes = math.prod(shape) * itemsize
     if end - begin != nbytes:
         raise MismatchError(
-            f"{path}: {name} of shape {shape} takes {nbytes:,} bytes, the header gives it {begin:,} to "
+            f"{path}: {shown} of shape {shape} takes {nbytes:,} bytes, the header gives it {begin:,} to "
             f"{end:,}. {_AGAIN}"
         )
     return TensorSpec(name, entry.dtype, shape, path, base + begin, nbytes, file)
+
+
+def _shown(name: str) -> str:
+    """A name of a stranger's as a message can have it."""
+    return name if name.isprintable() and len(name) <= _LONGEST_SHOWN else repr(name[:_LONGEST_SHOWN])
 
 
 def _covered(specs: Iterable[TensorSpec], path: Path, base: int) -> int:
@@ -162,7 +169,7 @@ def _covered(specs: Iterable[TensorSpec], path: Path, base: int) -> int:
     for spec in sorted(specs, key=lambda spec: (spec.offset, spec.nbytes)):
         if spec.offset != end:
             what = "overlaps with another" if spec.offset < end else "leaves bytes before it"
-            raise MismatchError(f"{path}: {spec.name} {what} by the header. {_AGAIN}")
+            raise MismatchError(f"{path}: {_shown(spec.name)} {what} by the header. {_AGAIN}")
         end += spec.nbytes
     return end
 

@@ -44,7 +44,7 @@ class Pooling:
     """
 
     type: ClassVar[str] = "Pooling"
-    modes: tuple[PoolingMode, ...] = ("mean",)
+    modes: Annotated[tuple[PoolingMode, ...], Meta(min_length=1)] = ("mean",)
     include_prompt: bool = True
 
 
@@ -98,6 +98,12 @@ Module = Pooling | SpladePooling | Dense | LayerNorm | Normalize
 _MODULES: dict[str, type[Module]] = {
     known.type: known for known in (Pooling, SpladePooling, Dense, LayerNorm, Normalize)
 }
+
+
+def _default(entry: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401 - whatever make_dataclass takes
+    if entry.default_factory is not dataclasses.MISSING:
+        return field(default_factory=entry.default_factory)
+    return field(default=entry.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +198,21 @@ class SentenceSettings:
         rest = {key: value for key, value in raw.items() if key != "modules"}
         told: Any = convert_json(rest, _all_but_modules(), origin, advice=advice)
         modules = tuple(_module(entry, f"a module of {origin}", advice) for entry in listed)
-        return cls(**{key: getattr(told, key) for key in rest}, modules=modules)
+        settings = cls(**{key: getattr(told, key) for key in rest}, modules=modules)
+        settings._check_flow(origin)
+        return settings
+
+    def _check_flow(self, origin: str) -> None:
+        """Refuse modules that read what none before them writes."""
+        there = {SENTENCE if self.is_sparse else self.graph_output}
+        for module in self.modules:
+            takes, gives = _takes_and_gives(module)
+            if takes not in there and not isinstance(module, SpladePooling):
+                raise MismatchError(
+                    f"{origin}: its {module.type} reads {takes!r}, which nothing before it gives: export the "
+                    "folder again."
+                )
+            there.add(gives)
 
 
 @functools.cache
@@ -218,6 +238,12 @@ def _module(entry: object, origin: str, advice: str) -> Module:
         raise MismatchError(f"{origin} is of no kind that this version knows: {advice}")
     rest = {key: value for key, value in entry.items() if key != "type"}
     return convert_json(rest, _MODULES[kind], origin, advice=advice)
+
+
+def _takes_and_gives(module: Module) -> tuple[str, str]:
+    if isinstance(module, Dense):
+        return module.input, module.output
+    return (TOKENS if isinstance(module, Pooling) else SENTENCE), SENTENCE
 
 
 def write_settings(folder: Path, settings: SentenceSettings, tensors: Mapping[str, Floats]) -> None:

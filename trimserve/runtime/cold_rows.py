@@ -41,8 +41,16 @@ def table_name(name: str, table: int) -> str:
 
 def cold_widths(session: Session) -> dict[str, int]:
     """Inputs of a servable graph that take rows of cold ids, and their widths, table by table."""
-    inputs = session.get_inputs()
-    return {value.name: int(value.shape[1]) for value in inputs if value.name.partition(".")[0] == COLD_INPUT}
+    widths = {}
+    for value in session.get_inputs():
+        if value.name.partition(".")[0] == COLD_INPUT:
+            if len(value.shape) != 2 or not isinstance(value.shape[1], int):
+                raise MismatchError(
+                    f"the graph's input {value.name} should have two axes, the second of a known size, and "
+                    f"has {value.shape}: export the folder again."
+                )
+            widths[value.name] = value.shape[1]
+    return widths
 
 
 class ColdRows:

@@ -212,26 +212,24 @@ def open_session(
             return runtime.InferenceSession(os.fspath(at), options, providers=chosen)
 
     def make() -> "ort.InferenceSession":
-        return create(place) if isinstance(graph, Path) else _open_held(graph, place, create)
+        return create(place) if isinstance(graph, Path) else _open_held(graph, create)
 
     session = Session(path, make, device=device, threads=count)
     logger.info("session %s: %s, prepack %s", path.name, chosen[0], "on" if prepack else "off")
     return session
 
 
-def _open_held(
-    graph: HeldGraph, place: Path, create: "Callable[[Path], ort.InferenceSession]"
-) -> "ort.InferenceSession":
+def _open_held(graph: HeldGraph, create: "Callable[[Path], ort.InferenceSession]") -> "ort.InferenceSession":
     """Open a graph by its path where that leads to what is held, before and after; else a copy of that.
 
     ONNX Runtime maps external data that it opens by path; what it is given as bytes it copies into memory.
     """
     if graph.is_in_place:
         try:
-            session = create(place)
-        except MismatchError:
+            session = create(graph.file.place)
+        except MismatchError as error:
             if graph.is_in_place:
-                raise
+                raise (_scattered(graph) or error) from error
         else:
             if graph.is_in_place:
                 return session
@@ -245,6 +243,16 @@ def _onnxruntime() -> ModuleType:
     # child, which has none of them, waits for them for ever when its interpreter ends.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return require("onnxruntime", extra="cpu", purpose="running a trimmed model")
+
+
+def _scattered(graph: HeldGraph) -> MismatchError | None:
+    """The reason why a graph was refused, if it is that links lead to weights in another folder."""
+    if graph.is_together:
+        return None
+    return MismatchError(
+        f"{graph.path} and its weights are links to files in different folders, which ONNX Runtime does not "
+        "follow: make a copy without links (cp -rL) and load that."
+    )
 
 
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
