@@ -99,9 +99,11 @@ def test_a_footer_that_contradicts_itself_is_refused(tmp_path):
     for at in range(content.index(b"schema"), content.index(b"ARROW:schema")):
         if content[at] == 2 * 37:  # zigzag
             path.write_bytes(content[:at] + bytes([2 * 30]) + content[at + 1 :])
-            with pytest.raises(UsageError, match=r"a\.parquet"):
-                texts(path, "t")
-            fewer += 1
+            try:
+                assert len(texts(path, "t")) == 37, at  # a byte of something else
+            except UsageError as error:
+                assert "a.parquet" in str(error)
+                fewer += 1
     assert fewer >= 3
 
 

@@ -179,8 +179,8 @@ def uncut(origin: str, reading_most: int) -> UsageError:
     """The error of text that cannot be cut and is too long to be encoded whole."""
     return UsageError(
         f"{origin}: more than {reading_most // _UNCUT_PART:,} characters without a place to cut them (a "
-        "single line end between two words): take the text out, break its lines, or raise --max-line, a quarter of "
-        "which it may have."
+        "single line end between two words): take the text out, break its lines, or raise --max-line, a "
+        "quarter of which it may have."
     )
 
 
