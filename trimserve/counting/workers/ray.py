@@ -53,8 +53,7 @@ def count_ray(
         fn_constructor_args=(shared_job,),
         compute=actors,
         # By default without end: a slice that takes more memory than there is would be tried for ever.
-        max_restarts=_RETRIES,
-        max_task_retries=_RETRIES,
+        ray_remote_args_fn=lambda: {"max_restarts": _RETRIES, "max_task_retries": _RETRIES},
     )
     found = iter(answers.iter_rows())
     while True:
