@@ -1,5 +1,6 @@
 """What is read of a corpus is bounded, and is what lies there: long lines, loops, pipes, changing files."""
 
+import gzip
 import os
 
 import pytest
@@ -115,6 +116,7 @@ def test_a_footer_that_contradicts_itself_is_refused(tmp_path):
         (b"t,n\na,1,2\n", r"line 2: the row has 3 fields, the header 2"),
         (b't,n\n"a"b,1\n', r"line 2: broken csv"),
         (b"t,t\na,1\n", r"line 1: 2 columns, two of them 't'"),
+        (b"", r"line 1: there is no header"),
         (b"x,n\n", r"line 1: no field 't' \(found 'x', 'n'\)"),
         (b't"\n"a', r"no field 't'"),
     ],
@@ -133,6 +135,24 @@ def test_a_file_that_ends_in_a_character_or_in_its_mark_is_refused(tmp_path):
             texts(path)
     path.write_bytes(b"\xef\xbb\xbfa")
     assert texts(path) == ["a"]
+
+
+def test_a_compressed_file_under_a_plain_name_is_told(tmp_path):
+    for name, content, told in (
+        ("a.csv", gzip.compress(b"t\na\n"), ".gz"),
+        ("a.txt", b"\x28\xb5\x2f\xfd\x04", ".zst"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            UsageError, match=rf"{name} is compressed with {told}, and its name does not say so"
+        ):
+            texts(tmp_path / name, "t" if name == "a.csv" else None)
+
+
+def test_a_closed_stdin_is_told(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="stdin is closed"):
+        Corpus(["-"])
 
 
 def test_links_lead_nowhere_twice(tmp_path):

@@ -39,7 +39,10 @@ def count_ray(
     ray = require("ray", extra="ray", purpose="--engine ray")
     data = require("ray.data", extra="ray", purpose="--engine ray")
     if not ray.is_initialized():
-        ray.init(logging_level="ERROR", log_to_driver=False)  # RAY_ADDRESS names a cluster
+        with foreign(
+            "Ray did not start", advice="see its log, or count with --engine local.", error=TrimserveError
+        ):
+            ray.init(logging_level="ERROR", log_to_driver=False)  # RAY_ADDRESS names a cluster
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     data.DataContext.get_current().enable_progress_bars = False
     shared_job = ray.put(wire.job_message(job).text)
