@@ -110,6 +110,15 @@ def test_vocab_file_and_human_output(source, tmp_path, capsys):
         (["--corpus", "{corpus}", "--layout", "graph", "--to", "safetensors"], "makes none"),
         (["--corpus", "{corpus}", "--exporter", "optimum", "--device", "cuda"], "use --exporter genai"),
         (["--corpus", "{corpus}", "--task", "summarising"], "summarising"),
+        (["--corpus", "{corpus}", "--no-cold", "--sketch", "int4"], "--sketch bounds the cold rows"),
+        (
+            ["--corpus", "{corpus}", "--to", "safetensors", "--exporter", "optimum"],
+            "--exporter makes a graph",
+        ),
+        (["--corpus", "{corpus}", "--to", "safetensors", "--device", "cuda"], "--device is about a graph"),
+        (["--corpus", "{corpus}", "--link"], "--link is about the weights of ONNX graphs"),
+        (["--corpus", "{corpus}", "--base", "x"], "--base names the model that a compact checkpoint"),
+        (["--corpus", "{corpus}", "--revision", "x"], "which has no revisions"),
     ],
 )
 def test_bad_arguments_are_named(source, corpus, tmp_path, capsys, options, message):

@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             return _fail(_interrupted(written), exit_code())
+        except MemoryError:
+            return _fail("out of memory: free some, or give it less to do at a time.", 1)
         except BrokenPipeError:
             # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

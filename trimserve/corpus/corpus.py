@@ -48,6 +48,8 @@ class Corpus:
             raise UsageError("the corpus is empty: name at least one file or folder, or - for stdin.")
         if list(self.paths).count(STDIN) > 1:
             raise UsageError("stdin (-) can be read only once: name it once.")
+        if STDIN in self.paths and self.stdin is None and sys.stdin is None:
+            raise UsageError("stdin is closed: name a file, or pipe the text in.")
         reading = self.options
         self.files = find_files([path for path in self.paths if path != STDIN])
         for file in self.files:

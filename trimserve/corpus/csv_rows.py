@@ -38,6 +38,8 @@ def read_csv(
         else:
             record = dict(zip(header, row, strict=True))
             yield from row_documents(record, reading, partial(place, number), faults)
+    if not header:
+        raise UsageError(f"{place(1)}: there is no header, the first line of a csv file: take the file out.")
 
 
 class _Lines:

@@ -22,7 +22,8 @@ CUT = re.compile(r"(?<=\S)\n(?=\w)")
 CUT_CONTEXT = "\n"
 # The longest line, row or cell that is read by default, so that no file can take all the memory.
 MAX_LINE = 1 << 26
-UNCUT = "text without a place to cut it (a single line end between two words)"
+# Text without a place to cut it may have this part of it: encoding takes some 60 times its bytes.
+_UNCUT_PART = 4
 
 
 class Document(NamedTuple):
@@ -174,6 +175,15 @@ def too_long(origin: str, what: str, most: int) -> UsageError:
     return UsageError(f"{origin}: {what} of more than {most:,} characters: take it out, or raise --max-line.")
 
 
+def uncut(origin: str, reading_most: int) -> UsageError:
+    """The error of text that cannot be cut and is too long to be encoded whole."""
+    return UsageError(
+        f"{origin}: more than {reading_most // _UNCUT_PART:,} characters without a place to cut them (a "
+        "single line end between two words): take the text out, break its lines, or raise --max-line, a "
+        "quarter of which it may have."
+    )
+
+
 def split_units(
     pieces: Iterable[str], unit: Unit, *, most: int = MAX_LINE, origin: Callable[[], str] = str
 ) -> Iterator[str]:
@@ -235,10 +245,10 @@ def cut_documents(
         first_part: the number of its first part; not 0 where the text continues a document.
         cut: whether a further text continues it, behind the newline that it ends in.
         origin: see `Document`.
-        most: longest text without a place to cut it; None for a text that is in memory anyway.
+        most: see `Reading.max_line`; None for texts of the caller's own.
 
     Raises:
-        UsageError: the text goes on for longer.
+        UsageError: see `uncut`.
     """
     text, part, searched = "", first_part, 0
     for piece in pieces:
@@ -247,8 +257,8 @@ def cut_documents(
             end = _cut_position(text, searched)
             if end == 0:
                 searched = len(text) - 1  # a cut needs one character behind it
-                if most is not None and len(text) > most:
-                    raise too_long(origin(), UNCUT, most)
+                if most is not None and len(text) > most // _UNCUT_PART:
+                    raise uncut(origin(), most)
                 break
             yield _part(text[:end], part, cut=True, origin=origin)
             text, part, searched = text[end:], part + 1, 0

@@ -24,6 +24,7 @@ from trimserve.text.chat import ChatTemplate
 Row = Mapping[str, Any]
 # Names the place of a row by its number from 1.
 Place = Callable[[int], str]
+_LONGEST_LIST = 2000
 
 
 def read_jsonl(stream: IO[bytes], place: Place, reading: Reading, faults: Faults) -> Iterator[Document]:
@@ -117,7 +118,7 @@ def row_documents(
         output = None if given is None else _text(given, reading.output_column, origin, faults)
         if output is None:
             return
-    yield from cut_documents([text], origin=origin)
+    yield from cut_documents([text], origin=origin, most=reading.max_line)
     if output is not None:
         yield Document(output, 1, output=True, origin=origin)
 
@@ -163,6 +164,8 @@ def _field(row: object, column: str, origin: Callable[[], str], faults: Faults) 
 def no_field(origin: str, column: str, keys: Iterable[str]) -> UsageError:
     """The error of a table or a row without a field; `keys` are those it has."""
     found = ", ".join(keys) or "none"
+    if len(found) > _LONGEST_LIST:
+        found = found[:_LONGEST_LIST] + "…"
     return UsageError(f"{origin}: no field {column!r} (found {found}): check --text-column.")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from trimserve.corpus.documents import CUT, UNCUT, Reading, too_long
+from trimserve.corpus.documents import CUT, Reading, too_long, uncut
 from trimserve.corpus.files import CorpusFile
 from trimserve.corpus.parquet import row_groups
 
@@ -106,5 +106,5 @@ def _document_cut(file: IO[bytes], offset: int, reading: Reading, of: CorpusFile
         if cut := CUT.search(text):
             return start + len(text[: cut.end()].encode("utf-8", "surrogateescape"))
         if start - offset > reading.max_line:
-            raise too_long(f"{of.name}, behind byte {offset:,}", UNCUT, reading.max_line)
+            raise uncut(f"{of.name}, behind byte {offset:,}", reading.max_line)
     return start + len(content)

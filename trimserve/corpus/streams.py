@@ -15,6 +15,7 @@ _INPUT_BYTES = 1 << 16
 MAX_WINDOW = 1 << 27
 _ZSTD = 0xFD2FB528
 _ZSTD_SKIPPABLE = 0x184D2A5  # and four bits
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 AGAIN = "fetch or make it again."
 
 
@@ -59,6 +60,7 @@ def open_section(section: Section, compression: str, name: str) -> IO[bytes]:
 
     Raises:
         MissingExtraError: zstandard is not installed.
+        UsageError: it is compressed in another way than said.
 
     Reading the stream raises UsageError where the file ends early, is damaged, or has something else behind
     its last frame.
@@ -68,6 +70,12 @@ def open_section(section: Section, compression: str, name: str) -> IO[bytes]:
         return io.BufferedReader(_Gzip(buffered, name), _BLOCK_BYTES)
     if compression == ".zst":
         return io.BufferedReader(_Zstd(buffered, name), _BLOCK_BYTES)
+    # Neither is UTF-8, so no text begins with it.
+    if hidden := next((kind for magic, kind in _MAGIC.items() if buffered.peek(4).startswith(magic)), None):
+        raise UsageError(
+            f"{name} is compressed with {hidden}, and its name does not say so: rename it with {hidden} at its "
+            "end, or decompress it."
+        )
     return buffered
 
 

@@ -10,11 +10,14 @@ from trimserve.cli.arguments import positive
 from trimserve.cli.output import emit
 from trimserve.console import human_bytes, percent, table
 from trimserve.errors import UsageError, require
+from trimserve.folder.tasks import GENERATOR_TASKS
 
 if TYPE_CHECKING:
     from trimserve.benchmark.compare import Comparison, Measured
     from trimserve.folder.opening import TrimmedFolder
     from trimserve.model.source import ModelSource
+
+_NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="processes a variant (3)")
     parser.add_argument("--steps", type=positive, default=10, metavar="N", help="timed steps a process (10)")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens an answer (64)"
+        "--max-new-tokens", type=positive, metavar="N", help=f"tokens an answer ({_NEW_TOKENS})"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of one operator")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run")
@@ -52,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
     providers(runtime, args.device)  # says what is missing before minutes of export
     trimmed = open_folder(args.folder)
     check_runnable(trimmed)
+    if args.max_new_tokens is not None and trimmed.manifest.task not in GENERATOR_TASKS:
+        raise UsageError(
+            f"{args.folder} does {trimmed.manifest.task}, for which --max-new-tokens means nothing: leave it "
+            "out."
+        )
     untrimmed = require("trimserve_export.full_model", extra="export", purpose="trimserve bench")
     texts = _ordinary_texts() if args.texts is None else read_lines(args.texts)
     manifest = trimmed.manifest
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         args.rounds,
         args.steps,
-        args.max_new_tokens,
+        args.max_new_tokens or _NEW_TOKENS,
         args.threads or available_cpus(),
         args.device,
         args.low_memory,

@@ -13,6 +13,7 @@ from trimserve.cli.arguments import (
 )
 from trimserve.cli.inputs import load_profiles
 from trimserve.cli.output import emit
+from trimserve.cli.rules import Rule, check
 from trimserve.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -81,12 +82,14 @@ def run(args: argparse.Namespace) -> int:
     if args.held_out and args.layout != "tokenizer":
         raise UsageError("--held-out compares tokenizers, and only --layout tokenizer has two: leave it out.")
     _check_reading(args)
+    check(args, _RULES)
     check_target(args.output, overwrite=args.overwrite)  # before minutes of work
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(exporter.Options)}
     exporter.Options(**settings)  # refuses what is not built before a corpus is read
     whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve export")
     checkpoint = resolve_model(args.model, revision=args.revision)
+    _check_source(args, checkpoint)
     if args.vocab is None and args.profile is None and args.corpus is None:
         args.vocab = _own_vocab(checkpoint, options)
     trusted = {"trust_remote_code": args.trust_remote_code}
@@ -103,6 +106,43 @@ def run(args: argparse.Namespace) -> int:
     document: dict[str, Any] = result.to_dict()
     emit(args, document, _summary(document))
     return 0
+
+
+# The defaults of these options are choices, so the rules look at what was chosen.
+_RULES = (
+    Rule(
+        ("sketch",),
+        lambda args: (
+            args.sketch == "none" or (args.cold and args.layout != "tokenizer" and args.to == "onnx")
+        ),
+        "bounds the cold rows of an ONNX folder, and this export writes none: leave it out.",
+    ),
+    Rule(
+        ("exporter",),
+        lambda args: args.exporter == "auto" or args.to == "onnx",
+        "makes a graph and --to safetensors stops before there is one: leave one of them out.",
+    ),
+    Rule(
+        ("device",),
+        lambda args: args.device == "cpu" or args.to == "onnx",
+        "is about a graph and --to safetensors makes none: leave one of them out.",
+    ),
+)
+
+
+def _check_source(args: argparse.Namespace, source: "ModelSource") -> None:
+    """Refuse options about another kind of model than the one at hand."""
+    from trimserve.finetune.restoring import is_compact
+
+    if args.link and source.graph is None and args.variant is None:
+        raise UsageError(
+            f"--link is about the weights of ONNX graphs, and {args.model} has none: leave it out."
+        )
+    if args.base is not None and args.adapter is None and not is_compact(source.path):
+        raise UsageError(
+            f"--base names the model that a compact checkpoint of fine-tuning was cut from, and {args.model} "
+            "is no such checkpoint: leave it out."
+        )
 
 
 def _check_reading(args: argparse.Namespace) -> None:

@@ -5,8 +5,11 @@ from typing import Any
 
 from trimserve.cli.arguments import positive
 from trimserve.cli.output import emit
+from trimserve.cli.rules import flag, given
 from trimserve.console import human_bytes, percent, table
-from trimserve.errors import require
+from trimserve.errors import UsageError, require
+
+_KEPT = 16_384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,14 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="model folder or hub id, trimmed folder, or ONNX file")
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument(
-        "--kept", type=positive, default=16_384, metavar="K", help="rows to compute the prize for (16,384)"
+        "--kept", type=positive, metavar="K", help=f"rows to compute the prize for ({_KEPT:,})"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and report."""
     inspection = require("trimserve_export.inspection", extra="export", purpose="trimserve inspect")
-    document = inspection.to_dict(inspection.inspect(args.path, kept=args.kept, revision=args.revision))
+    found = inspection.inspect(args.path, kept=args.kept or _KEPT, revision=args.revision)
+    document = inspection.to_dict(found)
+    if document["kind"] != "model" and (names := given(args, ("kept", "revision"))):
+        raise UsageError(
+            f"{flag(names[0])} is about the model to trim, and {args.path} is none: leave it out."
+        )
     summary = {"model": _model_summary, "trimmed": _trimmed_summary, "onnx": _onnx_summary}
     emit(args, document, summary[document["kind"]](document))
     return 0
