@@ -55,9 +55,9 @@ def test_a_program_that_panics_and_dies():
     model = {"type": "WordLevel", "vocab": {}, "unk_token": "a"}
     charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     bad = json.dumps({"version": "1.0", "added_tokens": [], "model": model, "normalizer": charsmap})
-    environment = {name: value for name, value in os.environ.items() if name != "RUST_BACKTRACE"}
+    environment = os.environ | {"RUST_BACKTRACE": "1"}
     run = [sys.executable, "-c", PROGRAM, bad]
     done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert sorted(done.stderr.split("\n")) == ["PanicException", "last words", "native"]
-    loud = subprocess.run(run, capture_output=True, text=True, env=environment | {"RUST_BACKTRACE": "1"})
+    loud = subprocess.run(run, capture_output=True, text=True, env=environment | {"TRIMSERVE_DEBUG": "1"})
     assert "panicked at" in loud.stderr

@@ -1,7 +1,7 @@
 """What native libraries print to stderr, without the notes of Rust panics that become errors of trimserve.
 
-The tokenizers library prints "thread … panicked at …" before its panic reaches Python, past `sys.stderr`: users
-would read three lines of Rust before the one sentence that says what is wrong.
+The tokenizers library prints "thread … panicked at …" before its panic reaches Python, past `sys.stderr`:
+users would read three lines of Rust before the one sentence that says what is wrong.
 """
 
 import os
@@ -80,11 +80,10 @@ def hide_panics() -> None:
     """Filter file descriptor 2 of this process and of those that it starts; `sys.stderr` is not filtered.
 
     A process of its own reads what is written there, so that the last words of a process that dies are not
-    lost. It ends when nobody can write any more. Only for a program that has one thread so far; where
-    RUST_BACKTRACE or TRIMSERVE_DEBUG asks for more, and on Windows, nothing is hidden.
+    lost. It ends when nobody can write any more. Only for a program that has one thread so far; with
+    TRIMSERVE_DEBUG=1, and on Windows, nothing is hidden.
     """
-    wants_all = any(os.environ.get(name, "0") != "0" for name in ("RUST_BACKTRACE", "TRIMSERVE_DEBUG"))
-    if wants_all or sys.platform == "win32" or sys.stderr is None:
+    if os.environ.get("TRIMSERVE_DEBUG") == "1" or sys.platform == "win32" or sys.stderr is None:
         return
     try:
         real = os.dup(_STDERR)
@@ -98,6 +97,7 @@ def hide_panics() -> None:
     os.dup2(writes, _STDERR)
     os.close(reads)
     os.close(writes)
+    os.environ["RUST_BACKTRACE"] = "0"  # a developer's shell may ask for fifty lines more
     encoding, errors = sys.stderr.encoding, sys.stderr.errors
     sys.stderr = os.fdopen(real, "w", buffering=1, encoding=encoding, errors=errors)
 
