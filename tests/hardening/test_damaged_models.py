@@ -209,7 +209,7 @@ USES: dict[str, tuple[Callable[[Path], None], ...]] = {
 def damages(folders: dict[str, Path], rng: random.Random, root: Path) -> Iterator[tuple[str, Path, str]]:
     """Damaged copies, one at a time: the family, the folder, and what was done to which file."""
     for number in itertools.count():
-        (family,) = rng.choices(list(OFTEN), list(OFTEN.values()))
+        (family,) = rng.choices(list(folders), [OFTEN[name] for name in folders])
         files = sorted(file for file in folders[family].rglob("*") if file.is_file())
         file = rng.choice(files)
         copy = root / f"{number}"

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.atomic import atomic_path
-from trimserve.files.checked_json import parse_json
+from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
 
 SCHEMA_VERSION = 1
+_LONGEST = 40  # of a stranger's word in a message
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -70,13 +71,16 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
     """
     if not path.is_file():
         raise UsageError(f"{path} does not exist: expected a {kind} file.")
-    specs, metadata = read_header(path)
+    specs, stored = read_header(path)
+    metadata = convert_json(
+        stored, dict[str, str], f"the metadata of {path}", advice=f"make the {kind} again."
+    )
     if metadata.get("kind") != kind:
-        found = metadata.get("kind", "no trimserve file")
+        found = metadata.get("kind", "no trimserve file")[:_LONGEST]
         raise MismatchError(f"{path} should be a {kind} but is {found}: pass the right file.")
     if (version := metadata.get("schema_version")) != str(SCHEMA_VERSION):
         raise MismatchError(
-            f"{path} has schema {version}, this trimserve reads "
+            f"{path} has schema {str(version)[:_LONGEST]}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
     advice = f"make the {kind} again."
