@@ -83,7 +83,6 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
             f"{path} has schema {str(version)[:_LONGEST]}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
-    advice = f"make the {kind} again."
     facts = {
         key: parse_json(value, f"the entry {key!r} of {path}", advice=advice)
         for key, value in metadata.items()
