@@ -72,6 +72,7 @@ def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], d
     if not path.is_file():
         raise UsageError(f"{path} does not exist: expected a {kind} file.")
     specs, stored = read_header(path)
+    advice = f"make the {kind} again."
     metadata = convert_json(
         stored, dict[str, str], f"the metadata of {path}", advice=f"make the {kind} again."
     )
