@@ -12,17 +12,11 @@ from trimserve.cli.native_stderr import PanicFilter
 
 NEW = b"\nthread '<unnamed>' (71) panicked at /x/lib.rs:3:4:\nrange end index 5\n"
 HINT = b"note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace\n"
-TRACE = b"""stack backtrace:
-   0: __rustc::rust_begin_unwind
-             at ./x/lib.rs:843:14
-  52: _start
-note: Some details are omitted, run with `RUST_BACKTRACE=full` for a verbose backtrace.
-"""
 OLD = b"thread 'main' panicked at 'no', /x/lib.rs:3:4\n"
 OTHERS = b"\n\nfirst\n\nnote: run it again\nthread 'x' is busy\n 50%|##\r100%|####\n\nlast"
 
 
-@pytest.mark.parametrize("note", [NEW, NEW + HINT, OLD + HINT, OLD, NEW + HINT + NEW, NEW + TRACE])
+@pytest.mark.parametrize("note", [NEW, NEW + HINT, OLD + HINT, OLD, NEW + HINT + NEW])
 def test_notes_are_left_out_however_the_bytes_come(note):
     rng = random.Random(1)
     for _ in range(200):
@@ -61,10 +55,9 @@ def test_a_program_that_panics_and_dies():
     model = {"type": "WordLevel", "vocab": {}, "unk_token": "a"}
     charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     bad = json.dumps({"version": "1.0", "added_tokens": [], "model": model, "normalizer": charsmap})
+    environment = os.environ | {"RUST_BACKTRACE": "1"}
     run = [sys.executable, "-c", PROGRAM, bad]
-    for level in ("0", "1", "full"):
-        environment = os.environ | {"RUST_BACKTRACE": level}
-        done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=60, check=False)
-        assert sorted(done.stderr.split("\n")) == ["PanicException", "last words", "native"]
-    loud = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"TRIMSERVE_DEBUG": "1"})
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert sorted(done.stderr.split("\n")) == ["PanicException", "last words", "native"]
+    loud = subprocess.run(run, capture_output=True, text=True, env=environment | {"TRIMSERVE_DEBUG": "1"})
     assert "panicked at" in loud.stderr

@@ -15,7 +15,8 @@ from typing import Any
 from trimserve.errors import TrimserveError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
-SECONDS = 10
+SECONDS = 10  # of the processor's time
+_PATIENCE = 6  # so many times as long, where other processes have the processor
 # Values of the wrong type, out of range, or with a meaning elsewhere.
 ODD: tuple[Any, ...] = (
     None,
@@ -165,13 +166,19 @@ def _limited() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = {
+        signal.SIGALRM: (signal.ITIMER_REAL, _PATIENCE * SECONDS),
+        signal.SIGPROF: (signal.ITIMER_PROF, SECONDS),
+    }
+    before = {number: signal.signal(number, stop) for number in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def outcome_of(attempt: Callable[[], object]) -> str | None:

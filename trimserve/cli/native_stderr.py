@@ -12,18 +12,15 @@ from typing import NoReturn
 
 _STDERR = 2
 _HEADER = re.compile(rb"thread '.*' (\(\d+\) )?panicked at ")
-_HINT = re.compile(rb"note: .*`RUST_BACKTRACE=|stack backtrace:")
-# Of a backtrace: a number and a function, or the place in its source.
-_FRAME = re.compile(rb" +(\d+: |at )")
+_NOTE = b"note: run with `RUST_BACKTRACE="
 # How a note's lines begin, and the empty line before it.
-_STARTS = (b"thread '", b"note: ", b"stack backtrace:", b" ")
+_STARTS = (b"thread '", _NOTE)
 
 
 class PanicFilter:
     """Takes a stream of bytes and gives it back without the notes of panics.
 
-    A note is an empty line, a line that says where, one with the message, and a hint at RUST_BACKTRACE; with
-    that set, the frames of the stack before the hint.
+    A note is an empty line, a line that says where, one with the message, and a hint at RUST_BACKTRACE.
     """
 
     def __init__(self) -> None:
@@ -31,7 +28,7 @@ class PanicFilter:
         self._blank = b""  # an empty line that may belong to a note
         self._given = 0  # bytes of the last line that were given already
         self._skips_message = False
-        self._hint_may_follow = False  # or a backtrace
+        self._hint_may_follow = False
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that can be given by now."""
@@ -60,7 +57,7 @@ class PanicFilter:
             # Before Rust 1.73 the message stood in the same line.
             self._skips_message, self._hint_may_follow, self._blank = line.endswith(b":"), True, b""
             return b""
-        if self._hint_may_follow and (_HINT.match(line) or _FRAME.match(line)):
+        if self._hint_may_follow and line.startswith(_NOTE):
             return b""
         self._hint_may_follow = False
         before = self._take_blank()
@@ -72,10 +69,7 @@ class PanicFilter:
     def _may_be_a_notes(self, start: bytes) -> bool:
         if self._given:
             return False
-        if self._skips_message:
-            return True
-        starts = _STARTS if self._hint_may_follow else _STARTS[:1]
-        return any(start.startswith(one) or one.startswith(start) for one in starts)
+        return self._skips_message or any(start.startswith(one) or one.startswith(start) for one in _STARTS)
 
     def _take_blank(self) -> bytes:
         blank, self._blank = self._blank, b""
@@ -86,8 +80,8 @@ def hide_panics() -> None:
     """Filter file descriptor 2 of this process and of those that it starts; `sys.stderr` is not filtered.
 
     A process of its own reads what is written there, so that the last words of a process that dies are not
-    lost. It ends when nobody can write any more. Only for a program that has one thread so far; where
-    TRIMSERVE_DEBUG asks for more, and on Windows, nothing is hidden.
+    lost. It ends when nobody can write any more. Only for a program that has one thread so far; with
+    TRIMSERVE_DEBUG=1, and on Windows, nothing is hidden.
     """
     if os.environ.get("TRIMSERVE_DEBUG") == "1" or sys.platform == "win32" or sys.stderr is None:
         return
@@ -103,6 +97,7 @@ def hide_panics() -> None:
     os.dup2(writes, _STDERR)
     os.close(reads)
     os.close(writes)
+    os.environ["RUST_BACKTRACE"] = "0"  # a developer's shell may ask for fifty lines more
     encoding, errors = sys.stderr.encoding, sys.stderr.errors
     sys.stderr = os.fdopen(real, "w", buffering=1, encoding=encoding, errors=errors)
 

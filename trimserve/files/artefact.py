@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.atomic import atomic_path
-from trimserve.files.checked_json import parse_json
+from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.held import HeldFile
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
 
 SCHEMA_VERSION = 1
+_LONGEST = 40  # of a stranger's word in a message
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -75,16 +76,17 @@ def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArr
         file = HeldFile(path)
     else:
         raise UsageError(f"{path} does not exist: expected a {kind} file.")
-    specs, metadata = read_header(file)
+    specs, stored = read_header(file)
+    advice = f"make the {kind} again."
+    metadata = convert_json(stored, dict[str, str], f"the metadata of {path}", advice=advice)
     if metadata.get("kind") != kind:
-        found = metadata.get("kind", "no trimserve file")
+        found = metadata.get("kind", "no trimserve file")[:_LONGEST]
         raise MismatchError(f"{path} should be a {kind} but is {found}: pass the right file.")
     if (version := metadata.get("schema_version")) != str(SCHEMA_VERSION):
         raise MismatchError(
-            f"{path} has schema {version}, this trimserve reads "
+            f"{path} has schema {str(version)[:_LONGEST]}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
-    advice = f"make the {kind} again."
     facts = {
         key: parse_json(value, f"the entry {key!r} of {path}", advice=advice)
         for key, value in metadata.items()

@@ -23,6 +23,10 @@ TEXT_SECTIONS: Final = ("text_config", "llm_config", "language_config", "decoder
 
 Json: TypeAlias = dict[str, Any]
 Rows = Annotated[int, Meta(ge=1, le=MOST_ROWS)]
+# A model is built of so many objects before its weights are looked at; known ones have up to 200 layers.
+Layers = Annotated[int, Meta(ge=0, le=2_000)]
+Experts = Annotated[int, Meta(ge=0, le=4_096)]
+Labels = Annotated[int, Meta(ge=0, le=1 << 18)]
 # Some configs have -1 for "no such token".
 TokenId = Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 Ids = TokenId | list[TokenId] | None
@@ -56,7 +60,17 @@ class _ModelConfig:
     is_causal: bool | None = None
     max_position_embeddings: Size | None = None
     original_max_position_embeddings: Size | None = None
-    num_labels: Annotated[int, Meta(ge=0, le=MOST_ROWS)] | None = None
+    num_labels: Labels | None = None
+    num_hidden_layers: Layers | None = None
+    num_layers: Layers | None = None
+    num_decoder_layers: Layers | None = None
+    encoder_layers: Layers | None = None
+    decoder_layers: Layers | None = None
+    n_layer: Layers | None = None
+    n_layers: Layers | None = None
+    num_experts: Experts | None = None
+    num_local_experts: Experts | None = None
+    n_routed_experts: Experts | None = None
     id2label: dict[str, str | Number | None] | None = None
     problem_type: str | None = None
     rope_scaling: Json | None = None
