@@ -1,7 +1,7 @@
-"""Commands in processes that die where a test says: one process imports everything and forks a child for each.
+"""Commands in processes that die where a test says: one process imports all and forks a child for each.
 
-A fault is one of: `{"kill": n}` and `{"full": n}`, at the n-th time the child changes something under the root
-(from 1; a full disk stays full for whatever makes files), and `{"signal": number, "after": seconds}`.
+A fault is one of: `{"kill": n}` and `{"full": n}`, at the n-th time the child changes something under the
+root (from 1; a full disk stays full for whatever makes files), and `{"signal": number, "after": seconds}`.
 """
 
 import errno
@@ -26,7 +26,7 @@ _CHANGES = (*_GROWS, "os.rename", "os.remove", "os.rmdir", "trimserve.exchange",
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended: exit code (minus the signal that killed it, None for a hang), stderr, changes made."""
+    """How a command ended: exit code (minus the signal that killed it, None for a hang), stderr, changes."""
 
     code: int | None
     stderr: str
@@ -70,7 +70,7 @@ class Zygote:
         self._process.communicate()
 
 
-def _serve(lines: Any, answers: Any) -> None:  # noqa: ANN401 - text streams
+def _serve(lines: Any, answers: Any) -> None:
     for line in lines:
         job = json.loads(line)
         log = Path(job["log"])
@@ -118,8 +118,8 @@ def _child(job: dict[str, Any], log: Path, count: Path) -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number, descriptor in enumerate((nowhere, nowhere, output)):
             os.dup2(descriptor, number)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: PTH123, SIM115 - lives as long as the process
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - lives as long as the process
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.chdir(job["cwd"])
         from trimserve.cli.main import main
 

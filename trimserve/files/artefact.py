@@ -13,7 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from trimserve.errors import MismatchError, UsageError
-from trimserve.files.atomic import atomic_path
+from trimserve.files.atomic import atomic_path, check_place
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
 
 SCHEMA_VERSION = 1
@@ -26,8 +26,7 @@ def check_output(path: Path, kind: str) -> None:
     Raises:
         UsageError: no such parent folder, or `path` exists and is not an artefact of this kind.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} does not exist: create it first.")
+    check_place(path)
     if path.exists() and not (path.is_file() and _is_kind(path, kind)):
         raise UsageError(f"{path} exists and is not a {kind} file: choose another name or remove it.")
 
