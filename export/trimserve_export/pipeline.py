@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.arguments import checked
+from trimserve.files.space import check_space
 from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
 from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.staging import staged_folder
+from trimserve.model.prize import read_weight_bytes
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
 from trimserve.process import peak_resident
@@ -162,6 +164,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
             vocab = close_vocab(vocab, source, profile)
         static = is_static(source)
         plan = plan_export(source, vocab, options, sample) if source.graph is None and not static else None
+        if plan is not None and (weights := read_weight_bytes(source)) is not None:
+            check_space(target.absolute(), weights.at(len(vocab)), "the trimmed checkpoint")
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
             try_folder(staging, manifest, device=device)

@@ -55,7 +55,7 @@ def test_small_disk(faults, small_disk, name, capsys):
     """From full to room enough, a page at a time."""
     writer = faults.writers[name]
     outcomes = []
-    for pages in range(0, 40, 3):
+    for pages in range(0, 20, 2):
         work = writer.fresh(small_disk / "work")
         before = writer.state(work) if (work / writer.output).exists() else "absent"
         disk = os.statvfs(small_disk)

@@ -1,4 +1,4 @@
-"""Every command that writes, on tiny models: what stood before, what stands after, how to tell them apart."""
+"""Every command that writes, on tiny models: what stands before and after, and how to tell them apart."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Commands in processes that die where a test says: one process imports everything and forks their own.
+"""Commands in processes that die where a test says: one process imports all and forks a child for each.
 
 A fault is one of: `{"kill": n}` and `{"full": n}`, at the n-th time the child changes something under the
 root (from 1; a full disk stays full for whatever makes files), and `{"signal": number, "after": seconds}`.
@@ -26,7 +26,7 @@ _CHANGES = (*_GROWS, "os.rename", "os.remove", "os.rmdir", "trimserve.exchange",
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended: exit code (minus the killing signal, None for a hang), stderr, changes made."""
+    """How a command ended: exit code (minus the signal that killed it, None for a hang), stderr, changes."""
 
     code: int | None
     stderr: str

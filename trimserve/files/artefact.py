@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import MismatchError, UsageError
-from trimserve.files.atomic import atomic_path
+from trimserve.files.atomic import atomic_path, check_place
 from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.held import HeldFile
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
@@ -28,8 +28,7 @@ def check_output(path: Path, kind: str) -> None:
     Raises:
         UsageError: no such parent folder, or `path` exists and is not an artefact of this kind.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} does not exist: create it first.")
+    check_place(path)
     if path.exists() and not (path.is_file() and _is_kind(path, kind)):
         raise UsageError(f"{path} exists and is not a {kind} file: choose another name or remove it.")
 

@@ -5,6 +5,7 @@ Each is staged beside its place, brought to the disk, and moved there in one ste
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,26 @@ def atomic_path(path: Path, *, follow: bool = True) -> Iterator[Path]:
             note_written(path)
 
 
+def check_place(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work; what killed runs have left there is put right.
+
+    Raises:
+        UsageError: its folder does not exist or may not be written, or the name is none; or another process
+            is writing it.
+        OSError: the disk is full.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise UsageError(f"the folder {path.parent} does not exist: create it first.")
+        with named(path), claim(path.resolve()), contextlib.suppress(FileNotFoundError):
+            path.stat()  # a name may be too long for the file and not for what lies beside it
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, UsageError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be written ({why}): choose another name.") from error
+
+
 def replace_in_order(folder: Path, steps: Sequence[tuple[str, bytes]]) -> None:
     """Replace files of a folder one after the other, after all of them lie on the disk.
 
@@ -76,8 +97,9 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # One without a number is a library's own, and its reason is all it has: a name would replace it.
-        ours = error.filename is None or ".trimserve." in str(error.filename)
-        if error.errno is not None and ours:
+        # Of a copy the second name is where it is written.
+        hidden = any(".trimserve." in str(name) for name in (error.filename, error.filename2))
+        if error.errno is not None and (hidden or error.filename is None):
             error.filename, error.filename2 = str(path), None
         raise
 

@@ -20,6 +20,7 @@ from trimserve.arguments import checked
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.scratch import scratch_folder
+from trimserve.files.space import check_space
 from trimserve.files.tensors import (
     CHUNK_BYTES,
     STORAGE_DTYPES,
@@ -208,6 +209,7 @@ def _write_full(
         }
         plans[file] = (tensors, metadata)
     sizes = {file: sum(map(_nbytes, tensors.values())) for file, (tensors, _) in plans.items()}
+    check_space(target, sum(sizes.values()), "the restored checkpoint")
     with progress_bar(sum(sizes.values()), "restoring", "B") as bar:
         for file, (tensors, metadata) in plans.items():
             for count in write_tensors(target / file.name, tensors, metadata):
