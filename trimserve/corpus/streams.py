@@ -73,8 +73,8 @@ def open_section(section: Section, compression: str, name: str) -> IO[bytes]:
     # Neither is UTF-8, so no text begins with it.
     if hidden := next((kind for magic, kind in _MAGIC.items() if buffered.peek(4).startswith(magic)), None):
         raise UsageError(
-            f"{name} is compressed with {hidden}, and its name does not say so: rename it with {hidden} at its "
-            "end, or decompress it."
+            f"{name} is compressed with {hidden}, and its name does not say so: rename it with {hidden} at "
+            "its end, or decompress it."
         )
     return buffered
 
