@@ -75,7 +75,7 @@ class GenerationOptions(TypedDict, total=False):
     begin_suppress_tokens: Sequence[TokenId] | None
     forced_bos_token_id: TokenId | Sequence[TokenId] | None
     forced_eos_token_id: TokenId | Sequence[TokenId] | None
-    exponential_decay_length_penalty: tuple[Zero, Penalty] | None
+    exponential_decay_length_penalty: tuple[Zero, Penalty] | tuple[()] | None
     remove_invalid_values: bool | None
     renormalize_logits: bool | None
     max_length: Count | None
