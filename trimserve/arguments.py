@@ -428,4 +428,7 @@ def _article(name: str) -> str:
 
 def _plural(words: str) -> str:
     nouns = {"a text": "texts", "a whole number": "whole numbers", "a number": "numbers"}
-    return nouns.get(words, f"entries that are each {words}")
+    for one, many in nouns.items():
+        if words.startswith(one):
+            return many + words.removeprefix(one)
+    return f"entries that are each {words}"
