@@ -47,7 +47,7 @@ _SIGNS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
 
 
 class WrongError(Exception):
-    """A value is not what it should be; the argument is the value, or what is wrong in it."""
+    """A value is not what it should be: the value or the wrong part of it, and its range if only that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,9 @@ def read_value(name: str, value: object, kind: Kind) -> Any:  # noqa: ANN401 - w
     try:
         return kind.read(value)
     except WrongError as wrong:
-        (found,) = wrong.args
-        raise UsageError(f"{name} should be {kind.words}, found {_quoted(found)}.") from None
+        found, *range_ = wrong.args
+        expected = range_[0] if range_ else kind.words
+        raise UsageError(f"{name} should be {expected}, found {_quoted(found)}.") from None
 
 
 @cache
@@ -234,14 +235,16 @@ def _union(args: tuple[Any, ...]) -> Kind:
     kinds = [kind_of(arg) for arg in args]
 
     def read(value: Any) -> Any:  # noqa: ANN401
-        inner = value
+        nearest: tuple[Any, ...] = (value,)
         for kind in kinds:
             try:
                 return kind.read(value)
             except WrongError as wrong:
-                if wrong.args[0] is not value:  # a list, but one of its entries
-                    inner = wrong.args[0]
-        raise WrongError(inner)
+                if (
+                    wrong.args[0] is not value or len(wrong.args) > 1
+                ):  # one of its entries, or its range alone
+                    nearest = wrong.args
+        raise WrongError(*nearest)
 
     words = list(dict.fromkeys(kind.words for kind in kinds))
     return Kind(" or ".join(words), read)
@@ -258,12 +261,14 @@ def _bounded(kind: Kind, marks: tuple[Any, ...]) -> Kind:
     def read(value: Any) -> Any:  # noqa: ANN401
         found = kind.read(value)
         if not all(holds(found, bound) for _, holds, bound in bounds):
-            raise WrongError(value)
+            raise WrongError(value, limits)
         if meta.min_length and len(found) < meta.min_length:
             raise WrongError(value)
         return found
 
     limits = " and ".join(words for words, _, _ in bounds)
+    if meta.ge is not None and meta.le is not None:
+        limits = f"from {meta.ge:g} to {meta.le:g}"
     words = f"{kind.words}, {limits}" if limits else f"{kind.words} that is not empty"
     return Kind(words, read)
 
@@ -423,4 +428,7 @@ def _article(name: str) -> str:
 
 def _plural(words: str) -> str:
     nouns = {"a text": "texts", "a whole number": "whole numbers", "a number": "numbers"}
-    return nouns.get(words, f"entries that are each {words}")
+    for one, many in nouns.items():
+        if words.startswith(one):
+            return many + words.removeprefix(one)
+    return f"entries that are each {words}"

@@ -273,7 +273,7 @@ def test_bad_arguments_of_an_encoder(run, encoder, words, message):
         (["a", "--corpus", "x.txt"], "for which --corpus means nothing"),
         (["a", "--temperature", "-1"], "temperature"),
         (["a", "--top-p", "2"], "top_p"),
-        (["a", "--max-new-tokens", "-1"], "max_new_tokens should be 0 or more"),
+        (["a", "--max-new-tokens", "-1"], "max_new_tokens should be 1 or more"),
         (["a", "--stop", ""], "a stop string must not be empty"),
         (["a", "--report-mass"], "exact mode gives up nothing"),
         (["a", "--seed", "1"], "--seed is about sampling, and nothing is sampled here"),
