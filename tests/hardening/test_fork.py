@@ -17,6 +17,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -26,7 +27,8 @@ if not hasattr(os, "fork"):
 from tests.support.served import KINDS, SHARED_KV, open_model
 from trimserve.concurrency import Lock, Once, renew_in_child
 from trimserve.errors import UsageError
-from trimserve.runtime.session import Session
+from trimserve.runtime.cold_head import PartedGraph
+from trimserve.runtime.session import Session, open_session
 from trimserve_export.exporters.choice import is_installed
 
 pytestmark = [
@@ -323,6 +325,57 @@ def test_a_tokenizer_that_was_in_use_is_read_again(folder_of):
     assert in_child(encode) == ("gave", (expected, False, True))
     done.set()
     borrower.join(60)
+
+
+def save_graph(path: Path, *nodes: Any, inputs: Any, constants: Any = (), **metadata: str) -> Path:
+    """A graph that gives y."""
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(*node, **({"to": 1} if node[0] == "Cast" else {})) for node in nodes],
+        "made",
+        [value(*entry) for entry in inputs],
+        [value("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.helper.set_model_props(model, {f"trimserve.{key}": text for key, text in metadata.items()})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_product_that_takes_all_threads_of_a_session(tmp_path):
+    """The tiny models' are too small for that. In a child a session with threads is another one."""
+    matrix = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    path = save_graph(
+        tmp_path / "m.onnx",
+        ("MatMul", ["x", "w"], ["y"]),
+        inputs=[("x", 1, ["n", 1024])],
+        constants=[("w", matrix)],
+    )
+    session = open_session(path, threads=2)
+    (expected,) = session.run(["y"], {"x": matrix})
+    gave, (opened, (found,)) = in_child(lambda: (session.opened, session.run(["y"], {"x": matrix})))
+    assert (gave, opened) == ("gave", 1)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_parts_that_threads_of_our_own_work_on(tmp_path):
+    path = save_graph(
+        tmp_path / "m.onnx",
+        ("Cast", ["part"], ["number"]),
+        ("Add", ["hidden_states", "number"], ["y"]),
+        inputs=[("hidden_states", 1, ["n"]), ("part", 7, [])],
+        parts="[1, 1, 1]",
+    )
+    parted = PartedGraph(path, threads=2, packed=False)
+
+    def outputs() -> list[float]:
+        return parted.each(["y"], np.zeros(1, np.float32), lambda _, made: float(made[0][0]))
+
+    assert outputs() == [0.0, 1.0, 2.0]
+    assert in_child(outputs) == ("gave", [0.0, 1.0, 2.0])
+    assert outputs() == [0.0, 1.0, 2.0]
 
 
 class Fake:

@@ -162,7 +162,7 @@ def test_the_border_around_a_run_costs_next_to_nothing(tmp_path):
     """Below two microseconds; the best of many tries, since others use the machine, too."""
 
     class Quick:
-        def run(self, names, feeds):
+        def run(self, names, _feeds):
             return names
 
     quick = Quick()

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; no file was written.", 130)
+    except MemoryError as error:
+        return _fail(f"out of memory ({error or 'nothing is left'}): give it less at a time.", 1)
     except BrokenPipeError:
         # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
