@@ -17,16 +17,18 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 if not hasattr(os, "fork"):
     pytest.skip("this system has no fork", allow_module_level=True)
 
-from tests.support.served import KINDS, SHARED_KV, open_model
+from tests.support.served_models import KINDS, USUAL, open_model
 from trimserve.concurrency import Lock, Once, renew_in_child
 from trimserve.errors import UsageError
-from trimserve.runtime.session import Session
+from trimserve.runtime.cold_head import PartedGraph
+from trimserve.runtime.session import Session, open_session
 from trimserve_export.exporters.choice import is_installed
 
 pytestmark = [
@@ -37,22 +39,8 @@ pytestmark = [
 
 LIMIT = 10.0  # seconds until a child counts as hanging
 SEED = 15
-CI_FORKS, SLOW_FORKS = 6, 200
+CI_FORKS, SLOW_FORKS = 5, 200
 _CALLS = 5  # of a child
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory) -> Callable[[str], Path]:
-    """The trimmed folder of a kind, made once."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            kind = SHARED_KV if name == "shared_kv" else KINDS[name]
-            made[name] = kind.export(tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return get
 
 
 def in_child(job: Callable[[], Any], limit: float = LIMIT) -> Any:
@@ -89,7 +77,7 @@ def in_child(job: Callable[[], Any], limit: float = LIMIT) -> Any:
 
 
 def some_calls(name: str, count: int, seed: int = SEED) -> dict[str, Callable[[Any], Any]]:
-    calls = (SHARED_KV if name == "shared_kv" else KINDS[name]).calls()
+    calls = KINDS[name].calls()
     chosen = random.Random(seed).sample(sorted(calls), min(count, len(calls)))
     return {call: calls[call] for call in chosen}
 
@@ -98,10 +86,11 @@ def answers(model: Any, calls: dict[str, Callable[[Any], Any]]) -> dict[str, Any
     return {name: call(model) for name, call in calls.items()}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", KINDS)
-def test_a_child_of_a_used_model(folder_of, name, threads):
-    model, calls = open_model(folder_of(name), threads), some_calls(name, _CALLS)
+@pytest.mark.parametrize(
+    ("name", "threads"), [*((name, 2) for name in USUAL), ("tied", 1), ("embeddings", 1), ("seq2seq", 1)]
+)
+def test_a_child_of_a_used_model(served, name, threads):
+    model, calls = open_model(served(name), threads), some_calls(name, _CALLS)
     expected = answers(model, calls)
     assert in_child(lambda: answers(model, calls)) == ("gave", expected)
     assert answers(model, calls) == expected  # the parent goes on
@@ -110,13 +99,13 @@ def test_a_child_of_a_used_model(folder_of, name, threads):
 @pytest.mark.next
 @pytest.mark.skipif(not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_child_of_a_model_with_shared_buffers(folder_of, threads):
-    test_a_child_of_a_used_model(folder_of, "shared_kv", threads)
+def test_a_child_of_a_model_with_shared_buffers(served, threads):
+    test_a_child_of_a_used_model(served, "shared_kv", threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_children_of_children(folder_of, threads):
-    model, calls = open_model(folder_of("untied"), threads), some_calls("untied", _CALLS)
+def test_children_of_children(served, threads):
+    model, calls = open_model(served("untied"), threads), some_calls("untied", _CALLS)
     expected = answers(model, calls)
 
     def grandchild() -> Any:
@@ -126,15 +115,15 @@ def test_children_of_children(folder_of, threads):
     assert in_child(grandchild, 2 * LIMIT) == ("gave", (expected, ("gave", expected)))
 
 
-def test_a_child_of_a_model_that_was_not_used(folder_of):
-    model, calls = open_model(folder_of("tied"), 2), some_calls("tied", _CALLS)
+def test_a_child_of_a_model_that_was_not_used(served):
+    model, calls = open_model(served("tied"), 2), some_calls("tied", _CALLS)
     found = in_child(lambda: answers(model, calls))
     assert found == ("gave", answers(model, calls))
 
 
 @pytest.mark.parametrize("name", ["untied", "seq2seq"])
-def test_a_stream_that_was_begun_goes_on_in_the_child(folder_of, name):
-    model = open_model(folder_of(name), 2)
+def test_a_stream_that_was_begun_goes_on_in_the_child(served, name):
+    model = open_model(served(name), 2)
     options = {"max_new_tokens": 20, "max_block": 2, "temperature": 1.5, "seed": 4}
     whole = "".join(model.stream("the cat", **options))
     stream = model.stream("the cat", **options)
@@ -165,14 +154,14 @@ def busy(model: Any, calls: dict[str, Callable[[Any], Any]], threads: int = 4) -
 
 
 @pytest.mark.parametrize("name", ["untied", "tagger", "seq2seq"])
-def test_children_of_a_model_at_work_in_other_threads(folder_of, name):
-    fork_at_work(folder_of(name), name, CI_FORKS)
+def test_children_of_a_model_at_work_in_other_threads(served, name):
+    fork_at_work(served(name), name, CI_FORKS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_many_children_of_a_model_at_work_in_other_threads(folder_of, name):
-    fork_at_work(folder_of(name), name, SLOW_FORKS // len(KINDS))
+@pytest.mark.parametrize("name", USUAL)
+def test_many_children_of_a_model_at_work_in_other_threads(served, name):
+    fork_at_work(served(name), name, SLOW_FORKS // len(USUAL))
 
 
 def fork_at_work(folder: Path, name: str, forks: int) -> None:
@@ -195,8 +184,8 @@ def fork_at_work(folder: Path, name: str, forks: int) -> None:
     assert not wrong
 
 
-def test_pools_of_processes_and_of_threads(folder_of):
-    model, calls = open_model(folder_of("tied"), 2), some_calls("tied", 4)
+def test_pools_of_processes_and_of_threads(served):
+    model, calls = open_model(served("tied"), 2), some_calls("tied", 4)
     expected = answers(model, calls)
     with ThreadPool(2) as pool:
         assert pool.map(lambda _: answers(model, calls), range(4)) == [expected] * 4
@@ -239,11 +228,11 @@ ENDS = """
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("child", ["pass", "del model", "model.generate('a', max_new_tokens=3)"])
-def test_a_childs_interpreter_ends(folder_of, threads, child):
+def test_a_childs_interpreter_ends(served, threads, child):
     """A session waits for its threads when it is destroyed, and a child has none of them."""
     use = "model.generate('the cat', max_new_tokens=3)"
     code = textwrap.dedent(ENDS).format(use=use, child=child, limit=LIMIT)
-    command = [sys.executable, "-W", "ignore", "-c", code, str(folder_of("untied")), str(threads)]
+    command = [sys.executable, "-W", "ignore", "-c", code, str(served("untied")), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=12 * LIMIT)
     assert done.returncode == 0, done.stderr
 
@@ -299,8 +288,8 @@ def test_a_value_that_another_thread_is_making_is_made_in_the_child():
     assert once.get(lambda: 3) == 1
 
 
-def test_a_tokenizer_that_was_in_use_is_read_again(folder_of):
-    model = open_model(folder_of("embeddings"))
+def test_a_tokenizer_that_was_in_use_is_read_again(served):
+    model = open_model(served("embeddings"))
     codec = model.codec
     expected = [ids.tolist() for ids in codec.encode(["the cat sat"], max_tokens=4)]
     held, done = threading.Event(), threading.Event()
@@ -323,6 +312,57 @@ def test_a_tokenizer_that_was_in_use_is_read_again(folder_of):
     assert in_child(encode) == ("gave", (expected, False, True))
     done.set()
     borrower.join(60)
+
+
+def save_graph(path: Path, *nodes: Any, inputs: Any, constants: Any = (), **metadata: str) -> Path:
+    """A graph that gives y."""
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(*node, **({"to": 1} if node[0] == "Cast" else {})) for node in nodes],
+        "made",
+        [value(*entry) for entry in inputs],
+        [value("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.helper.set_model_props(model, {f"trimserve.{key}": text for key, text in metadata.items()})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_product_that_takes_all_threads_of_a_session(tmp_path):
+    """The tiny models' are too small for that. In a child a session with threads is another one."""
+    matrix = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    path = save_graph(
+        tmp_path / "m.onnx",
+        ("MatMul", ["x", "w"], ["y"]),
+        inputs=[("x", 1, ["n", 1024])],
+        constants=[("w", matrix)],
+    )
+    session = open_session(path, threads=2)
+    (expected,) = session.run(["y"], {"x": matrix})
+    gave, (opened, (found,)) = in_child(lambda: (session.opened, session.run(["y"], {"x": matrix})))
+    assert (gave, opened) == ("gave", 1)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_parts_that_threads_of_our_own_work_on(tmp_path):
+    path = save_graph(
+        tmp_path / "m.onnx",
+        ("Cast", ["part"], ["number"]),
+        ("Add", ["hidden_states", "number"], ["y"]),
+        inputs=[("hidden_states", 1, ["n"]), ("part", 7, [])],
+        parts="[1, 1, 1]",
+    )
+    parted = PartedGraph(path, threads=2, packed=False)
+
+    def outputs() -> list[float]:
+        return parted.each(["y"], np.zeros(1, np.float32), lambda _, made: float(made[0][0]))
+
+    assert outputs() == [0.0, 1.0, 2.0]
+    assert in_child(outputs) == ("gave", [0.0, 1.0, 2.0])
+    assert outputs() == [0.0, 1.0, 2.0]
 
 
 class Fake:

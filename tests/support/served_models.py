@@ -202,13 +202,15 @@ KINDS: dict[str, Kind] = {
     "pairs": Kind(lambda path: save_model("bert_classifier", path, rows=37, num_labels=1), _pair_calls),
     "tagger": Kind(lambda path: save_model("bert_tagger", path, rows=37), _tagger_calls),
     "masks": Kind(lambda path: save_model("bert", path, rows=37), _mask_calls),
+    # Past and present share their buffers: a graph of onnxruntime-genai's builder.
+    "shared_kv": Kind(
+        lambda path: save_model("llama_tied", path, **_BYTES, **_WIDE | {"num_key_value_heads": 1}),
+        functools.partial(generator_calls, beams=False),
+        exporter="genai",
+    ),
 }
-# Past and present share their buffers: graphs of onnxruntime-genai's builder, which needs transformers 5.
-SHARED_KV = Kind(
-    lambda path: save_model("llama_tied", path, **_BYTES, **_WIDE | {"num_key_value_heads": 1}),
-    functools.partial(generator_calls, beams=False),
-    exporter="genai",
-)
+# Those that are made without transformers 5.
+USUAL = tuple(name for name, kind in KINDS.items() if kind.exporter == "auto")
 
 
 def open_model(folder: Path, threads: int = 1) -> Encoder | Generator:
