@@ -95,9 +95,9 @@ def translators(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """Give the trimmed folder of a kind of `tests.support.served`, each made once: `served("tied")`."""
+    """Give the trimmed folder of a kind of `tests.support.served_models`, each made once: `served("tied")`."""
     pytest.importorskip("torch")
-    from tests.support.served import KINDS
+    from tests.support.served_models import KINDS
 
     made = {}
 

@@ -15,6 +15,7 @@ class Faults:
         self._root = root
         self.tried = 0
         self.states: dict[str, int] = {}
+        self.codes: dict[int | None, int] = {}
 
     def whole(self, writer: Writer) -> Done:
         """A run without a fault."""
@@ -57,6 +58,7 @@ class Faults:
         state = writer.state(work)
         assert state in (before, "new", "partial"), (fault, done, state)
         self.tried += 1
+        self.codes[done.code] = self.codes.get(done.code, 0) + 1
         self.states[state] = self.states.get(state, 0) + 1
         return work, done, state
 
@@ -73,4 +75,4 @@ class Faults:
         assert hidden == []
 
     def __str__(self) -> str:
-        return f"{self.tried} faults, what stood then: {self.states}"
+        return f"{self.tried} faults, exit codes {self.codes}, what stood then: {self.states}"

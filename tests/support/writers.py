@@ -13,9 +13,9 @@ import trimserve
 from tests.support.folders import make_vocab
 from tests.support.tiny_tokenizers import KINDS, save_model_folder
 from trimserve.cli.main import main
+from trimserve.files.hashes import sha256_file
 from trimserve.finetune.provenance import Provenance, StoredCut, describe_base
 from trimserve.folder.manifest import read_manifest
-from trimserve.folder.opening import open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
 from trimserve.profiles.profile import Profile
@@ -135,8 +135,10 @@ def _exports(root: Path) -> dict[str, Writer]:
         if not (folder := work / "out").exists():
             return "absent"
         assert np.array_equal(trimserve.load(folder).encode([TEXT]), expected)
-        open_folder(folder, hash_all=True)
-        return next(name for name, kept in known.items() if kept == read_manifest(folder).kept)
+        manifest = read_manifest(folder)
+        hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
+        assert {name: sha256_file(folder / name) for name in hashes} == hashes
+        return next(name for name, kept in known.items() if kept == manifest.kept)
 
     def verified(work: Path) -> str:
         assert state(work) == "new"
