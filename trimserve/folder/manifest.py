@@ -32,6 +32,8 @@ _Ids = Annotated[int, Meta(ge=1, le=MOST_ROWS)]
 _Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 # Hashes that older folders may lack.
 _MaybeSha256 = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+_Name = Annotated[str, Meta(max_length=200)]
+_Word = Annotated[str, Meta(max_length=32)]
 _Role = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,31}$")]
 
 
@@ -119,13 +121,13 @@ class Manifest:
     kept: _Ids
     task: Task
     layout: Layout
-    dtype: str
-    graphs: dict[_Role, str]
+    dtype: _Word
+    graphs: dict[_Role, _Name]
     cut: tuple[CutTensor, ...]
     selection: dict[str, Any]
     exporter: dict[str, str]
     created: str
-    files: dict[str, FileEntry]
+    files: dict[_Name, FileEntry]
     bytes_before: _Count = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
@@ -178,8 +180,10 @@ class Manifest:
         for kind, part in inner:
             convert_json(part, kind, subject, advice=_ADVICE)
         named = self.tokenizer.get("file")
-        if named is not None and named not in self.files:
-            raise MismatchError(f"{origin} names the tokenizer {named!r} and does not list it: {_ADVICE}")
+        if named is not None and not (isinstance(named, str) and named in self.files):
+            raise MismatchError(
+                f"{origin} names the tokenizer {str(named)[:80]!r} and does not list it: {_ADVICE}"
+            )
         for name in (*self.files, *self.graphs.values()):
             check_inner_name(name, origin)
         if missing := sorted(set(self.graphs.values()) - self.files.keys()):
