@@ -42,7 +42,8 @@ def read_parquet(
             see `Faults.meet`.
     """
     with _open(file) as opened:
-        names = opened.schema_arrow.names
+        with _damaged(file):
+            names = opened.schema_arrow.names
         check_columns(names, reading, file.name)
         columns = list(reading.columns)
         if reading.template is not None:
@@ -113,8 +114,9 @@ def _batches(
     metadata = opened.metadata.row_group(group)
     if metadata.num_rows == 0:
         return
-    chunks = [metadata.column(index) for index in range(metadata.num_columns)]
-    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in roots]
+    with _damaged(file):
+        chunks = [metadata.column(index) for index in range(metadata.num_columns)]
+        wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in roots]
     size = _batch_rows(file, wanted, metadata.num_rows, group, most)
     with _damaged(file):
         batches = opened.iter_batches(batch_size=size, row_groups=[group], columns=roots)
