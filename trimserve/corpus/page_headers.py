@@ -1,16 +1,29 @@
-"""How much memory rows of a parquet file can take, by its page headers, before anything is decompressed.
+"""What a parquet file's footer and page headers say, read without decompressing anything.
 
 A footer of a few bytes can announce anything, and a page of a few kilobytes can decompress to gigabytes.
-What a page takes stands in its header (thrift's compact protocol), which Arrow believes and checks.
+What a page takes stands in its header (thrift's compact protocol), which Arrow believes and checks. The
+footer is read here because pyarrow's own access to a damaged one can end the process.
 """
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _HEADER_BYTES = 1 << 12
 _LONGEST_HEADER = 1 << 24  # Arrow's own limit
 _MOST_DEPTH = 16
+
+
+class Chunk(NamedTuple):
+    """A column of a row group: its path, what it holds, and where."""
+
+    path: str
+    num_values: int
+    total_compressed_size: int
+    data_page_offset: int
+    dictionary_page_offset: int | None
 
 
 class Page(NamedTuple):
@@ -21,12 +34,37 @@ class Page(NamedTuple):
     dictionary: bool
 
 
-def read_pages(file: IO[bytes], chunk: Any) -> list[Page] | None:  # noqa: ANN401 - pyarrow has no types
+@functools.lru_cache(maxsize=4)
+def read_chunks(path: str, size: int, modified: int) -> tuple[tuple[Chunk, ...], ...] | None:  # noqa: ARG001
+    """The columns of each row group, or None where the footer cannot be followed.
+
+    Args:
+        path: of the file.
+        size: its bytes.
+        modified: when it was written: the footer of a changed file is read anew.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(size - 8)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(size - 8 - length)
+            footer, _ = _struct(file.read(length), 0, 0)
+        return tuple(tuple(_chunk(column[3]) for column in group[1]) for group in footer[4])
+    except (LookupError, TypeError, ValueError, OSError):
+        return None
+
+
+def _chunk(facts: dict[int, Any]) -> Chunk:
+    path = ".".join(part.decode() for part in facts[3])
+    return Chunk(path, facts[5], facts[7], facts[9], facts.get(11))
+
+
+def read_pages(file: IO[bytes], chunk: Chunk) -> list[Page] | None:
     """The pages of a column chunk, or None where their headers cannot be followed.
 
     Args:
         file: the parquet file.
-        chunk: pyarrow's ColumnChunkMetaData.
+        chunk: which column of which row group.
     """
     offset = chunk.data_page_offset
     if chunk.dictionary_page_offset is not None:
@@ -104,18 +142,28 @@ def _value(content: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         return None, at + 8
     if kind == 8:
         size, at = _varint(content, at)
-        return None, at + size
+        if size > len(content) - at:
+            raise IndexError
+        return content[at : at + size], at + size
     if kind in (9, 10):
-        size, of = content[at] >> 4, content[at] & 15
-        at += 1
-        if size == 15:
-            size, at = _varint(content, at)
-        for _ in range(size):
-            _, at = (None, at + 1) if of in (1, 2) else _value(content, at, of, depth + 1)
-        return None, at
+        return _list(content, at, depth)
     if kind == 12:
         return _struct(content, at, depth + 1)
     raise ValueError(f"no type {kind}")
+
+
+def _list(content: bytes, at: int, depth: int) -> tuple[list[Any], int]:
+    size, of = content[at] >> 4, content[at] & 15
+    at += 1
+    if size == 15:
+        size, at = _varint(content, at)
+    if size > len(content) - at:
+        raise IndexError
+    entries = []
+    for _ in range(size):
+        entry, at = (None, at + 1) if of in (1, 2) else _value(content, at, of, depth + 1)
+        entries.append(entry)
+    return entries, at
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:

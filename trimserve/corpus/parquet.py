@@ -7,7 +7,7 @@ from typing import Any
 
 from trimserve.corpus.documents import Document, Faults, Reading, too_long
 from trimserve.corpus.files import CorpusFile
-from trimserve.corpus.page_headers import most_bytes, read_pages
+from trimserve.corpus.page_headers import Chunk, most_bytes, read_chunks, read_pages
 from trimserve.corpus.rows import Place, Row, check_columns, row_documents
 from trimserve.corpus.schemas import FIELDS as CHAT_COLUMNS
 from trimserve.corpus.streams import AGAIN
@@ -42,7 +42,8 @@ def read_parquet(
             see `Faults.meet`.
     """
     with _open(file) as opened:
-        names = opened.schema_arrow.names
+        with _damaged(file):
+            names = opened.schema_arrow.names
         check_columns(names, reading, file.name)
         columns = list(reading.columns)
         if reading.template is not None:
@@ -90,16 +91,13 @@ def _check_footer(metadata: Any, file: CorpusFile) -> None:  # noqa: ANN401
             f"{file.name} says in its footer that it has {metadata.num_rows:,} rows, and its row groups have "
             f"{rows:,}: {AGAIN}"
         )
-    for index in range(metadata.num_columns):
-        column = metadata.schema.column(index)
-        if column.max_repetition_level:
-            continue  # a list has any number of values
-        for number, group in enumerate(groups):
-            values = group.column(index).num_values
-            if values != group.num_rows:
+    lists = [metadata.schema.column(index).max_repetition_level > 0 for index in range(metadata.num_columns)]
+    for number, chunks in enumerate(read_chunks(file.path, file.bytes, file.modified) or ()):
+        for chunk, is_list in zip(chunks, lists, strict=True):
+            if not is_list and chunk.num_values != groups[number].num_rows:  # a list has any number of them
                 raise UsageError(
-                    f"{file.name} says in its footer that column {column.path!r} has {values:,} values in "
-                    f"row group {number:,}, which has {group.num_rows:,} rows: {AGAIN}"
+                    f"{file.name} says in its footer that column {chunk.path!r} has {chunk.num_values:,} "
+                    f"values in row group {number:,}, which has {groups[number].num_rows:,} rows: {AGAIN}"
                 )
 
 
@@ -110,12 +108,14 @@ def _batches(
     file: CorpusFile,
     most: int,
 ) -> Iterator[Any]:
-    metadata = opened.metadata.row_group(group)
-    if metadata.num_rows == 0:
+    rows = opened.metadata.row_group(group).num_rows
+    if rows == 0:
         return
-    chunks = [metadata.column(index) for index in range(metadata.num_columns)]
-    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in roots]
-    size = _batch_rows(file, wanted, metadata.num_rows, group, most)
+    known = read_chunks(file.path, file.bytes, file.modified)
+    size = 1
+    if known is not None:
+        wanted = [chunk for chunk in known[group] if chunk.path.split(".")[0] in roots or chunk.path in roots]
+        size = _batch_rows(file, wanted, rows, group, most)
     with _damaged(file):
         batches = opened.iter_batches(batch_size=size, row_groups=[group], columns=roots)
     while True:
@@ -126,7 +126,7 @@ def _batches(
         yield batch
 
 
-def _batch_rows(file: CorpusFile, chunks: Sequence[Any], rows: int, group: int, most: int) -> int:
+def _batch_rows(file: CorpusFile, chunks: Sequence[Chunk], rows: int, group: int, most: int) -> int:
     """How many rows can be read at a time.
 
     Raises:
@@ -139,7 +139,7 @@ def _batch_rows(file: CorpusFile, chunks: Sequence[Any], rows: int, group: int, 
         for page in pages or ():
             if page.bytes > bound:
                 raise UsageError(
-                    f"{file.name} has a page of {page.bytes:,} bytes in column {chunk.path_in_schema!r} of "
+                    f"{file.name} has a page of {page.bytes:,} bytes in column {chunk.path!r} of "
                     f"row group {group:,}, more than {bound:,}: write it anew with smaller pages, or raise "
                     "--max-line."
                 )
@@ -147,7 +147,7 @@ def _batch_rows(file: CorpusFile, chunks: Sequence[Any], rows: int, group: int, 
         # How many values a row of a list has is not known before they are decompressed.
         if chunk.num_values != rows and total > max(bound, _MOST_RATIO * chunk.total_compressed_size):
             raise UsageError(
-                f"{file.name} takes {total:,} bytes to decompress column {chunk.path_in_schema!r} of row "
+                f"{file.name} takes {total:,} bytes to decompress column {chunk.path!r} of row "
                 f"group {group:,}, over {_MOST_RATIO:,} times its size: that is no text; take the file out."
             )
     if any(pages is None for _, pages in columns):
