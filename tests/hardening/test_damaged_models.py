@@ -37,7 +37,7 @@ from trimserve_export.source.whole import whole_source
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
-SEED, TRIED, TRIED_SLOWLY = 15, 2_000, 20_000
+SEED, TRIED, TRIED_SLOWLY = 15, 1_000, 20_000
 WHOLE, WHOLE_SLOWLY = 40, 400
 # A tiny model needs none of it; torch and transformers are loaded before the first attempt.
 MOST_MEMORY = 1 << 30

@@ -90,15 +90,19 @@ class ModelSource:
         if self.named_graph is not None or (self.has_weights and self.variant is None):
             return self.named_graph
         named = (self.genai_model.get("decoder") or {}).get("filename")
-        if named is not None:
-            inner_path(self.path, str(named), str(self.path / GENAI_NAME))
         return find_graph(self.path, named, self.variant)
 
     @property
     def genai_model(self) -> dict[str, Any]:
-        """The section `model` of onnxruntime-genai's config; empty where there is none."""
-        section = self.read_json(GENAI_NAME).get("model")
-        return section if isinstance(section, dict) else {}
+        """The section `model` of onnxruntime-genai's config; empty where there is none.
+
+        Raises:
+            MismatchError: it names a file outside the folder.
+        """
+        section: dict[str, Any] = self.read_json(GENAI_NAME).get("model") or {}
+        for name in _file_names(section):
+            inner_path(self.path, name, str(self.path / GENAI_NAME))
+        return section
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -323,6 +327,19 @@ class ModelSource:
             spec for spec in rows if not (self.tied and len(rows) > 1 and HEAD_MATRIX.search(spec.name))
         ]
         return sum(spec.nbytes for spec in counted) // self.vocab_size
+
+
+def _file_names(section: object) -> Iterator[str]:
+    """Every file that a section of genai_config.json names, of a pipeline's parts too."""
+    if isinstance(section, list):
+        for entry in section:
+            yield from _file_names(entry)
+    elif isinstance(section, dict):
+        for key, value in section.items():
+            if key == "filename":
+                yield str(value)
+            else:
+                yield from _file_names(value)
 
 
 def _config_widths(config: dict[str, Any]) -> set[int]:
