@@ -95,7 +95,7 @@ def translators(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """Give the trimmed folder of a kind of `tests.support.served_models`, each made once: `served("tied")`."""
+    """Give the trimmed folder of a kind of `tests.support.served_models`, `served("tied")`."""
     pytest.importorskip("torch")
     from tests.support.served_models import KINDS
 
