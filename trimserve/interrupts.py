@@ -23,6 +23,11 @@ def exit_code() -> int:
     return 128 + (_last[-1] if _last else signal.SIGINT)
 
 
+def came() -> bool:
+    """Whether a signal has asked this program to end, whatever a library made of the exception since."""
+    return bool(_last)
+
+
 @contextlib.contextmanager
 def terminations() -> Iterator[None]:
     """Raise `Terminated` in the main thread on SIGTERM and SIGHUP: for a program, never for a library.
@@ -35,9 +40,9 @@ def terminations() -> Iterator[None]:
         yield
         return
     before: dict[int, Any] = {}
-    for number in SIGNALS[1:]:
-        if signal.getsignal(number) is signal.SIG_DFL:
-            before[number] = signal.signal(number, _terminate)
+    for number in SIGNALS:
+        if signal.getsignal(number) in _DEFAULTS:
+            before[number] = signal.signal(number, _end)
     if before and hasattr(os, "register_at_fork"):
         _forget_in_children()
     try:
@@ -47,15 +52,20 @@ def terminations() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _terminate(number: int, _: FrameType | None) -> None:
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+
+
+def _end(number: int, _: FrameType | None) -> None:
     _last.append(number)
-    raise Terminated
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def _default_again() -> None:
-    for number in SIGNALS[1:]:
-        if signal.getsignal(number) is _terminate:
-            signal.signal(number, signal.SIG_DFL)
+    _last.clear()
+    for number in SIGNALS:
+        if signal.getsignal(number) is _end:
+            ours = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if ours else signal.SIG_DFL)
 
 
 _registered: list[bool] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from trimserve.cli.native_stderr import hide_panics
 from trimserve.errors import TrimserveError
 from trimserve.files.atomic import recording
-from trimserve.interrupts import exit_code, terminations
+from trimserve.interrupts import came, exit_code, terminations
 from trimserve.stdout import data_only
 from trimserve.version import __version__
 
@@ -52,20 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:  # None where the caller closed it
                 sys.stdout.flush()  # --help: a reader that has gone is noticed here, not at the end
             return code
-        except TrimserveError as error:
-            return _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            return _fail(_interrupted(written), exit_code())
-        except MemoryError:
-            return _fail("out of memory: free some, or give it less to do at a time.", 1)
-        except BrokenPipeError:
-            # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except OSError as error:
-            advice = " Free some space and run it again." if error.errno in _FULL else ""
-            named = f": {error.filename}" if error.filename else ""
-            return _fail(f"{error.strerror or _one_line(error)}{named}.{advice}", 1)
+        except BaseException as error:
+            # A library may have made another error of the exception that a signal raised in it.
+            if isinstance(error, KeyboardInterrupt) or came():
+                return _fail(_interrupted(written), exit_code())
+            return _told(error)
+
+
+def _told(error: BaseException) -> int:
+    """Say an error in one sentence and give its exit code; what is none that a user can meet goes on."""
+    if isinstance(error, TrimserveError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, MemoryError):
+        return _fail("out of memory: free some, or give it less to do at a time.", 1)
+    if isinstance(error, BrokenPipeError):
+        # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError):
+        advice = " Free some space and run it again." if error.errno in _FULL else ""
+        named = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or _one_line(error)}{named}.{advice}", 1)
+    raise error
 
 
 def _interrupted(written: Sequence[Path]) -> str:

@@ -34,6 +34,7 @@ _MARK = ".trimserve."
 _LONGEST_STEM = 160
 _PAUSE = 0.02
 _LONGEST_OWNER = 1 << 20
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 class BusyError(UsageError):
@@ -62,7 +63,8 @@ class Claim:
         """Write the owner file, and what is about to be moved."""
         owner = dataclasses.replace(Owner.this(), moving=tuple(moving))
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, owner.to_bytes(), 0)
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        os.write(self.descriptor, owner.to_bytes())
         if moving:
             os.fsync(self.descriptor)
 
@@ -144,23 +146,25 @@ def _take(path: Path, target: Path, wait: float) -> tuple[int, Owner | None]:
     """Open and lock an owner file; gives the owner that it named before, who is dead."""
     deadline = time.monotonic() + wait
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        descriptor = os.open(path, _FLAGS, 0o666)
         try:
-            former = Owner.read(os.pread(descriptor, _LONGEST_OWNER, 0))
+            former = _read(descriptor)
             locked = _lock(descriptor)
             if locked is None:  # no locks here: what it says must do
+                if former is not None and former.is_untold:
+                    raise _untold(former, path, target)
                 locked = former is None or not former.runs
             # Between opening and locking the last owner may have removed it: then this lock is worth nothing.
             if locked and _is_at(descriptor, path):
-                former = Owner.read(os.pread(descriptor, _LONGEST_OWNER, 0))
+                former = _read(descriptor)
                 if former is not None and former.is_elsewhere:
-                    raise _elsewhere(former, path, target)
+                    raise _untold(former, path, target)
                 return descriptor, former
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
-        if not locked and time.monotonic() >= deadline:
+        if time.monotonic() >= deadline:
             raise BusyError(
                 f"{former or 'another process'} is writing {target}: wait until it is done, or choose "
                 "another name."
@@ -168,7 +172,12 @@ def _take(path: Path, target: Path, wait: float) -> tuple[int, Owner | None]:
         time.sleep(_PAUSE)
 
 
-def _elsewhere(former: Owner, path: Path, target: Path) -> BusyError:
+def _read(descriptor: int) -> Owner | None:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return Owner.read(os.read(descriptor, _LONGEST_OWNER))
+
+
+def _untold(former: Owner, path: Path, target: Path) -> BusyError:
     # A lock may not reach from machine to machine, so it proves nothing of theirs.
     return BusyError(
         f"{former} was writing {target}, and whether it still does cannot be told from here: remove {path} "

@@ -58,9 +58,14 @@ class Owner:
         return self.host != platform.node() and (not self.boot or self.boot != _boot())
 
     @property
+    def is_untold(self) -> bool:
+        """Whether nothing but a lock could tell if it still runs; Windows ends a process that is asked."""
+        return self.is_elsewhere or os.name == "nt"
+
+    @property
     def runs(self) -> bool:
         """Whether it still runs, by its number and start alone: for file systems that have no locks."""
-        if self.is_elsewhere or os.name == "nt":  # there, asking by os.kill would end it
+        if self.is_untold:
             return True
         if self.boot != _boot():
             return False

@@ -16,6 +16,7 @@ from trimserve.files.scratch import scratch_folder
 from trimserve.folder.manifest import Manifest, read_manifest, with_verification
 from trimserve.folder.opening import open_folder
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
+from trimserve.interrupts import came
 from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
 from trimserve_export.card import CARD_NAME, update_card
@@ -175,7 +176,7 @@ def _outcome(name: str, check: Callable[[Context], Check], context: Context) -> 
         return check(context)
     except Exception as error:  # a damaged folder may fail anywhere on its way to the numbers
         ours = isinstance(error, TrimserveError) or type(error).__module__.startswith("onnxruntime")
-        if not ours:
+        if came() or not ours:  # of a signal a library may make any error
             raise
         return Check(name, False, None, str(error).partition("\n")[0])
 
