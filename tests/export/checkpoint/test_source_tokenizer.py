@@ -416,7 +416,5 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "12"})
     )
-    with pytest.raises(
-        MismatchError, match=r"got `str` - at `\$\.model_max_length`"
-    ):
+    with pytest.raises(MismatchError, match=r"got `str` - at `\$\.model_max_length`"):
         effective.effective_tokenizer(folder, always=True)
