@@ -152,6 +152,7 @@ class _TokenizerConfig(_SpecialTokens):
     # Without a limit it is an integer of 31 digits.
     model_max_length: int | float | None = None
     max_len: int | float | None = None
+    extra_ids: Annotated[int, Meta(ge=0, le=10_000)] | None = None  # T5 makes so many tokens
     padding_side: str | None = None
     truncation_side: str | None = None
     chat_template: str | list[_Template] | dict[str, str] | None = None
