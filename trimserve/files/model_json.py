@@ -32,16 +32,16 @@ TokenId = Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 Ids = TokenId | list[TokenId] | None
 Size = Annotated[int, Meta(ge=-(1 << 53), le=1 << 53)]
 Number = Size | float
-Token = str | Json | None
+Name = Annotated[str, Meta(max_length=200)]
 
 
 @dataclass(frozen=True, slots=True)
 class _ModelConfig:
     """config.json, and a section of it that describes a language model."""
 
-    model_type: str | None = None
-    architectures: list[str] | None = None
-    tokenizer_class: str | None = None
+    model_type: Name | None = None
+    architectures: list[Name] | None = None
+    tokenizer_class: Name | None = None
     auto_map: Json | None = None
     dtype: str | Json | None = None
     torch_dtype: str | Json | None = None
@@ -152,6 +152,7 @@ class _TokenizerConfig(_SpecialTokens):
     # Without a limit it is an integer of 31 digits.
     model_max_length: int | float | None = None
     max_len: int | float | None = None
+    extra_ids: Annotated[int, Meta(ge=0, le=10_000)] | None = None  # T5 makes so many tokens
     padding_side: str | None = None
     truncation_side: str | None = None
     chat_template: str | list[_Template] | dict[str, str] | None = None
@@ -177,10 +178,10 @@ class _Prompts:
     """config_sentence_transformers.json."""
 
     prompts: dict[str, str | None] | None = None
-    default_prompt_name: str | None = None
-    similarity_fn_name: str | None = None
-    model_type: str | None = None
-    activation_fn: str | None = None
+    default_prompt_name: Name | None = None
+    similarity_fn_name: Name | None = None
+    model_type: Name | None = None
+    activation_fn: Name | None = None
     truncate_dim: Size | None = None
 
 
@@ -219,8 +220,8 @@ class _GenaiModel:
 class _Adapter:
     """adapter_config.json."""
 
-    peft_type: str | None = None
-    task_type: str | None = None
+    peft_type: Name | None = None
+    task_type: Name | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
@@ -229,9 +230,9 @@ class _Adapter:
 class ListedModule:
     """An entry of modules.json."""
 
-    path: str
-    type: str
-    name: str = ""
+    path: Name
+    type: Name
+    name: Name = ""
     idx: int | None = None
     kwargs: list[str] | Json | None = None
 

@@ -337,7 +337,7 @@ def _file_names(section: object) -> Iterator[str]:
     elif isinstance(section, dict):
         for key, value in section.items():
             if key == "filename":
-                yield str(value)
+                yield value if isinstance(value, str) else ""  # which is no name
             else:
                 yield from _file_names(value)
 
