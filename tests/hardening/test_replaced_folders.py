@@ -4,10 +4,10 @@ import os
 import shutil
 import sys
 
-import onnxruntime
 import pytest
 
 pytest.importorskip("torch")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 from tests.support.served import KINDS, answers, make
 from trimserve import load
