@@ -7,7 +7,6 @@ import sys
 import pytest
 
 pytest.importorskip("torch")
-onnxruntime = pytest.importorskip("onnxruntime")
 
 from tests.support.served import KINDS, answers, make
 from trimserve import load
@@ -15,6 +14,7 @@ from trimserve.errors import MismatchError
 from trimserve.files import held
 
 pytestmark = pytest.mark.export
+onnxruntime = pytest.importorskip("onnxruntime")
 
 # Each n-th moment of a load is tried.
 EVERY = {"generator": 2, "encoder": 4, "translator": 4, "sentence": 4}
