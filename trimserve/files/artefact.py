@@ -77,11 +77,11 @@ def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArr
         raise UsageError(f"{path} does not exist: expected a {kind} file.")
     specs, metadata = read_header(file)
     if metadata.get("kind") != kind:
-        found = metadata.get("kind", "no trimserve file")
+        found = metadata.get("kind", "no trimserve file")[:80]
         raise MismatchError(f"{path} should be a {kind} but is {found}: pass the right file.")
     if (version := metadata.get("schema_version")) != str(SCHEMA_VERSION):
         raise MismatchError(
-            f"{path} has schema {version}, this trimserve reads "
+            f"{path} has schema {str(version)[:80]}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
     arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
