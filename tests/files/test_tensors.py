@@ -185,6 +185,8 @@ def test_rows_along_a_later_axis(stored):
         # Two that overlap, and bytes that no tensor has, before, between and behind.
         raw({name: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for name in "xy"}, b"1234"),
         raw({"x": {"dtype": "U8", "shape": [4], "data_offsets": [1, 5]}}, b"12345"),
+        # The sizes add up, and bytes 2 and 3 are nobody's.
+        raw({name: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]} for name in "xy"}, b"1234"),
         raw(
             {
                 "x": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},

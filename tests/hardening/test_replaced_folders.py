@@ -4,7 +4,6 @@ import os
 import shutil
 import sys
 
-import onnxruntime
 import pytest
 
 pytest.importorskip("torch")
@@ -15,6 +14,7 @@ from trimserve.errors import MismatchError
 from trimserve.files import held
 
 pytestmark = pytest.mark.export
+onnxruntime = pytest.importorskip("onnxruntime")
 
 # Each n-th moment of a load is tried.
 EVERY = {"generator": 2, "encoder": 4, "translator": 4, "sentence": 4}

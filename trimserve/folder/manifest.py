@@ -157,7 +157,7 @@ class Manifest:
             raise MismatchError(f"{origin} is not a manifest this version understands: {_ADVICE}")
         if version != SCHEMA_VERSION:
             raise MismatchError(
-                f"{origin} has schema {version}, this trimserve reads {SCHEMA_VERSION}: "
+                f"{origin} has schema {str(version)[:80]}, this trimserve reads {SCHEMA_VERSION}: "
                 "export the folder again or update trimserve."
             )
         if raw.pop("pooling", None) is not None:
