@@ -1,15 +1,20 @@
 """`trimserve inspect`: what a path is, its vocab tensors, and the prize of trimming it."""
 
 import argparse
+import importlib
 from typing import Any
 
 from trimserve.cli.arguments import positive
 from trimserve.cli.output import emit
 from trimserve.cli.rules import flag, given
 from trimserve.console import human_bytes, percent, table
-from trimserve.errors import UsageError, require
+from trimserve.errors import UsageError
 
 _KEPT = 16_384
+_BY_HEADERS = (
+    "By names and shapes in the files. Whether the model can be exported is told where trimserve[export] is "
+    "installed."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and report."""
-    inspection = require("trimserve_export.inspection", extra="export", purpose="trimserve inspect")
+    # Another package, which the light one never imports before it is asked to.
+    inspection = importlib.import_module("trimserve_export.inspection")
     found = inspection.inspect(args.path, kept=args.kept or _KEPT, revision=args.revision)
     document = inspection.to_dict(found)
     if document["kind"] != "model" and (names := given(args, ("kept", "revision"))):
@@ -52,11 +58,13 @@ def _model_summary(model: dict[str, Any]) -> str:
         )
         for tensor in model["vocab_tensors"]
     ]
+    notes = [] if model["told_by"] == "class" else [_BY_HEADERS]
     return "\n\n".join(
         [
             _lines(facts),
             table(["vocab tensor", "role", "shape", "dtype", "bytes"], tensors),
             _lines(_prize_facts(model["prize"])),
+            *notes,
         ]
     )
 
