@@ -261,7 +261,7 @@ class _Reader:
     def _array(self, code: int, key: str) -> Value:
         if code == _ARRAY:
             raise UnsupportedModelError(
-                f"{self._path}: {_named(key)} is an array of arrays, which no model needs: make the file again."
+                f"{self._path}: {_named(key)} is an array of arrays, which is not read: make the file again."
             )
         if code == _STRING:
             count = self.count(f"strings of {_named(key)}", _MOST_ITEMS, least=8)

@@ -11,7 +11,9 @@ from trimserve.errors import require
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("path", metavar="PATH", help="model folder or hub id, trimmed folder, or ONNX file")
+    parser.add_argument(
+        "path", metavar="PATH", help="model folder or hub id, trimmed folder, GGUF or ONNX file"
+    )
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument(
         "--kept", type=positive, default=16_384, metavar="K", help="rows to compute the prize for (16,384)"
