@@ -67,6 +67,16 @@ def test_sentencepiece_ids_are_the_original_tokenizers(tmp_path):
         assert made.decode(expected) == original.decode(expected)
 
 
+def test_sentencepiece_merges_by_score_and_not_by_id(tmp_path):
+    original, fields = tiny_tokenizers.sentencepiece_bpe(), sentencepiece()
+    first = 259  # after unk, bos, eos and the bytes
+    for key in ("tokens", "types", "scores"):
+        fields[key] = fields[key][:first] + fields[key][: first - 1 : -1]
+    made = parse_tokenizer(tokenizer_of(fields, tmp_path).content)
+    for text in (*HOSTILE, *random_texts(100, SPECIALS), tiny_tokenizers.TEXT):
+        assert made.encode(text).tokens == original.encode(text).tokens, text
+
+
 def test_no_prefix_space_where_the_file_says_so(tmp_path):
     tokenizer = tokenizer_of(sentencepiece(), tmp_path, **{"tokenizer.ggml.add_space_prefix": False})
     made = parse_tokenizer(tokenizer.content)

@@ -51,12 +51,13 @@ class DequantizedTensor:
         step = max(1, CHUNK_BYTES // (4 * width))
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
-            data = np.ascontiguousarray(self._rows(rows)).reshape(-1).view(np.uint8).data
+            data = np.ascontiguousarray(self.numbers(rows)).reshape(-1).view(np.uint8).data
             while data:
                 data = data[file.write(data) :]
             yield 4 * width * (rows.stop - rows.start)
 
-    def _rows(self, rows: slice) -> npt.NDArray[np.float32]:
+    def numbers(self, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
+        """Some rows' numbers, float32 (n, width); all of them by default."""
         if self.order is None:
             found = self.stored.floats(rows)
         elif len(self.shape) == 1:  # a bias, whose rows are single numbers

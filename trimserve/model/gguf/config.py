@@ -38,8 +38,14 @@ def config_of(file: GgufFile, name: str, architecture: Architecture, tokenizer: 
             f"{file.path} has keys and values of different widths, which {architecture.model_class} has not: "
             "pass the model that the file was made from."
         )
+    if head_dim % 2:
+        raise MismatchError(
+            f"{file.path} has heads of {head_dim:,} numbers, an odd count: make the file again."
+        )
     rotated = _size(file, f"{name}.rope.dimension_count", head_dim)
     theta = _short(file.number(f"{name}.rope.freq_base", 10_000.0))
+    if theta <= 0:
+        raise MismatchError(f"{file.path}: {name}.rope.freq_base is {theta}: make the file again.")
     ends = tokenizer.end_ids
     config: Json = {
         "architectures": [architecture.model_class],
@@ -82,7 +88,8 @@ def generation_of(tokenizer: GgufTokenizer) -> Json:
 
 
 def _size(file: GgufFile, key: str, default: int | None = None) -> int:
-    if isinstance(values := file.metadata.get(key), np.ndarray) and len(values):  # one for each layer
+    values = file.metadata.get(key)
+    if isinstance(values, np.ndarray) and len(values) and values.dtype.kind in "iu":  # one for each layer
         if len(np.unique(values)) > 1:
             raise UnsupportedModelError(
                 f"{file.path}: {key} differs from layer to layer, which trimserve does not read from GGUF: "

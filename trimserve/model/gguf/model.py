@@ -7,10 +7,12 @@ as the process. The weights stay in the file; `write_weights` dequantises them w
 import functools
 import json
 import logging
+import os
+import shutil
 import tempfile
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trimserve.files.gguf import GgufFile, read_gguf
 from trimserve.files.tensors import TensorSpec
@@ -23,7 +25,7 @@ from trimserve.model.gguf.tokenizer import read_tokenizer
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the folder goes when nothing refers to the model any more
 class GgufModel:
     """A model in a GGUF file.
 
@@ -36,7 +38,9 @@ class GgufModel:
     file: GgufFile
     folder: Path
     tensors: dict[str, DequantizedTensor]
-    _kept: Any = field(default=None, repr=False, compare=False)  # removes the folder when it goes
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, _remove, self.folder, os.getpid())
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -79,14 +83,21 @@ def _cached(path: Path, *signature: int) -> GgufModel:
     config = config_of(file, name, architecture, tokenizer)
     tensors = named_tensors(file, architecture, config)
     settings = tokenizer.settings | {"model_max_length": config["max_position_embeddings"]}
-    kept = tempfile.TemporaryDirectory(prefix="trimserve-gguf.")
-    folder = Path(kept.name)
-    (folder / TOKENIZER_NAME).write_bytes(tokenizer.content)
-    for file_name, content in (
-        ("config.json", config),
-        ("generation_config.json", generation_of(tokenizer)),
-        ("tokenizer_config.json", settings),
-    ):
-        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-        (folder / file_name).write_text(text, "utf-8")
-    return GgufModel(file, folder, tensors, kept)
+    contents = {
+        "config.json": config,
+        "generation_config.json": generation_of(tokenizer),
+        "tokenizer_config.json": settings,
+    }
+    content = tokenizer.content
+    model = GgufModel(file, Path(tempfile.mkdtemp(prefix="trimserve-gguf.")), tensors)
+    (model.folder / TOKENIZER_NAME).write_bytes(content)
+    for name_of_file, values in contents.items():
+        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        (model.folder / name_of_file).write_text(text, "utf-8")
+    return model
+
+
+def _remove(folder: Path, process: int) -> None:
+    """Remove a model's folder, but not in a process that was forked off the one that made it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

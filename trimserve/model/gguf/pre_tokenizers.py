@@ -6,6 +6,7 @@ characters: a GGUF file's ids are what llama.cpp gives. Names are in its documen
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -66,7 +67,12 @@ class PreTokenizer:
         ]
         # The letters that bytes are written with; the parting is done.
         letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        lost = {"type": "Split", "pattern": {"Regex": f"[{missing}]"}, "behavior": "Removed", "invert": False}
+        lost = {
+            "type": "Split",
+            "pattern": {"Regex": f"[{re.escape(missing)}]"},
+            "behavior": "Removed",
+            "invert": False,
+        }
         return {"type": "Sequence", "pretokenizers": [*splits, letters, *([lost] if missing else [])]}
 
 
