@@ -77,6 +77,33 @@ def test_sentencepiece_merges_by_score_and_not_by_id(tmp_path):
         assert made.encode(text).tokens == original.encode(text).tokens, text
 
 
+def gemma_like(longest=7):
+    """Runs of spaces of one score, the highest, as Gemma has them; the first merge of all has it, too."""
+    fields = sentencepiece()
+    runs = ["▁" * length for length in range(2, longest + 1)]
+    fields["tokens"] += runs
+    fields["types"] += [4] * len(runs)
+    fields["scores"] += [0.0] * len(runs)
+    return fields
+
+
+def test_runs_of_spaces_begin_with_the_longest(tmp_path):
+    tokenizer = tokenizer_of(gemma_like(), tmp_path, **{"tokenizer.ggml.add_space_prefix": False})
+    made = parse_tokenizer(tokenizer.content)
+    for length, expected in ((2, [2]), (7, [7]), (8, [7, 1]), (9, [7, 2]), (30, [7, 7, 7, 7, 2])):
+        tokens = made.encode(" " * length, add_special_tokens=False).tokens
+        assert [len(token) for token in tokens] == expected
+        assert made.encode("a" + " " * length, add_special_tokens=False).tokens[1:] == tokens
+
+
+def test_two_tokens_of_one_score_are_refused(tmp_path):
+    fields = sentencepiece()
+    place = fields["scores"].index(-3.0)
+    fields["scores"][place] = -2.0
+    with pytest.raises(UnsupportedModelError, match=f"'{fields['tokens'][place]}'.*the same score, -2.0"):
+        _ = tokenizer_of(fields, tmp_path).content
+
+
 def test_no_prefix_space_where_the_file_says_so(tmp_path):
     tokenizer = tokenizer_of(sentencepiece(), tmp_path, **{"tokenizer.ggml.add_space_prefix": False})
     made = parse_tokenizer(tokenizer.content)
@@ -192,6 +219,20 @@ def test_sentencepiece_ids_are_llama_cpps(space, tmp_path):
         tmp_path / "m.gguf", sentencepiece(), bos=1, eos=2, unknown=0, add_space_prefix=space
     )
     compare(path, 200)
+
+
+@pytest.mark.realmodel
+def test_runs_of_spaces_are_llama_cpps(tmp_path):
+    pytest.importorskip("gguf")
+    path = write_bare_llama(
+        tmp_path / "m.gguf", gemma_like(), bos=1, eos=2, unknown=0, add_space_prefix=False
+    )
+    compare(path, 100)
+    made, theirs = parse_tokenizer(read_tokenizer(read_gguf(path)).content), LlamaCpp(path)
+    for text in (
+        lead + " " * length + word for length in range(40) for lead in ("", "a") for word in ("", "the", "s")
+    ):
+        assert made.encode(text, add_special_tokens=False).ids == theirs.ids(text, add_special=False), text
 
 
 @pytest.mark.realmodel

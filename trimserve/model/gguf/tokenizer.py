@@ -206,7 +206,7 @@ class GgufTokenizer:
         unknown = self.special_id("unknown")
         return {
             "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
-            "pre_tokenizer": None,
+            "pre_tokenizer": _runs_apart(self._space_runs),
             "decoder": {
                 "type": "Sequence",
                 "decoders": [
@@ -227,21 +227,67 @@ class GgufTokenizer:
     def _scored_merges(self) -> list[tuple[str, str]]:
         """All pairs of tokens that make a token, those of the highest score first.
 
-        sentencepiece merges by the score of what is made, and of equal ones the first in the text.
+        Raises:
+            UnsupportedModelError: two tokens have one score. llama.cpp makes the one further left in the text
+                first, and the tokenizers library has no two merges of one rank.
+        """
+        made = self._mergeable
+        if (runs := self._space_runs) is not None:
+            made = {token: score for token, score in made.items() if not _is_run(token)}
+        by_score: dict[float, str] = {}
+        for token, score in made.items():
+            if (other := by_score.setdefault(score, token)) != token:
+                raise UnsupportedModelError(
+                    f"{self.file.path} gives {other[:30]!r} and {token[:30]!r} the same score, {score}, so "
+                    "which of them is made first depends on their places in a text, which trimserve does not "
+                    "follow: pass the model that the file was made from."
+                )
+        ordered = sorted(made, key=lambda token: (-made[token], self.vocab[token]))
+        run_tokens = [_SPACE * length for length in range(2, (runs or 1) + 1)]
+        return [pair for token in (*run_tokens, *ordered) for pair in self._halves(token)]
+
+    @cached_property
+    def _mergeable(self) -> dict[str, float]:
+        """Tokens that are made of two others, and their scores.
+
+        A special token is found in the text before anything merges; one with spaces in it is not, because the
+        text's spaces are written in another way then.
         """
         scores = self.file.numbers(f"{_KEY}scores", len(self.tokens)).astype(np.float32)
         if not np.isfinite(scores).all():
             raise MismatchError(f"{self.file.path} has a score that is no number: make the file again.")
-        pairs = []
-        for token, id_ in self.vocab.items():
-            if self.types[id_] in (_UNKNOWN, _CONTROL) or not 1 < len(token) <= _LONGEST:
-                continue
-            for place in range(1, len(token)):
-                left, right = token[:place], token[place:]
-                if left in self.vocab and right in self.vocab:
-                    pairs.append((-float(scores[id_]), id_, place, left, right))
-        pairs.sort(key=lambda pair: pair[:3])
-        return [(left, right) for *_, left, right in pairs]
+        found = {}
+        for id_, (token, type_) in enumerate(zip(self.tokens, self.types, strict=True)):
+            special = type_ in (_UNKNOWN, _CONTROL) or (type_ == _USER_DEFINED and _SPACE not in token)
+            if not special and 1 < len(token) <= _LONGEST and any(self._halves(token)):
+                found[token] = float(scores[id_])
+        return found
+
+    def _halves(self, token: str) -> Iterator[tuple[str, str]]:
+        """The pairs of tokens that a token can be made of."""
+        for place in range(1, len(token)):
+            left, right = token[:place], token[place:]
+            if left in self.vocab and right in self.vocab:
+                yield left, right
+
+    @cached_property
+    def _space_runs(self) -> int | None:
+        """The longest run of spaces that is a token, where runs are made before all else and in one way.
+
+        Gemma's runs of 2 to 31 spaces have one score, the highest: a longer run begins with the longest.
+        """
+        runs = {token: score for token, score in self._mergeable.items() if _is_run(token)}
+        others = {token: score for token, score in self._mergeable.items() if not _is_run(token)}
+        if len(runs) < 2 or len(set(runs.values())) > 1:
+            return None
+        own = next(iter(runs.values()))
+        # One of the same score that begins with a space stands to the right of the run before it.
+        top = all(
+            score < own or (score == own and _SPACE not in token[1:]) for token, score in others.items()
+        )
+        mixed = any(2 * _SPACE in token for token in others)
+        longest = max(map(len, runs))
+        return longest if top and not mixed and len(runs) == longest - 1 else None
 
     def _post_processor(self) -> Json | None:
         begin = [self.special_id("bos")] if self.adds("bos") else []
@@ -292,6 +338,18 @@ class GgufTokenizer:
         if found.keys() <= {"default"}:
             return found.get("default", "")
         return [{"name": name, "template": text} for name, text in found.items()]
+
+
+def _is_run(token: str) -> bool:
+    return len(token) > 1 and not token.strip(_SPACE)
+
+
+def _runs_apart(longest: int | None) -> Json | None:
+    """A pre-tokenizer that takes runs of spaces apart, the longest possible ones from the left on."""
+    if longest is None:
+        return None
+    pattern = {"Regex": f"{_SPACE}{{2,{longest}}}"}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
 
 
 def _special(token: str, place: int) -> Json:
