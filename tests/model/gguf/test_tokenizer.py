@@ -104,6 +104,13 @@ def test_two_tokens_of_one_score_are_refused(tmp_path):
         _ = tokenizer_of(fields, tmp_path).content
 
 
+def test_a_token_with_a_character_that_is_none_is_refused(tmp_path):
+    fields = sentencepiece()
+    fields["tokens"][fields["tokens"].index("at")] = "aŻ"
+    with pytest.raises(UnsupportedModelError, match="'aŻ' and none for 'Ż'"):
+        _ = tokenizer_of(fields, tmp_path).content
+
+
 def test_no_prefix_space_where_the_file_says_so(tmp_path):
     tokenizer = tokenizer_of(sentencepiece(), tmp_path, **{"tokenizer.ggml.add_space_prefix": False})
     made = parse_tokenizer(tokenizer.content)

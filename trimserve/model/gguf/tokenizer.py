@@ -13,13 +13,12 @@ from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files.gguf import GgufFile
 from trimserve.foreign import foreign
 from trimserve.model.gguf.pre_tokenizers import pre_tokenizer
+from trimserve.model.gguf.sentencepiece import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, ScoredPieces
 from trimserve.text.tokenizer import parse_tokenizer
 
 Json = dict[str, Any]
 _KEY: Final = "tokenizer.ggml."
 _TEMPLATE: Final = "tokenizer.chat_template"
-# token_type of a token, by https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 # Tokens that end an answer, whatever type the file gives them: llama.cpp takes them for control tokens.
 # fmt: off
 _ENDS: Final = frozenset({
@@ -34,10 +33,8 @@ _ROLES: Final = {
     "padding": "pad_token",
     "mask": "mask_token",
 }
-_SPACE: Final = "\u2581"  # what sentencepiece writes a space with
 _RIGHT_STRIPPED: Final = ("phi-3", "phi3")
 _NOT_STRIPPED: Final = ("<unk>", "<s>", "<|endoftext|>")
-_LONGEST: Final = 256  # characters of a piece that can be merged
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,9 @@ class GgufTokenizer:
         """The type of each token, with those that llama.cpp changes."""
         key = f"{_KEY}token_type"
         if key not in self.file.metadata:
-            return [_CONTROL if token in _ENDS else _NORMAL for token in self.tokens]
+            return [CONTROL if token in _ENDS else NORMAL for token in self.tokens]
         found: list[int] = self.file.numbers(key, len(self.tokens)).tolist()
-        return [
-            _CONTROL if token in _ENDS else type_ for token, type_ in zip(self.tokens, found, strict=True)
-        ]
+        return [CONTROL if token in _ENDS else type_ for token, type_ in zip(self.tokens, found, strict=True)]
 
     def special_id(self, role: str) -> int | None:
         """The id of bos, eos, unknown, padding, eot, eom or mask; None where there is none."""
@@ -142,7 +137,7 @@ class GgufTokenizer:
         name = self.file.text("general.name", "").lower()
         stripped = any(part in name for part in _RIGHT_STRIPPED)
         for id_, (token, type_) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            if type_ in (UNKNOWN, CONTROL, USER_DEFINED):
                 yield {
                     "id": id_,
                     "content": token,
@@ -150,7 +145,7 @@ class GgufTokenizer:
                     "lstrip": False,
                     "rstrip": stripped and token not in _NOT_STRIPPED,
                     "normalized": False,
-                    "special": type_ != _USER_DEFINED,
+                    "special": type_ != USER_DEFINED,
                 }
 
     def _byte_level(self) -> Json:
@@ -200,94 +195,31 @@ class GgufTokenizer:
 
     def _sentencepiece(self) -> Json:
         space = self.file.flag(f"{_KEY}add_space_prefix", True)
-        replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-        prepend = [{"type": "Prepend", "prepend": _SPACE}] if space else []
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        prepend = [{"type": "Prepend", "prepend": SPACE}] if space else []
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if space else []
         unknown = self.special_id("unknown")
+        scores = self.file.numbers(f"{_KEY}scores", len(self.tokens)).astype(np.float32).tolist()
+        made = ScoredPieces(self.vocab, self.types, scores, str(self.file.path))
         return {
             "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
-            "pre_tokenizer": _runs_apart(self._space_runs),
+            "pre_tokenizer": made.runs_apart(),
             "decoder": {
                 "type": "Sequence",
                 "decoders": [
-                    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                     {"type": "ByteFallback"},
                     {"type": "Fuse"},
                     *strip,
                 ],
             },
             "model": self._model(
-                self._scored_merges(),
+                made.merges(),
                 byte_fallback=True,
                 fuse_unk=True,
                 unk_token=None if unknown is None else self.tokens[unknown],
             ),
         }
-
-    def _scored_merges(self) -> list[tuple[str, str]]:
-        """All pairs of tokens that make a token, those of the highest score first.
-
-        Raises:
-            UnsupportedModelError: two tokens have one score. llama.cpp makes the one further left in the text
-                first, and the tokenizers library has no two merges of one rank.
-        """
-        made = self._mergeable
-        if (runs := self._space_runs) is not None:
-            made = {token: score for token, score in made.items() if not _is_run(token)}
-        by_score: dict[float, str] = {}
-        for token, score in made.items():
-            if (other := by_score.setdefault(score, token)) != token:
-                raise UnsupportedModelError(
-                    f"{self.file.path} gives {other[:30]!r} and {token[:30]!r} the same score, {score}, so "
-                    "which of them is made first depends on their places in a text, which trimserve does not "
-                    "follow: pass the model that the file was made from."
-                )
-        ordered = sorted(made, key=lambda token: (-made[token], self.vocab[token]))
-        run_tokens = [_SPACE * length for length in range(2, (runs or 1) + 1)]
-        return [pair for token in (*run_tokens, *ordered) for pair in self._halves(token)]
-
-    @cached_property
-    def _mergeable(self) -> dict[str, float]:
-        """Tokens that are made of two others, and their scores.
-
-        A special token is found in the text before anything merges; one with spaces in it is not, because the
-        text's spaces are written in another way then.
-        """
-        scores = self.file.numbers(f"{_KEY}scores", len(self.tokens)).astype(np.float32)
-        if not np.isfinite(scores).all():
-            raise MismatchError(f"{self.file.path} has a score that is no number: make the file again.")
-        found = {}
-        for id_, (token, type_) in enumerate(zip(self.tokens, self.types, strict=True)):
-            special = type_ in (_UNKNOWN, _CONTROL) or (type_ == _USER_DEFINED and _SPACE not in token)
-            if not special and 1 < len(token) <= _LONGEST and any(self._halves(token)):
-                found[token] = float(scores[id_])
-        return found
-
-    def _halves(self, token: str) -> Iterator[tuple[str, str]]:
-        """The pairs of tokens that a token can be made of."""
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
-            if left in self.vocab and right in self.vocab:
-                yield left, right
-
-    @cached_property
-    def _space_runs(self) -> int | None:
-        """The longest run of spaces that is a token, where runs are made before all else and in one way.
-
-        Gemma's runs of 2 to 31 spaces have one score, the highest: a longer run begins with the longest.
-        """
-        runs = {token: score for token, score in self._mergeable.items() if _is_run(token)}
-        others = {token: score for token, score in self._mergeable.items() if not _is_run(token)}
-        if len(runs) < 2 or len(set(runs.values())) > 1:
-            return None
-        own = next(iter(runs.values()))
-        # One of the same score that begins with a space stands to the right of the run before it.
-        top = all(
-            score < own or (score == own and _SPACE not in token[1:]) for token, score in others.items()
-        )
-        mixed = any(2 * _SPACE in token for token in others)
-        longest = max(map(len, runs))
-        return longest if top and not mixed and len(runs) == longest - 1 else None
 
     def _post_processor(self) -> Json | None:
         begin = [self.special_id("bos")] if self.adds("bos") else []
@@ -338,18 +270,6 @@ class GgufTokenizer:
         if found.keys() <= {"default"}:
             return found.get("default", "")
         return [{"name": name, "template": text} for name, text in found.items()]
-
-
-def _is_run(token: str) -> bool:
-    return len(token) > 1 and not token.strip(_SPACE)
-
-
-def _runs_apart(longest: int | None) -> Json | None:
-    """A pre-tokenizer that takes runs of spaces apart, the longest possible ones from the left on."""
-    if longest is None:
-        return None
-    pattern = {"Regex": f"{_SPACE}{{2,{longest}}}"}
-    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
 
 
 def _special(token: str, place: int) -> Json:
