@@ -200,6 +200,16 @@ def test_blocks_are_kept_by_quantize(kind, name, tmp_path):
         assert (dequantize(integers, scales, width, scheme_of(node)) + 0.0).tobytes() in expected  # no -0.0
 
 
+def test_a_tokenizer_is_cut_as_any_other(tmp_path):
+    path = write("llama", make_model("llama"), tmp_path / "m.gguf", bos=316, eos=318, padding=316)
+    source = resolve_model(path)
+    vocab = VocabMap.everything(source.vocab_size)
+    out = trimserve.export(path, vocab, tmp_path / "out", layout="tokenizer", progress=False).path
+    cut = transformers.AutoTokenizer.from_pretrained(out)
+    for text in ("The cat<|end|>", "int main() {\n", "🎉"):
+        assert cut(text)["input_ids"] == source.tokenizer().encode(text).ids
+
+
 def load_folder(path, folder):
     folder.mkdir()
     source = resolve_model(path)
