@@ -39,7 +39,7 @@ def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats
             half = scale.astype(np.float16).astype(np.float32) == scale
         chosen, scale = left[half], scale[half]
         for columns in (slice(_FIRST), slice(None)):
-            exact = _exact(blocks[chosen, columns], scale)
+            exact = _exact(blocks[chosen, columns], scale, 1 << (bits - 1))
             chosen, scale = chosen[exact], scale[exact]
         found[chosen], scales[chosen] = True, scale
         integers[chosen] = np.rint(blocks[chosen] / scale[:, None])
@@ -53,11 +53,11 @@ def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats
     return found, scales, integers
 
 
-def _exact(numbers: Floats, scale: Floats) -> npt.NDArray[np.bool_]:
-    """Which rows are whole multiples of their scale, none beyond the peak that it was made of."""
-    whole: Any = np.rint(numbers / scale[:, None]) * scale[:, None] == numbers
-    exact: npt.NDArray[np.bool_] = whole.all(axis=1)
-    return exact
+def _exact(numbers: Floats, scale: Floats, most: int) -> npt.NDArray[np.bool_]:
+    """Which rows are whole multiples of their scale, from -most to below most."""
+    whole: Any = np.rint(numbers / scale[:, None])
+    exact: npt.NDArray[np.bool_] = (whole * scale[:, None] == numbers).all(axis=1)
+    return exact & (whole.max(axis=1) < most)
 
 
 def _multiples(bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -61,3 +61,12 @@ def test_zeros_and_what_is_no_number_are_left_alone():
     blocks[1, 3], blocks[2, 0] = np.nan, np.inf
     assert not on_lattice(blocks, 8)[0].any()
     assert on_lattice(np.full((2, 32), 0.5, np.float32), 4)[0].all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_a_block_with_both_signs_of_its_largest_number_stays_in_range(name):
+    rows = np.zeros((1, 32), np.float32)
+    rows[0, :4] = (1.0, -1.0, 0.5, -0.25)
+    blocks = quantize_rows(rows, SCHEMES[name])
+    found = dequantize(blocks.integers, blocks.scales, 32, SCHEMES[name])
+    assert np.abs(found - rows).max() <= np.abs(blocks.scales).max()
