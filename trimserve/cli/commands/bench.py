@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="the trimmed folder (layout runtime)")
     parser.add_argument(
-        "-m", "--model", help="the full model: a folder or hub id (default: the folder's source)"
+        "-m", "--model", help="the full model: a folder, GGUF file or hub id (default: the folder's source)"
     )
     parser.add_argument("--revision", help="hub revision of the model")
     parser.add_argument(
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         args.device,
         args.low_memory,
     )
-    with scratch_folder("bench") as scratch:
+    whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve bench")
+    with scratch_folder("bench") as scratch, whole.whole_source(source) as source:
         full = scratch / "full"
         untrimmed.export_untrimmed(trimmed, source, full)
         try:
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
                 f"a process of the benchmark failed ({error}): its message is above. Models of this size "
                 "may need more memory than is free."
             ) from error
-    document = _document(trimmed, found, _decode_prize(source, manifest.head_rows or manifest.kept))
+        prize = _decode_prize(source, manifest.head_rows or manifest.kept)
+    document = _document(trimmed, found, prize)
     document |= {
         "texts": len(texts),
         "threads": settings.threads,

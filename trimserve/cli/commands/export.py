@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("-m", "--model", required=True, help="folder or hub id of the model to trim")
+    parser.add_argument(
+        "-m", "--model", required=True, help="folder, GGUF file or hub id of the model to trim"
+    )
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
     base = "the model that a compact checkpoint of fine-tuning was cut from (default: the one it names)"

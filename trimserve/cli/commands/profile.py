@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CORPUS",
         help="txt, jsonl, csv, tsv, parquet (also .gz, .zst), folders, globs, hf://OWNER/NAME, - for stdin",
     )
-    parser.add_argument("-m", "--model", required=True, help="folder or hub id whose tokenizer counts")
+    parser.add_argument(
+        "-m", "--model", required=True, help="folder, GGUF file or hub id whose tokenizer counts"
+    )
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
     add_reading_arguments(parser)
     parser.add_argument("--workers", type=int, metavar="N", help="cores to use (default: all)")
