@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Stealing keeps neighbours on one worker, so that a module's fixtures are made once.
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-js test-next demo bench bench-full plots wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-js test-next test-latest demo bench bench-full plots wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,21 @@ $(NEXT)/.ready: pyproject.toml constraints-next.txt
 test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones too
 	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal -m next
 
+# What a user installs today, without our pins; torch alone is held, as in the other environments.
+LATEST := .venv-latest
+
+$(LATEST)/.ready: pyproject.toml constraints-latest.txt
+	@test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	@echo "setting up $(LATEST) (a few minutes, once)"
+	@$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-latest.txt -e '.[export-next]' --group dev
+	@touch $(LATEST)/.ready
+
+test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest versions of every package
+	@$(LATEST)/bin/python -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(transformers|tokenizers|onnx|onnxruntime|onnx-ir|onnxscript|torch|numpy) '
+	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'next and not slow' \
+		tests/export/test_exporters.py tests/export/test_matrix.py tests/export/verify/test_source.py
+
 test-js: $(READY)  ## transformers.js under Node on folders of ours
 	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest tests/export/layouts/test_layouts.py -k transformers_js
@@ -83,4 +98,4 @@ wheel-check: $(READY)  ## install the built wheel in a clean environment and cal
 	.ci/check-wheel $(BIN)/python
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(NEXT) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(LATEST) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

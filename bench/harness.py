@@ -154,8 +154,9 @@ def save_row(name: str, row: Mapping[str, Any], *, quick: bool, device: str = "c
     folder = SCRATCH if quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"benchmark": name, **circumstances(device), **row}, sort_keys=True) + "\n")
+    line = json.dumps({"benchmark": name, **circumstances(device), **row}, sort_keys=True) + "\n"
+    with path.open("ab", buffering=0) as file:  # one call: no other process and no kill parts a row
+        file.write(line.encode())
     return path
 
 

@@ -25,6 +25,7 @@ from bench.tables import common as tables
 from bench.tables import targets
 from bench.tables.matrix import matrix_table
 from trimserve.console import human_bytes
+from trimserve.files.atomic import atomic_path
 
 PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
 # Result files that are not named after the module that writes them.
@@ -191,7 +192,8 @@ def main() -> int:
             print(f"{page} says other numbers than bench/results: run make plots", file=sys.stderr)
         return int(bool(old))
     for page in PAGES:
-        page.write_text(render(page.read_text("utf-8"), page), "utf-8")
+        with atomic_path(page) as temporary:
+            temporary.write_text(render(page.read_text("utf-8"), page), "utf-8")
     return 0
 
 

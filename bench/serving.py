@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench import harness
 from bench.arena import arena_bytes
@@ -28,7 +28,7 @@ BATCHES = (1, 4)
 VARIANTS = {"full": ("full", None), "compact": ("trimmed", "compact"), "exact": ("trimmed", "exact")}
 
 
-def worker(folder: Path, device: str, threads: int) -> None:
+def worker(folder: Path, device: Literal["cpu", "cuda"], threads: int) -> None:
     """Answer requests ``{"prompts", "tokens", "mode"}``: ms to the first token, ms a token, memory."""
     model = load(folder, device=device, threads=threads)
     if not isinstance(model, Generator):

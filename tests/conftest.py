@@ -91,3 +91,19 @@ def translators(tmp_path_factory):
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """Give the trimmed folder of a kind of `tests.support.served_models`, `served("tied")`."""
+    pytest.importorskip("torch")
+    from tests.support.served_models import KINDS
+
+    made = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = KINDS[name].export(tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get

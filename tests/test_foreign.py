@@ -34,6 +34,19 @@ def test_a_lack_of_memory_says_so():
 
 
 @pytest.mark.parametrize(
+    "said",
+    ["Failed to allocate memory for requested buffer of size 9", "std::bad_alloc", "CUDA out of memory."],
+)
+def test_a_lack_of_memory_is_known_by_what_libraries_call_it(said):
+    with (
+        pytest.raises(TrimserveError, match=r"^it fails \(out of memory\): take less\.$") as caught,
+        foreign("it fails", advice="fetch it again.", memory="take less."),
+    ):
+        raise RuntimeError(said)
+    assert type(caught.value) is TrimserveError
+
+
+@pytest.mark.parametrize(
     "error",
     [
         KeyboardInterrupt(),

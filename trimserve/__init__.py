@@ -9,9 +9,9 @@ Example:
     >>> print(*model.stream("Summarise: …", max_new_tokens=64), sep="")  # doctest: +SKIP
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.arguments import AnyPath, checked
 from trimserve.errors import (
     MismatchError,
     MissingExtraError,
@@ -79,7 +79,8 @@ def __dir__() -> list[str]:
     return sorted({*_listing(), *__all__})
 
 
-def export(model: str | Path, vocab: "VocabMap", output: str | Path, **options: Any) -> "ExportResult":  # noqa: ANN401 - see pipeline.export
+@checked
+def export(model: AnyPath, vocab: "VocabMap", output: AnyPath, **options: Any) -> "ExportResult":  # noqa: ANN401 - see pipeline.export
     """Make a trimmed folder; needs ``pip install 'trimserve[export]'``.
 
     Args:
@@ -93,11 +94,12 @@ def export(model: str | Path, vocab: "VocabMap", output: str | Path, **options: 
         TrimserveError: see `trimserve_export.pipeline.export`.
     """
     pipeline = require("trimserve_export.pipeline", extra="export", purpose="trimserve.export")
-    result: ExportResult = pipeline.export(str(model), vocab, Path(output), **options)
+    result: ExportResult = pipeline.export(model, vocab, output, **options)
     return result
 
 
-def verify(folder: str | Path, model: str | Path, **options: Any) -> "VerifyResult":  # noqa: ANN401
+@checked
+def verify(folder: AnyPath, model: AnyPath | None = None, **options: Any) -> "VerifyResult":  # noqa: ANN401
     """Compare a trimmed folder with the full model; needs ``pip install 'trimserve[export]'``.
 
     Args:
@@ -110,11 +112,12 @@ def verify(folder: str | Path, model: str | Path, **options: Any) -> "VerifyResu
         TrimserveError: the folder or the model cannot be read; differing numbers are a result, not an error.
     """
     module = require("trimserve_export.verify", extra="export", purpose="trimserve.verify")
-    result: VerifyResult = module.verify(Path(folder), str(model), **options)
+    result: VerifyResult = module.verify(folder, model, **options)
     return result
 
 
-def inspect(path: str | Path, **options: Any) -> "Inspection":  # noqa: ANN401
+@checked
+def inspect(path: AnyPath, **options: Any) -> "Inspection":  # noqa: ANN401
     """Tell what a model or folder is, its vocab tensors, and the prize of trimming it.
 
     Raises:
@@ -122,5 +125,5 @@ def inspect(path: str | Path, **options: Any) -> "Inspection":  # noqa: ANN401
         TrimserveError: the model cannot be read.
     """
     module = require("trimserve_export.inspection", extra="export", purpose="trimserve.inspect")
-    result: Inspection = module.inspect(str(path), **options)
+    result: Inspection = module.inspect(path, **options)
     return result

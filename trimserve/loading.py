@@ -1,31 +1,31 @@
 """Open a trimmed folder as the object that runs it."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from trimserve.arguments import AnyPath, Count, checked
 from trimserve.encoder.encoder import Encoder
-from trimserve.errors import UnsupportedModelError, UsageError
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.process import release_free_memory
-from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
+from trimserve.runtime.cold_rows import COLD_INPUT, GRAPH_DTYPES, ColdRows, cold_widths
 from trimserve.runtime.contract import served_fault
-from trimserve.runtime.session import open_session, prepacks
+from trimserve.runtime.session import Session, open_session, prepacks
 from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
-    import onnxruntime as ort
-
     from trimserve.generation.generator import Generator
 
 
+@checked
 def load(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
-    device: str = "cpu",
-    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    threads: Count | None = None,
     low_memory: bool = False,
+    verify: str | None = None,
 ) -> "Encoder | Generator":
     """Load a trimmed folder.
 
@@ -35,6 +35,9 @@ def load(
         threads: threads of one operator; by default the CPUs this process may use.
         low_memory: use the weights where they are mapped instead of packed copies: next to no private
             memory, slower steps. Quantised weights are always packed.
+        verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and not
+            written to since, as the system says; ``"off"`` compares sizes. By default what
+            `TRIMSERVE_VERIFY` says, else fast.
 
     Returns:
         An Encoder or a Generator, by the folder's task.
@@ -45,13 +48,13 @@ def load(
         UnsupportedModelError: a layout or a task that this runtime does not run.
         MissingExtraError: onnxruntime is not installed.
     """
-    folder = open_folder(Path(path))
+    folder = open_folder(Path(path), verify=verify)
     check_runnable(folder)
     codec = Codec(folder)
     release_free_memory()  # before the graphs are read, so that both peaks do not add up
     prepack = prepacks(quantized=folder.manifest.quantization is not None, low_memory=low_memory)
     sessions = {
-        role: open_session(folder.file(name), device=device, threads=threads, prepack=prepack)
+        role: open_session(folder.graph(name), device=device, threads=threads, prepack=prepack)
         for role, name in folder.manifest.graphs.items()
     }
     cold = ColdRows(folder, widths=_row_widths(folder, next(iter(sessions.values()))))
@@ -71,7 +74,7 @@ def load(
     return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
 
 
-def _check_graphs(folder: TrimmedFolder, sessions: "dict[str, ort.InferenceSession]") -> None:
+def _check_graphs(folder: TrimmedFolder, sessions: dict[str, Session]) -> None:
     for role, session in sessions.items():
         if (fault := served_fault(session, folder.manifest.task, role)) is not None:
             raise UnsupportedModelError(
@@ -86,6 +89,7 @@ def check_runnable(folder: TrimmedFolder) -> None:
     Raises:
         UsageError: it holds no graph.
         UnsupportedModelError: a layout for others, or a graph is missing.
+        MismatchError: it names a dtype that no graph has.
     """
     manifest = folder.manifest
     if not manifest.graphs:
@@ -98,6 +102,11 @@ def check_runnable(folder: TrimmedFolder) -> None:
             f"{folder.path} has the layout {manifest.layout!r}, which is for other runtimes: this one runs "
             "folders exported with --layout runtime."
         )
+    if manifest.dtype not in GRAPH_DTYPES:
+        raise MismatchError(
+            f"{folder.path} says that its graph is in {manifest.dtype!r}, and known are "
+            f"{', '.join(GRAPH_DTYPES)}: export the folder again."
+        )
     roles = {"encoder", "decoder"} if manifest.task == TEXT2TEXT_TASK else {"model"}
     if missing := sorted(roles - manifest.graphs.keys()):
         raise UnsupportedModelError(
@@ -106,7 +115,7 @@ def check_runnable(folder: TrimmedFolder) -> None:
         )
 
 
-def _row_widths(folder: TrimmedFolder, session: "ort.InferenceSession") -> tuple[int, ...]:
+def _row_widths(folder: TrimmedFolder, session: Session) -> tuple[int, ...]:
     widths = cold_widths(session)
     if COLD_INPUT not in widths:
         raise UnsupportedModelError(

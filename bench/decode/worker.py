@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from trimserve.loading import load
 from trimserve.process import memory
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.decoder import Decoder
-from trimserve.runtime.session import DEVICES, open_session
+from trimserve.runtime.session import DEVICES, Session, open_session
 
 REPEATS = 15
 
@@ -72,12 +72,12 @@ def main() -> int:
     if not isinstance(model, Generator):
         parser.error(f"{args.folder} is no generator")
     answer({"load_ms": 1e3 * (time.perf_counter() - begin)})
-    model._decoder._session = TimedSession(model._decoder._session)
+    model._decoder._session = cast(Session, TimedSession(model._decoder._session))
     head: CountingHead | None = None
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("mode") == "exact" and head is None and len(model._cold):
-            head = model._head = CountingHead(model, args.threads)
+            head = cast(CountingHead, model._head.get(partial(CountingHead, model, args.threads)))
         if "prompt" in request:
             answer(generate(model, request, head))
         else:
@@ -96,7 +96,7 @@ def generate(model: Generator, request: dict[str, Any], head: CountingHead | Non
     options |= {name: request[name] for name in ("max_block", "certify") if name in request}
     first_ms, _ = timed_ms(lambda: model.generate(request["prompt"], max_new_tokens=1, **options))
     before, sizes = _counts(model), Counter(head.sizes) if head else Counter()
-    run_before = model._decoder._session.seconds
+    run_before = _session(model).seconds
     total_ms, (result,) = timed_ms(
         lambda: model.generate(request["prompt"], max_new_tokens=request["tokens"], **options)
     )
@@ -106,7 +106,7 @@ def generate(model: Generator, request: dict[str, Any], head: CountingHead | Non
         "first_ms": first_ms,
         "tokens": len(result.ids),
         "ids": list(result.ids),
-        "run_ms": 1e3 * (model._decoder._session.seconds - run_before),
+        "run_ms": 1e3 * (_session(model).seconds - run_before),
         "drafted": after["drafted"] - before["drafted"],
         "rejected": after["rejected"] - before["rejected"],
         "cold_tokens": after["cold_tokens"] - before["cold_tokens"],
@@ -119,6 +119,10 @@ def generate(model: Generator, request: dict[str, Any], head: CountingHead | Non
         },
         "memory": asdict(memory()),
     }
+
+
+def _session(model: Generator) -> TimedSession:
+    return cast(TimedSession, model._decoder._session)
 
 
 def _counts(model: Generator) -> dict[str, Any]:

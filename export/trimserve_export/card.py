@@ -13,7 +13,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from trimserve.console import human_bytes, percent
 from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import Quantization
-from trimserve.folder.manifest import FileEntry, Manifest, stored_weight_bytes
+from trimserve.folder.manifest import FileEntry, Manifest, replace_listed, stored_weight_bytes
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
@@ -79,11 +79,17 @@ _WITHOUT_COLD = (
 
 
 def with_card(manifest: Manifest, source: ModelSource, folder: Path) -> Manifest:
-    """Write a folder's model card and return the manifest that lists it."""
+    """Write the model card of a folder in the making and return the manifest that lists it."""
     path = folder / CARD_NAME
     path.write_text(render_card(manifest, source, stored_weight_bytes(manifest.files)), "utf-8")
     entry = FileEntry(path.stat().st_size, sha256_file(path))
     return dataclasses.replace(manifest, files=manifest.files | {CARD_NAME: entry})
+
+
+def update_card(manifest: Manifest, source: ModelSource, folder: Path) -> None:
+    """Write a manifest and the card that says the same into a finished folder, which loads at any moment."""
+    text = render_card(manifest, source, stored_weight_bytes(manifest.files))
+    replace_listed(folder, manifest, CARD_NAME, text.encode())
 
 
 def render_card(manifest: Manifest, source: ModelSource, bytes_after: int) -> str:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import logging
-import tempfile
 from pathlib import Path
 
 from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import Quantization
+from trimserve.files.scratch import scratch_beside
 from trimserve.folder.manifest import Lengths, Manifest
 from trimserve.folder.names import CALIBRATION_NAME, COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
@@ -50,9 +50,9 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         staging: an existing folder.
         progress: show a bar on a terminal.
     """
-    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as scratch:
+    with scratch_beside(staging) as scratch:
         to_onnx = plan.options.to == "onnx"
-        checkpoint = Path(scratch) if to_onnx else staging
+        checkpoint = scratch if to_onnx else staging
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
         calibration = _calibration(plan, progress=progress)
         graphs = _export_graph(plan, plan.choice, checkpoint, staging, calibration) if plan.choice else {}
@@ -195,8 +195,8 @@ def make_graphs(
     has_head = has_vocab_head(task)
     if scheme is None:
         return {"model": _make_servable(exported, output, rows, head, has_head=has_head)}
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".servable.") as scratch:
-        graph = _make_servable(exported, Path(scratch), rows, head, has_head=has_head)
+    with scratch_beside(output) as scratch:
+        graph = _make_servable(exported, scratch, rows, head, has_head=has_head)
         made = quantize_calibrated(
             graph,
             output,

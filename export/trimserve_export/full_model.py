@@ -1,10 +1,10 @@
 """Export an untrimmed model as a trimmed one is exported: what `verify` and tests compare with."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from trimserve.files.quantized import Quantization
+from trimserve.files.scratch import scratch_beside
 from trimserve.folder.names import CALIBRATION_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.model.source import ModelSource
@@ -57,9 +57,9 @@ def export_full(  # noqa: PLR0913 - what a folder was made with
     made_by = load_exporter(exporter)
     by_exporter = scheme is not None and scheme.by_exporter and made_by.QUANTIZES
     quantize = f"int{scheme.body.bits}" if scheme is not None and by_exporter else None
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".full.") as scratch:
+    with scratch_beside(output) as scratch:
         job = GraphJob(task, dtype, quantize, device)
-        exported = made_by.export_checkpoint(source.path, Path(scratch), job)
+        exported = made_by.export_checkpoint(source.path, scratch, job)
         if layout != "runtime" and scheme is None and not has_vocab_head(task):
             return save_plain(exported, output)
         ours = None if by_exporter else scheme
@@ -71,7 +71,7 @@ def calibration_of(folder: TrimmedFolder) -> Calibration | None:
     """What a folder's body was rounded by, if by anything: the untrimmed model is rounded alike."""
     if CALIBRATION_NAME not in folder.manifest.files:
         return None
-    return Calibration.stored(folder.file(CALIBRATION_NAME))
+    return Calibration.stored(folder.opened(CALIBRATION_NAME))
 
 
 def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> ExportResult:
@@ -93,7 +93,8 @@ def export_untrimmed(like: TrimmedFolder, source: ModelSource, output: Path) -> 
         options |= {"dtype": manifest.dtype}
         if quantization is not None:
             options["quantize"] = f"int{quantization.body.bits}"
-            if "device" not in manifest.exporter:  # a builder for another device quantises by itself
+            # A builder for another device quantises by itself.
+            if "device" not in manifest.exporter and has_vocab_head(manifest.task):
                 options["vocab_bits"] = quantization.rows.bits
             options["calibration"] = calibration_of(like)
         options["exporter"] = manifest.exporter.get("name", "auto")

@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.errors import require
+from trimserve.arguments import Count, checked
 from trimserve.folder.manifest import is_trimmed, read_manifest
 from trimserve.folder.names import COLD_NAME
-from trimserve.model.prize import WeightBytes
+from trimserve.model.prize import WeightBytes, read_vocab_specs, read_weight_bytes
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
+from trimserve.model.weights import no_weights
 
 if TYPE_CHECKING:
     from trimserve.files.tensors import TensorSpec
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # A K that most single-domain profiles stay below.
 DEFAULT_KEPT = 16_384
+# Without them the files' headers alone are read.
+_HEAVY = ("torch", "transformers", "onnx_ir")
 # The module of sentence-transformers; such a folder needs no config.json.
 STATIC_TYPE = "StaticEmbedding"
 
@@ -64,6 +68,9 @@ class ModelFacts:
         hidden_size: width of the embedding's rows.
         tied: the head is the embedding.
         weight_bytes: bytes of all weights as stored, a tied tensor once.
+        told_by: ``"class"``, if the model's class said which tensors have a vocab axis; ``"headers"``, if
+            names and shapes in the files did, where torch or transformers is not installed: whether the model
+            can be exported is then not known.
     """
 
     path: str
@@ -76,6 +83,7 @@ class ModelFacts:
     weight_bytes: int
     vocab_tensors: tuple[VocabTensorFacts, ...]
     prize: Prize
+    told_by: str = "class"
     kind: str = "model"
 
 
@@ -111,24 +119,27 @@ class OnnxFacts:
 Inspection = ModelFacts | TrimmedFacts | OnnxFacts
 
 
-def inspect(path: str | Path, *, kept: int = DEFAULT_KEPT, revision: str | None = None) -> Inspection:
+@checked
+def inspect(path: str | Path, *, kept: Count = DEFAULT_KEPT, revision: str | None = None) -> Inspection:
     """Tell what a path or hub id is.
 
     Args:
-        path: a model folder or hub id, a trimmed folder, or an ONNX file or a folder with one.
+        path: a model folder or hub id, a trimmed folder, a GGUF file, or an ONNX file or a folder with one.
         kept: the K to compute the prize for.
         revision: hub branch, tag or commit.
 
     Raises:
         UsageError: nothing that trimserve knows.
         UnsupportedModelError: a model that cannot be exported; see `admission.check_source`.
-        MissingExtraError: a model folder or a graph, and torch is not installed.
     """
     local = Path(path)
     if is_trimmed(local):
         return _inspect_trimmed(local)
     source = resolve_model(path, revision=revision)
-    require("transformers", extra="export", purpose="inspecting a model")
+    if source.has_quantized_rows:
+        return _inspect_gguf(source, kept)
+    if any(find_spec(name) is None for name in _HEAVY):
+        return _inspect_headers(source, kept)
     from trimserve_export.source.admission import check_source
     from trimserve_export.source.whole import whole_source
 
@@ -141,6 +152,40 @@ def inspect(path: str | Path, *, kept: int = DEFAULT_KEPT, revision: str | None 
             if whole.graph is None
             else OnnxFacts(str(whole.graph), _onnx_bytes(whole.graph))
         )
+
+
+def _inspect_headers(source: ModelSource, kept: int) -> ModelFacts | OnnxFacts:
+    """What the files alone tell."""
+    if source.graph is not None:
+        return OnnxFacts(str(source.graph), _onnx_bytes(source.graph))
+    weights = read_weight_bytes(source)
+    if weights is None:
+        raise no_weights(source.path)
+    found = read_vocab_specs(source)
+    told = [
+        *((spec, "head" if spec in found.heads else "embedding") for spec in found.tables),
+        *((spec, "head_bias") for spec in found.biases),
+        *((spec, "copy") for spec in found.copies),
+    ]
+    tensors = tuple(
+        VocabTensorFacts(
+            spec.name, role, spec.shape.index(source.vocab_size), spec.shape, spec.dtype, spec.nbytes
+        )
+        for spec, role in told
+    )
+    return ModelFacts(
+        path=source.name,
+        model_type=str(source.config.get("model_type") or STATIC_TYPE),
+        architecture=", ".join(source.config.get("architectures") or ["unknown"]),
+        vocab_size=source.vocab_size,
+        tokenizer_size=source.tokenizer().get_vocab_size(with_added_tokens=True),
+        hidden_size=next((spec.shape[1] for spec in found.tables), 0),
+        tied=weights.head > 0 and not found.heads,
+        weight_bytes=weights.total,
+        vocab_tensors=tensors,
+        prize=_prize_of(weights, kept),
+        told_by="headers",
+    )
 
 
 def to_dict(facts: Inspection) -> dict[str, Any]:
@@ -211,6 +256,30 @@ def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
     )
 
 
+def _inspect_gguf(source: ModelSource, kept: int) -> ModelFacts:
+    """A GGUF file by its header alone; its tensors have known names, so that no class is asked."""
+    specs, tied = source.tensors, source.tied
+    roles = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+    tensors = tuple(
+        VocabTensorFacts(name, role, 0, specs[name].shape, specs[name].dtype, specs[name].nbytes)
+        for name, role in roles.items()
+        if name in specs
+    )
+    total = sum(spec.nbytes for spec in specs.values())
+    return ModelFacts(
+        path=source.name,
+        model_type=str(source.config["model_type"]),
+        architecture=str(source.config["architectures"][0]),
+        vocab_size=source.vocab_size,
+        tokenizer_size=source.tokenizer().get_vocab_size(with_added_tokens=True),
+        hidden_size=tensors[0].shape[1],
+        tied=tied,
+        weight_bytes=total,
+        vocab_tensors=tensors,
+        prize=prize(tensors, total, source.vocab_size, kept, tied=tied),
+    )
+
+
 def _encoder_bytes(source: ModelSource, specs: Mapping[str, "TensorSpec"], stored: "StoredVocab") -> int:
     """Bytes of an encoder beside a decoder, which reads what it made and not its weights."""
     if not source.config.get("is_encoder_decoder"):
@@ -251,5 +320,14 @@ def prize(
     has_head = tied or any(tensor.role == "head" for tensor in counted)
     head_roles = {"head", "head_bias", *(["embedding"] if tied else [])}
     head = sum(tensor.bytes for tensor in counted if tensor.role in head_roles) if has_head else 0
-    weights = WeightBytes(vocab_size, rows, head, total - rows - encoder, encoder)
-    return Prize(min(kept, vocab_size), rows / total, total - weights.at(kept), weights.decode_ratio(kept))
+    return _prize_of(WeightBytes(vocab_size, rows, head, total - rows - encoder, encoder), kept)
+
+
+def _prize_of(weights: WeightBytes, kept: int) -> Prize:
+    total = weights.total
+    return Prize(
+        min(kept, weights.vocab_size),
+        weights.rows / total,
+        total - weights.at(kept),
+        weights.decode_ratio(kept),
+    )

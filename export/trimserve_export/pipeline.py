@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimserve.arguments import checked
+from trimserve.errors import UsageError
+from trimserve.files.space import check_space
 from trimserve.folder.manifest import Manifest, stored_weight_bytes, write_manifest
 from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.staging import staged_folder
+from trimserve.model.prize import read_weight_bytes
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
 from trimserve.process import peak_resident
@@ -34,6 +38,7 @@ from trimserve_export.serving.quality import Quality
 from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import fill_from_static, is_static
+from trimserve_export.trial import try_folder
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +80,7 @@ class ExportResult:
         return dataclasses.asdict(self) | {"path": str(self.path)}
 
 
+@checked
 def export(  # noqa: PLR0913 - the options are the public interface
     model: str | Path | ModelSource,
     vocab: VocabMap,
@@ -161,6 +167,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         variant=variant,
         sketch=sketch,
     )
+    if calibration is not None and quantize is None:
+        raise UsageError("calibration says what quantize rounds by: leave it out, or add quantize.")
     target = Path(output)
     found = resolve_model(model, revision=revision)
     with whole_source(
@@ -177,8 +185,11 @@ def export(  # noqa: PLR0913 - the options are the public interface
             if source.graph is None and not static
             else None
         )
+        if plan is not None and (weights := read_weight_bytes(source)) is not None:
+            check_space(target.absolute(), weights.at(len(vocab)), "the trimmed checkpoint")
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
+            try_folder(staging, manifest, device=device)
     return _result(target, manifest, plan, time.perf_counter() - start)
 
 

@@ -17,7 +17,7 @@ from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import check_task_of_head
 from trimserve_export.checkpoint.sentence_config import Declared, read_declared, task_of_modules
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
-from trimserve_export.checkpoint.tasks import check_task, infer_task, task_class
+from trimserve_export.checkpoint.tasks import check_task, has_vocab_head, infer_task, task_class
 from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample
@@ -101,6 +101,10 @@ def plan_export(
         task = task_of_modules(source) if is_sentence_transformers(source) else infer_task(config)
     check_task(task)
     check_task_of_head(vocab, task)
+    if options.vocab_bits is not None and not has_vocab_head(task):
+        raise UsageError(
+            f"vocab bits say how the rows of a vocab head are rounded, and {task} has none: leave them out."
+        )
     choice = choose_exporter(options.exporter, config, _job(task, options)) if options.to == "onnx" else None
     _check_pad_is_kept(config, task, vocab)
     if options.layout != "runtime" and options.to == "onnx" and task == TEXT2TEXT_TASK:

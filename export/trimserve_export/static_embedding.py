@@ -4,6 +4,7 @@ There is no model to export. The graph that is written looks rows up, and the me
 so that such a folder is served, trimmed and verified as every other encoder's.
 """
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def fill_from_static(source: ModelSource, vocab: VocabMap, options: Options, fol
         graphs={"model": GRAPH_NAME},
         cut=(CutTensor(spec.name, 0, spec.shape[0], len(vocab), spec.dtype),),
         dtype=options.dtype,
-        bytes_before=int(np.prod(spec.shape)) * width,
+        bytes_before=math.prod(spec.shape) * width,
         weights={spec.path.name: sha256_file(spec.path)},
         exporter={"name": "static", "onnx-ir": version("onnx-ir")},
     )

@@ -43,7 +43,7 @@ def test_corpus_in_trimmed_folder_out(source, corpus, tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     keys = {"kept", "vocab_size", "bytes_before", "bytes_after", "files", "seconds", "peak_rss_bytes"}
     assert document.keys() >= keys
-    folder = open_folder(out, hash_all=True)
+    folder = open_folder(out, verify="full")
     assert document["kept"] == len(folder.vocab)
     assert folder.vocab.rule["sources"][0]["sha256"] == sha256_file(corpus)
     assert document["files"].keys() == {path.name for path in out.iterdir()}
@@ -110,6 +110,15 @@ def test_vocab_file_and_human_output(source, tmp_path, capsys):
         (["--corpus", "{corpus}", "--layout", "graph", "--to", "safetensors"], "makes none"),
         (["--corpus", "{corpus}", "--exporter", "optimum", "--device", "cuda"], "use --exporter genai"),
         (["--corpus", "{corpus}", "--task", "summarising"], "summarising"),
+        (["--corpus", "{corpus}", "--no-cold", "--sketch", "int4"], "--sketch bounds the cold rows"),
+        (
+            ["--corpus", "{corpus}", "--to", "safetensors", "--exporter", "optimum"],
+            "--exporter makes a graph",
+        ),
+        (["--corpus", "{corpus}", "--to", "safetensors", "--device", "cuda"], "--device is about a graph"),
+        (["--corpus", "{corpus}", "--link"], "--link is about the weights of ONNX graphs"),
+        (["--corpus", "{corpus}", "--base", "x"], "--base names the model that a compact checkpoint"),
+        (["--corpus", "{corpus}", "--revision", "x"], "which has no revisions"),
     ],
 )
 def test_bad_arguments_are_named(source, corpus, tmp_path, capsys, options, message):

@@ -160,3 +160,27 @@ def test_errors_can_be_caught_as_what_they_are():
     assert issubclass(MissingExtraError, ImportError)
     assert UsageError.exit_code == 2
     assert main_module.TrimserveError is TrimserveError
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("other", ["raise", "raise ImportError('initialization failed') from None"])
+def test_a_signal_ends_a_command_whatever_a_library_makes_of_it(name, code, other):
+    program = f"""
+import os, signal, sys, types
+from trimserve.cli import main as module
+def run(args):
+    try:
+        os.kill(os.getpid(), signal.{name})
+        signal.pause()
+    except KeyboardInterrupt:
+        {other}
+stub = types.ModuleType("trimserve.cli.commands.stub")
+stub.add_arguments, stub.run = lambda parser: None, run
+sys.modules[stub.__name__] = stub
+module.COMMANDS["stub"] = "does what a test says"
+sys.argv = ["trimserve", "stub"]
+sys.exit(module.main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "trimserve: interrupted; no file was written.\n")

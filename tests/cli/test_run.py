@@ -147,7 +147,7 @@ def test_texts_are_classified(run, run_json, exported):
     assert (code, out.splitlines()[2].split()[2]) == (0, found[0]["label"])
     assert run_json(folder, "the cat", "--top", 2)["labels"] == [found[:2]]
     code, _, err = run(folder, "the cat", "--aggregation", "max")
-    assert (code, "--aggregation is for token-classification" in err) == (2, True)
+    assert (code, "(--aggregation is for token-classification)" in err) == (2, True)
 
 
 def test_tokens_are_tagged(run, run_json, exported):
@@ -255,7 +255,9 @@ def test_a_folder_without_cold_rows_generates_from_split_tokens(run_json, tmp_pa
         (["a", "--temperature", "1"], "does feature-extraction, for which --temperature means nothing"),
         (["a", "--chat", "--seed", "1"], "--seed, --chat"),
         (["a", "--corpus", "missing.txt"], "missing.txt does not exist"),
-        (["a", "--top", "0"], "--top should be 1 or more, found 0"),
+        (["a", "--top", "3"], "--top means nothing (--top is for --corpus)"),
+        (["a", "--corpus", "pyproject.toml", "--top", "0"], "has none of the formats"),
+        (["a", "--text-column", "text"], "--text-column means nothing (--text-column is for --corpus)"),
         (["a", "--batch-size", "0"], "batch_size should be 1 or more, found 0"),
     ],
 )
@@ -271,9 +273,17 @@ def test_bad_arguments_of_an_encoder(run, encoder, words, message):
         (["a", "--corpus", "x.txt"], "for which --corpus means nothing"),
         (["a", "--temperature", "-1"], "temperature"),
         (["a", "--top-p", "2"], "top_p"),
-        (["a", "--max-new-tokens", "-1"], "max_new_tokens should be 0 or more"),
+        (["a", "--max-new-tokens", "-1"], "max_new_tokens should be 1 or more"),
         (["a", "--stop", ""], "a stop string must not be empty"),
         (["a", "--report-mass"], "exact mode gives up nothing"),
+        (["a", "--seed", "1"], "--seed is about sampling, and nothing is sampled here"),
+        (["a", "--temperature", "0", "--top-k", "5"], "--top-k is about sampling"),
+        (["a", "--temperature", "0", "--do-sample"], "--do-sample samples and --temperature 0 does not"),
+        (["a", "--temperature", "0.5", "--no-do-sample"], "--no-do-sample does not"),
+        (["a", "--length-penalty", "2"], "--length-penalty is about beams"),
+        (["a", "--min-new-tokens", "5", "--max-new-tokens", "3"], "--min-new-tokens 5 is more than the 3"),
+        (["a", "--pairs"], "for which --pairs means nothing"),
+        (["-", "a", "-"], "stdin (-) can be read only once"),
         (["a", "--threads", "0"], "threads should be 1 or more"),
         (["a", "--num-beams", "2", "--length-penalty", "nan", "--format", "json"], "length_penalty"),
     ],

@@ -132,7 +132,7 @@ def test_settings_of_the_folder(folder, config, match):
     write_json(add_modules(folder, MEAN) / "config_sentence_transformers.json", config)
     refused(folder, match)
     write_json(folder / "config_sentence_transformers.json", {"truncate_dim": "8"})
-    refused(folder, "truncate_dim should be a number above 0", MismatchError)
+    refused(folder, r"got `str` - at `\$\.truncate_dim`", MismatchError)
 
 
 def test_what_modules_json_may_not_be(folder):
@@ -142,7 +142,7 @@ def test_what_modules_json_may_not_be(folder):
         (modules[1:], "begins with Pooling", UnsupportedModelError),
         (
             [modules[0], {**modules[1], "path": "../1_Pooling"}],
-            "names the folder '../1_Pooling'",
+            "names the file '../1_Pooling'",
             MismatchError,
         ),
         (
@@ -151,7 +151,7 @@ def test_what_modules_json_may_not_be(folder):
             UnsupportedModelError,
         ),
         ([modules[0], {**modules[1], "name": "0"}], "two modules of one name", UnsupportedModelError),
-        ([modules[0], {"name": "1"}], "no list of modules", MismatchError),
+        ([modules[0], {"name": "1"}], "does not hold what it should", MismatchError),
         (modules[:1], "makes no sentence_embedding", UnsupportedModelError),
     ):
         write_json(folder / "modules.json", change)
@@ -193,4 +193,4 @@ def test_a_limit_that_is_no_number(folder, limit, nested):
     add_modules(folder, MEAN)
     config = {"tokenizer_args": {"model_max_length": limit}} if nested else {"max_seq_length": limit}
     write_json(folder / "sentence_bert_config.json", config)
-    refused(folder, "should be a number above 0", MismatchError)
+    refused(folder, r"should be a number above 0|at `\$\.(max_seq_length|model_max_length)`", MismatchError)

@@ -328,7 +328,7 @@ def test_a_folder_for_other_runtimes_loads_in_the_library(folder, tmp_path):
     export(folder, make_vocab(range(V), V), tmp_path / "out", to="safetensors", layout="tokenizer")
     made, model = library(tmp_path / "out"), library(folder)
     assert_close(made.encode(TEXTS, prompt_name="query"), model.encode(TEXTS, prompt_name="query"))
-    manifest = open_folder(tmp_path / "out", hash_all=True).manifest
+    manifest = open_folder(tmp_path / "out", verify="full").manifest
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= manifest.files.keys()
 
 

@@ -12,7 +12,7 @@ from tests.support.rounding import assert_within, model_bound
 from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import UsageError
 from trimserve.exact import checker as exact
-from trimserve.exact.draft_length import DraftLength
+from trimserve.exact.draft_length import DraftLength, LearnedCosts
 
 pytestmark = pytest.mark.export
 
@@ -394,11 +394,12 @@ def test_the_block_stays_small_where_drafts_fall_and_steps_are_dear():
 
 
 def test_what_a_block_size_learned_stays_for_the_next_request():
-    block = DraftLength(32)
+    costs = LearnedCosts()
+    block = DraftLength(32, learned=costs)
     for _ in range(20):
         block.note(block.size, block.size, block.size, 0.001, 0.010)
     learned = block.size
-    block.start()
+    block = DraftLength(32, learned=costs)
     assert block.size == 1
     sizes = []
     while block.size < learned and len(sizes) < 8:

@@ -42,7 +42,7 @@ def vocab() -> VocabMap:
 
 def test_folder_is_complete_and_says_what_it_is(bert, vocab, tmp_path):
     result = export(bert, vocab, tmp_path / "out")
-    folder = open_folder(tmp_path / "out", hash_all=True)
+    folder = open_folder(tmp_path / "out", verify="full")
     manifest = folder.manifest
     assert (manifest.task, manifest.layout, manifest.dtype) == ("feature-extraction", "runtime", "fp32")
     assert (manifest.vocab_size, manifest.kept) == (V, len(KEPT))
@@ -195,7 +195,7 @@ def test_safetensors_is_a_checkpoint_that_transformers_loads(vocab, tmp_path):
     # torch's kernels tile a head of another width in another order on some processors.
     head = full.lm_head.weight.detach().numpy()[list(KEPT)]
     assert_within(found.numpy(), expected.numpy(), product_bound(hidden, head.T), rows=-1)
-    folder = open_folder(tmp_path / "out", hash_all=True)
+    folder = open_folder(tmp_path / "out", verify="full")
     assert (folder.manifest.graphs, folder.manifest.dtype, folder.has_cold) == ({}, "fp32", True)
     assert result.bytes_after == result.files["model.safetensors"]
 
@@ -340,9 +340,9 @@ def test_overwrite_replaces_our_folder_and_a_failure_keeps_it(bert, vocab, tmp_p
         patch.setattr(from_checkpoint, "make_servable", lambda *_args, **_options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(bert, make_vocab(KEPT[:7], V), tmp_path / "out", overwrite=True)
-    assert open_folder(tmp_path / "out", hash_all=True).manifest.kept == len(KEPT)
+    assert open_folder(tmp_path / "out", verify="full").manifest.kept == len(KEPT)
     export(bert, make_vocab(KEPT[:7], V), tmp_path / "out", overwrite=True)
-    assert open_folder(tmp_path / "out", hash_all=True).manifest.kept == 7
+    assert open_folder(tmp_path / "out", verify="full").manifest.kept == 7
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

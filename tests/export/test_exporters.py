@@ -5,6 +5,7 @@ What needs transformers 5 runs in its environment (`make test-next`); test_matri
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 import transformers
+from torch.utils._pytree import register_pytree_node
 
 from tests.support.folders import make_vocab
 from tests.support.models import GENERATE, needs_transformers_5, save_model
@@ -380,3 +382,51 @@ def test_an_encoder_decoder_is_left_to_optimum():
     config = transformers.T5Config()
     with pytest.raises(UnsupportedModelError, match="use --exporter optimum"):
         load_exporter("transformers").check_model(config, "text2text-generation-with-past")
+
+
+class CacheList(list):
+    """What torch takes apart into its tensors, as it does transformers' caches."""
+
+    def __init__(self, tensors, layer):
+        super().__init__(tensors)
+        self.layers = [layer]
+
+
+register_pytree_node(CacheList, lambda cache: (list(cache), None), lambda leaves, _: CacheList(leaves, None))
+
+
+def test_caches_are_found_by_what_they_are_whatever_they_are_called():
+    """A later transformers spells them anew; here the values of a layer even come before its keys."""
+    exporter = load_exporter("transformers")
+    graph = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["": 20]>
+        g (int64[b, t] input_ids, float[b, 1, p, 8] p0, float[b, 1, p, 4] p1, float window)
+            => (float[b, 1, q, 4] first, float[b, 1, q, 8] second)
+        {
+            new0 = RandomNormal <shape = [2, 1, 3, 8]> ()
+            new1 = RandomNormal <shape = [2, 1, 3, 4]> ()
+            second = Concat <axis = 2> (p0, new0)
+            joined = Concat <axis = 2> (p1, new1)
+            first = Identity (joined)
+        }"""
+    ).graph
+    layer = SimpleNamespace(keys=torch.zeros(2, 1, 3, 4), values=torch.zeros(2, 1, 3, 8))
+    cache = [layer.values, layer.keys, torch.tensor(3.0)]
+    example = {"input_ids": torch.zeros(2, 3), "past_key_values": CacheList(cache, layer)}
+    exporter._name_caches(graph, example)
+    assert [value.name for value in graph.inputs][1:3] == ["past_key_values.0.value", "past_key_values.0.key"]
+    assert [value.name for value in graph.outputs] == ["present.0.key", "present.0.value"]
+
+
+def test_a_graph_that_cannot_be_run_is_never_put_in_place(tmp_path, monkeypatch):
+    model = save_model("llama", tmp_path / "model", **SIZES)
+    size = resolve_model(model).vocab_size
+    name = next(filter(is_installed, EXPORTERS))
+
+    def refuses(*_args, **_kwargs):
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : head sizes differ")
+
+    monkeypatch.setattr("trimserve.runtime.decoder.Decoder.step", refuses)
+    with pytest.raises(UnsupportedModelError, match=rf"the graph that {name} made .*head sizes differ"):
+        export(model, make_vocab(range(size), size), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

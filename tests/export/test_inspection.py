@@ -1,5 +1,6 @@
 """inspect: models and their prize, trimmed folders, ONNX files."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -63,6 +64,36 @@ def test_encoder_has_no_decode_ratio(tmp_path):
     facts = inspect(save_model("bert_encoder", tmp_path / "model", rows=V), kept=11)
     assert facts.prize.decode_ratio is None
     assert 0 < facts.prize.vocab_share < 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt", "bert", "bert_encoder", "roberta"])
+def test_headers_tell_what_the_class_tells(tmp_path, monkeypatch, family):
+    """As where torch is not installed; but nothing there knows whether the model can be exported."""
+    source = save_model(family, tmp_path / "model", rows=41)
+    by_class = inspect(source, kept=11)
+    monkeypatch.setattr("trimserve_export.inspection._HEAVY", ("no_such_package",))
+    by_headers = inspect(source, kept=11)
+    assert by_headers.told_by == "headers"
+
+    def plain(facts):
+        tensors = sorted(facts.vocab_tensors, key=lambda tensor: tensor.name)
+        return dataclasses.replace(facts, vocab_tensors=tuple(tensors), told_by="")
+
+    assert plain(by_headers) == plain(by_class)
+
+
+def test_headers_alone_need_no_torch(tmp_path):
+    save_model("llama", tmp_path / "model", rows=V)
+    script = (
+        "import sys; from trimserve_export import inspection; inspection._HEAVY = ('no_such_package',);"
+        "from trimserve.cli.main import main; code = main(['inspect', sys.argv[1]]);"
+        "assert not {'torch', 'transformers', 'onnx_ir'} & sys.modules.keys(); sys.exit(code)"
+    )
+    run = [sys.executable, "-c", script, str(tmp_path / "model")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model.embed_tokens.weight" in done.stdout
+    assert "By names and shapes in the files" in done.stdout
 
 
 def test_prize_of_a_model_that_is_all_vocab():

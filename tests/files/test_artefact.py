@@ -73,7 +73,7 @@ def test_vocab_with_ids_out_of_order_is_refused(tmp_path):
     with pytest.raises(MismatchError, match="increase strictly"):
         load_vocab(tmp_path / "v")
     save_artefact(tmp_path / "v", "vocab", {"reason": arrays["reason"]}, facts)
-    with pytest.raises(MismatchError, match="lacks 'vocab_map'"):
+    with pytest.raises(MismatchError, match="should hold vocab_map"):
         load_vocab(tmp_path / "v")
 
 
@@ -94,7 +94,7 @@ def test_wrong_kind_schema_and_damage_are_refused(tmp_path):
     with pytest.raises(MismatchError, match="schema 2, this trimserve reads 1"):
         load_vocab(file)
     save_file({"x": np.zeros(1)}, file, {"kind": "vocab", "schema_version": "1", "rule": "{"})
-    with pytest.raises(MismatchError, match="is damaged"):
+    with pytest.raises(MismatchError, match="is not JSON"):
         load_artefact(file, "vocab")
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files import tensors as tensorfile
+from trimserve.files.held import HeldFile
 from trimserve.files.tensors import (
     ArrayTensor,
     TensorRows,
@@ -168,6 +169,34 @@ def test_rows_along_a_later_axis(stored):
         raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"123"),
         raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"12345"),
         raw({"__metadata__": 3}),
+        raw({"__metadata__": {"x": 3}}),
+        # Products that wrap to 0 and to 4 in 64 bits.
+        raw({"x": {"dtype": "U8", "shape": [1 << 33, 1 << 31], "data_offsets": [0, 0]}}),
+        raw({"x": {"dtype": "U8", "shape": [(1 << 62) + 1, 4], "data_offsets": [0, 4]}}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}),
+        raw({"x": {"dtype": "U8", "shape": [-1, -4], "data_offsets": [0, 4]}}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [True, 4], "data_offsets": [0, 4]}}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [4.0], "data_offsets": [0, 4]}}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [1 << 80], "data_offsets": [0, 4]}}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [1] * 99 + [4], "data_offsets": [0, 4]}}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 8]}}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [4], "data_offsets": [False, 4]}}, b"1234"),
+        raw({"x": {"dtype": ["U8"], "shape": [4], "data_offsets": [0, 4]}}, b"1234"),
+        # Two that overlap, and bytes that no tensor has, before, between and behind.
+        raw({name: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for name in "xy"}, b"1234"),
+        raw({"x": {"dtype": "U8", "shape": [4], "data_offsets": [1, 5]}}, b"12345"),
+        # The sizes add up, and bytes 2 and 3 are nobody's.
+        raw({name: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]} for name in "xy"}, b"1234"),
+        raw(
+            {
+                "x": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
+                "y": {"dtype": "U8", "shape": [2], "data_offsets": [3, 5]},
+            },
+            b"12345",
+        ),
+        raw(b'{"x": {"dtype": "U8", "shape": [1e999], "data_offsets": [0, 4]}}', b"1234"),
+        raw(b'{"x": 1, "x": 1}', b"1234"),
+        raw(b"[" * 99_999, b""),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, content):
@@ -175,6 +204,32 @@ def test_damaged_files_are_refused_by_name(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(MismatchError, match=r"bad\.safetensors"):
         read_header(path)
+
+
+def test_tensors_in_any_order_and_without_bytes_are_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    entries = {
+        "last": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]},
+        "none": {"dtype": "F32", "shape": [0, 1 << 40], "data_offsets": [2, 2]},
+        "first": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
+    }
+    path.write_bytes(raw(entries, b"abcd"))
+    for source in (path, HeldFile(path)):
+        specs = read_header(source)[0]
+        assert list(specs) == list(entries)
+        assert {name: bytes(map_tensor(spec)) for name, spec in specs.items()} == {
+            "last": b"cd",
+            "none": b"",
+            "first": b"ab",
+        }
+
+
+def test_what_is_mapped_is_the_file_that_was_opened(file):
+    expected = np.array(map_tensor(read_header(file)[0]["matrix"]))
+    specs, _ = read_header(HeldFile(file))
+    file.unlink()
+    file.write_bytes(b"another")
+    np.testing.assert_array_equal(map_tensor(specs["matrix"]), expected)
 
 
 def test_a_number_format_that_is_not_read_is_no_damage(tmp_path):

@@ -5,7 +5,6 @@ import pytest
 
 from tests.support.folders import make_folder
 from trimserve.errors import MismatchError, UsageError
-from trimserve.folder import opening as folder_module
 from trimserve.folder.manifest import (
     CutTensor,
     FileEntry,
@@ -58,17 +57,27 @@ def test_verification_joins_the_manifest():
         ({"vocab_size": ...}, "vocab_size"),
         ({"surprise": 1}, "surprise"),
         ({"files": {"a": {"bytes": 1}}}, "sha256"),
-        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "plain name"),
+        ({"files": {"../a": {"bytes": 1, "sha256": "0" * 64}}}, "plain name"),
+        ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "bytes"),
+        ({"files": {"a": {"bytes": 1, "sha256": "0" * 64, "more": 1}}}, "more"),
+        ({"files": {"a": {"bytes": 1, "sha256": "G" * 64}}}, "sha256"),
+        ({"graphs": {"Model": "model.onnx"}}, "graphs"),
+        ({"graphs": {"model": "other.onnx"}}, "does not list it"),
+        ({"tokenizer": {"file": "../tokenizer.json"}}, "does not list it"),
+        ({"tokenizer": {"settings": {"clean_up": "no"}}}, "clean_up"),
+        ({"vocab_size": 1 << 40}, "vocab_size"),
+        ({"quantization": {"bits": 3}}, "3 bits"),
+        ({"quantization": {"bits": 4, "block_size": 1 << 40}}, "4 bits in blocks"),
         ({"graphs": {"model": "/tmp/model.onnx"}}, "plain name"),
         ({"source": None}, "export the folder again"),
         ({"cut": 3}, "export the folder again"),
-        ({"kept": "many"}, "kept is 'many'"),
-        ({"kept": True}, "kept is True"),
-        ({"selection": None}, "selection is None"),
-        ({"layout": "cut"}, "layout is 'cut', and known are runtime, tokenizer, graph"),
-        ({"task": "speech-recognition"}, "task is 'speech-recognition', and known are .*fill-mask"),
+        ({"kept": "many"}, "kept"),
+        ({"kept": True}, "kept"),
+        ({"selection": None}, "selection"),
+        ({"layout": "cut"}, "'cut' - at `.*layout"),
+        ({"task": "speech-recognition"}, "'speech-recognition' - at `.*task"),
         ({"graphs": {"model": 3}}, "export the folder again"),
-        ({"files": {"model.onnx": {"bytes": None, "sha256": ""}}}, "bytes is None"),
+        ({"files": {"model.onnx": {"bytes": None, "sha256": ""}}}, "bytes"),
         ({"pooling": {"mode": "cls"}}, "earlier trimserve, which kept the pooling there"),
     ],
 )
@@ -81,7 +90,7 @@ def test_manifests_that_are_not_understood_are_refused(change, message):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "{}"])
 def test_text_that_is_no_manifest_is_refused(text):
-    with pytest.raises(MismatchError, match="not a manifest"):
+    with pytest.raises(MismatchError, match=r"not a manifest|is not JSON"):
         Manifest.from_json(text)
 
 
@@ -138,14 +147,6 @@ def test_missing_shorter_and_changed_files_are_noticed(trimmed, name):
     file.unlink()
     with pytest.raises(MismatchError, match=f"{name} is listed .* but missing"):
         open_folder(trimmed.path)
-
-
-def test_large_files_are_hashed_only_on_request(trimmed, monkeypatch):
-    monkeypatch.setattr(folder_module, "HASH_ON_LOAD_BYTES", 2)
-    (trimmed.path / "model.onnx").write_bytes(b"GRAPH")
-    open_folder(trimmed.path)
-    with pytest.raises(MismatchError, match=r"model\.onnx has changed"):
-        open_folder(trimmed.path, hash_all=True)
 
 
 def test_vocab_and_manifest_must_agree(trimmed):

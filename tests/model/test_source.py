@@ -198,3 +198,37 @@ def test_real_checkpoint(data_dir):
     assert source.vocab_size == 151_936
     assert source.row_bytes() == 256 * 2  # bfloat16, tied
     assert source.linear_widths() == {128, 256, 768}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"decoder": {"filename": "/etc/passwd"}},
+        {"decoder": {"filename": "../model.onnx"}},
+        {"encoder": {"filename": "..\\model.onnx"}},
+        {"decoder": {"pipeline": [{"part": {"filename": "a/../../b.onnx"}}]}},
+    ],
+)
+def test_files_that_genai_config_names_stay_in_the_folder(tmp_path, model):
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(MismatchError, match=r"genai_config\.json names the file .* not a plain name"):
+        _ = resolve_model(tmp_path).graph
+
+
+def test_modules_and_index_stay_in_the_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").mkdir()
+    (folder / "link").symlink_to(tmp_path / "secret")
+    for path in ("../secret", str(tmp_path / "secret"), "link"):
+        (folder / "modules.json").write_text(json.dumps([{"path": path, "type": "a.Transformer"}]))
+        with pytest.raises(MismatchError, match=r"not a plain name|a link out of the folder"):
+            resolve_model(folder)
+    (folder / "modules.json").unlink()
+    (tmp_path / "secret" / "w.safetensors").write_bytes(b"")
+    (folder / "w.safetensors").symlink_to(tmp_path / "secret" / "w.safetensors")
+    index = {"weight_map": {"a": "w.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MismatchError, match="is a link out of the folder"):
+        _ = resolve_model(folder).weight_files

@@ -1,11 +1,13 @@
 """Sessions: what is asked of ONNX Runtime, and what is said when it cannot be had."""
 
 import sys
+import timeit
 
+import numpy as np
 import pytest
 
-from trimserve.errors import MismatchError, MissingExtraError, UsageError
-from trimserve.runtime.session import open_session, prepacks
+from trimserve.errors import MismatchError, MissingExtraError, TrimserveError, UsageError
+from trimserve.runtime.session import Session, open_session, prepacks
 
 runtime = pytest.importorskip("onnxruntime")
 
@@ -28,21 +30,21 @@ def fake_cuda(monkeypatch):
 @pytest.mark.usefixtures("fake_cuda")
 def test_cuda_comes_before_the_cpu_and_takes_no_more_memory_than_asked(tmp_path):
     session = open_session(tmp_path / "model.onnx", device="cuda", threads=3)
-    (cuda, settings), cpu = session.providers
+    (cuda, settings), cpu = session.raw.providers
     assert (cuda, cpu) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert settings["arena_extend_strategy"] == "kSameAsRequested"
-    assert session.options.intra_op_num_threads == 3
+    assert session.raw.options.intra_op_num_threads == 3
 
 
 @pytest.mark.usefixtures("fake_cuda")
 def test_the_cpu_is_alone_where_it_is_asked_for(tmp_path):
-    assert open_session(tmp_path / "model.onnx").providers == ["CPUExecutionProvider"]
+    assert open_session(tmp_path / "model.onnx").raw.providers == ["CPUExecutionProvider"]
 
 
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("prepack", [True, False])
 def test_one_copy_of_each_weight_is_asked_for(tmp_path, prepack):
-    entry = open_session(tmp_path / "m.onnx", prepack=prepack).options.get_session_config_entry
+    entry = open_session(tmp_path / "m.onnx", prepack=prepack).raw.options.get_session_config_entry
     assert entry("session.disable_prepacking") == ("0" if prepack else "1")
     assert entry("optimization.constant_folding_max_output_size_in_bytes") == str(1 << 20)
     assert entry("session.intra_op.allow_spinning") == "0"
@@ -80,3 +82,93 @@ def test_packed_copies_go_only_where_the_kernels_do_without(caplog, quantized, l
     caplog.set_level("INFO")
     assert prepacks(quantized=quantized, low_memory=low_memory) is packed
     assert f"packed copies {'on' if packed else 'off'}" in caplog.text
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A graph that makes as many zeros as it is asked for, and picks entries of a table of three."""
+    onnx = pytest.importorskip("onnx")
+    value, ints = onnx.helper.make_tensor_value_info, onnx.TensorProto.INT64
+    nodes = [
+        onnx.helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        onnx.helper.make_node("Gather", ["table", "ids"], ["found"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "reader",
+        [value("shape", ints, [1]), value("ids", ints, ["n"])],
+        [value("zeros", onnx.TensorProto.FLOAT, ["m"]), value("found", ints, ["n"])],
+        [onnx.helper.make_tensor("table", ints, [3], [7, 8, 9])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    return open_session(tmp_path / "model.onnx", threads=1)
+
+
+def ways(session):
+    """The three ways to run a session."""
+
+    def plain(feeds):
+        return session.run(["found", "zeros"], feeds)
+
+    def values(feeds):
+        given = {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        return [value.numpy() for value in session.run_with_ort_values(["found", "zeros"], given)]
+
+    def bound(feeds):
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name in ("found", "zeros"):
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()
+
+    return {"run": plain, "run_with_ort_values": values, "run_with_iobinding": bound}
+
+
+@pytest.mark.parametrize("way", ["run", "run_with_ort_values", "run_with_iobinding"])
+def test_what_onnxruntime_raises_while_running_is_one_sentence(reader, way, capfd):
+    run = ways(reader)[way]
+    good = {"shape": np.array([2], np.int64), "ids": np.array([0, 2], np.int64)}
+    assert run(good)[0].tolist() == [7, 9]
+    with pytest.raises(TrimserveError, match=r"\(out of memory\): give it a shorter text") as caught:
+        run(good | {"shape": np.array([1 << 50], np.int64)})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        MismatchError, match=r"cannot run .*model\.onnx \(.*out of data bounds.*\): the file is"
+    ):
+        run(good | {"ids": np.array([5], np.int64)})
+    with pytest.raises(MismatchError, match="cannot run"):
+        reader.run(["found"], {"nothing": good["ids"]})
+    # Nor does it write lines of its own to stderr, or keep anything of a run that failed.
+    assert capfd.readouterr() == ("", "")
+    assert run(good)[0].tolist() == [7, 9]
+    assert reader._in_use.count == 0
+
+
+def test_a_graph_that_does_not_fit_in_memory_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception: std::bad_alloc")
+
+    monkeypatch.setattr(runtime, "InferenceSession", refuse)
+    with pytest.raises(
+        TrimserveError, match=r"\(out of memory\): free some, or load it with low_memory=True"
+    ):
+        open_session(tmp_path / "model.onnx")
+
+
+def test_the_border_around_a_run_costs_next_to_nothing(tmp_path):
+    """Below two microseconds; the best of many tries, since others use the machine, too."""
+
+    class Quick:
+        def run(self, names, _feeds):
+            return names
+
+    quick = Quick()
+    session = Session(tmp_path / "m.onnx", lambda: quick, device="cpu", threads=1)
+
+    def best(run):
+        return min(timeit.repeat(lambda: run(None, None), number=1000, repeat=30)) / 1000
+
+    assert best(session.run) - best(quick.run) < 2e-6

@@ -163,9 +163,9 @@ def test_rule_says_how_the_ids_were_chosen(counted):
         ({"coverage": 1.01}, "from 0 to 1"),
         ({"coverage": float("nan")}, "from 0 to 1"),
         ({"coverage": -0.1}, "from 0 to 1"),
-        ({"top_k": 0}, "top_k should be at least 1"),
-        ({"min_count": 0}, "min_count should be at least 1"),
-        ({"multiple_of": 0}, "multiple_of should be at least 1"),
+        ({"top_k": 0}, "top_k should be 1 or more"),
+        ({"min_count": 0}, "min_count should be 1 or more"),
+        ({"multiple_of": 0}, "multiple_of should be 1 or more"),
         ({"top_k": 2}, "top_k 2 is less than the 3 ids that must stay"),
         ({"max_bytes": 20, "multiple_of": 1}, "allow 30 bytes"),
     ],
@@ -369,5 +369,5 @@ def test_ids_of_few_documents_do_not_even_fill_up(counted):
     assert 9 in kept(select(private, coverage=1, min_docs=2, keep_ids=[9]))
     with pytest.raises(UsageError, match="needs the documents of each id"):
         select(counted, min_docs=2)
-    with pytest.raises(UsageError, match="min_docs should be at least 1"):
+    with pytest.raises(UsageError, match="min_docs should be 1 or more"):
         select(private, min_docs=0)

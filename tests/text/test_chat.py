@@ -190,5 +190,5 @@ def test_a_folder_without_a_template_says_so(tmp_path):
 )
 def test_a_template_cannot_leave_its_sandbox(tmp_path, attack):
     folder = folder_with(tmp_path, attack)
-    with pytest.raises(UsageError, match="refuses"):
+    with pytest.raises(UsageError, match=r"fails on these messages \(line 1: .*unsafe"):
         render_chat(folder, CONVERSATIONS[0])

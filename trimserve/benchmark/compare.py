@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from trimserve.arguments import checked
 from trimserve.benchmark.measuring import Ratio, Spread, Worker, alternately, paired_ratio, spread
 from trimserve.errors import UsageError
 from trimserve.folder.manifest import stored_weight_bytes
@@ -99,6 +100,7 @@ class Comparison:
         return None if None in digests else len(digests) == 1
 
 
+@checked
 def compare(full: Path, trimmed: Path, texts: Sequence[str], settings: Settings) -> Comparison:
     """Measure two folders.
 

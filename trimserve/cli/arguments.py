@@ -1,32 +1,57 @@
 """Options that several commands share, and how argparse reads them."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
-_OPTIONS = ("text_column", "output_column", "chat", "unit", "skip_bad")
+_OPTIONS = ("text_column", "output_column", "chat", "unit", "skip_bad", "max_line")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_SIZE = re.compile(r"(\d{1,12}) ?([kmg]?)(?:i?b)?", re.IGNORECASE)
 
 
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--text-column", metavar="C", help="field of a row that holds its text, as a.b.c if nested"
-    )
+    add_text_arguments(parser)
     parser.add_argument("--output-column", metavar="C", help="field of the completion, counted apart")
     parser.add_argument(
-        "--chat", action="store_true", help="rows of messages, through the model's chat template"
+        "--chat",
+        action="store_true",
+        default=None,
+        help="rows of messages, through the model's chat template",
+    )
+
+
+def add_text_arguments(parser: argparse._ActionsContainer) -> None:
+    """Declare those that say how files become texts, without prompts and completions."""
+    parser.add_argument(
+        "--text-column", metavar="C", help="field of a row that holds its text, as a.b.c if nested"
     )
     parser.add_argument(
         "--unit", choices=("document", "line", "paragraph"), help="what one text is (default: document)"
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave bad rows and bytes out, and count them"
+        "--skip-bad", action="store_true", default=None, help="leave bad rows and bytes out, and count them"
+    )
+    parser.add_argument(
+        "--max-line",
+        type=byte_size,
+        metavar="N",
+        help="longest line, row or cell that is read, such as 256M (default: 64M)",
     )
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `trimserve.profiles.profiling.profile` that the command line gave."""
     return {name: value for name in _OPTIONS if (value := getattr(args, name))}
+
+
+def byte_size(text: str) -> int:
+    """Parse a number of bytes for argparse: 4096, 64M, 1GiB."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number of bytes, such as 4096 or 64M")
+    return int(found[1]) * _UNITS[found[2].lower()]
 
 
 def positive(text: str) -> int:

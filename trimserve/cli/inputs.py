@@ -2,24 +2,50 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trimserve.corpus.corpus import iter_documents
-from trimserve.corpus.files import JSONL_SUFFIXES
+from trimserve.corpus.corpus import Corpus
+from trimserve.corpus.documents import MARK, Faults, Reading
+from trimserve.corpus.rows import encodable, is_table
 from trimserve.errors import UsageError
 
 if TYPE_CHECKING:
     from trimserve.profiles.profile import Profile
     from trimserve.text.names import TokenNames
 
+log = logging.getLogger(__name__)
 
-def read_texts(name: str, text_column: str | None) -> list[str]:
-    """Texts of a corpus to search in: the records of a .jsonl, else the lines that hold something."""
-    if Path(name).suffix.lower() in JSONL_SUFFIXES:
-        return [document.text for document in iter_documents([name], text_column=text_column)]
-    return read_lines(name)
+
+def read_texts(name: str, options: Mapping[str, Any]) -> list[str]:
+    """Texts of a corpus to search in: the rows of tables, or the lines of text files that hold something.
+
+    Args:
+        name: a file, a folder, a glob, an hf:// dataset, or - for stdin; as `profile` reads it.
+        options: text_column, unit, skip_bad and max_line, as far as they were given.
+
+    Raises:
+        UsageError: it cannot be read, or holds no text.
+    """
+    unit = options.get("unit")
+    corpus = Corpus([name], reading=Reading(**dict(options) | {"unit": unit or "document"}))
+    kinds = {is_table(file.format) for file in corpus.files} or {corpus.options.column is not None}
+    if kinds == {False} and corpus.options.column is not None:
+        raise UsageError(f"{name} is plain text and has no fields: leave --text-column out.")
+    if unit is None and len(kinds) > 1:
+        raise UsageError(f"{name} has tables and text files: say with --unit what one text is.")
+    if unit is None and kinds == {False}:
+        corpus = Corpus([name], reading=replace(corpus.options, unit="line"))
+    texts: list[list[str]] = []
+    for document in corpus.documents():
+        if document.part == 0:
+            texts.append([])
+        texts[-1].append(document.text)  # a long one comes in parts
+    if corpus.faults.found:
+        log.warning("left out of %s: %s", name, corpus.faults.listed())
+    return ["".join(parts) for parts in texts]
 
 
 def read_lines(name: str) -> list[str]:
@@ -28,19 +54,47 @@ def read_lines(name: str) -> list[str]:
     Raises:
         UsageError: there is no such file, it is not UTF-8, or has no text.
     """
-    try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{name} does not exist: pass a file with a text a line.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 ({error}): convert it first.") from error
+    if name != "-" and not Path(name).exists():
+        raise UsageError(f"{name} does not exist: pass a file with a text a line.")
+    content = read_stdin() if name == "-" else _decoded(Path(name).read_bytes(), name)
     lines = [line for line in content.split("\n") if line.strip()]
     if not lines:
         raise UsageError(f"{name} holds no text: pass a file with a text a line.")
     return lines
 
 
-log = logging.getLogger(__name__)
+def read_stdin() -> str:
+    """Read the text on stdin, with newlines as line ends.
+
+    Raises:
+        UsageError: it is closed, or its bytes are not UTF-8.
+    """
+    if sys.stdin is None:  # the caller closed it
+        raise UsageError("stdin is closed: pass the text as an argument.")
+    if sys.stdin.isatty():
+        log.warning("reading stdin, up to the end of input (Ctrl-D)")
+    return _decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode().removeprefix(MARK).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name}: byte 0x{content[error.start]:02x} at {error.start:,} is not UTF-8: convert the "
+            "text, for example with iconv."
+        ) from error
+
+
+def encodable_word(word: str) -> str:
+    """A word of the command line.
+
+    Raises:
+        UsageError: its bytes are not UTF-8.
+    """
+    if encodable(word, lambda: "a text of the command line", Faults(skip=True)) is None:
+        raise UsageError(f"the text {word!r} of the command line is not UTF-8: convert it, or pipe it in.")
+    return word
 
 
 def find_names(profile: "Profile", model: str | None) -> "TokenNames | None":

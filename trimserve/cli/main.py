@@ -1,6 +1,7 @@
 """Parse the command line, run one subcommand, turn errors into one sentence and an exit code."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -8,11 +9,16 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
+from trimserve.cli.native_stderr import hide_panics
 from trimserve.errors import TrimserveError
+from trimserve.files.atomic import recording
+from trimserve.interrupts import came, exit_code, terminations
 from trimserve.stdout import data_only
 from trimserve.version import __version__
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # subcommand -> its one-line help; trimserve/cli/<subcommand>.py has add_arguments(parser) and run(args).
 COMMANDS = {
     "inspect": "what a model or folder is, its vocab tensors, and the prize of trimming it",
@@ -39,23 +45,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 failed, 2 usage, 3 verification failed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = _run(arguments, is_program=argv is None)
-        if sys.stdout is not None:  # None where the caller closed it
-            sys.stdout.flush()  # --help: a reader that has gone is noticed here, not at the interpreter's end
-        return code
-    except TrimserveError as error:
+    is_program = argv is None
+    with recording() as written, terminations() if is_program else contextlib.nullcontext():
+        try:
+            code = _run(arguments, is_program=is_program)
+            if sys.stdout is not None:  # None where the caller closed it
+                sys.stdout.flush()  # --help: a reader that has gone is noticed here, not at the end
+            return code
+        except BaseException as error:
+            # A library may have made another error of the exception that a signal raised in it.
+            if isinstance(error, KeyboardInterrupt) or came():
+                return _fail(_interrupted(written), exit_code())
+            return _told(error)
+
+
+def _told(error: BaseException) -> int:
+    """Say an error in one sentence and give its exit code; what is none that a user can meet goes on."""
+    if isinstance(error, TrimserveError):
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no file was written.", 130)
-    except BrokenPipeError:
+    if isinstance(error, MemoryError):
+        return _fail("out of memory: free some, or give it less to do at a time.", 1)
+    if isinstance(error, BrokenPipeError):
         # The reader (head, less) has gone: no message, and none from the interpreter's own flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        advice = " Free some space and run it again." if error.errno == errno.ENOSPC else ""
+    if isinstance(error, OSError):
+        advice = " Free some space and run it again." if error.errno in _FULL else ""
         named = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{named}.{advice}", 1)
+        return _fail(f"{error.strerror or _one_line(error)}{named}.{advice}", 1)
+    raise error
+
+
+def _interrupted(written: Sequence[Path]) -> str:
+    """What stands in its place after a signal."""
+    stands = dict.fromkeys(str(path) for path in written if path.exists())
+    if not stands:
+        return "interrupted; no file was written."
+    return f"interrupted; {', '.join(stands)} was written before and is complete."
+
+
+def _one_line(error: BaseException) -> str:
+    """A library's own words for what has no number of the system."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _run(arguments: list[str], *, is_program: bool) -> int:
@@ -63,6 +94,8 @@ def _run(arguments: list[str], *, is_program: bool) -> int:
         args = _parse(arguments)
     except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for usage
         return int(stop.code or 0)
+    if is_program:
+        hide_panics()
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     with data_only(utf8=args.format == "json", restore=not is_program):
         code: int = importlib.import_module(f"trimserve.cli.commands.{args.command}").run(args)
@@ -76,16 +109,41 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"trimserve {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    named = next((word for word in arguments if not word.startswith("-")), None)
-    for name, summary in COMMANDS.items():
-        command = subparsers.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + "."
-        )
-        if name == named:  # only the called command's module is imported
-            importlib.import_module(f"trimserve.cli.commands.{name}").add_arguments(command)
-        command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
-        command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
-    return parser.parse_args(arguments)
+    at = next((at for at, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    named = arguments[at] if at < len(arguments) else None
+    commands = {
+        name: subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        for name, summary in COMMANDS.items()
+    }
+    if at or named not in commands:  # nothing, --help, --version, or a mistake: none of it comes back
+        parser.parse_args(arguments[: at + 1])
+        parser.error("expected a COMMAND first")
+    command = commands[named]
+    importlib.import_module(f"trimserve.cli.commands.{named}").add_arguments(
+        command
+    )  # of the called one alone
+    command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
+    command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    return _parse_mixed(command, arguments[1:], argparse.Namespace(command=named))
+
+
+def _parse_mixed(
+    parser: argparse.ArgumentParser, words: list[str], known: argparse.Namespace
+) -> argparse.Namespace:
+    """Parse options and positional arguments in any order, as people type them.
+
+    argparse does it for a parser without subcommands; of one with them (`finetune`), for the subcommand.
+    """
+    below = next((entry for entry in parser._actions if isinstance(entry, argparse._SubParsersAction)), None)
+    if below is None:
+        return parser.parse_intermixed_args(words, known)
+    at = next((at for at, word in enumerate(words) if word in below.choices), None)
+    if at is None:
+        return parser.parse_args(words, known)  # says what is missing
+    setattr(known, below.dest, words[at])
+    below.required = False
+    known = parser.parse_args(words[:at], known)
+    return _parse_mixed(below.choices[words[at]], words[at + 1 :], known)
 
 
 def _fail(message: str, code: int) -> int:

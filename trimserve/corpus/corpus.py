@@ -1,5 +1,6 @@
 """Texts of a corpus, whole documents with their newlines; nothing here knows a tokenizer."""
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from trimserve.corpus.documents import Document, Faults, Reading
-from trimserve.corpus.files import STDIN, CorpusFile, CorpusSource, find_files
+from trimserve.corpus.files import STDIN, CorpusFile, CorpusSource, check_unchanged, find_files
 from trimserve.corpus.reader import SliceReader, TextsReader, read_stream
 from trimserve.corpus.rows import is_table
-from trimserve.corpus.slices import Section, Slice, open_section, plan_slices
+from trimserve.corpus.slices import Slice, plan_slices
+from trimserve.corpus.streams import Section, open_section
 from trimserve.errors import UsageError
 
 
@@ -46,6 +48,8 @@ class Corpus:
             raise UsageError("the corpus is empty: name at least one file or folder, or - for stdin.")
         if list(self.paths).count(STDIN) > 1:
             raise UsageError("stdin (-) can be read only once: name it once.")
+        if STDIN in self.paths and self.stdin is None and sys.stdin is None:
+            raise UsageError("stdin is closed: name a file, or pipe the text in.")
         reading = self.options
         self.files = find_files([path for path in self.paths if path != STDIN])
         for file in self.files:
@@ -73,6 +77,20 @@ class Corpus:
     def total_bytes(self) -> int | None:
         """Bytes of all files; None when stdin or texts from memory are among them."""
         return None if self.streams else sum(file.bytes for file in self.files)
+
+    def check_first_rows(self) -> None:
+        """Read the beginning of a file of each format, which shows a missing column before hours of work.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        reading = self.options
+        for file in {file.format: file for file in reversed(self.files)}.values():
+            (whole,) = plan_slices([file], reading, max(file.bytes, 1))
+            with contextlib.closing(
+                SliceReader(whole, reading, Faults(skip=reading.skip_bad)).documents()
+            ) as rows:
+                next(rows, None)
 
     def slices(self, **options: int) -> list[Slice]:
         """The files in slices, for several workers; see `trimserve.corpus.slices.plan_slices`."""
@@ -119,6 +137,7 @@ class Corpus:
                 self.bytes_read = before + reader.count
                 yield document
             self.bytes_read = before + file.bytes
+            check_unchanged(file)
             digest = reader.sha256 or sha256_file(Path(file.path))
             self.sources.append(CorpusSource(file.name, digest, file.bytes))
 

@@ -20,6 +20,10 @@ MAX_CHARACTERS = 1 << 16
 # pre-tokenizers of the byte-level BPE families all end a piece there, so no token spans the cut.
 CUT = re.compile(r"(?<=\S)\n(?=\w)")
 CUT_CONTEXT = "\n"
+# The longest line, row or cell that is read by default, so that no file can take all the memory.
+MAX_LINE = 1 << 26
+# Text without a place to cut it may have this part of it: encoding takes some 60 times its bytes.
+_UNCUT_PART = 4
 
 
 class Document(NamedTuple):
@@ -54,6 +58,7 @@ class Reading:
         template: the chat template for rows of messages.
         unit: what counts as one document: a text of the corpus, a line or a paragraph of it.
         skip_bad: leave bad rows and bytes out and count them, instead of refusing them.
+        max_line: the longest line, row, cell or uncut text that is read, in bytes or characters.
     """
 
     text_column: str | None = None
@@ -61,8 +66,16 @@ class Reading:
     template: ChatTemplate | None = None
     unit: Unit = "document"
     skip_bad: bool = False
+    max_line: int = MAX_LINE
 
     def __post_init__(self) -> None:
+        if self.max_line < 1:
+            raise UsageError(f"max_line should be 1 or more but is {self.max_line}.")
+        if self.output_column is not None and self.output_column == self.text_column:
+            raise UsageError(
+                f"--text-column and --output-column both name {self.text_column!r}: prompt and completion "
+                "are two fields."
+            )
         if self.unit not in UNITS:
             raise UsageError(f"the unit of text should be one of {', '.join(UNITS)} but is {self.unit!r}.")
         if self.unit != "document" and self.apart:
@@ -78,6 +91,11 @@ class Reading:
     def apart(self) -> bool:
         """Whether completions are counted apart from prompts."""
         return self.template is not None or self.output_column is not None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields that were named."""
+        return tuple(name for name in (self.text_column, self.output_column) if name is not None)
 
     @property
     def column(self) -> str | None:
@@ -99,6 +117,10 @@ class Faults:
         self.skip = skip
         self.found: Counter[str] = Counter()
 
+    def listed(self) -> str:
+        """What was left out, for people."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.found.items()))
+
     def meet(self, kind: str, message: Callable[[], str], count: int = 1) -> None:
         """Count a fault of a kind.
 
@@ -118,10 +140,13 @@ def decode(blocks: Iterable[bytes], place: Callable[[int], str], faults: Faults)
         place: names a line by its number from 1.
         faults: undecodable bytes are met one by one, and left out of the text if skipped.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-    line = 1
+    # Not "utf-8-sig": it takes the first bytes of a mark for a whole one where the text ends there.
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    line, first = 1, True
     for block in itertools.chain(blocks, [b""]):
         text = decoder.decode(block, final=not block)
+        if first and text:
+            text, first = text.removeprefix(MARK), False
         if ("\0" in text or not text.isascii()) and (bad := _ESCAPED.search(text)):
             at, byte = line + text.count("\n", 0, bad.start()), ord(bad[0]) & 0xFF
             text, count = _ESCAPED.subn("", text)
@@ -130,6 +155,7 @@ def decode(blocks: Iterable[bytes], place: Callable[[int], str], faults: Faults)
         yield text
 
 
+MARK = "\ufeff"
 # Bytes that are not UTF-8, and NUL, which no text has and every other byte of UTF-16 is.
 _ESCAPED = re.compile("[\udc80-\udcff\0]")
 
@@ -144,27 +170,55 @@ def undecodable(origin: str, byte: int) -> str:
     return f"{origin}: byte 0x{byte:02x} is not UTF-8: convert the file, for example with iconv."
 
 
-def split_units(pieces: Iterable[str], unit: Unit) -> Iterator[str]:
+def too_long(origin: str, what: str, most: int) -> UsageError:
+    """The error of something longer than `Reading.max_line`."""
+    return UsageError(f"{origin}: {what} of more than {most:,} characters: take it out, or raise --max-line.")
+
+
+def uncut(origin: str, reading_most: int) -> UsageError:
+    """The error of text that cannot be cut and is too long to be encoded whole."""
+    return UsageError(
+        f"{origin}: more than {reading_most // _UNCUT_PART:,} characters without a place to cut them (a "
+        "single line end between two words): take the text out, break its lines, or raise --max-line, a "
+        "quarter of which it may have."
+    )
+
+
+def split_units(
+    pieces: Iterable[str], unit: Unit, *, most: int = MAX_LINE, origin: Callable[[], str] = str
+) -> Iterator[str]:
     """Lines or paragraphs of one text, without the line ends that part them; none of them blank.
 
     Args:
         pieces: the text, cut anywhere.
         unit: "line" or "paragraph".
+        most: longest unit.
+        origin: see `Document`.
+
+    Raises:
+        UsageError: a unit is too long.
     """
     paragraph: list[str] = []
-    for line in _lines(pieces):
+    size = 0
+    for line in _lines(pieces, most, origin):
         if unit == "line" or line.isspace():
             yield from _joined([line] if unit == "line" else paragraph)
-            paragraph = []
+            paragraph, size = [], 0
         else:
             paragraph.append(line)
+            size += len(line)
+            if size > most:
+                raise too_long(origin(), "a paragraph", most)
     yield from _joined(paragraph)
 
 
-def _lines(pieces: Iterable[str]) -> Iterator[str]:
+def _lines(pieces: Iterable[str], most: int, origin: Callable[[], str]) -> Iterator[str]:
     rest = ""
     for piece in pieces:
-        *whole, rest = (rest + piece).split("\n")
+        text = rest + piece
+        *whole, rest = text.split("\n")
+        if len(text) > most and max(map(len, (*whole, rest))) > most:
+            raise too_long(origin(), "a line", most)
         yield from (line + "\n" for line in whole)
     if rest:
         yield rest
@@ -177,7 +231,12 @@ def _joined(lines: list[str]) -> Iterator[str]:
 
 
 def cut_documents(
-    pieces: Iterable[str], *, first_part: int = 0, cut: bool = False, origin: Callable[[], str] = str
+    pieces: Iterable[str],
+    *,
+    first_part: int = 0,
+    cut: bool = False,
+    origin: Callable[[], str] = str,
+    most: int | None = None,
 ) -> Iterator[Document]:
     """Join the pieces of one document and cut it where it grows too long.
 
@@ -186,6 +245,10 @@ def cut_documents(
         first_part: the number of its first part; not 0 where the text continues a document.
         cut: whether a further text continues it, behind the newline that it ends in.
         origin: see `Document`.
+        most: see `Reading.max_line`; None for texts of the caller's own.
+
+    Raises:
+        UsageError: see `uncut`.
     """
     text, part, searched = "", first_part, 0
     for piece in pieces:
@@ -194,6 +257,8 @@ def cut_documents(
             end = _cut_position(text, searched)
             if end == 0:
                 searched = len(text) - 1  # a cut needs one character behind it
+                if most is not None and len(text) > most // _UNCUT_PART:
+                    raise uncut(origin(), most)
                 break
             yield _part(text[:end], part, cut=True, origin=origin)
             text, part, searched = text[end:], part + 1, 0

@@ -2,12 +2,14 @@
 
 import glob
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trimserve.errors import UsageError, require
+from trimserve.corpus.walking import files_below, glob_paths
+from trimserve.errors import MismatchError, UsageError, require
 from trimserve.files.hub import fetch_snapshot
 
 STDIN = "-"
@@ -39,6 +41,7 @@ class CorpusFile:
         format: what its rows are.
         compression: ".gz", ".zst" or "".
         bytes: its length.
+        modified: when it was last written, in ns; 0 if not known.
     """
 
     name: str
@@ -46,6 +49,26 @@ class CorpusFile:
     format: Format
     compression: str
     bytes: int
+    modified: int = 0
+
+
+def check_unchanged(file: CorpusFile) -> None:
+    """Refuse a file that was written since it was found: what was read of it may be neither old nor new.
+
+    Raises:
+        MismatchError: its length or its time differs.
+        OSError: it has gone.
+    """
+    status = Path(file.path).stat()
+    if status.st_size != file.bytes or (file.modified and status.st_mtime_ns != file.modified):
+        raise changed(file)
+
+
+def changed(file: CorpusFile) -> MismatchError:
+    """The error of a file that changes while it is read."""
+    return MismatchError(
+        f"{file.name} changed while it was read: run this again when nothing writes to it, or on a copy."
+    )
 
 
 def find_files(names: Sequence[str]) -> list[CorpusFile]:
@@ -69,12 +92,12 @@ def _find(name: str) -> Iterator[CorpusFile]:
     elif Path(name).is_file():
         yield corpus_file(name, name)
     elif glob.has_magic(name):
-        # Path.glob takes no absolute patterns.
-        paths = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
-        found = [path for path in paths if Path(path).is_file()]
+        found = [path for path in glob_paths(name) if Path(path).is_file()]
         if not found:
             raise UsageError(f"no file matches {name}: check the pattern.")
         yield from (corpus_file(path, path) for path in found)
+    elif Path(name).exists():
+        raise UsageError(f"{name} is {_kind(Path(name))}, no file: pipe its content in and name it -.")
     else:
         raise UsageError(f"{name} does not exist: name a file ({KNOWN}), a folder, a glob, or - for stdin.")
 
@@ -93,15 +116,22 @@ def corpus_file(path: str, name: str) -> CorpusFile:
             f"{name} has none of the formats {KNOWN} (all but parquet also {' or '.join(COMPRESSIONS)}): "
             "convert it or pipe it in as -."
         )
-    return CorpusFile(name, path, format_, compression, Path(path).stat().st_size)
+    status = Path(path).stat()
+    return CorpusFile(name, path, format_, compression, status.st_size, status.st_mtime_ns)
+
+
+def _kind(path: Path) -> str:
+    mode = path.stat().st_mode
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def _folder_files(folder: Path, name: str) -> Iterator[CorpusFile]:
-    """The files below a folder whose format is known; hidden ones are not looked at."""
+    """The files below a folder whose format is known."""
     empty = True
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file() and _is_known(path):
+    for path in files_below(folder):
+        if _is_known(path):
             empty = False
             yield corpus_file(str(path), f"{name.rstrip('/')}/{path.relative_to(folder).as_posix()}")
     if empty:

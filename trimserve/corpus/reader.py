@@ -1,15 +1,18 @@
 """Read a slice of a file, a stream, or texts from memory as documents."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from trimserve.corpus.csv_rows import read_csv
 from trimserve.corpus.documents import Document, Faults, Reading, cut_documents, decode, split_units
-from trimserve.corpus.files import CorpusFile, CorpusSource
-from trimserve.corpus.rows import encodable, read_csv, read_jsonl, read_parquet
-from trimserve.corpus.slices import Section, Slice, boundary, drain, open_section
+from trimserve.corpus.files import CorpusFile, CorpusSource, changed
+from trimserve.corpus.parquet import read_parquet
+from trimserve.corpus.rows import encodable, read_jsonl
+from trimserve.corpus.slices import Slice, boundary
+from trimserve.corpus.streams import Section, drain, open_section
 
 _BLOCK_BYTES = 1 << 20
 
@@ -51,25 +54,26 @@ class SliceReader:
         """The hash of what was read, once it was; None for parquet, which is not read in order."""
         return self._section.digest.hexdigest() if self._section is not None else None
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Generator[Document]:
         """Yield the documents in order.
 
         Raises:
-            UsageError: see `Faults.meet`.
+            UsageError: a file that is damaged or ends early; or see `Faults.meet`.
+            MismatchError: a file that changed since the slice was planned.
             MissingExtraError: the format needs a package that is not installed.
         """
         file = self.slice.file
         if file.format == "parquet":
             groups = range(self.slice.start, self.slice.end)
             place = lambda number: f"{file.name}, row {number:,}"  # noqa: E731
-            yield from read_parquet(file.path, groups, place, self._reading, self.faults)
+            yield from read_parquet(file, groups, place, self._reading, self.faults)
             self._done = self.slice.bytes
             return
         with Path(file.path).open("rb") as raw:
             start, end = 0, None
             if not self.slice.whole:
                 end = _end(raw, self.slice, self._reading)
-                start = boundary(raw, self.slice.start, self._reading, file.format)
+                start = min(boundary(raw, self.slice.start, self._reading, file), end)
                 raw.seek(start)
             self._section = Section(raw, end)
             stream = open_section(self._section, file.compression, file.name)
@@ -77,12 +81,14 @@ class SliceReader:
             bounds = Bounds(int(start > 0), cut=end is not None and end < file.bytes)
             yield from read_stream(stream, file.format, place, self._reading, self.faults, bounds)
             drain(self._section)
+        if self._section.count != (file.bytes if end is None else end) - start:
+            raise changed(file)
 
 
 def _end(raw: IO[bytes], piece: Slice, reading: Reading) -> int:
     if piece.end >= piece.file.bytes:
         return piece.file.bytes
-    return boundary(raw, piece.end, reading, piece.file.format)
+    return boundary(raw, piece.end, reading, piece.file)
 
 
 def _places(file: CorpusFile, start: int) -> Callable[[int], str]:
@@ -121,10 +127,13 @@ def read_stream(
     else:
         origin = lambda: place(1).rpartition(", ")[0]  # noqa: E731
         pieces = decode(iter(lambda: stream.read(_BLOCK_BYTES), b""), place, faults)
+        most = reading.max_line
         if reading.unit == "document":
-            yield from cut_documents(pieces, first_part=bounds.first_part, cut=bounds.cut, origin=origin)
+            first, cut = bounds.first_part, bounds.cut
+            yield from cut_documents(pieces, first_part=first, cut=cut, origin=origin, most=most)
         else:
-            yield from (Document(unit, origin=origin) for unit in split_units(pieces, reading.unit))
+            units = split_units(pieces, reading.unit, most=most, origin=origin)
+            yield from (Document(unit, origin=origin) for unit in units)
 
 
 class TextsReader:

@@ -1,10 +1,7 @@
-"""Rows of a file, and the documents that a row holds."""
+"""JSON records, and the documents that a row of any table holds."""
 
-import csv
-import io
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import IO, Any
 
@@ -16,26 +13,33 @@ from trimserve.corpus.documents import (
     Reading,
     cut_documents,
     split_units,
+    too_long,
     undecodable,
 )
 from trimserve.corpus.files import Format
-from trimserve.corpus.schemas import FIELDS as CHAT_COLUMNS
-from trimserve.corpus.schemas import field_of, read_conversation
-from trimserve.errors import UsageError, require
+from trimserve.corpus.schemas import FIELDS, field_of, read_conversation
+from trimserve.errors import UsageError
 from trimserve.text.chat import ChatTemplate
 
 Row = Mapping[str, Any]
 # Names the place of a row by its number from 1.
 Place = Callable[[int], str]
-_CSV_FIELD = 1 << 30
+_LONGEST_LIST = 2000
 
 
-def read_jsonl(stream: Iterable[bytes], place: Place, reading: Reading, faults: Faults) -> Iterator[Document]:
-    """The documents of JSON records, one a line; blank lines are no rows."""
+def read_jsonl(stream: IO[bytes], place: Place, reading: Reading, faults: Faults) -> Iterator[Document]:
+    """The documents of JSON records, one a line; blank lines are no rows.
+
+    Raises:
+        UsageError: a line is longer than `Reading.max_line`; or see `Faults.meet`.
+    """
+    most = reading.max_line
     # Most rows hold a short text and nothing is wrong with it: for these, `row_documents` is a detour.
     simple = reading.template is None and reading.output_column is None and reading.unit == "document"
     plain = reading.column if simple else None
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(partial(stream.readline, most + 1), b""), 1):
+        if len(line) > most:
+            raise too_long(place(number), "a line", most)
         if line.isspace():
             continue
         record = _record(line, number, place, faults)
@@ -67,51 +71,22 @@ def _record(line: bytes, number: int, place: Place, faults: Faults) -> object | 
     return None
 
 
-def read_csv(
-    stream: IO[bytes], delimiter: str, place: Place, reading: Reading, faults: Faults
-) -> Iterator[Document]:
-    """The documents of a csv file with a header; blank lines are no rows."""
-    csv.field_size_limit(_CSV_FIELD)  # the default of 131,072 is less than a long document
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    rows = csv.DictReader(text, delimiter=delimiter)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            reason, line = str(error), rows.line_num
-            faults.meet(Faults.BROKEN, lambda: f"{place(line)}: broken csv ({reason}): mend the file.")  # noqa: B023
-            continue
-        line = rows.line_num
-        if "\0" in "".join(map(str, itertools.chain(row, row.values()))):
-            faults.meet(Faults.UNDECODABLE, lambda: undecodable(place(line), 0))  # noqa: B023
-            continue
-        yield from row_documents(row, reading, partial(place, line), faults)
+def check_columns(names: Sequence[str], reading: Reading, origin: str) -> None:
+    """Refuse a table without the columns that are to be read.
 
+    Args:
+        names: its columns.
+        reading: what is to be read.
+        origin: the table, for the message.
 
-def read_parquet(
-    path: str, groups: range, place: Place, reading: Reading, faults: Faults
-) -> Iterator[Document]:
-    """The documents of some row groups of a parquet file."""
-    parquet = require("pyarrow.parquet", extra="corpus", purpose=f"reading {path}")
-    with parquet.ParquetFile(path) as file:
-        columns = [column for column in (reading.text_column, reading.output_column) if column]
-        if reading.template is not None:
-            columns += [name for name in CHAT_COLUMNS if name in file.schema_arrow.names]
-            columns = columns or [reading.column or ""]
-        roots = list(dict.fromkeys(_root(column, file.schema_arrow.names) for column in columns))
-        if missing := [root for root in roots if root not in file.schema_arrow.names]:
-            raise _no_field(path, missing[0], map(repr, file.schema_arrow.names))
-        before = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
-        batches = file.iter_batches(batch_size=256, row_groups=list(groups), columns=roots)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, row in enumerate(rows, before + 1):
-            yield from row_documents(row, reading, partial(place, number), faults)
-
-
-def _root(column: str, names: list[str]) -> str:
-    return column if column in names else column.split(".")[0]
+    Raises:
+        UsageError: a column is missing; the message lists those there are.
+    """
+    for column in reading.columns:
+        if column not in names and column.split(".")[0] not in names:
+            raise no_field(origin, column, map(repr, names))
+    if reading.template is not None and not reading.columns and not {*FIELDS} & {*names}:
+        raise no_field(origin, FIELDS[0], map(repr, names))
 
 
 def row_documents(
@@ -143,7 +118,7 @@ def row_documents(
         output = None if given is None else _text(given, reading.output_column, origin, faults)
         if output is None:
             return
-    yield from cut_documents([text], origin=origin)
+    yield from cut_documents([text], origin=origin, most=reading.max_line)
     if output is not None:
         yield Document(output, 1, output=True, origin=origin)
 
@@ -176,7 +151,7 @@ def _field(row: object, column: str, origin: Callable[[], str], faults: Faults) 
     for name in names:
         if not isinstance(value, dict) or name not in value:
             keys = list(map(repr, value)) if isinstance(value, dict) else [type(value).__name__]
-            faults.meet(Faults.NO_TEXT, lambda: str(_no_field(origin(), column, keys)))  # noqa: B023
+            faults.meet(Faults.NO_TEXT, lambda: str(no_field(origin(), column, keys)))  # noqa: B023
             return None
         value = value[name]
     if value is None or value == "" or value == []:
@@ -186,8 +161,11 @@ def _field(row: object, column: str, origin: Callable[[], str], faults: Faults) 
     return value
 
 
-def _no_field(origin: str, column: str, keys: Iterable[str]) -> UsageError:
+def no_field(origin: str, column: str, keys: Iterable[str]) -> UsageError:
+    """The error of a table or a row without a field; `keys` are those it has."""
     found = ", ".join(keys) or "none"
+    if len(found) > _LONGEST_LIST:
+        found = found[:_LONGEST_LIST] + "…"
     return UsageError(f"{origin}: no field {column!r} (found {found}): check --text-column.")
 
 

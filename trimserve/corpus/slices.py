@@ -1,17 +1,14 @@
 """Slices of a corpus: what one worker reads at a time, cut where no document or token is torn."""
 
-import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
-from trimserve.corpus.documents import CUT, Reading
+from trimserve.corpus.documents import CUT, Reading, too_long, uncut
 from trimserve.corpus.files import CorpusFile
-from trimserve.errors import require
+from trimserve.corpus.parquet import row_groups
 
 SLICE_BYTES = 1 << 25
-_BLOCK_BYTES = 1 << 20
 _SCAN_BYTES = 1 << 16
 _CUT_BYTES = 12
 _CONTINUATION = bytes(range(0x80, 0xC0))
@@ -41,7 +38,7 @@ class Slice:
         """How much of the file it is; estimated for parquet."""
         if self.whole or self.file.format != "parquet":
             return self.file.bytes if self.whole else self.end - self.start
-        return self.file.bytes * (self.end - self.start) // max(_row_groups(self.file.path), 1)
+        return self.file.bytes * (self.end - self.start) // max(row_groups(self.file), 1)
 
 
 def plan_slices(files: Sequence[CorpusFile], reading: Reading, slice_bytes: int | None = None) -> list[Slice]:
@@ -51,7 +48,7 @@ def plan_slices(files: Sequence[CorpusFile], reading: Reading, slice_bytes: int 
 
 def _slices(file: CorpusFile, reading: Reading, slice_bytes: int) -> Iterator[Slice]:
     if file.format == "parquet":
-        groups = _row_groups(file.path)
+        groups = row_groups(file)
         step = max(1, round(groups * slice_bytes / max(file.bytes, 1)))
         yield from _steps(file, groups, step, shared=False)
     elif file.compression or file.format in ("csv", "tsv") or file.bytes <= slice_bytes:
@@ -68,82 +65,35 @@ def _steps(file: CorpusFile, total: int, step: int, *, shared: bool) -> Iterator
         yield Slice(file, start, min(start + step, total), whole, shared and not whole)
 
 
-def _row_groups(path: str) -> int:
-    parquet = require("pyarrow.parquet", extra="corpus", purpose=f"reading {path}")
-    with parquet.ParquetFile(path) as file:
-        return int(file.metadata.num_row_groups)
-
-
-class Section(io.RawIOBase):
-    """A stretch of a file that hashes what it gives.
-
-    Attributes:
-        digest: sha256 of the bytes read so far.
-        count: their number.
-    """
-
-    def __init__(self, file: IO[bytes], end: int | None = None) -> None:
-        """Read `file` from where it stands up to the offset `end`, or to its end."""
-        self._file = file
-        self._left = None if end is None else max(end - file.tell(), 0)
-        self.digest = hashlib.sha256()
-        self.count = 0
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a writable buffer
-        """Read up to the buffer's length."""
-        wanted = len(buffer) if self._left is None else min(len(buffer), self._left)
-        block = self._file.read(wanted)
-        buffer[: len(block)] = block
-        self.digest.update(block)
-        self.count += len(block)
-        if self._left is not None:
-            self._left -= len(block)
-        return len(block)
-
-
-def open_section(section: Section, compression: str, name: str) -> IO[bytes]:
-    """The content of a section, decompressed and buffered."""
-    buffered = io.BufferedReader(section, _BLOCK_BYTES)
-    if compression == ".gz":
-        import gzip
-
-        return io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BLOCK_BYTES)
-    if compression == ".zst":
-        zstandard = require("zstandard", extra="corpus", purpose=f"reading {name}")
-        plain = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True)
-        return io.BufferedReader(plain, _BLOCK_BYTES)
-    return buffered
-
-
-def drain(section: Section) -> None:
-    """Read a section to its end: a decompressor may leave bytes behind the last frame."""
-    while section.read(_BLOCK_BYTES):
-        pass
-
-
-def boundary(file: IO[bytes], offset: int, reading: Reading, format_: str) -> int:
+def boundary(file: IO[bytes], offset: int, reading: Reading, of: CorpusFile) -> int:
     """Where the slice that begins at `offset` really begins: an offset that both its neighbours find.
 
     A line begins there; with paragraphs, the line before it is blank; within one document, no token
     spans it.
+
+    Raises:
+        UsageError: a line is longer than `Reading.max_line`.
     """
     if offset == 0:
         return 0
-    if format_ == "text" and reading.unit == "document":
-        return _document_cut(file, offset)
+    if of.format == "text" and reading.unit == "document":
+        return _document_cut(file, offset, reading, of)
     file.seek(offset - 1)
-    file.readline()
-    if format_ == "text" and reading.unit == "paragraph":
-        while file.readline().strip():
+    _line(file, reading, of)
+    if of.format == "text" and reading.unit == "paragraph":
+        while _line(file, reading, of).strip():
             pass
     return file.tell()
 
 
-def _document_cut(file: IO[bytes], offset: int) -> int:
+def _line(file: IO[bytes], reading: Reading, of: CorpusFile) -> bytes:
+    line = file.readline(reading.max_line + 1)
+    if len(line) > reading.max_line:
+        raise too_long(f"{of.name}, in front of byte {file.tell():,}", "a line", reading.max_line)
+    return line
+
+
+def _document_cut(file: IO[bytes], offset: int, reading: Reading, of: CorpusFile) -> int:
     file.seek(offset)
     content, start = b"", offset
     while block := file.read(_SCAN_BYTES):
@@ -155,4 +105,6 @@ def _document_cut(file: IO[bytes], offset: int) -> int:
         text = content.decode("utf-8", "surrogateescape")
         if cut := CUT.search(text):
             return start + len(text[: cut.end()].encode("utf-8", "surrogateescape"))
+        if start - offset > reading.max_line:
+            raise uncut(f"{of.name}, behind byte {offset:,}", reading.max_line)
     return start + len(content)

@@ -13,6 +13,7 @@ from trimserve.corpus.files import CorpusSource
 from trimserve.counting.engine import CorpusCounter
 from trimserve.counting.plan import How
 from trimserve.counting.slice_counts import OnBytes, ignore
+from trimserve.text.tokenizer import tokenizer_border
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Interrupted(KeyboardInterrupt):
         self.tally = tally
 
 
+@tokenizer_border
 def count_corpus(
     corpus: Corpus,
     tokenizer: Tokenizer,

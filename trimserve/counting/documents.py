@@ -1,12 +1,10 @@
 """Count the tokens of documents, and the documents that hold each token."""
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +13,7 @@ from trimserve.arrays import Counts
 from trimserve.corpus.documents import CUT_CONTEXT, Document
 from trimserve.counting.encoding.encoders import Flat, IdEncoder
 from trimserve.counting.slice_counts import SliceCounts
+from trimserve.interrupts import uninterrupted
 from trimserve.process import release_free_memory
 
 # More documents a batch would only hold memory.
@@ -98,22 +97,6 @@ def _ahead(function: Callable[[_In], _Out], values: Iterable[_In]) -> Generator[
             yield running.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[Any] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if pressed and callable(handler):
-            handler(*pressed[0])
 
 
 def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:

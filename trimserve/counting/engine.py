@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import Document
-from trimserve.corpus.files import CorpusFile, CorpusSource
-from trimserve.counting.documents import DocumentCounter, uninterrupted
+from trimserve.corpus.files import CorpusFile, CorpusSource, check_unchanged
+from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.encoding.choosing import choose_encoder
 from trimserve.counting.encoding.encoders import IdEncoder
 from trimserve.counting.plan import (
@@ -32,6 +32,7 @@ from trimserve.counting.sums import Sums, plan_hash
 from trimserve.counting.workers.job import Job
 from trimserve.counting.workers.processes import count_local
 from trimserve.errors import UsageError
+from trimserve.interrupts import uninterrupted
 
 log = logging.getLogger(__name__)
 _HASH_BLOCK = 1 << 22
@@ -84,6 +85,8 @@ class CorpusCounter:
         with contextlib.closing(SourceHashes(self._hashed_apart())) as hashes:
             self._count_slices(job, encoder, on_bytes)
             sums.sources += hashes.sources()
+        for file in dict.fromkeys(piece.file for piece in self.slices):
+            check_unchanged(file)
         if corpus.streams:
             self._count_stream(encoder, itertools.chain(first, stream), on_bytes)
         if not sums.total.characters and self.slices_are_all:

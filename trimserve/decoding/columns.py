@@ -8,7 +8,9 @@ import numpy.typing as npt
 
 from trimserve.arrays import Floats, Ids
 from trimserve.errors import UsageError
+from trimserve.foreign import foreign
 
+_ADVICE = "return float32 logits of the shape that it is given."
 # (token ids of prompt and output, logits over the full vocab (V,)) -> logits (V,); must be a pure function.
 LogitsProcessor = Callable[[Ids, Floats], Floats]
 
@@ -60,11 +62,18 @@ class Columns:
         """Run a processor on the logits at full width, -inf where there is no column."""
         full = np.full(self.vocab_size, -np.inf, np.float32)
         full[self.ids] = logits
-        changed = np.asarray(processor(history, full), np.float32)
+        given = processor(history, full)
+        with foreign("a logits_processor returned no array of numbers", advice=_ADVICE, error=UsageError):
+            changed = np.asarray(given, np.float32)
         if changed.shape != full.shape:
             raise UsageError(
                 f"a logits_processor must return an array of shape ({self.vocab_size},) as it was given, "
                 f"found {changed.shape}."
+            )
+        if not changed.max(initial=-np.inf) < np.inf:
+            raise UsageError(
+                "a logits_processor must return numbers, or -inf for what is not allowed, found NaN or +inf: "
+                "for a token that must come, set the others to -inf."
             )
         return changed[self.ids]
 

@@ -15,6 +15,7 @@ from trimserve.arrays import Ids
 from trimserve.decoding.token_rules import as_ids, completes
 
 Floats = npt.NDArray[np.float32]
+_LARGEST_GROWTH = 1e20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,13 @@ class LogitEdits:
         if steps <= start:
             return logits
         growth = np.where(np.isfinite(logits), np.abs(logits), np.float32(0)).astype(np.float32)
-        grown: Floats = logits + growth * np.float32(factor ** (steps - start) - 1)
+        grown: Floats = logits + growth * np.float32(_power(factor, steps - start) - 1)
         return grown
+
+
+def _power(factor: float, steps: int) -> float:
+    """A power, no larger than what ends a text anyhow: above, float32 logits would overflow."""
+    return factor**steps if steps * np.log(factor) < np.log(_LARGEST_GROWTH) else _LARGEST_GROWTH
 
 
 def read_sequence_bias(value: object) -> tuple[tuple[tuple[int, ...], float], ...]:

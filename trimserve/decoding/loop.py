@@ -16,7 +16,7 @@ from trimserve.decoding.columns import Columns
 from trimserve.decoding.feeder import Feeder
 from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.slots import DraftSlots
-from trimserve.decoding.stats import Timing
+from trimserve.decoding.stats import ColdReads, Timing
 from trimserve.errors import NoTokenError
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder, Step
@@ -30,10 +30,12 @@ class Checker(Protocol):
     Attributes:
         replaces: whether a draft that does not stand is replaced, so that any id may be drafted.
         timing: seconds spent in checks.
+        reads: what checks read of the cold files.
     """
 
     replaces: bool
     timing: Timing
+    reads: ColdReads
 
     @property
     def draft_length(self) -> int:
@@ -202,6 +204,7 @@ class InStep:
         self._checker = checker
         self.replaces = checker.replaces
         self.timing = checker.timing
+        self.reads = checker.reads
 
     @property
     def draft_length(self) -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from trimserve.arrays import Floats, Ids
 from trimserve.decoding.request import Draft, Request
-from trimserve.decoding.stats import Timing
+from trimserve.decoding.stats import ColdReads, Timing
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder, Step
@@ -108,6 +108,7 @@ class MassMeter:
         self._head = head
         self.masses: list[float] = []
         self.timing = Timing()
+        self.reads = ColdReads()  # exact mode alone counts them
 
     @property
     def mean_mass(self) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trimserve.concurrency import Lock
 from trimserve.decoding.request import Request
 from trimserve.vocab.map import VocabMap
 
@@ -54,10 +55,24 @@ class ColdReads:
     full_bytes: int = 0
     row_bytes: int = 0
 
+    def add(self, other: "ColdReads") -> None:
+        """Add what another has counted."""
+        self.steps += other.steps
+        self.certified += other.certified
+        self.rows += other.rows
+        self.bytes += other.bytes
+
+    def nothing_yet(self) -> "ColdReads":
+        """Of the same rows, for one call to count."""
+        return ColdReads(full_bytes=self.full_bytes, row_bytes=self.row_bytes)
+
 
 @dataclass(slots=True)
 class GeneratorStats:
     """What a generator has done since it was loaded: the live coverage, which shows drift.
+
+    A call counts by itself and is added when it ends, also where its stream was abandoned. Calls may end in
+    any thread.
 
     Attributes:
         prompt_tokens: tokens fed from prompts.
@@ -81,6 +96,7 @@ class GeneratorStats:
     timing: Timing = field(default_factory=Timing)
     other: float = 0.0
     head_share: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @property
     def accepted(self) -> int:
@@ -105,19 +121,37 @@ class GeneratorStats:
         }
 
     def count(
-        self, requests: Sequence[Request], head_vocab: VocabMap, timings: Sequence[Timing], seconds: float
+        self,
+        requests: Sequence[Request],
+        head_vocab: VocabMap,
+        timings: Sequence[Timing],
+        seconds: float,
+        reads: ColdReads | None = None,
     ) -> None:
         """Add a finished batch that took so many seconds in all; cold tokens of prompts are counted apart."""
-        for request in requests:
-            output = np.array(request.output, np.int32)
-            self.prompt_tokens += request.prompt_tokens
-            self.tokens += len(request.output)
-            self.cold_tokens += int((~head_vocab.is_kept(output)).sum())
-            self.drafted += request.drafted
-            self.rejected += request.rejected
-        spent = 0.0
-        for timing in timings:
-            self.timing.add(timing)
-            spent += timing.model + timing.cold_head + timing.sampler
+        prompt_tokens = sum(request.prompt_tokens for request in requests)
+        tokens = sum(len(request.output) for request in requests)
+        outputs = [np.array(request.output, np.int32) for request in requests]
+        cold_tokens = sum(int((~head_vocab.is_kept(output)).sum()) for output in outputs)
+        drafted = sum(request.drafted for request in requests)
+        rejected = sum(request.rejected for request in requests)
+        spent = sum(timing.model + timing.cold_head + timing.sampler for timing in timings)
         # Parts that overlapped count twice: nothing is left for the rest then.
-        self.other += max(0.0, seconds - spent)
+        other = max(0.0, seconds - spent)
+        with self._lock:
+            # Only plain sums, so that nothing of another count can come between reading and writing one.
+            self.prompt_tokens += prompt_tokens
+            self.tokens += tokens
+            self.cold_tokens += cold_tokens
+            self.drafted += drafted
+            self.rejected += rejected
+            self.other += other
+            for timing in timings:
+                self.timing.add(timing)
+            if reads is not None:
+                self.cold_reads.add(reads)
+
+    def count_cold(self, tokens: int) -> None:
+        """Add cold tokens of prompts."""
+        with self._lock:
+            self.cold_tokens += tokens

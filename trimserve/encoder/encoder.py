@@ -1,11 +1,11 @@
 """Encoder: texts to embeddings, scores or head outputs, for a trimmed folder of an encoder model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arguments import Count, checked
 from trimserve.arrays import Floats, Ids
 from trimserve.encoder.cross_encoder import Pair, RankedDocument, ranked, scored_pairs, to_scores
 from trimserve.encoder.graph import EncoderGraph, GraphOutput
@@ -19,11 +19,8 @@ from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, TOKENS, SpladePooling, read_settings
 from trimserve.folder.tasks import EMBEDDING_TASK
 from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import Session
 from trimserve.text.codec import Codec, Text, shorten
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
-
 
 # The prompts that sentence-transformers takes for queries and documents where none is asked for.
 _QUERY_PROMPTS = ("query",)
@@ -47,9 +44,7 @@ class Encoder(TaskMethods):
         stats: see `EncoderStats`.
     """
 
-    def __init__(
-        self, folder: TrimmedFolder, session: "ort.InferenceSession", codec: Codec, cold: ColdRows
-    ) -> None:
+    def __init__(self, folder: TrimmedFolder, session: Session, codec: Codec, cold: ColdRows) -> None:
         self.folder = folder
         self.codec = codec
         self.task = folder.manifest.task
@@ -68,14 +63,15 @@ class Encoder(TaskMethods):
             return self._graph.width()
         return int(self._embed_nothing(normalize=False).shape[1])
 
+    @checked
     def encode(
         self,
         texts: str | Sequence[str],
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        truncate_dim: int | None = None,
-        batch_size: int = 32,
+        truncate_dim: Count | None = None,
+        batch_size: Count = 32,
         normalize: bool | None = None,
     ) -> Floats:
         """Embed texts as sentence-transformers does with the source model: `SentenceTransformer.encode`.
@@ -114,21 +110,24 @@ class Encoder(TaskMethods):
             embeddings = self._embed(texts, before, batch_size, columns, normalize=normalize is not False)
         return normalize_rows(embeddings) if normalize else embeddings
 
-    def encode_query(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Floats:
+    @checked
+    def encode_query(self, texts: str | Sequence[str], *, batch_size: Count = 32) -> Floats:
         """Embed queries: `encode` with the prompt ``"query"`` where the folder has one."""
         return self.encode(texts, prompt_name=self._first_prompt(_QUERY_PROMPTS), batch_size=batch_size)
 
-    def encode_document(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Floats:
+    @checked
+    def encode_document(self, texts: str | Sequence[str], *, batch_size: Count = 32) -> Floats:
         """Embed documents: `encode` with the prompt ``"document"``, ``"passage"`` or ``"corpus"``."""
         return self.encode(texts, prompt_name=self._first_prompt(_DOCUMENT_PROMPTS), batch_size=batch_size)
 
+    @checked
     def encode_sparse(
         self,
         texts: str | Sequence[str],
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: Count = 32,
     ) -> list[SparseVector]:
         """Embed texts as sparse vectors: `SparseEncoder.encode`, without the zeros.
 
@@ -149,21 +148,24 @@ class Encoder(TaskMethods):
         before = self.settings.prompt(prompt_name, prompt)
         return sparse_vectors(self._weights([before + text for text in as_list(texts)], batch_size))
 
+    @checked
     def similarity(self, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
         """Compare embeddings (n, D) with embeddings (m, D) by the folder's function; float32 (n, m)."""
         return similarity(self.settings.similarity, first, second)
 
+    @checked
     def similarity_pairwise(self, first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
         """Compare embeddings (n, D) one by one with embeddings (n, D); float32 (n,)."""
         return similarity_pairwise(self.settings.similarity, first, second)
 
+    @checked
     def predict(
         self,
         pairs: Pair | Sequence[Pair],
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: Count = 32,
         apply_softmax: bool = False,
     ) -> Floats:
         """Score pairs of texts that are read together: `CrossEncoder.predict`.
@@ -194,16 +196,17 @@ class Encoder(TaskMethods):
         found = to_scores(table, self.settings.activation, apply_softmax=apply_softmax)
         return np.asarray(found[0], np.float32) if single else found
 
+    @checked
     def rank(
         self,
         query: str,
         documents: Sequence[str],
         *,
-        top_k: int | None = None,
+        top_k: Count | None = None,
         return_documents: bool = False,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: Count = 32,
     ) -> list[RankedDocument]:
         """Sort documents by their score with a query, the best first: `CrossEncoder.rank`.
 
@@ -228,7 +231,8 @@ class Encoder(TaskMethods):
             raise UsageError(f"{self.folder.path} scores {scores.shape[1]} labels: call predict() instead.")
         return ranked(scores, documents if return_documents else None)[:top_k]
 
-    def forward(self, texts: Text | Sequence[Text], *, batch_size: int = 32) -> list[Floats]:
+    @checked
+    def forward(self, texts: Text | Sequence[Text], *, batch_size: Count = 32) -> list[Floats]:
         """Run the model's head.
 
         Args:
@@ -254,6 +258,7 @@ class Encoder(TaskMethods):
         pairs = zip(texts, results, strict=True)
         return [self._empty(text) if found is None else found for text, found in pairs]
 
+    @checked
     def token_ids(self, texts: Sequence[Text]) -> list[Ids]:
         """Token ids of texts as `forward` feeds them: cut to `max_tokens`, cold ones split if need be."""
         return [entry.ids for entry in self._graph.encode(texts)[0]]

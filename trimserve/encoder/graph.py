@@ -7,13 +7,14 @@ shape can make the runtime add in another order.
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Floats, Mask
+from trimserve.concurrency import Lock
 from trimserve.encoder.limits import longest_input
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.folder.manifest import Lengths
@@ -21,11 +22,9 @@ from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, SentenceSettings
 from trimserve.folder.tasks import ANSWERING_TASK, EMBEDDING_TASK
 from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
+from trimserve.runtime.session import Session
 from trimserve.text.batching import Encoded, join
 from trimserve.text.codec import Codec, Text
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 # The two outputs of a head that answers questions: of an answer's first token, and of its last.
 SPANS = ("start_logits", "end_logits")
@@ -51,6 +50,15 @@ class EncoderStats:
     tokens: int = 0
     cold_tokens: int = 0
     truncated: int = 0
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
+
+    def count(self, *, texts: int = 0, tokens: int = 0, cold_tokens: int = 0, truncated: int = 0) -> None:
+        """Add what one call has done; calls may come from any thread."""
+        with self._lock:
+            self.texts += texts
+            self.tokens += tokens
+            self.cold_tokens += cold_tokens
+            self.truncated += truncated
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,7 @@ class EncoderGraph:
     def __init__(
         self,
         folder: TrimmedFolder,
-        session: "ort.InferenceSession",
+        session: Session,
         codec: Codec,
         cold: ColdRows,
         settings: SentenceSettings,
@@ -146,10 +154,12 @@ class EncoderGraph:
     ) -> Iterator[GraphOutput]:
         """Feed what `encode` gives; `split` cold tokens have been split for it."""
         lengths = np.array([len(text.ids) for text in encoded], np.int64)
-        self.stats.texts += len(encoded)
-        self.stats.tokens += int(lengths.sum())
-        self.stats.cold_tokens += split
-        self.stats.truncated += sum(text.truncated for text in encoded)
+        self.stats.count(
+            texts=len(encoded),
+            tokens=int(lengths.sum()),
+            cold_tokens=split,
+            truncated=sum(text.truncated for text in encoded),
+        )
         order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
         while order.size:
             # The longest text comes first and sets the width of its batch.
@@ -167,7 +177,7 @@ class EncoderGraph:
         self, chosen: npt.NDArray[np.int64], encoded: Sequence[Encoded], result: str
     ) -> GraphOutput:
         batch = self.codec.slots([encoded[text].ids for text in chosen])
-        self.stats.cold_tokens += batch.cold_tokens
+        self.stats.count(cold_tokens=batch.cold_tokens)
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": batch.ids,
             "attention_mask": batch.attention_mask,

@@ -43,15 +43,12 @@ class SentenceModules:
         """Read the tensors of a folder.
 
         Raises:
-            MismatchError: a module's tensor is missing.
+            MismatchError: a module's tensor is missing, or of another shape than the module wants.
         """
         tensors = read_tensors(folder)
         for index, module in enumerate(settings.modules):
-            if isinstance(module, Dense | LayerNorm) and f"{index}.weight" not in tensors:
-                raise MismatchError(
-                    f"{folder.path / SENTENCE_TENSORS_NAME} has no {index}.weight, which its {module.type} "
-                    "needs: export the folder again."
-                )
+            if isinstance(module, Dense | LayerNorm):
+                _check_tensors(index, module, tensors, str(folder.path / SENTENCE_TENSORS_NAME))
         return cls(settings, tensors)
 
     def run(
@@ -104,7 +101,9 @@ class SentenceModules:
             features[SENTENCE] = normalize_rows(features[SENTENCE])
 
     def _dense(self, index: int, module: Dense, values: Floats) -> Floats:
-        product = values @ self._tensors[f"{index}.weight"].T
+        weight = self._tensors[f"{index}.weight"]
+        _check_width(index, module, values, weight.shape[1])
+        product = values @ weight.T
         if (bias := self._tensors.get(f"{index}.bias")) is not None:
             product = product + bias
         made = activate(module.activation, product)
@@ -115,7 +114,35 @@ class SentenceModules:
         return added
 
     def _layer_norm(self, index: int, values: Floats) -> Floats:
+        _check_width(index, LayerNorm(), values, self._tensors[f"{index}.weight"].shape[0])
         centred = values - values.mean(axis=-1, keepdims=True)
         variance = np.square(centred).mean(axis=-1, keepdims=True)
         scaled: Floats = centred / np.sqrt(variance + _EPSILON) * self._tensors[f"{index}.weight"]
         return scaled + self._tensors[f"{index}.bias"]
+
+
+def _check_tensors(index: int, module: Dense | LayerNorm, tensors: Mapping[str, Floats], origin: str) -> None:
+    weight = tensors.get(f"{index}.weight")
+    if weight is None:
+        raise MismatchError(
+            f"{origin} has no {index}.weight, which its {module.type} needs: export the folder again."
+        )
+    wanted = {"weight": weight.shape[:2] if isinstance(module, Dense) else weight.shape[:1]}
+    wanted |= {"bias": weight.shape[:1], "residual": weight.shape[:2]}
+    rank = 2 if isinstance(module, Dense) else 1
+    needed = ("weight", "bias") if isinstance(module, LayerNorm) else ("weight",)
+    for name, shape in wanted.items():
+        tensor = tensors.get(f"{index}.{name}")
+        if (tensor is None and name in needed) or (tensor is not None and tensor.shape != shape):
+            found = "is missing" if tensor is None else f"has the shape {tensor.shape}"
+            raise MismatchError(f"{origin}: {index}.{name} {found}, not {shape}: export the folder again.")
+    if weight.ndim != rank:
+        raise MismatchError(f"{origin}: {index}.weight has {weight.ndim} axes: export the folder again.")
+
+
+def _check_width(index: int, module: Module, values: Floats, width: int) -> None:
+    if values.shape[-1] != width:
+        raise MismatchError(
+            f"module {index}, {module.type}, takes {width:,} numbers and is given {values.shape[-1]:,}: "
+            "export the folder again."
+        )

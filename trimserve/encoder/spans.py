@@ -6,12 +6,14 @@ the product of whose probabilities of being the start and the end is its score.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 from tokenizers import Encoding, Tokenizer
 
+from trimserve.arguments import Count
 from trimserve.arrays import Floats
 from trimserve.errors import UsageError
 from trimserve.text.codec import shorten
@@ -32,10 +34,10 @@ class Answer(TypedDict):
 class AnswerArguments(TypedDict, total=False):
     """Keyword arguments of `Encoder.answer`; see `AnswerOptions`."""
 
-    top_k: int
-    doc_stride: int | None
-    max_answer_len: int
-    max_seq_len: int | None
+    top_k: Count
+    doc_stride: Annotated[int, Meta(ge=0)] | None
+    max_answer_len: Count
+    max_seq_len: Count | None
     handle_impossible_answer: bool
     align_to_words: bool
 

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import numpy as np
 from tokenizers import Encoding
 
+from trimserve.arguments import Count, checked
 from trimserve.arrays import Floats, Ids
 from trimserve.encoder.answers import Candidate, fill_in, full_logits, top_candidates
 from trimserve.encoder.classification import Function, Label, classify
@@ -27,17 +28,18 @@ class TaskMethods:
     max_tokens: int | None
     _graph: EncoderGraph
 
-    def forward(self, texts: Text | Sequence[Text], *, batch_size: int = 32) -> list[Floats]:
+    def forward(self, texts: Text | Sequence[Text], *, batch_size: Count = 32) -> list[Floats]:
         """Run the model's head; see `Encoder.forward`."""
         raise NotImplementedError
 
+    @checked
     def classify(
         self,
         texts: Text | Sequence[Text],
         *,
-        top_k: int | None = None,
+        top_k: Count | None = None,
         function: Function | None = None,
-        batch_size: int = 32,
+        batch_size: Count = 32,
     ) -> list[list[Label]]:
         """Label texts, or pairs of texts, as transformers' text-classification pipeline does.
 
@@ -55,13 +57,14 @@ class TaskMethods:
         logits = self.forward(texts, batch_size=batch_size)
         return [classify(row, config, top_k=top_k, function=function) for row in logits]
 
+    @checked
     def tag(
         self,
         texts: str | Sequence[str],
         *,
         aggregation: Aggregation = "none",
         ignore_labels: Sequence[str] = ("O",),
-        batch_size: int = 32,
+        batch_size: Count = 32,
     ) -> list[list[Entity]]:
         """Find entities in texts, as transformers' token-classification pipeline does.
 
@@ -96,8 +99,9 @@ class TaskMethods:
             for text, encoding, rows in zip(texts, encodings, logits, strict=True)
         ]
 
+    @checked
     def answer(
-        self, question: str, context: str, *, batch_size: int = 8, **options: Unpack[AnswerArguments]
+        self, question: str, context: str, *, batch_size: Count = 8, **options: Unpack[AnswerArguments]
     ) -> list[Answer]:
         """Find the answer to a question in a context, as transformers 4's question-answering pipeline does.
 
@@ -131,13 +135,14 @@ class TaskMethods:
         pairs = list(zip(windows, logits, strict=True))
         return find_answers(context, pairs, wanted, cls_id=cls_id, sequence=1 if first else 0)
 
+    @checked
     def fill_mask(
         self,
         texts: str | Sequence[str],
         *,
-        top_k: int = 5,
+        top_k: Count = 5,
         targets: str | Sequence[str] | None = None,
-        batch_size: int = 8,
+        batch_size: Count = 8,
     ) -> list[list[list[Candidate]]]:
         """Predict the masked tokens of texts, over the full vocab where the folder has cold rows.
 

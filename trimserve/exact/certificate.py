@@ -11,13 +11,16 @@ penalties, logit and sequence bias and the model's own bans; a `logits_processor
 logits of the full vocab, and a forced token needs no logits: these are replayed.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Doubles, Floats, Ids
+from trimserve.concurrency import Lock
 from trimserve.decoding.columns import Columns, History
 from trimserve.decoding.request import Draft, Request
 from trimserve.decoding.sampling import (
@@ -44,7 +47,8 @@ _MOST_ROWS = _MOST_GROUPS * GROUP_ROWS
 class Worth:
     """Whether it pays to ask the sketch: it does not where most of what is asked stays open.
 
-    Every eighth block is tried, so that it is noticed when that changes.
+    Every eighth block is tried, so that it is noticed when that changes. All requests of a model learn it
+    together: what it says changes what a block costs, not its tokens.
     """
 
     _PAYS_ABOVE = 0.6
@@ -52,15 +56,18 @@ class Worth:
     def __init__(self) -> None:
         self._share = 1.0
         self._skipped = 0
+        self._lock = Lock()
 
     def asks(self) -> bool:
         """Whether to ask for the next block."""
-        self._skipped = 0 if self._share > self._PAYS_ABOVE or self._skipped >= 7 else self._skipped + 1
-        return self._skipped == 0
+        with self._lock:
+            self._skipped = 0 if self._share > self._PAYS_ABOVE or self._skipped >= 7 else self._skipped + 1
+            return self._skipped == 0
 
     def note(self, share: float) -> None:
         """Learn which share of a block was worth asking for."""
-        self._share += 0.1 * (share - self._share)
+        with self._lock:
+            self._share += 0.1 * (share - self._share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +81,29 @@ class _Step:
 
 
 class ColdCertificate:
-    """A `Certificate` by a sketch of the cold rows."""
+    """A `Certificate` by a sketch of the cold rows.
 
-    def __init__(self, sketch: Sketch, head: ColdHead, head_vocab: VocabMap, reads: ColdReads) -> None:
+    All of it but `reads` may be shared: `counting` gives each call one that counts by itself.
+    """
+
+    def __init__(
+        self, sketch: Sketch, head: ColdHead, head_vocab: VocabMap, reads: ColdReads | None = None
+    ) -> None:
         self._sketch = sketch
         self._head = head
         self._head_vocab = head_vocab
         self._kept = Columns(head_vocab.kept_ids, head_vocab.vocab_size)
-        self._reads = reads
+        self._reads = reads or ColdReads()
         self._greedy, self._sampled = Worth(), Worth()
         # A place of each cold row; where an id is repeated, the last.
         self._place_of = np.empty(head.cold_ids.size, np.intp)
         self._place_of[np.searchsorted(head.cold_ids, sketch.ids)] = np.arange(sketch.ids.size)
+
+    def counting(self, reads: ColdReads) -> Self:
+        """The same certificate, which counts what it reads there."""
+        mine = copy.copy(self)
+        mine._reads = reads
+        return mine
 
     def challengers(self, hidden: Floats, floor: Floats) -> tuple[Floats, Ids]:
         """See `exact.Certificate`."""

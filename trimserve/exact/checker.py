@@ -45,7 +45,7 @@ class Certificate(Protocol):
 
 
 class ExactChecker:
-    """The `Checker` of exact mode."""
+    """The `Checker` of exact mode, for one call."""
 
     replaces = True
 
@@ -62,19 +62,18 @@ class ExactChecker:
         Args:
             head: the cold head.
             head_vocab: the ids that the compact head keeps.
-            block: chooses block sizes; it may have learned from other requests.
+            block: chooses block sizes.
             certificate: settles what it can without the cold head.
             reads: counts what is read, with the certificate.
         """
         self._head = head
         self._certificate = certificate
-        self._reads = reads or ColdReads()
+        self.reads = reads or ColdReads()
         self._kept, self._cold, self._full = (
             Columns(ids, head_vocab.vocab_size)
             for ids in (head_vocab.kept_ids, head.cold_ids, np.arange(head_vocab.vocab_size, dtype=np.int32))
         )
         self._block = block or DraftLength()
-        self._block.start()
         self.timing = Timing()
 
     @property
@@ -112,9 +111,9 @@ class ExactChecker:
         columns = logits.argmax(axis=1)
         kept_logits, kept_ids = logits[np.arange(len(columns)), columns], self._kept.ids[columns]
         start = time.perf_counter()
-        self._reads.steps += len(hidden)
+        self.reads.steps += len(hidden)
         if self._certificate is None:
-            self._reads.bytes += self._reads.full_bytes
+            self.reads.bytes += self.reads.full_bytes
             cold_logits, cold_ids = self._head.maxima(hidden)
         else:
             cold_logits, cold_ids = self._certificate.challengers(hidden, kept_logits)
@@ -144,7 +143,7 @@ class ExactChecker:
 
     def _replay(self, request: Request, block: Draft) -> list[int]:
         start = time.perf_counter()
-        self._reads.steps += len(block.tokens)
+        self.reads.steps += len(block.tokens)
         proven: Sequence[int | None] = [None] * len(block.tokens)
         if self._certificate is not None:
             proven = self._certificate.tokens(request, block)
@@ -171,7 +170,7 @@ class ExactChecker:
 
     def _cold_logits(self, hidden: Floats) -> Floats:
         start = time.perf_counter()
-        self._reads.bytes += self._reads.full_bytes
+        self.reads.bytes += self.reads.full_bytes
         logits = self._head.logits(hidden)
         self.timing.cold_head += time.perf_counter() - start
         return logits

@@ -25,14 +25,15 @@ product with the most extreme operands is compared when the sketch is opened.
 """
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.arrays import Doubles, Floats, Ids
+from trimserve.concurrency import Once
 from trimserve.errors import MismatchError
 from trimserve.exact.bounds import X86, HeadArithmetic, norms, product_error, rounding_distance
 from trimserve.exact.sketch_rows import (
@@ -45,17 +46,14 @@ from trimserve.exact.sketch_rows import (
     to_digits,
     unpacked,
 )
+from trimserve.files.held import HeldFile
 from trimserve.files.quantized import Quantization
-from trimserve.files.tensors import map_tensor, read_header
-from trimserve.folder.opening import TrimmedFolder
-from trimserve.runtime.after_head import AfterHead
-from trimserve.runtime.cold_rows import ColdRows
-from trimserve.runtime.session import open_session
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from trimserve.files.tensors import TensorSpec, map_tensor, read_header
 from trimserve.folder.names import SKETCH_DATA_NAME, SKETCH_GRAPH_NAME, SKETCH_MASS_NAME, SKETCH_NAME
-from trimserve.runtime.after_head import slope_after
+from trimserve.folder.opening import TrimmedFolder
+from trimserve.runtime.after_head import AfterHead, slope_after
+from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import Session, open_session
 
 SORTED_ROWS = 16_384
 # An export holds one run's integers, and a session packs them: the rows of a wide model make shorter runs.
@@ -116,34 +114,64 @@ class Sketch:
         Raises:
             MismatchError: the files do not fit each other.
         """
-        path, data = folder.file(SKETCH_NAME), folder.file(SKETCH_DATA_NAME)
-        specs, _ = read_header(path)
+        file, data = folder.opened(SKETCH_NAME), folder.opened(SKETCH_DATA_NAME)
+        self._path = file.path
         self.bits = bits_of(folder)
-        try:
-            self._order, self._scales, self._residuals, self._norms, self._magnitudes = (
-                np.array(map_tensor(specs[name]))
-                for name in ("order", "scales", "residuals", "norms", "magnitudes")
-            )
-            self._bias = np.array(map_tensor(specs["bias"])) if "bias" in specs else np.zeros(1)
-            self._roundings = np.zeros_like(self._norms)
-            if self.bits == 4:
-                self._roundings = np.array(map_tensor(specs["roundings"]))
-        except KeyError as error:
-            raise MismatchError(f"{path} has no tensor {error}: export the folder again.") from error
-        self._rests = np.stack([self._norms, self._residuals, self._magnitudes, self._roundings])
-        self._path = path
         self._cold = cold
         self._width = cold.width
+        self._read(file, cold)
         self.ids: Ids = cold.head_cold_ids[self._order]
         self.arithmetic = arithmetic_of(folder, after_head)
-        self._session = open_session(folder.file(SKETCH_GRAPH_NAME), threads=threads, prepack=True)
+        self._session = open_session(folder.graph(SKETCH_GRAPH_NAME), threads=threads, prepack=True)
         self._folder, self._threads = folder, threads
-        self._mass_session: ort.InferenceSession | None = None
+        self._mass_session: Once[Session] = Once()
         self._slope = slope_after(after_head) if SKETCH_MASS_NAME in folder.manifest.files else None
         stored = self._order.size * row_bytes(self._width, self.bits)
+        if data.size < stored:
+            raise MismatchError(
+                f"{data.path} should have at least {stored:,} bytes but has {data.size:,}: export the folder "
+                "again."
+            )
         # What is read is the packed form behind it, where there is one.
-        self.nbytes = max(stored, data.stat().st_size - stored) + path.stat().st_size
+        self.nbytes = max(stored, data.size - stored) + file.size
         self._check(data)
+
+    def _read(self, file: HeldFile, cold: ColdRows) -> None:
+        """Read the arrays, a number for each group of rows."""
+        specs, _ = read_header(file)
+        groups = -(-cold.head_cold_ids.size // GROUP_ROWS)
+        arrays = {
+            name: self._array(specs, name, groups) for name in ("scales", "residuals", "norms", "magnitudes")
+        }
+        self._scales, self._residuals, self._norms, self._magnitudes = arrays.values()
+        self._roundings = np.zeros_like(self._norms)
+        if self.bits == 4:
+            self._roundings = self._array(specs, "roundings", groups)
+        self._bias = self._array(specs, "bias", groups) if "bias" in specs else np.zeros(1)
+        self._order = self._array(specs, "order", groups * GROUP_ROWS, "i")
+        # Each cold row has a place, or its logits would be bounded by nothing.
+        places = np.zeros(cold.head_cold_ids.size, bool)
+        inside = (self._order >= 0) & (self._order < places.size)
+        places[self._order[inside]] = True
+        if not (inside.all() and places.all()):
+            raise MismatchError(
+                f"{self._path}: its order is not one of the {places.size:,} cold rows: export the "
+                "folder again."
+            )
+        self._rests = np.stack([self._norms, self._residuals, self._magnitudes, self._roundings])
+
+    def _array(
+        self, specs: Mapping[str, TensorSpec], name: str, size: int, kind: str = "f"
+    ) -> npt.NDArray[Any]:
+        if name not in specs:
+            raise MismatchError(f"{self._path} has no tensor {name!r}: export the folder again.")
+        array = np.array(map_tensor(specs[name]))
+        if array.shape != (size,) or array.dtype.kind != kind or (kind == "f" and np.isnan(array).any()):
+            raise MismatchError(
+                f"{self._path}: {name!r} should be {size:,} numbers but is {specs[name].dtype} of shape "
+                f"{array.shape}, or not numbers: export the folder again."
+            )
+        return array
 
     def product(self, hidden: Floats, temperature: float = 0.0) -> SketchedProduct:
         """Bound all cold logits: hidden states (N, H), in the graph's dtype.
@@ -205,18 +233,18 @@ class Sketch:
         With p the products of a group and u its bound, its logits are at most u - s t (max p - p), so its
         mass is at most exp(u) sum exp(-s t (max p - p)). What a second digit adds is in u.
         """
-        if self._mass_session is None:
-            path = self._folder.file(SKETCH_MASS_NAME)
-            self._mass_session = open_session(path, threads=self._threads, prepack=True)
         steepness = np.zeros((len(digits.values), self._scales.size), np.float32)
         steps = slope * (1 - _MASS_MARGIN) * digits.scales[:count, None] * self._scales
         steepness[:count] = np.minimum(steps, _STEEPEST)
         fed = {"digits": digits.values, "steepness": steepness}
-        maxima, masses = self._mass_session.run(["maximum", "mass"], fed)
+        maxima, masses = self._mass_session.get(self._open_masses).run(["maximum", "mass"], fed)
         alike = np.asarray(masses[:count], np.float64) * (1 + _MASS_MARGIN)
         return np.asarray(maxima, np.float64), np.minimum(alike, float(GROUP_ROWS))
 
-    def _check(self, data: Path) -> None:
+    def _open_masses(self) -> Session:
+        return open_session(self._folder.graph(SKETCH_MASS_NAME), threads=self._threads, prepack=True)
+
+    def _check(self, data: HeldFile) -> None:
         """Compare a product with the most extreme operands: a kernel that saturates would show here."""
         rows = min(run_rows(self._width), self._order.size)
         group = _first_group(data, rows, self._width, self.bits)
@@ -233,8 +261,8 @@ class Sketch:
             fits = bool((np.abs(found[:, 0] - (states @ group.T).max(axis=1)) <= error).all())
         if not fits:
             raise MismatchError(
-                f"{self._path} does not fit {data}, or this processor's product is not as accurate as its "
-                "bounds take for granted: export the folder again, or with --sketch none."
+                f"{self._path} does not fit {data.path}, or this processor's product is not as accurate as "
+                "its bounds take for granted: export the folder again, or with --sketch none."
             )
 
 
@@ -243,14 +271,14 @@ def row_bytes(width: int, bits: int) -> int:
     return width if bits == 8 else BLOCKS.blocks(width) * (BLOCKS.block_bytes + 4)
 
 
-def _first_group(data: Path, rows: int, width: int, bits: int) -> Doubles:
+def _first_group(data: HeldFile, rows: int, width: int, bits: int) -> Doubles:
     """What the first rows stand for, without their group's scale: (64, H)."""
     if bits == 8:
-        tile = np.memmap(data, np.uint8, "r", shape=(width, rows))
+        tile = np.ndarray((width, rows), np.uint8, data.map())
         return tile[:, :GROUP_ROWS].T.astype(np.float64) - ZERO
     shape = (rows, BLOCKS.blocks(width), BLOCKS.block_bytes)
-    integers = np.memmap(data, np.uint8, "r", shape=shape)
-    scales = np.memmap(data, np.float32, "r", offset=integers.size, shape=shape[:2])
+    integers = np.ndarray(shape, np.uint8, data.map())
+    scales = np.ndarray(shape[:2], np.float32, data.map(), integers.size)
     return unpacked(np.array(integers[:GROUP_ROWS]), np.array(scales[:GROUP_ROWS]))
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
 
 from trimserve.errors import MismatchError, UsageError
-from trimserve.files.atomic import atomic_path
+from trimserve.files.atomic import atomic_path, check_place
+from trimserve.files.checked_json import convert_json, parse_json
+from trimserve.files.held import HeldFile
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
 
 SCHEMA_VERSION = 1
+_LONGEST = 40  # of a stranger's word in a message
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -26,8 +28,7 @@ def check_output(path: Path, kind: str) -> None:
     Raises:
         UsageError: no such parent folder, or `path` exists and is not an artefact of this kind.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} does not exist: create it first.")
+    check_place(path)
     if path.exists() and not (path.is_file() and _is_kind(path, kind)):
         raise UsageError(f"{path} exists and is not a {kind} file: choose another name or remove it.")
 
@@ -61,29 +62,33 @@ def save_artefact(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any
         exhaust(write_tensors(temporary, tensors, metadata))
 
 
-def load_artefact(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Read an artefact of the given kind: its arrays and its facts.
 
     Raises:
         UsageError: there is no such file.
         MismatchError: it is no artefact of this kind, or of a schema this version cannot read.
     """
-    if not path.is_file():
+    if isinstance(path, HeldFile):
+        file, path = path, path.path
+    elif path.is_file():
+        file = HeldFile(path)
+    else:
         raise UsageError(f"{path} does not exist: expected a {kind} file.")
-    specs, metadata = read_header(path)
+    specs, stored = read_header(file)
+    advice = f"make the {kind} again."
+    metadata = convert_json(stored, dict[str, str], f"the metadata of {path}", advice=advice)
     if metadata.get("kind") != kind:
-        found = metadata.get("kind", "no trimserve file")
+        found = metadata.get("kind", "no trimserve file")[:_LONGEST]
         raise MismatchError(f"{path} should be a {kind} but is {found}: pass the right file.")
     if (version := metadata.get("schema_version")) != str(SCHEMA_VERSION):
         raise MismatchError(
-            f"{path} has schema {version}, this trimserve reads "
+            f"{path} has schema {str(version)[:_LONGEST]}, this trimserve reads "
             f"{SCHEMA_VERSION}: make the {kind} again or update trimserve."
         )
-    try:
-        arrays = {name: np.array(map_tensor(spec)) for name, spec in specs.items()}
-        facts = {
-            key: json.loads(value) for key, value in metadata.items() if key not in ("kind", "schema_version")
-        }
-    except (ValueError, SafetensorError) as error:
-        raise MismatchError(f"{path} is damaged ({error}): make the {kind} again.") from error
-    return arrays, facts
+    facts = {
+        key: parse_json(value, f"the entry {key!r} of {path}", advice=advice)
+        for key, value in metadata.items()
+        if key not in ("kind", "schema_version")
+    }
+    return {name: np.array(map_tensor(spec)) for name, spec in specs.items()}, facts

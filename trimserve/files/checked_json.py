@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from trimserve.errors import MismatchError
+from trimserve.errors import MismatchError, TrimserveError
+from trimserve.foreign import reason
 
 T = TypeVar("T")
 # The largest known tokenizer.json has 33 MB.
@@ -36,7 +37,14 @@ def read_json(path: Path, *, advice: str = AGAIN, finite: bool = True, most_byte
     return parse_json(content, str(path), advice=advice, finite=finite)
 
 
-def parse_json(text: str | bytes, origin: str, *, advice: str = AGAIN, finite: bool = True) -> Any:  # noqa: ANN401 - whatever JSON holds
+def parse_json(
+    text: str | bytes,
+    origin: str,
+    *,
+    advice: str = AGAIN,
+    finite: bool = True,
+    error: type[TrimserveError] = MismatchError,
+) -> Any:  # noqa: ANN401 - whatever JSON holds
     """Parse JSON text.
 
     Args:
@@ -44,10 +52,11 @@ def parse_json(text: str | bytes, origin: str, *, advice: str = AGAIN, finite: b
         origin: where it stands, as the subject of the message.
         advice: what the message says to do next.
         finite: see `read_json`.
+        error: the class to raise.
 
     Raises:
-        MismatchError: not UTF-8, not JSON, nested too deeply, a key that stands twice in an object, a number
-            beyond float64, or half of a surrogate pair.
+        TrimserveError: of the class `error`: not UTF-8, not JSON, nested too deeply, a key that stands twice
+            in an object, a number beyond float64, or half of a surrogate pair.
     """
     hooks: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite} if finite else {}
     try:
@@ -56,39 +65,42 @@ def parse_json(text: str | bytes, origin: str, *, advice: str = AGAIN, finite: b
         if "\\u" in characters:
             _check_surrogates(content)
     except RecursionError:
-        raise MismatchError(f"{origin} is nested too deeply for JSON of its kind: {advice}") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError, too
-        raise MismatchError(f"{origin} is not JSON ({error}): {advice}") from error
+        raise error(f"{origin} is nested too deeply for JSON of its kind: {advice}") from None
+    except ValueError as caught:  # UnicodeDecodeError and JSONDecodeError, too
+        raise error(f"{origin} is not JSON ({reason(caught)}): {advice}") from caught
     return content
 
 
-def convert_json(content: object, kind: type[T], origin: str, *, advice: str = AGAIN) -> T:
+def convert_json(
+    content: object, kind: type[T], origin: str, *, advice: str = AGAIN, exact: bool = True
+) -> T:
     """Check parsed JSON against a type and make it one.
 
     Args:
         content: what `parse_json` gave.
         kind: a dataclass or any other type that msgspec knows; ranges are `Annotated[int,
-            msgspec.Meta(ge=0)]`. A dataclass refuses keys that it does not have.
+            msgspec.Meta(ge=0)]`.
         origin: where it stands, as the subject of the message.
         advice: what the message says to do next.
+        exact: refuse keys that the dataclass does not have; files of other libraries may have any.
 
     Raises:
         MismatchError: a type, a range, a missing or an unknown key, by its place.
     """
-    if dataclasses.is_dataclass(kind) and isinstance(content, dict):
+    if exact and dataclasses.is_dataclass(kind) and isinstance(content, dict):
         known = {field.name for field in dataclasses.fields(kind)}
         if unknown := sorted(set(content) - known):
-            raise MismatchError(f"{origin} has a key that is not known, {unknown[0]!r}: {advice}")
+            raise MismatchError(f"{origin} has a key that is not known, {unknown[0][:100]!r}: {advice}")
     try:
         return msgspec.convert(content, kind)
     except (msgspec.ValidationError, RecursionError, ValueError, TypeError) as error:
-        raise MismatchError(f"{origin} does not hold what it should ({error}): {advice}") from error
+        raise MismatchError(f"{origin} does not hold what it should ({reason(error)}): {advice}") from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"the key {_twice(key for key, _ in pairs)!r} stands twice in an object")
+        raise ValueError(f"the key {_twice(key for key, _ in pairs)[:100]!r} stands twice in an object")
     return found
 
 

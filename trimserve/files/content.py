@@ -3,18 +3,19 @@
 from pathlib import Path
 
 from trimserve.errors import MismatchError
+from trimserve.files.held import HeldFile
 
 _LFS_MARK = b"version https://git-lfs.github.com/spec/"
 
 
-def check_content(path: Path) -> None:
+def check_content(path: Path | HeldFile) -> None:
     """Refuse a file that is not there in truth: empty, or the pointer that Git LFS leaves in its place.
 
     Raises:
         MismatchError: see above.
     """
-    with path.open("rb") as file:
-        begin = file.read(len(_LFS_MARK))
+    file = path if isinstance(path, HeldFile) else HeldFile(path)
+    path, begin = file.path, file.read(0, len(_LFS_MARK))
     if not begin:
         raise MismatchError(f"{path} is empty: fetch it again.")
     if begin == _LFS_MARK:

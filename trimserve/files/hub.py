@@ -4,6 +4,7 @@ from pathlib import Path
 from types import ModuleType
 
 from trimserve.errors import UsageError
+from trimserve.foreign import foreign
 
 
 def fetch_snapshot(
@@ -21,11 +22,6 @@ def fetch_snapshot(
     Raises:
         UsageError: there is no such repository, or the hub cannot be reached.
     """
-    try:
+    advice = f"check the name, the revision and the connection{otherwise}."
+    with foreign(f"{refused} could not be fetched from the hub", advice=advice, error=UsageError):
         return Path(hub.snapshot_download(repo, **options))
-    except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"{refused} could not be fetched from the hub ({reason}): check the name, the revision and the "
-            f"connection{otherwise}."
-        ) from error

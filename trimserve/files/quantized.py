@@ -11,15 +11,18 @@ other, so cold rows quantised alone are the rows that the full head would have.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import MismatchError
+from trimserve.files.checked_json import convert_json
+from trimserve.files.held import HeldFile
 from trimserve.files.tensors import STORAGE_DTYPES, TensorSpec
 
 _BITS = (4, 8)
+_LARGEST_BLOCK = 1 << 16
 _SMALLEST = np.finfo(np.float32).tiny
 
 
@@ -43,11 +46,11 @@ class BlockScheme:
     block_size: int = 32
     accuracy_level: int = 4
     zero_points: bool = False
-    scales: str = "largest"
+    scales: Literal["largest", "error"] = "largest"
 
     def __post_init__(self) -> None:
         size = self.block_size
-        if self.bits not in _BITS or size < 16 or size & (size - 1):
+        if self.bits not in _BITS or not 16 <= size <= _LARGEST_BLOCK or size & (size - 1):
             raise MismatchError(
                 f"quantisation to {self.bits} bits in blocks of {size} is not known: expected 4 or 8 bits "
                 "and a power of two from 16. Export the folder again."
@@ -68,6 +71,14 @@ class BlockScheme:
 
 
 @dataclass(frozen=True, slots=True)
+class _Apart:
+    """The schemes of a manifest's entry that has two, before they are checked."""
+
+    rows: dict[str, Any]
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """How a model's weights are quantised: the entry `quantization` of a manifest.
 
@@ -82,26 +93,32 @@ class Quantization:
     by_exporter: bool = False
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | None) -> Self | None:
+    def from_dict(
+        cls, values: Mapping[str, Any] | None, origin: str = "the manifest's quantization"
+    ) -> Self | None:
         """Read a manifest's entry; None for weights that are not quantised.
 
         Folders of earlier versions, those made of a graph, and those that an exporter quantised have one
         scheme for all products.
+
+        Args:
+            values: the entry.
+            origin: what holds it, as the subject of a message.
 
         Raises:
             MismatchError: a scheme that is not known.
         """
         if values is None:
             return None
-        one = "rows" not in values
-        schemes = {"rows": values, "body": values} if one else values
-        try:
-            return cls(BlockScheme(**schemes["rows"]), BlockScheme(**schemes["body"]), one)
-        except (TypeError, KeyError) as error:
-            raise MismatchError(
-                f"the manifest's quantisation is none that this version knows ({error}): export the folder "
-                "again."
-            ) from error
+        advice = "export the folder again."
+        if "rows" not in values:
+            one = convert_json(values, BlockScheme, origin, advice=advice)
+            return cls(one, one, by_exporter=True)
+        schemes = convert_json(values, _Apart, origin, advice=advice)
+        rows, body = (
+            convert_json(entry, BlockScheme, origin, advice=advice) for entry in (schemes.rows, schemes.body)
+        )
+        return cls(rows, body)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's entry."""
@@ -130,26 +147,27 @@ class BlockSpecs:
         return last.offset + last.nbytes
 
 
-def block_specs(path: Path, rows: int, width: int, scheme: BlockScheme, dtype: str) -> BlockSpecs:
+def block_specs(path: Path | HeldFile, rows: int, width: int, scheme: BlockScheme, dtype: str) -> BlockSpecs:
     """The layout of a file of quantised rows: all integers, then all scales, then all zero points.
 
     Args:
-        path: the file.
+        path: the file; of an opened one the rows are mapped through what was opened.
         rows: n.
         width: H.
         scheme: see `BlockScheme`.
         dtype: of the scales, in safetensors' words.
     """
+    file, path = (path, path.path) if isinstance(path, HeldFile) else (None, path)
     shape = (rows, scheme.blocks(width))
     integers = TensorSpec(
-        "integers", "U8", (*shape, scheme.block_bytes), path, 0, rows * shape[1] * scheme.block_bytes
+        "integers", "U8", (*shape, scheme.block_bytes), path, 0, rows * shape[1] * scheme.block_bytes, file
     )
     nbytes = rows * shape[1] * STORAGE_DTYPES[dtype].itemsize
-    scales = TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes)
+    scales = TensorSpec("scales", dtype, shape, path, integers.nbytes, nbytes, file)
     if not scheme.zero_points:
         return BlockSpecs(integers, scales)
     size = scheme.zero_point_bytes(width)
-    zeros = TensorSpec("zero_points", "U8", (rows, size), path, integers.nbytes + nbytes, rows * size)
+    zeros = TensorSpec("zero_points", "U8", (rows, size), path, integers.nbytes + nbytes, rows * size, file)
     return BlockSpecs(integers, scales, zeros)
 
 

@@ -7,19 +7,23 @@ https://github.com/huggingface/safetensors#format
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Annotated, Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.content import check_content
+from trimserve.files.held import HeldFile
 
 # The numpy dtype that holds the bytes of a safetensors dtype; bfloat16 and float8 as raw bits.
 STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -40,12 +44,31 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
 }
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST_BYTES = 1 << 62  # what offsets within a file can be, with room for sums
+_LONGEST_SHOWN = 200
+_AGAIN = "Fetch or make it again."
+# numpy's arrays have at most 64 axes; a product of sizes is computed in Python's integers, which do not wrap.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_BYTES)]
+_Shape = Annotated[list[_Count], msgspec.Meta(max_length=32)]
+
+
+class _Entry(msgspec.Struct):
+    """A tensor in a header."""
+
+    dtype: str
+    shape: _Shape
+    data_offsets: tuple[_Count, _Count]
+
+
 CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where a tensor lies: `nbytes` bytes at `offset` of `path`, row-major; `dtype` in safetensors' words."""
+    """Where a tensor lies: `nbytes` bytes at `offset` of `path`, row-major; `dtype` in safetensors' words.
+
+    `file` is the opened file where there is one: what is mapped is then what was opened.
+    """
 
     name: str
     dtype: str
@@ -53,6 +76,7 @@ class TensorSpec:
     path: Path
     offset: int
     nbytes: int
+    file: HeldFile | None = field(default=None, compare=False, repr=False)
 
 
 class TensorSource(Protocol):
@@ -73,56 +97,81 @@ class TensorSource(Protocol):
         ...
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def read_header(path: Path | HeldFile) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Read the header of a safetensors file.
+
+    Args:
+        path: the file; of an opened one the tensors are mapped through what was opened.
 
     Returns:
         The tensors by name, in file order, and the file's metadata.
 
     Raises:
-        MismatchError: the file is not safetensors, or shorter than its header says.
+        MismatchError: the file is not safetensors, is shorter than its header says, or its tensors overlap
+            or leave bytes between them.
         UnsupportedModelError: a tensor is of a dtype that is not known here, as only quantised ones are.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            check_content(path)
-            raise MismatchError(
-                f"{path} is not a safetensors file or was cut off: its header should take "
-                f"{length:,} bytes, the file has {size:,}. Fetch or make it again."
-            )
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            metadata = dict(header.pop("__metadata__", {}))
-            specs = {name: _spec(path, name, entry, 8 + length) for name, entry in header.items()}
-        except UnsupportedModelError:  # a ValueError, too
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MismatchError(
-                f"{path} has an unreadable safetensors header ({error}). Fetch or make it again."
-            ) from error
-    end = max((spec.offset + spec.nbytes for spec in specs.values()), default=8 + length)
+    file = path if isinstance(path, HeldFile) else HeldFile(path)
+    size, shown = file.size, file.path
+    length = int.from_bytes(file.read(0, 8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        check_content(file)
+        raise MismatchError(
+            f"{shown} is not a safetensors file or was cut off: its header should take "
+            f"{length:,} bytes, the file has {size:,}. {_AGAIN}"
+        )
+    origin = f"{shown}: the safetensors header"
+    content = parse_json(file.read(8, length), origin)
+    if not isinstance(content, dict):
+        raise MismatchError(f"{origin} is not an object of tensors: {_AGAIN}")
+    metadata = convert_json(content.pop("__metadata__", {}), dict[str, str], origin)
+    entries = convert_json(content, dict[str, _Entry], origin)
+    kept = file if isinstance(path, HeldFile) else None
+    specs = {name: _spec(shown, name, entry, 8 + length, kept) for name, entry in entries.items()}
+    end = _covered(specs.values(), shown, 8 + length)
     if end != size:
         raise MismatchError(
-            f"{path} should have {end:,} bytes by its header but has {size:,}: "
-            "it was cut off or changed. Fetch or make it again."
+            f"{shown} should have {end:,} bytes by its header but has {size:,}: "
+            f"it was cut off or changed. {_AGAIN}"
         )
     return specs, metadata
 
 
-def _spec(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorSpec:
-    begin, end = entry["data_offsets"]
-    if isinstance(entry["dtype"], str) and entry["dtype"] not in STORAGE_DTYPES:
+def _spec(path: Path, name: str, entry: _Entry, base: int, file: HeldFile | None) -> TensorSpec:
+    begin, end = entry.data_offsets
+    shown = _shown(name)
+    if entry.dtype not in STORAGE_DTYPES:
         raise UnsupportedModelError(
-            f"{path}: {name} is stored as {entry['dtype']}, a number format of quantised weights, which "
-            "trimserve does not read: pass the floating-point model that it was made from."
+            f"{path}: {shown} is stored as {_shown(entry.dtype)}, a number format of quantised weights, "
+            "which trimserve does not read: pass the floating-point model that it was made from."
         )
-    shape = tuple(int(size) for size in entry["shape"])
-    expected = int(np.prod(shape, dtype=np.int64)) * STORAGE_DTYPES[entry["dtype"]].itemsize
-    if begin < 0 or end - begin != expected:
-        raise ValueError(f"tensor {name!r} of shape {shape} cannot take bytes {begin}..{end}")
-    return TensorSpec(name, entry["dtype"], shape, path, base + begin, expected)
+    shape, itemsize = tuple(entry.shape), STORAGE_DTYPES[entry.dtype].itemsize
+    # numpy takes no array whose other sizes overflow, even where one of them is 0.
+    if math.prod(size or 1 for size in shape) * itemsize > _MOST_BYTES:
+        raise MismatchError(f"{path}: {shown} of shape {shape} is larger than any file. {_AGAIN}")
+    nbytes = math.prod(shape) * itemsize
+    if end - begin != nbytes:
+        raise MismatchError(
+            f"{path}: {shown} of shape {shape} takes {nbytes:,} bytes, the header gives it {begin:,} to "
+            f"{end:,}. {_AGAIN}"
+        )
+    return TensorSpec(name, entry.dtype, shape, path, base + begin, nbytes, file)
+
+
+def _shown(name: str) -> str:
+    """A name of a stranger's as a message can have it."""
+    return name if name.isprintable() and len(name) <= _LONGEST_SHOWN else repr(name[:_LONGEST_SHOWN])
+
+
+def _covered(specs: Iterable[TensorSpec], path: Path, base: int) -> int:
+    """Where the last tensor ends; tensors follow each other, as the format wants it."""
+    end = base
+    for spec in sorted(specs, key=lambda spec: (spec.offset, spec.nbytes)):
+        if spec.offset != end:
+            what = "overlaps with another" if spec.offset < end else "leaves bytes before it"
+            raise MismatchError(f"{path}: {_shown(spec.name)} {what} by the header. {_AGAIN}")
+        end += spec.nbytes
+    return end
 
 
 def map_tensor(spec: TensorSpec) -> npt.NDArray[Any]:
@@ -130,6 +179,8 @@ def map_tensor(spec: TensorSpec) -> npt.NDArray[Any]:
     storage = STORAGE_DTYPES[spec.dtype]
     if spec.nbytes == 0:
         return np.zeros(spec.shape, storage)
+    if spec.file is not None:
+        return np.ndarray(spec.shape, storage, spec.file.map(), spec.offset)
     return np.memmap(spec.path, storage, mode="r", offset=spec.offset, shape=spec.shape)
 
 
@@ -305,7 +356,7 @@ def write_tensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, source in tensors.items():
-        nbytes = int(np.prod(source.shape, dtype=np.int64)) * STORAGE_DTYPES[source.dtype].itemsize
+        nbytes = math.prod(source.shape) * STORAGE_DTYPES[source.dtype].itemsize
         header[name] = {
             "dtype": source.dtype,
             "shape": list(source.shape),

@@ -4,12 +4,16 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from msgspec import Meta
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
 from trimserve.files.atomic import atomic_path
+from trimserve.files.checked_json import convert_json, read_json
 from trimserve.files.hashes import sha256_file
+from trimserve.files.model_json import Rows
 from trimserve.folder.manifest import Source
 from trimserve.model.source import ModelSource
 
@@ -21,7 +25,7 @@ class StoredCut:
     """A tensor that lost rows: the names a checkpoint may store it by, and its vocab axis."""
 
     names: tuple[str, ...]
-    axis: int
+    axis: Annotated[int, Meta(ge=0, le=7)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,8 @@ class Provenance:
     """
 
     base: Source | None
-    vocab_size: int
-    kept: int
+    vocab_size: Rows
+    kept: Rows
     tensors: tuple[StoredCut, ...]
     prefix: str
     config: dict[str, Any]
@@ -66,20 +70,15 @@ class Provenance:
                 f"{folder} has no {PROVENANCE_NAME}, so it is no compact checkpoint: pass one that was saved "
                 "with save_pretrained inside a partial_vocab block."
             )
-        try:
-            raw = json.loads(path.read_text("utf-8"))
-            if raw["schema_version"] != SCHEMA_VERSION:
-                raise MismatchError(
-                    f"{path} has schema {raw['schema_version']}, this trimserve reads {SCHEMA_VERSION}: "
-                    "update trimserve."
-                )
-            raw["base"] = Source(**raw["base"]) if raw["base"] else None
-            raw["tensors"] = tuple(StoredCut(tuple(cut["names"]), cut["axis"]) for cut in raw["tensors"])
-            return cls(**raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, MismatchError):
-                raise
-            raise MismatchError(f"{path} is damaged ({error}): save the checkpoint again.") from error
+        advice = "save the checkpoint again."
+        content = read_json(path, advice=advice, finite=False)
+        version = content.get("schema_version") if isinstance(content, dict) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise MismatchError(
+                f"{path} has schema {str(version)[:40]}, this trimserve reads {SCHEMA_VERSION}: update "
+                "trimserve."
+            )
+        return convert_json(content, cls, str(path), advice=advice)
 
 
 def describe_base(source: ModelSource) -> Source:

@@ -5,9 +5,9 @@ No model is loaded, and torch is not needed.
 
 import contextlib
 import json
+import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arguments import checked
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.files.scratch import scratch_folder
+from trimserve.files.space import check_space
 from trimserve.files.tensors import (
     CHUNK_BYTES,
     STORAGE_DTYPES,
@@ -107,11 +110,13 @@ class MergedRows:
             yield block.nbytes
 
 
-def is_compact(path: Path) -> bool:
+@checked
+def is_compact(path: str | Path) -> bool:
     """Tell whether a folder is a compact checkpoint."""
-    return (path / PROVENANCE_NAME).is_file()
+    return (Path(path) / PROVENANCE_NAME).is_file()
 
 
+@checked
 def restore(
     checkpoint: str | Path,
     base: str | Path | ModelSource | None = None,
@@ -167,9 +172,9 @@ def full_source(
             )
         yield source
         return
-    beside = near if near is not None and near.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix=".trimserve-full.", dir=beside) as scratch:
-        full = restore(source.path, base, Path(scratch) / "full")
+    beside = near if near is not None and os.access(near, os.W_OK) else None
+    with scratch_folder("source", beside) as scratch:
+        full = restore(source.path, base, scratch / "full")
         yield ModelSource(source.name, source.revision, full.path)
 
 
@@ -204,6 +209,7 @@ def _write_full(
         }
         plans[file] = (tensors, metadata)
     sizes = {file: sum(map(_nbytes, tensors.values())) for file, (tensors, _) in plans.items()}
+    check_space(target, sum(sizes.values()), "the restored checkpoint")
     with progress_bar(sum(sizes.values()), "restoring", "B") as bar:
         for file, (tensors, metadata) in plans.items():
             for count in write_tensors(target / file.name, tensors, metadata):
@@ -250,7 +256,7 @@ def _check_shapes(tuned: TensorSpec, base: TensorSpec, axis: int, vocab: VocabMa
 
 
 def _nbytes(source: TensorSource) -> int:
-    return int(np.prod(source.shape, dtype=np.int64)) * STORAGE_DTYPES[source.dtype].itemsize
+    return math.prod(source.shape) * STORAGE_DTYPES[source.dtype].itemsize
 
 
 def _convert(values: npt.NDArray[Any], dtype: str, target: str) -> npt.NDArray[Any]:

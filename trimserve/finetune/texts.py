@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trimserve.arguments import Count, checked
 from trimserve.arrays import Ids
 from trimserve.selection.ranking import round_up
 from trimserve.vocab.map import Reason, VocabMap
@@ -23,6 +24,7 @@ class Outside:
     ids: Ids
 
 
+@checked
 def find_outside(sequences: Iterable[Sequence[int]], vocab: VocabMap) -> list[Outside]:
     """Find the texts with ids outside the vocab.
 
@@ -42,8 +44,9 @@ def find_outside(sequences: Iterable[Sequence[int]], vocab: VocabMap) -> list[Ou
     return found
 
 
+@checked
 def grow(
-    vocab: VocabMap, ids: Iterable[int], *, multiple_of: int = 1, widths: Sequence[int] = ()
+    vocab: VocabMap, ids: Iterable[int], *, multiple_of: Count = 1, widths: Sequence[int] = ()
 ) -> VocabMap:
     """Return a vocab with further ids in it, for the reason `explicit`.
 

@@ -1,16 +1,22 @@
 """`trimserve.json`: what a trimmed folder was made from and which files it has."""
 
 import dataclasses
+import hashlib
 import json
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypedDict
+
+from msgspec import Meta
 
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
+from trimserve.files.atomic import atomic_path, replace_in_order
+from trimserve.files.checked_json import convert_json, parse_json
+from trimserve.files.held import HeldFile
+from trimserve.files.model_json import MOST_ROWS
+from trimserve.files.quantized import Quantization
 from trimserve.folder.names import CALIBRATION_NAME, COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
 from trimserve.folder.tasks import Task
 
@@ -18,14 +24,25 @@ from trimserve.folder.tasks import Task
 Layout = Literal["runtime", "tokenizer", "graph"]
 # What weights of a graph are stored in.
 Dtype = Literal["fp32", "fp16", "bf16"]
+# A manifest is small beside this, with the results of a long verification and a corpus of many files.
+MOST_BYTES = 64 << 20
+_ADVICE = "export the folder again."
+_Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+_Ids = Annotated[int, Meta(ge=1, le=MOST_ROWS)]
+_Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+# Hashes that older folders may lack.
+_MaybeSha256 = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+_Name = Annotated[str, Meta(max_length=200)]
+_Word = Annotated[str, Meta(max_length=32)]
+_Role = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,31}$")]
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """Size and hash of one file of the folder."""
 
-    bytes: int
-    sha256: str
+    bytes: _Count
+    sha256: _Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +51,8 @@ class CutTensor:
 
     name: str
     axis: int
-    rows_before: int
-    rows_after: int
+    rows_before: _Count
+    rows_after: _Count
     dtype: str
 
 
@@ -67,8 +84,8 @@ class Lengths:
         restarts: a text that grows beyond `unchanged` while it is generated is read again (Phi-3).
     """
 
-    longest: int | None = None
-    unchanged: int | None = None
+    longest: _Count | None = None
+    unchanged: _Count | None = None
     restarts: bool = False
 
 
@@ -100,25 +117,25 @@ class Manifest:
     """
 
     source: Source
-    tokenizer_sha256: str
-    vocab_size: int
-    kept: int
+    tokenizer_sha256: _MaybeSha256
+    vocab_size: _Ids
+    kept: _Ids
     task: Task
     layout: Layout
-    dtype: str
-    graphs: dict[str, str]
+    dtype: _Word
+    graphs: dict[_Role, _Name]
     cut: tuple[CutTensor, ...]
     selection: dict[str, Any]
     exporter: dict[str, str]
     created: str
-    files: dict[str, FileEntry]
-    bytes_before: int = 0
+    files: dict[_Name, FileEntry]
+    bytes_before: _Count = 0
     verification: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
     sketch: dict[str, Any] | None = None
-    head_rows: int | None = None
+    head_rows: _Ids | None = None
     tokenizer: dict[str, Any] = field(default_factory=dict)
     lengths: Lengths | None = None
     generation: dict[str, Any] | None = None
@@ -135,58 +152,58 @@ class Manifest:
         Raises:
             MismatchError: not JSON, another schema, a missing key, or a path that leaves the folder.
         """
-        try:
-            raw = json.loads(text)
-            version = raw["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise MismatchError(
-                    f"{origin} has schema {version}, this trimserve reads {SCHEMA_VERSION}: "
-                    "export the folder again or update trimserve."
-                )
-            raw["source"] = Source(**raw["source"])
-            raw["cut"] = tuple(CutTensor(**entry) for entry in raw["cut"])
-            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            if raw.pop("pooling", None) is not None:
-                raise MismatchError(
-                    f"{origin} was written by an earlier trimserve, which kept the pooling there: export the "
-                    "folder again."
-                )
-            raw["lengths"] = Lengths(**raw["lengths"]) if raw.get("lengths") else None
-            manifest = cls(**raw)
-            parts = (manifest.source, *manifest.cut, *manifest.files.values())
-            optional = [manifest.lengths] if manifest.lengths is not None else []
-            for part in (manifest, *parts, *optional):
-                _check_types(part)
-            for name in (*manifest.files, *manifest.graphs.values()):
-                check_inner_name(name, origin)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, MismatchError):
-                raise
+        # Of a row that is not finite, the sketch's bound is infinite.
+        raw = parse_json(text, origin, advice=_ADVICE, finite=False)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version is None:
+            raise MismatchError(f"{origin} is not a manifest this version understands: {_ADVICE}")
+        if version != SCHEMA_VERSION:
             raise MismatchError(
-                f"{origin} is not a manifest this version understands ({error}): export the folder again."
-            ) from error
+                f"{origin} has schema {str(version)[:80]}, this trimserve reads {SCHEMA_VERSION}: "
+                "export the folder again or update trimserve."
+            )
+        if raw.pop("pooling", None) is not None:
+            raise MismatchError(
+                f"{origin} was written by an earlier trimserve, which kept the pooling there: {_ADVICE}"
+            )
+        raw["lengths"] = raw.get("lengths") or None
+        subject = f"{origin} is not a manifest this version understands: it"
+        manifest = convert_json(raw, cls, subject, advice=_ADVICE)
+        manifest._check(raw, subject, origin)
         return manifest
 
+    def _check(self, raw: Mapping[str, Any], subject: str, origin: str) -> None:
+        """Check what the fields' types do not say: keys within, names, and the free parts we rely on."""
+        inner: list[tuple[type, object]] = [(Source, raw["source"]), (_Settings, self._settings)]
+        inner += [(FileEntry, entry) for entry in raw["files"].values()]
+        inner += [(CutTensor, entry) for entry in raw["cut"]]
+        inner += [(Lengths, raw["lengths"])] if self.lengths is not None else []
+        for kind, part in inner:
+            convert_json(part, kind, subject, advice=_ADVICE)
+        Quantization.from_dict(self.quantization, subject)
+        named = self.tokenizer.get("file")
+        if named is not None and not (isinstance(named, str) and named in self.files):
+            raise MismatchError(
+                f"{origin} names the tokenizer {str(named)[:80]!r} and does not list it: {_ADVICE}"
+            )
+        for name in (*self.files, *self.graphs.values()):
+            check_inner_name(name, origin)
+        if missing := sorted(set(self.graphs.values()) - self.files.keys()):
+            raise MismatchError(f"{origin} names the graph {missing[0]!r} and does not list it: {_ADVICE}")
 
-def _field_types(part: type) -> dict[str, tuple[Any, ...]]:
-    """Field of a dataclass -> the classes that its value may have; what containers hold is not looked at."""
-    hints = typing.get_type_hints(part)
-    return {
-        name: typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        for name, hint in hints.items()
-    }
+    @property
+    def _settings(self) -> object:
+        return self.tokenizer.get("settings") or {}
 
 
-def _check_types(part: object) -> None:
-    """Raise a TypeError that names a field of another type than declared, or of a word that is not known."""
-    for name, types in _field_types(type(part)).items():
-        value = getattr(part, name)
-        words = [word for one in types if typing.get_origin(one) is Literal for word in typing.get_args(one)]
-        if words and value not in words:
-            raise TypeError(f"{name} is {value!r}, and known are {', '.join(words)}")
-        classes = () if words else tuple(typing.get_origin(one) or one for one in types)
-        if classes and (not isinstance(value, classes) or (isinstance(value, bool) and bool not in classes)):
-            raise TypeError(f"{name} is {value!r}")
+class _Settings(TypedDict, total=False):
+    """What `Manifest.tokenizer` may say beside the tokenizer's file; see `declared_settings`."""
+
+    truncation_side: Literal["left", "right"]
+    model_max_length: _Count | None
+    clean_up: bool
+    split_special_tokens: bool
+    special_tokens: dict[str, str]
 
 
 def is_trimmed(path: Path) -> bool:
@@ -205,12 +222,18 @@ def read_manifest(path: Path) -> Manifest:
         raise UsageError(
             f"{path} is not a trimmed folder (no {MANIFEST_NAME} in it): make one with `trimserve export`."
         )
-    file = path / MANIFEST_NAME
-    try:
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise MismatchError(f"{file} is not UTF-8 text: export the folder again.") from error
-    return Manifest.from_json(text, str(file))
+    return parse_manifest(HeldFile(path / MANIFEST_NAME))
+
+
+def parse_manifest(file: HeldFile) -> Manifest:
+    """Read an opened manifest.
+
+    Raises:
+        MismatchError: too large, not UTF-8, or see `Manifest.from_json`.
+    """
+    if file.size > MOST_BYTES:
+        raise MismatchError(f"{file.path} has {file.size:,} bytes, too many for a manifest: {_ADVICE}")
+    return Manifest.from_json(file.read_text(), str(file.path))
 
 
 def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
@@ -222,9 +245,45 @@ def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write `trimserve.json` into a folder, atomically."""
-    temporary = path / f".{MANIFEST_NAME}.part"
-    temporary.write_text(manifest.to_json(), "utf-8")
-    temporary.replace(path / MANIFEST_NAME)
+    with atomic_path(path / MANIFEST_NAME, follow=False) as temporary:
+        temporary.write_text(manifest.to_json(), "utf-8")
+
+
+def replace_listed(path: Path, manifest: Manifest, name: str, content: bytes) -> None:
+    """Replace a file of a folder that may be in use, and its manifest.
+
+    No step replaces two files, and a folder loads only if the manifest's hash is the file's. So between the
+    old pair and the new one stands a manifest that does not list the file, and each of the three steps leaves
+    a folder that loads, whatever ends this process between them:
+
+        old manifest, old file  ->  manifest without it, old file  ->  the same, new file  ->  new manifest
+
+    All three are on the disk before the first step, so that a full disk changes nothing.
+
+    Args:
+        path: the folder.
+        manifest: the new one; what it says of the file is set here.
+        name: of a file that nothing needs in order to load the folder.
+        content: its new bytes.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    listed = dataclasses.replace(manifest, files=manifest.files | {name: entry})
+    others = {other: found for other, found in manifest.files.items() if other != name}
+    unlisted = dataclasses.replace(manifest, files=others)
+    last = (MANIFEST_NAME, listed.to_json().encode())
+    if manifest.files.get(name) == entry and _holds(path / name, content):
+        replace_in_order(path, [last])
+    else:
+        first = (MANIFEST_NAME, unlisted.to_json().encode())
+        replace_in_order(path, [first, (name, content), last])
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file holds these bytes."""
+    return path.is_file() and path.read_bytes() == content
 
 
 def with_verification(manifest: Manifest, result: Mapping[str, Any]) -> Manifest:

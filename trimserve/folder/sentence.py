@@ -5,16 +5,19 @@ that changed over the years. They are read and checked once, at export; a trimme
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
+from msgspec import Meta
 
 from trimserve.arrays import Floats
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.checked_json import convert_json, parse_json
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, to_float32, write_tensors
 from trimserve.folder.names import SENTENCE_NAME, SENTENCE_TENSORS_NAME
 from trimserve.folder.opening import TrimmedFolder
@@ -24,8 +27,11 @@ Kind = Literal["SentenceTransformer", "SparseEncoder", "CrossEncoder"]
 KINDS: tuple[Kind, ...] = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
 # What modules hand on to each other.
 TOKENS, SENTENCE, SCORES = "token_embeddings", "sentence_embedding", "scores"
-POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+POOLING_MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
+Above0 = Annotated[int, Meta(ge=1, le=1 << 53)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Pooling:
     """
 
     type: ClassVar[str] = "Pooling"
-    modes: tuple[str, ...] = ("mean",)
+    modes: Annotated[tuple[PoolingMode, ...], Meta(min_length=1)] = ("mean",)
     include_prompt: bool = True
 
 
@@ -52,8 +58,8 @@ class SpladePooling:
     """
 
     type: ClassVar[str] = "SpladePooling"
-    strategy: str = "max"
-    activation: str = "relu"
+    strategy: Literal["max", "sum"] = "max"
+    activation: Literal["relu", "log1p_relu"] = "relu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,12 @@ _MODULES: dict[str, type[Module]] = {
 }
 
 
+def _default(entry: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401 - whatever make_dataclass takes
+    if entry.default_factory is not dataclasses.MISSING:
+        return field(default_factory=entry.default_factory)
+    return field(default=entry.default)
+
+
 @dataclass(frozen=True, slots=True)
 class SentenceSettings:
     """Everything between a text and its embedding or score that is not the graph.
@@ -122,10 +134,10 @@ class SentenceSettings:
     graph_output: str = TOKENS
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
-    similarity: str = "cosine"
-    truncate_dim: int | None = None
-    max_active_dims: int | None = None
-    max_tokens: int | None = None
+    similarity: Similarity = "cosine"
+    truncate_dim: Above0 | None = None
+    max_active_dims: Above0 | None = None
+    max_tokens: Above0 | None = None
     special_tokens: bool = True
     prompt_ends: tuple[int, ...] = ()
     type_ids: bool = True
@@ -178,23 +190,60 @@ class SentenceSettings:
         Raises:
             MismatchError: it is not that.
         """
-        try:
-            raw = json.loads(text)
-            raw["modules"] = tuple(_module(dict(entry)) for entry in raw["modules"])
-            raw["prompt_ends"] = tuple(raw["prompt_ends"])
-            settings = cls(**raw)
-            if settings.kind not in KINDS or settings.similarity not in SIMILARITIES:
-                raise ValueError(f"{settings.kind}, {settings.similarity}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MismatchError(
-                f"{origin} is not what this version understands ({error}): export the folder again."
-            ) from error
+        advice = "export the folder again."
+        raw = parse_json(text, origin, advice=advice)
+        listed = raw.get("modules") if isinstance(raw, dict) else None
+        if not isinstance(raw, dict) or not isinstance(listed, list):
+            raise MismatchError(f"{origin} should hold an object with a list of modules: {advice}")
+        rest = {key: value for key, value in raw.items() if key != "modules"}
+        told: Any = convert_json(rest, _all_but_modules(), origin, advice=advice)
+        modules = tuple(_module(entry, f"a module of {origin}", advice) for entry in listed)
+        settings = cls(**{key: getattr(told, key) for key in rest}, modules=modules)
+        settings._check_flow(origin)
         return settings
 
+    def _check_flow(self, origin: str) -> None:
+        """Refuse modules that read what none before them writes."""
+        there = {SENTENCE if self.is_sparse else self.graph_output}
+        for module in self.modules:
+            takes, gives = _takes_and_gives(module)
+            if takes not in there and not isinstance(module, SpladePooling):
+                raise MismatchError(
+                    f"{origin}: its {module.type} reads {takes!r}, which nothing before it gives: export the "
+                    "folder again."
+                )
+            there.add(gives)
 
-def _module(entry: dict[str, Any]) -> Module:
-    made = _MODULES[entry.pop("type")](**entry)
-    return dataclasses.replace(made, modes=tuple(made.modes)) if isinstance(made, Pooling) else made
+
+@functools.cache
+def _all_but_modules() -> type:
+    """The schema of the settings without their modules, which are of several types by their key `type`."""
+    fields = [entry for entry in dataclasses.fields(SentenceSettings) if entry.name != "modules"]
+    missing = dataclasses.MISSING
+    return dataclasses.make_dataclass(
+        "_Settings",
+        [
+            (entry.name, entry.type, field(default=entry.default))
+            if entry.default is not missing
+            else (entry.name, entry.type, field(default_factory=dict))
+            for entry in fields
+        ],
+        frozen=True,
+    )
+
+
+def _module(entry: object, origin: str, advice: str) -> Module:
+    kind = entry.get("type") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(kind, str) or kind not in _MODULES:
+        raise MismatchError(f"{origin} is of no kind that this version knows: {advice}")
+    rest = {key: value for key, value in entry.items() if key != "type"}
+    return convert_json(rest, _MODULES[kind], origin, advice=advice)
+
+
+def _takes_and_gives(module: Module) -> tuple[str, str]:
+    if isinstance(module, Dense):
+        return module.input, module.output
+    return (TOKENS if isinstance(module, Pooling) else SENTENCE), SENTENCE
 
 
 def write_settings(folder: Path, settings: SentenceSettings, tensors: Mapping[str, Floats]) -> None:
@@ -213,16 +262,13 @@ def read_settings(folder: TrimmedFolder) -> SentenceSettings:
     """
     if SENTENCE_NAME not in folder.manifest.files:
         return SentenceSettings()
-    path = folder.path / SENTENCE_NAME
-    try:
-        return SentenceSettings.from_json(path.read_text("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise MismatchError(f"{path} is not UTF-8 text: export the folder again.") from error
+    file = folder.opened(SENTENCE_NAME)
+    return SentenceSettings.from_json(file.read_text(), str(file.path))
 
 
 def read_tensors(folder: TrimmedFolder) -> dict[str, Floats]:
     """Read the modules' tensors, float32 each, into memory; they are small beside the graph."""
     if SENTENCE_TENSORS_NAME not in folder.manifest.files:
         return {}
-    specs, _ = read_header(folder.path / SENTENCE_TENSORS_NAME)
+    specs, _ = read_header(folder.opened(SENTENCE_TENSORS_NAME))
     return {name: to_float32(np.array(map_tensor(spec)), spec.dtype) for name, spec in specs.items()}

@@ -8,11 +8,14 @@ import numpy as np
 from trimserve.arrays import Ids
 from trimserve.decoding.logit_edits import LogitEdits
 from trimserve.decoding.token_rules import TokenRules, as_ids
-from trimserve.errors import UsageError
+from trimserve.errors import MismatchError, UsageError
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.generation.fields import FIELDS, check_settings
+from trimserve.generation.fields import FIELDS, check_settings, check_values
 
 CONFIG_NAME = "generation_config.json"
+# Entries of the model's config that are used as they are; those of `FIELDS` are checked with them.
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 class GenerationConfig:
@@ -30,6 +33,7 @@ class GenerationConfig:
 
         Raises:
             UnsupportedModelError: one of them cannot be honoured; the message names it.
+            MismatchError: an id or a length is no number that one can be.
         """
         self._path = folder.path
         self._lengths = folder.manifest.lengths
@@ -37,6 +41,7 @@ class GenerationConfig:
         generation = folder.read_json(CONFIG_NAME)
         parts = (config.get("text_config") or {}, config, generation)
         self._merged = {name: value for part in parts for name, value in part.items() if value is not None}
+        check_numbers(self._merged, str(folder.path))
         exported = folder.manifest.generation or {}
         # As in transformers: config.json is asked only where there is no generation_config.json.
         own = generation if CONFIG_NAME in folder.manifest.files else exported or self._merged
@@ -44,7 +49,14 @@ class GenerationConfig:
             name: value for name, value in own.items() if name in FIELDS and value is not None
         }
         check_settings(self.settings, str(folder.path))
-        self.library = int(str(exported.get("transformers_version", "4")).partition(".")[0])
+        check_values(self.settings, str(folder.path))
+        major = str(exported.get("transformers_version", "4")).partition(".")[0]
+        if not (major.isascii() and major.isdigit() and len(major) < 4):
+            raise MismatchError(
+                f"{folder.path}: its manifest names transformers {major!r}, which is no version: export the "
+                "folder again."
+            )
+        self.library = int(major)
         self.positions: int | None = self._merged.get("max_position_embeddings")
         self.stop_ids = frozenset(as_ids(self.settings.get("eos_token_id")))
 
@@ -55,8 +67,7 @@ class GenerationConfig:
             return self._lengths.longest
         if self._merged.get("alibi"):
             return None
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        limits: list[int] = [self._merged[name] for name in names if name in self._merged]
+        limits: list[int] = [self._merged[name] for name in _LENGTHS if name in self._merged]
         return limits[0] if limits else None
 
     def rules(self, max_new_tokens: int, changes: Mapping[str, Any] | None = None) -> TokenRules | None:
@@ -106,3 +117,19 @@ class GenerationConfig:
         raise UsageError(
             f"the configs in {self._path} name no decoder_start_token_id: pass decoder_start_token_id."
         )
+
+
+def check_numbers(config: Mapping[str, Any], origin: str) -> None:
+    """Refuse ids and lengths that are no integers of 32 bits.
+
+    Raises:
+        MismatchError: see above.
+    """
+    for name in (*_IDS, *_LENGTHS):
+        value = config.get(name)
+        listed = value if isinstance(value, list) and name in _IDS else [value]
+        if value is not None and not all(type(one) is int and abs(one) < 1 << 31 for one in listed):
+            raise MismatchError(
+                f"{origin}: {name} is {str(value)[:40]!r}, which is no token id or number of tokens: export "
+                "the folder again."
+            )

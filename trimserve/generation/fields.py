@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from trimserve.errors import UnsupportedModelError
+from trimserve.arguments import option_kinds, read_value
+from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.generation.options import GenerationOptions
 
 Role = Literal["honoured", "irrelevant", "refused"]
 
@@ -103,6 +105,27 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
             raise UnsupportedModelError(_refusal(where, f"{name} = {value!r}"))
     if (settings.get("num_beams") or 1) > 1 and settings.get("stop_strings"):
         raise UnsupportedModelError(_refusal(where, "stop_strings together with num_beams"))
+
+
+def check_values(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse a setting that is not what the option of its name should be.
+
+    Args:
+        settings: of a generation config.
+        where: the file or folder, for the message.
+
+    Raises:
+        MismatchError: one is of another type, or out of range; the message names it.
+    """
+    for name, kind in option_kinds(GenerationOptions).items():
+        if settings.get(name) is not None:
+            try:
+                read_value(name, settings[name], kind)
+            except UsageError as error:
+                raise MismatchError(
+                    f"the generation settings of {where} are not sound, {str(error).rstrip('.')}: mend "
+                    "generation_config.json (or config.json) and export again."
+                ) from error
 
 
 def _refusal(where: str, what: str) -> str:

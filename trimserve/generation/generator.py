@@ -1,10 +1,13 @@
 """Generator: text in, text out, for a trimmed folder of a causal language model."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Unpack
 
+from trimserve.arguments import checked
 from trimserve.arrays import Ids
+from trimserve.concurrency import Once
 from trimserve.decoding.beam import BeamParams, BeamSearch
 from trimserve.decoding.loop import Checker, GenerationLoop
 from trimserve.decoding.request import Request
@@ -13,7 +16,7 @@ from trimserve.decoding.stats import ColdReads, GeneratorStats
 from trimserve.errors import UsageError
 from trimserve.exact.certificate import ColdCertificate
 from trimserve.exact.checker import ExactChecker
-from trimserve.exact.draft_length import DraftLength
+from trimserve.exact.draft_length import DraftLength, LearnedCosts
 from trimserve.exact.sketch import Sketch, can_be_certified
 from trimserve.folder.names import COLD_MAX_NAME
 from trimserve.folder.opening import TrimmedFolder
@@ -36,6 +39,11 @@ class Generator:
         >>> model.generate("Summarise: …", max_new_tokens=64)[0].text  # doctest: +SKIP
     """
 
+    # Options that would be ignored, and what to do instead.
+    _other_options: Mapping[str, str] = MappingProxyType(
+        {"decoder_start_token_id": "leave it out, only an encoder-decoder has it"}
+    )
+
     def __init__(
         self,
         folder: TrimmedFolder,
@@ -48,7 +56,6 @@ class Generator:
     ) -> None:
         self.folder = folder
         self.codec = codec
-        self.stats = GeneratorStats(head_share=decoder.head_share)
         self.config = GenerationConfig(folder)
         self.stop_ids = self.config.stop_ids
         self._cold = cold
@@ -56,18 +63,20 @@ class Generator:
         # The decoder on a device leaves the CPU free for checking; on the CPU both want the same cores.
         self._overlap = decoder.device != "cpu" if overlap is None else overlap
         self._decoder = decoder
-        self._head: ColdHead | None = None
-        self._certificate: ColdCertificate | None = None
-        count = max(cold.head_cold_ids.size, 1)
-        self._reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=cold.head_nbytes // count)
-        # By their maximum, and whether checks have the certificate, which makes them cheaper.
-        self._blocks: dict[tuple[int, bool], DraftLength] = {}
+        self._head: Once[ColdHead] = Once()
+        self._certificate: Once[ColdCertificate | None] = Once()
+        row_bytes = cold.head_nbytes // max(cold.head_cold_ids.size, 1)
+        reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=row_bytes)
+        self.stats = GeneratorStats(cold_reads=reads, head_share=decoder.head_share)
+        # By the longest block, and whether checks have the certificate, which makes them cheaper.
+        self._learned: dict[tuple[int, bool], LearnedCosts] = {}
 
     @property
     def can_be_exact(self) -> bool:
         """Whether the folder holds what exact mode needs; nothing where every id is kept."""
         return COLD_MAX_NAME in self.folder.manifest.files or not self.folder.vocab.head.cold_ids.size
 
+    @checked
     def generate(
         self, prompts: str | Sequence[str], **options: Unpack[GenerationOptions]
     ) -> list[Generation]:
@@ -87,6 +96,7 @@ class Generator:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self._generate(self.codec.encode(texts), options)
 
+    @checked
     def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
         """Generate for one prompt, giving text as soon as it is certain.
 
@@ -96,6 +106,7 @@ class Generator:
         (ids,) = self.codec.encode([prompt])
         yield from self._stream(ids, options)
 
+    @checked
     def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Generation:
         """Answer a conversation, through the folder's own chat template.
 
@@ -110,10 +121,12 @@ class Generator:
         (result,) = self._generate([self.chat_ids(messages)], options)
         return result
 
+    @checked
     def stream_chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[str]:
         """Like `chat`, giving text as soon as it is certain."""
         yield from self._stream(self.chat_ids(messages), options)
 
+    @checked
     def chat_ids(self, messages: Sequence[Message]) -> Ids:
         """The prompt's token ids for a conversation, int32 (T,)."""
         prompt = render_chat(self.folder, messages)
@@ -121,6 +134,7 @@ class Generator:
         (ids,) = self.codec.encode([prompt], add_special_tokens=False)
         return ids
 
+    @checked
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities of texts under the full model's vocab.
 
@@ -170,6 +184,9 @@ class Generator:
         Raises:
             UsageError: an option that does not exist, is out of range, or does not go with another.
         """
+        for name, advice in self._other_options.items():
+            if options.get(name) is not None:
+                raise UsageError(f"{name} means nothing to {self.folder.path}: {advice}.")
         size = self.folder.vocab.vocab_size
         return make_plan(self.config, options, size, can_be_exact=self.can_be_exact)
 
@@ -201,7 +218,7 @@ class Generator:
     def _servable(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
         """The sequences with ids that the folder has rows for; counts cold tokens."""
         servable = self.codec.servable(sequences)
-        self.stats.cold_tokens += servable.cold_tokens
+        self.stats.count_cold(servable.cold_tokens)
         return servable.sequences
 
     def _run(
@@ -212,8 +229,10 @@ class Generator:
         try:
             yield from loop.run(requests)
         finally:
+            seconds = time.perf_counter() - start
             timings = [loop.timing, *([checker.timing] if checker else [])]
-            self.stats.count(requests, self.folder.vocab.head, timings, time.perf_counter() - start)
+            reads = checker.reads if checker else None
+            self.stats.count(requests, self.folder.vocab.head, timings, seconds, reads)
 
     def _search(
         self, requests: Sequence[Request], plan: GenerationPlan, params: BeamParams
@@ -234,20 +253,20 @@ class Generator:
             return None
         if plan.report_mass:
             return MassMeter(head)
-        certificate = self._cold_certificate(head) if plan.certify else None
-        key = (plan.max_block, certificate is not None)
-        if key not in self._blocks:
-            self._blocks[key] = DraftLength(plan.max_block, overlap=self._overlap)
-        self.stats.cold_reads = self._reads
-        return ExactChecker(head, self.folder.vocab.head, self._blocks[key], certificate, self._reads)
+        shared = self._certificate.get(lambda: self._make_certificate(head)) if plan.certify else None
+        reads = self.stats.cold_reads.nothing_yet()
+        certificate = None if shared is None else shared.counting(reads)
+        learned = self._learned.setdefault((plan.max_block, shared is not None), LearnedCosts())
+        block = DraftLength(plan.max_block, overlap=self._overlap, learned=learned)
+        return ExactChecker(head, self.folder.vocab.head, block, certificate, reads)
 
-    def _cold_certificate(self, head: ColdHead) -> ColdCertificate | None:
-        """The certificate, opened once; None where the folder has no sketch, or it proves nothing here."""
+    def _make_certificate(self, head: ColdHead) -> ColdCertificate | None:
+        """None where the folder has no sketch, or it proves nothing here."""
         after_head = self._decoder.after_head
-        if self._certificate is None and can_be_certified(self.folder, after_head):
-            sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
-            self._certificate = ColdCertificate(sketch, head, self.folder.vocab.head, self._reads)
-        return self._certificate
+        if not can_be_certified(self.folder, after_head):
+            return None
+        sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
+        return ColdCertificate(sketch, head, self.folder.vocab.head)
 
     def _cold_head(self, purpose: str) -> ColdHead | None:
         """The cold head, opened once; None where no id is cold."""
@@ -256,6 +275,6 @@ class Generator:
                 f"{purpose} needs the cold head, which {self.folder.path} does not have: export it again "
                 "without --no-cold, or use compact mode."
             )
-        if self._head is None and self.folder.vocab.head.cold_ids.size:
-            self._head = ColdHead(self.folder, threads=self._threads)
-        return self._head
+        if not self.folder.vocab.head.cold_ids.size:
+            return None
+        return self._head.get(lambda: ColdHead(self.folder, threads=self._threads))

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from trimserve.arguments import read_options
 from trimserve.decoding.beam import BeamParams
 from trimserve.decoding.logit_edits import read_sequence_bias
 from trimserve.decoding.sampling import SamplingParams
@@ -12,10 +13,12 @@ from trimserve.errors import UsageError
 from trimserve.exact.draft_length import LONGEST_DRAFT
 from trimserve.generation.config import GenerationConfig
 from trimserve.generation.fields import LIBRARY_TOP_K
-from trimserve.generation.options import MODES, GenerationOptions, Mode
+from trimserve.generation.options import GenerationOptions, Mode
 
 # Tokens where neither the folder nor the caller names a length (transformers would stop after 20).
 DEFAULT_NEW_TOKENS = 128
+# Below it, float32 logits of usual size differ by less than their noise, or overflow.
+LEAST_TEMPERATURE = 1e-6
 # transformers 4 cannot tell its default of max_length from this very number in a file: new tokens, then.
 _OLD_DEFAULT_LENGTH = 20
 # Overrides that leave nothing of the folder's settings but its bans, its forced ids and its ends: the largest
@@ -33,9 +36,14 @@ PLAIN: Final[Mapping[str, Any]] = {
 _FILTERS = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Of the call alone: no generation config has them.
 _OURS = ("presence_penalty", "frequency_penalty", "logit_bias", "logits_processor", "seed")
-_COUNTS = (
-    *("max_new_tokens", "max_length", "min_length", "min_new_tokens", "num_beams"),
-    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "top_k"),
+# What only a search with beams reads, and what only exact mode's drafts do.
+_OF_BEAMS = ("length_penalty", "early_stopping")
+_OF_EXACT = ("max_block", "certify")
+# Of two that say one thing, the second would be ignored.
+_RIVALS = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
+_ID_OPTIONS = (
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+    *("eos_token_id", "bos_token_id", "decoder_start_token_id"),
 )
 
 
@@ -109,16 +117,12 @@ def make_plan(
     Raises:
         UsageError: an unknown option, one out of range, or options that do not go together.
     """
-    known = GenerationOptions.__annotations__.keys()
-    if unknown := sorted(options.keys() - known):
-        raise UsageError(
-            f"there is no option {unknown[0]!r}: choose among {', '.join(sorted(known))}, or leave it out."
-        )
+    options = read_options(options, GenerationOptions, "generate")
     given = {name: value for name, value in options.items() if value is not None}
     settings = {**config.settings, **given}
-    for name in _COUNTS:
-        if not settings.get(name, 0) >= 0:
-            raise UsageError(f"{name} should be 0 or more, found {settings[name]}.")
+    _check_together(given)
+    _check_temperature(settings)
+    _check_own_ids(given, vocab_size)
     _check_ids(settings, vocab_size)
     params = _params(config.settings, given)
     beams = _beams(settings, params)
@@ -127,12 +131,21 @@ def make_plan(
         for name, value in (("stop", stop), ("stop_strings", stop_strings)):
             if value:
                 raise UsageError(f"{name} means nothing to a beam search: leave it out, or use num_beams=1.")
+    elif (ignored := _first(_OF_BEAMS, given)) and "num_beams" not in given:
+        raise UsageError(
+            f"{ignored} is about beams, and this call has none: pass num_beams, or leave it out."
+        )
     tokens, length = _lengths(config, given)
     stop_ids = frozenset(as_ids(settings.get("eos_token_id")))
     mode: Mode = given.get("mode") or ("exact" if can_be_exact else "compact")
     report_mass = bool(given.get("report_mass"))
     max_block = given.get("max_block", LONGEST_DRAFT)
-    _check_mode(mode, max_block, report_mass=report_mass, with_beams=beams is not None)
+    _check_mode(mode, report_mass=report_mass, with_beams=beams is not None)
+    ignored = _first(_OF_EXACT, given)
+    if ignored and (mode == "compact" or beams is not None):
+        raise UsageError(
+            f"{ignored} is about the drafts of exact mode, and this call makes none: leave it out."
+        )
     return GenerationPlan(
         config=config,
         settings=settings,
@@ -150,11 +163,33 @@ def make_plan(
     )
 
 
-def _check_mode(mode: Mode, max_block: int, *, report_mass: bool, with_beams: bool) -> None:
-    if mode not in MODES:
-        raise UsageError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}.")
-    if max_block < 1:
-        raise UsageError(f"max_block should be 1 or more, found {max_block}.")
+def _first(names: Iterable[str], given: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in given), None)
+
+
+def _check_together(given: Mapping[str, Any]) -> None:
+    """Refuse options of a call of which one would be ignored."""
+    for first, second in _RIVALS:
+        if first in given and second in given:
+            raise UsageError(f"{first} and {second} limit the same: give one of them.")
+
+
+def _check_temperature(settings: Mapping[str, Any]) -> None:
+    if 0 < settings.get("temperature", 1.0) < LEAST_TEMPERATURE:
+        raise UsageError(
+            f"temperature should be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, found "
+            f"{settings['temperature']:g}: logits divided by it have no digits left."
+        )
+
+
+def _check_own_ids(given: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuse ids of the call's own that the model does not have."""
+    named: dict[str, Iterable[int]] = {name: as_ids(given.get(name)) for name in _ID_OPTIONS}
+    named["logit_bias"] = given.get("logit_bias", ())
+    _check_range(named, vocab_size)
+
+
+def _check_mode(mode: Mode, *, report_mass: bool, with_beams: bool) -> None:
     if report_mass and with_beams:
         raise UsageError("report_mass means nothing to a beam search: leave it out, or use num_beams=1.")
     if report_mass and mode == "exact":
@@ -215,6 +250,10 @@ def _check_ids(settings: Mapping[str, Any], vocab_size: int) -> None:
         "forced_bos_token_id": as_ids(settings.get("forced_bos_token_id")),
         "forced_eos_token_id": as_ids(settings.get("forced_eos_token_id")),
     }
+    _check_range(named, vocab_size)
+
+
+def _check_range(named: Mapping[str, Iterable[int]], vocab_size: int) -> None:
     for name, ids in named.items():
         for token_id in ids:
             if not 0 <= token_id < vocab_size:

@@ -1,9 +1,11 @@
 """Generator for encoder-decoders: a source text in, its translation, summary or answer out."""
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import numpy as np
 
+from trimserve.arguments import checked
 from trimserve.arrays import Ids
 from trimserve.decoding.loop import Checker, InStep
 from trimserve.decoding.request import Request
@@ -24,6 +26,9 @@ class Text2TextGenerator(Generator):
         >>> model.generate("Where is my parcel?", num_beams=4)[0].text  # doctest: +SKIP
     """
 
+    _other_options = MappingProxyType({"bos_token_id": "pass decoder_start_token_id"})
+
+    @checked
     def score(self, texts: str | Sequence[str], sources: str | Sequence[str] | None = None) -> list[Score]:
         """Log-probabilities of texts under the full model's vocab, each after its source.
 

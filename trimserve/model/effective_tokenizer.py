@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, MissingExtraError, UnsupportedModelError, UsageError
+from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
+from trimserve.files.content import check_content
+from trimserve.files.model_json import read_model_json
 from trimserve.folder.names import SOURCE_TOKENIZER_FILES, TOKENIZER_NAME
 from trimserve.folder.tokenizer_settings import declared_settings
 from trimserve.model.library_tokenizer import ask_transformers
-from trimserve.text.tokenizer import parse_tokenizer, unreadable
+from trimserve.text.tokenizer import load_tokenizer, parse_tokenizer
 from trimserve.text.unmet_settings import prefix_space, unmet_setting
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,14 @@ class EffectiveTokenizer:
         made_by: the library, its version and the tokenizer's class; or why the file is taken as it is.
         settings: what a tokenizer.json cannot say: truncation_side, model_max_length, clean_up (of decoded
             text), split_special_tokens, special_tokens (role -> token).
+        origin: the file that it was made of, for messages.
     """
 
     content: bytes
     original: bool
     made_by: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = TOKENIZER_NAME
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -61,7 +64,7 @@ class EffectiveTokenizer:
 
     def load(self) -> Tokenizer:
         """Load it, with padding and truncation off."""
-        tokenizer = parse_tokenizer(self.content)
+        tokenizer = parse_tokenizer(self.content, self.origin)
         tokenizer.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         return tokenizer
 
@@ -119,11 +122,12 @@ def _cached(folder: Path, trust: bool, always: bool, signature: object) -> Effec
         as_it_is = _as_it_is(folder, reason)
         log.warning("%s: %s is taken as it is, because %s.", folder, TOKENIZER_NAME, reason)
         return as_it_is
+    origin = str(folder / TOKENIZER_NAME)
     made_by = {"library": "transformers", "version": found["version"], "class": found["class"]}
     if found["content"] is None:
         content = (folder / TOKENIZER_NAME).read_bytes()
-        return EffectiveTokenizer(content, True, made_by, found["settings"])
-    return EffectiveTokenizer(found["content"].encode(), False, made_by, found["settings"])
+        return EffectiveTokenizer(content, True, made_by, found["settings"], origin)
+    return EffectiveTokenizer(found["content"].encode(), False, made_by, found["settings"], origin)
 
 
 def _has_transformers() -> bool:
@@ -157,10 +161,7 @@ def _as_it_is(folder: Path, reason: str) -> EffectiveTokenizer:
         what = f"{folder} has no {TOKENIZER_NAME}, only {others}, which transformers reads"
         raise _refusal(what, reason, advice)
     original = original_tokenizer(folder, {"reason": reason})
-    try:
-        tokenizer = parse_tokenizer(original.content)
-    except Exception as error:  # the library raises bare Exception
-        raise unreadable(path, error) from error
+    tokenizer = parse_tokenizer(original.content, str(path))
     unmet = unmet_setting(tokenizer, *(_read(folder, name) for name in (_CONFIG, _SPECIAL, _ADDED)))
     if unmet is not None:
         raise _refusal(f"{folder} has {unmet}, which {TOKENIZER_NAME} alone does not follow", reason)
@@ -169,15 +170,18 @@ def _as_it_is(folder: Path, reason: str) -> EffectiveTokenizer:
 
 def original_tokenizer(folder: Path, made_by: Mapping[str, str] | None = None) -> EffectiveTokenizer:
     """tokenizer.json by itself, whatever stands beside it."""
+    check_content(folder / TOKENIZER_NAME)
     content = (folder / TOKENIZER_NAME).read_bytes()
     settings = declared_settings(_read(folder, _CONFIG), _read(folder, _SPECIAL))
-    return EffectiveTokenizer(content, True, {"library": "tokenizers", **(made_by or {})}, settings)
+    made_by = {"library": "tokenizers", **(made_by or {})}
+    return EffectiveTokenizer(content, True, made_by, settings, str(folder / TOKENIZER_NAME))
 
 
 def lone_tokenizer(folder: Path, reason: str) -> EffectiveTokenizer:
     """tokenizer.json by itself for a library that reads no file beside it: its own settings alone count."""
     original = original_tokenizer(folder, {"reason": reason})
-    truncation = _read(folder, TOKENIZER_NAME).get("truncation") or {}
+    path = folder / TOKENIZER_NAME
+    truncation = parse_tokenizer(original.content, str(path), as_stored=True).truncation or {}
     side = str(truncation.get("direction", "right")).lower()
     return replace(original, settings=declared_settings({"truncation_side": side}, {}))
 
@@ -201,7 +205,7 @@ def _is_surely_plain(folder: Path) -> bool:
         or {"auto_map", "fast_tokenizer_files"} & config.keys()
     ):
         return False
-    tokenizer = parse_tokenizer(path.read_bytes())
+    tokenizer = load_tokenizer(path)
     space = prefix_space(tokenizer)  # which the class takes to be false where nothing is said
     return (
         tokenizer.get_vocab_size() < _MENDED_FROM
@@ -211,11 +215,4 @@ def _is_surely_plain(folder: Path) -> bool:
 
 
 def _read(folder: Path, name: str) -> Json:
-    path = folder / name
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
-    return content if isinstance(content, dict) else {}
+    return read_model_json(folder / name)

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 
 from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.tokenizer_settings import NO_LIMIT, ROLES
+from trimserve.foreign import is_panic, reason
 from trimserve.text.same_tokenizer import same_tokenizer
-from trimserve.text.tokenizer import parse_tokenizer
+from trimserve.text.tokenizer import load_tokenizer
 
 Json = dict[str, Any]
 
@@ -59,12 +60,14 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
         backend.no_truncation()
         content: str | None = backend.to_str()
         settings = _settings(loaded, backend) | {"split_special_tokens": split}
-    except Exception as error:  # of any class: the folder may bring its own
-        return {"version": version, "error": _phrase(error)}
+    except BaseException as error:  # of any class: the folder may bring its own
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        return {"version": version, "error": reason(error)}
     finally:
         transformers.logging.set_verbosity(level)
     path = folder / TOKENIZER_NAME
-    if path.is_file() and same_tokenizer(parse_tokenizer(path.read_bytes()).to_str(), str(content)):
+    if path.is_file() and same_tokenizer(load_tokenizer(path).to_str(), str(content)):
         content = None
     return {
         "version": version,
@@ -90,12 +93,6 @@ def _settings(loaded: Any, backend: Tokenizer) -> Json:  # noqa: ANN401 - a toke
         "clean_up": clean,
         "special_tokens": {role: str(token) for role, token in named.items() if token is not None},
     }
-
-
-def _phrase(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text.rstrip(".:")[:200]
 
 
 def _main(folder: str, answer: str, trust: str) -> None:

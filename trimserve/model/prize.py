@@ -63,38 +63,74 @@ class WeightBytes:
         return min(kept, self.vocab_size) / self.vocab_size
 
 
-def read_weight_bytes(source: ModelSource) -> WeightBytes | None:
-    """Read the bytes of a model's weights from the headers of its files; None where there are none.
+@dataclass(frozen=True, slots=True)
+class VocabSpecs:
+    """A model's tensors as the headers of its files tell them.
 
-    A tensor has a vocab axis if one of its first two axes is as long as the vocab. `trimserve inspect`
-    asks the model's class instead, which takes torch.
+    Attributes:
+        tables: those with a vocab axis that are looked up or multiplied, copies left out.
+        heads: of `tables`, those that are a head by their name.
+        biases: vectors of V numbers.
+        copies: of a tied model, the head that is stored a second time.
+        others: all without a vocab axis.
     """
-    if not source.has_weights:
-        return None
+
+    tables: tuple[TensorSpec, ...]
+    heads: tuple[TensorSpec, ...]
+    biases: tuple[TensorSpec, ...]
+    copies: tuple[TensorSpec, ...]
+    others: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors with a vocab axis, copies left out."""
+        return _bytes(self.tables) + _bytes(self.biases)
+
+
+def read_vocab_specs(source: ModelSource) -> VocabSpecs:
+    """Tell a model's vocab tensors by the headers of its files.
+
+    A tensor has a vocab axis if one of its first two axes is as long as the vocab. An export asks the
+    model's class instead, which takes torch: another axis may have that length by chance.
+    """
     specs = [spec for specs, _ in source.headers.values() for spec in specs.values()]
     rows = [spec for spec in specs if source.vocab_size in spec.shape[:2] and len(spec.shape) <= 2]
-    heads = [spec for spec in rows if HEAD_MATRIX.search(spec.name)]
     matrices = [spec for spec in rows if min(spec.shape) > 1 and len(spec.shape) == 2]
+    heads = [spec for spec in rows if HEAD_MATRIX.search(spec.name)]
     copies = heads if source.tied and len(matrices) > len(heads) else []
-    others = [spec for spec in specs if spec not in rows]
-    encoder = [spec for spec in others if _is_encoders(spec, source)]
-    total_rows = _bytes(rows) - _bytes(copies)
-    biases = _bytes(spec for spec in rows if spec not in matrices)
-    return WeightBytes(
-        vocab_size=source.vocab_size,
-        rows=total_rows,
-        head=_head_bytes(source, matrices, [] if copies else heads, biases),
-        body=_bytes(others) - _bytes(encoder),
-        encoder=_bytes(encoder),
+    return VocabSpecs(
+        tables=tuple(spec for spec in matrices if spec not in copies),
+        heads=tuple(spec for spec in heads if spec not in copies),
+        biases=tuple(spec for spec in rows if spec not in matrices),
+        copies=tuple(copies),
+        others=tuple(spec for spec in specs if spec not in rows),
     )
 
 
-def _head_bytes(source: ModelSource, matrices: list[TensorSpec], heads: list[TensorSpec], biases: int) -> int:
-    if heads:
-        return _bytes(heads) + biases
+def read_weight_bytes(source: ModelSource) -> WeightBytes | None:
+    """Read the bytes of a model's weights from the headers of its files; None where there are none.
+
+    See `read_vocab_specs` for how vocab tensors are told.
+    """
+    if not source.has_weights:
+        return None
+    found = read_vocab_specs(source)
+    encoder = _bytes(spec for spec in found.others if _is_encoders(spec, source))
+    return WeightBytes(
+        vocab_size=source.vocab_size,
+        rows=found.nbytes,
+        head=_head_bytes(source, found),
+        body=_bytes(found.others) - encoder,
+        encoder=encoder,
+    )
+
+
+def _head_bytes(source: ModelSource, found: VocabSpecs) -> int:
+    if found.heads:
+        return _bytes(found.heads) + _bytes(found.biases)
     architectures = source.config.get("architectures") or [""]
     has_head = str(architectures[0]).endswith(_HEAD_CLASSES)
-    return max((spec.nbytes for spec in matrices), default=0) + biases if has_head else 0
+    return max((spec.nbytes for spec in found.tables), default=0) + _bytes(found.biases) if has_head else 0
 
 
 def _is_encoders(spec: TensorSpec, source: ModelSource) -> bool:

@@ -1,14 +1,16 @@
-"""From what `-m/--model` names, a folder, a graph or a hub id, to the model's files."""
+"""From what `-m/--model` names, a folder, a graph, a GGUF file or a hub id, to the model's files."""
 
-import json
 import re
 from pathlib import Path
 
-from trimserve.errors import MismatchError, UsageError, require
+from trimserve.errors import UsageError, require
 from trimserve.files.hub import fetch_snapshot
+from trimserve.files.inner import inner_path
+from trimserve.files.model_json import read_modules
 from trimserve.folder.manifest import Source
 from trimserve.folder.names import check_plain_name
 from trimserve.model.effective_tokenizer import has_tokenizer
+from trimserve.model.gguf.model import open_gguf
 from trimserve.model.sentence import MODULES_NAME
 from trimserve.model.source import ModelSource
 
@@ -24,13 +26,14 @@ def resolve_model(
     """Find a model's files.
 
     Args:
-        name: a local folder, else a hub id; a `ModelSource` is returned as it is.
+        name: a local folder or file, else a hub id; a `ModelSource` is returned as it is.
         revision: hub branch, tag or commit.
         weights: fetch the weights as well; tokenizer and configs always come. Never pickle or code.
 
     Raises:
         UsageError: no such folder, and no such model on the hub or no way to reach it; or a revision of a
             local folder.
+        UnsupportedModelError, MismatchError: a GGUF file that is not read; see `open_gguf`.
         MissingExtraError: a hub id, and huggingface_hub is not installed.
     """
     if isinstance(name, ModelSource):
@@ -40,10 +43,15 @@ def resolve_model(
         raise UsageError(f"{name} is a local path, which has no revisions: leave --revision out.")
     if path.is_dir():
         return _in_folder(str(name), None, path)
+    if path.suffix == ".gguf" and path.is_file():
+        gguf = open_gguf(path)
+        return ModelSource(str(name), None, gguf.folder, made_of=(path,), gguf=gguf)
     if path.suffix == ".onnx" and path.is_file():
         return ModelSource(str(name), None, _folder_of(path), path)
     if path.exists():
-        raise UsageError(f"{name} is a file: pass the folder that holds the model's files.")
+        raise UsageError(
+            f"{name} is a file: pass a .gguf or .onnx file, or the folder that holds the model's files."
+        )
     if not _HUB_ID.fullmatch(str(name)):
         raise UsageError(f"{name} is neither a folder nor a hub id (owner/model): check the path.")
     return _in_folder(str(name), revision, _fetch(str(name), revision, weights))
@@ -73,14 +81,15 @@ def _in_folder(name: str, revision: str | None, path: Path) -> ModelSource:
     modules = path / MODULES_NAME
     if not modules.is_file():
         return ModelSource(name, revision, path)
-    try:
-        first = str(json.loads(modules.read_text("utf-8"))[0]["path"]).rstrip("/")
-    except (ValueError, LookupError, TypeError) as error:
-        raise MismatchError(f"{modules} is no list of modules ({error!r}): fetch the model again.") from error
-    if first in ("", ".") or not (path / first).is_dir():
+    listed = read_modules(modules)
+    first = listed[0].path.rstrip("/") if listed else ""
+    if first in ("", "."):
         return ModelSource(name, revision, path)
     check_plain_name(first, str(modules))
-    return ModelSource(name, revision, path / first, modules_folder=path)
+    folder = inner_path(path, first, str(modules))
+    if not folder.is_dir():
+        return ModelSource(name, revision, path)
+    return ModelSource(name, revision, folder, modules_folder=path)
 
 
 def _folder_of(graph: Path) -> Path:

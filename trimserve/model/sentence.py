@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimserve.files.model_json import read_model_json
 from trimserve.model.effective_tokenizer import EffectiveTokenizer
 
 MODULES_NAME = "modules.json"
@@ -30,23 +31,17 @@ def lower_cases(root: Path, folder: Path) -> bool:
 
 
 def _transformer_config(folder: Path) -> dict[str, Any]:
-    """What the transformer's config holds; a damaged file is refused where the whole of it is read."""
-    for name in TRANSFORMER_CONFIGS:
-        try:
-            content = json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content:
-            return content
-    return {}
+    """What the first of the transformer's configs that says anything holds."""
+    found = (read_model_json(folder / name) for name in TRANSFORMER_CONFIGS)
+    return next(filter(None, found), {})
 
 
 def lower_cased(tokenizer: EffectiveTokenizer) -> EffectiveTokenizer:
     """The tokenizer with a lower-casing before its own normaliser, unless it has one."""
     content = json.loads(tokenizer.content)
     own = content.get("normalizer")
-    steps = own["normalizers"] if own and own["type"] == "Sequence" else [own] if own else []
-    if any(step["type"] == "Lowercase" for step in steps):
+    steps = own["normalizers"] if own and own.get("type") == "Sequence" else [own] if own else []
+    if any(step.get("type") == "Lowercase" for step in steps):
         return tokenizer
     content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}
     return dataclasses.replace(

@@ -1,7 +1,6 @@
 """A model's files in a local folder: its configs, tokenizer, graphs and the headers of its weights."""
 
 import glob
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trimserve.errors import MismatchError, TrimserveError, UsageError
-from trimserve.files.content import check_content
+from trimserve.errors import MismatchError, UsageError
+from trimserve.files.inner import inner_path
+from trimserve.files.model_json import TEXT_SECTIONS, read_model_json, read_modules
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.folder.names import GRAPH_FOLDER, TOKENIZER_NAME, check_plain_name
 from trimserve.folder.tokenizer_settings import declared_settings
@@ -23,17 +23,16 @@ from trimserve.model.effective_tokenizer import (
     lone_tokenizer,
     original_tokenizer,
 )
+from trimserve.model.gguf.model import GgufModel
 from trimserve.model.sentence import MODULES_NAME, lower_cased, lower_cases
 from trimserve.model.tensor_names import unwrapped_names
 from trimserve.model.weights import no_weights
-from trimserve.text.tokenizer import end_of_ids, unreadable
+from trimserve.text.tokenizer import end_of_ids
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GENAI_NAME = "genai_config.json"
-# Sub-configs that can hold the language model's sizes in a composite model.
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "encoder")
 # The last two are those of static embeddings.
 _EMBEDDING = re.compile(
     r"(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$|^embedding\.weight$|^embeddings$"
@@ -58,6 +57,8 @@ class ModelSource:
         adapter: name of the adapter that was merged into the model, if it was given beside it.
         modules_folder: the folder of sentence-transformers' modules.json, where `path` is that of its
             transformer (`0_Transformer`).
+        gguf: the GGUF file that the model is in, where `path` is the temporary folder of its small files. The
+            folder has no weights until they are dequantised into it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelSource:
     made_of: tuple[Path, ...] | None = None
     adapter: str | None = None
     modules_folder: Path | None = None
+    gguf: GgufModel | None = None
 
     @property
     def root(self) -> Path:
@@ -91,14 +93,20 @@ class ModelSource:
         """
         if self.named_graph is not None or (self.has_weights and self.variant is None):
             return self.named_graph
-        named = self.genai_model.get("decoder", {}).get("filename")
+        named = (self.genai_model.get("decoder") or {}).get("filename")
         return find_graph(self.path, named, self.variant)
 
     @property
     def genai_model(self) -> dict[str, Any]:
-        """The section `model` of onnxruntime-genai's config; empty where there is none."""
-        section = self.read_json(GENAI_NAME).get("model")
-        return section if isinstance(section, dict) else {}
+        """The section `model` of onnxruntime-genai's config; empty where there is none.
+
+        Raises:
+            MismatchError: it names a file outside the folder.
+        """
+        section: dict[str, Any] = self.read_json(GENAI_NAME).get("model") or {}
+        for name in _file_names(section):
+            inner_path(self.path, name, str(self.path / GENAI_NAME))
+        return section
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -122,30 +130,19 @@ class ModelSource:
             raise MismatchError(f"{path} is not UTF-8 ({error}): fetch the model again.") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON object of the folder; empty where the file is absent.
+        """Read a JSON object of the folder, checked; empty where the file is absent.
 
         Raises:
-            MismatchError: it is not a JSON object in UTF-8, or an empty file or a pointer in its place.
+            MismatchError: see `read_model_json`.
         """
-        text = self.read_text(name)
-        path = self.path / name
-        try:
-            content = {} if text is None else json.loads(text)
-        except ValueError as error:
-            check_content(path)
-            raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
-        if not isinstance(content, dict):
-            raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
-        return content
+        return read_model_json(self.path / name)
 
     @cached_property
     def is_static_embedding(self) -> bool:
         """Whether it begins with sentence-transformers' StaticEmbedding, a table of vectors by token id."""
-        try:
-            first = json.loads((self.root / MODULES_NAME).read_text("utf-8"))[0]["type"]
-        except (OSError, ValueError, LookupError, TypeError):
-            return False
-        return str(first).endswith(".StaticEmbedding")
+        path = self.root / MODULES_NAME
+        modules = read_modules(path) if path.is_file() else ()
+        return bool(modules) and modules[0].type.endswith(".StaticEmbedding")
 
     @cached_property
     def effective(self) -> EffectiveTokenizer:
@@ -156,6 +153,8 @@ class ModelSource:
         """
         if self.is_static_embedding:
             return lone_tokenizer(self.path, "StaticEmbedding takes the file as it is")
+        if self.gguf is not None:
+            return original_tokenizer(self.path, {"reason": "made of the GGUF file, with llama.cpp's ids"})
         found = effective_tokenizer(
             self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
         )
@@ -180,7 +179,7 @@ class ModelSource:
         compares again.
         """
         path = self.path / TOKENIZER_NAME
-        asks = not self.ask_library and not self.is_static_embedding
+        asks = not self.ask_library and not self.is_static_embedding and self.gguf is None
         if "effective" not in self.__dict__ and asks and path.is_file():
             original = original_tokenizer(self.path)
             if original.sha256 == sha256:
@@ -193,12 +192,7 @@ class ModelSource:
         Raises:
             MismatchError: it is not one that the tokenizers library can read.
         """
-        try:
-            tokenizer = self.effective.load()
-        except Exception as error:  # the library raises bare Exception
-            if isinstance(error, TrimserveError):
-                raise
-            raise unreadable(self.path / TOKENIZER_NAME, error) from error
+        tokenizer = self.effective.load()
         if "vocab_size" not in self.__dict__ and self._model_rows() is None:
             # Or `vocab_size` would load it again, which for 250,000 pieces takes 250 MB.
             self.__dict__["vocab_size"] = end_of_ids(tokenizer)
@@ -215,8 +209,8 @@ class ModelSource:
     def _model_rows(self) -> int | None:
         """V by the config, else by the weights; None where neither tells it."""
         for config in self.text_configs():
-            if isinstance(size := config.get("vocab_size"), int) and size > 0:
-                return size
+            if (size := config.get("vocab_size")) is not None:
+                return int(size)
         embeddings = (spec for spec in self._matrices() if _EMBEDDING.search(spec.name))
         spec = next(embeddings, None)
         return None if spec is None else spec.shape[0]
@@ -224,7 +218,7 @@ class ModelSource:
     def text_configs(self) -> Iterator[dict[str, Any]]:
         """Yield the config and the sub-configs that can describe the language model, outermost first."""
         yield self.config or self.genai_model
-        for key in _TEXT_CONFIGS:
+        for key in TEXT_SECTIONS:
             if isinstance(nested := self.config.get(key), dict):
                 yield nested
 
@@ -239,6 +233,8 @@ class ModelSource:
         """
         if self.named_graph is None and (self.path / WEIGHTS_NAME).is_file():
             return (self.path / WEIGHTS_NAME,)
+        if self.gguf is not None:
+            return (self.gguf.file.path,)
         if self.named_graph is None and (self.path / INDEX_NAME).is_file():
             return self._indexed_files()
         if self.graph is not None:
@@ -264,6 +260,8 @@ class ModelSource:
             MismatchError: a file is damaged, or two tensors have one name then.
             TrimserveError: see `weight_files`.
         """
+        if self.has_quantized_rows and self.gguf is not None:
+            return {self.gguf.file.path: (self.gguf.specs, {})}
         stored = {file: read_header(file) for file in self.weight_files}
         names = unwrapped_names([name for specs, _ in stored.values() for name in specs])
         if len(set(names.values())) < len(names):
@@ -290,17 +288,17 @@ class ModelSource:
     @property
     def is_wrapped(self) -> bool:
         """Whether tensors are stored by the names of a wrapper, which no other library loads."""
+        if self.has_quantized_rows:
+            return False
         stored = (read_header(file)[0] for file in self.headers)
         return self.tensors.keys() != {name for specs in stored for name in specs}
 
     def _indexed_files(self) -> tuple[Path, ...]:
-        weight_map = self.read_json(INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise MismatchError(f"{self.path / INDEX_NAME} has no weight_map: fetch the model again.")
-        names = sorted({str(name) for name in weight_map.values()})
+        index = self.path / INDEX_NAME
+        names = sorted(set(self.read_json(INDEX_NAME)["weight_map"].values()))
         for name in names:
-            check_plain_name(name, str(self.path / INDEX_NAME))
-            if not (self.path / name).is_file():
+            check_plain_name(name, str(index))
+            if not inner_path(self.path, name, str(index)).is_file():
                 raise UsageError(
                     f"{self.path} lacks {name}, which {INDEX_NAME} lists: fetch the model again."
                 )
@@ -308,8 +306,14 @@ class ModelSource:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the folder has safetensors weights."""
-        return (self.path / WEIGHTS_NAME).is_file() or (self.path / INDEX_NAME).is_file()
+        """Whether the folder has safetensors weights, or stands for a GGUF file."""
+        stored = (self.path / WEIGHTS_NAME).is_file() or (self.path / INDEX_NAME).is_file()
+        return stored or self.gguf is not None
+
+    @property
+    def has_quantized_rows(self) -> bool:
+        """Whether the weights are those of a GGUF file, in its own number formats."""
+        return self.gguf is not None and not (self.path / WEIGHTS_NAME).is_file()
 
     def _matrices(self) -> list[TensorSpec]:
         if not self.has_weights:
@@ -341,6 +345,19 @@ class ModelSource:
             spec for spec in rows if not (self.tied and len(rows) > 1 and HEAD_MATRIX.search(spec.name))
         ]
         return sum(spec.nbytes for spec in counted) // self.vocab_size
+
+
+def _file_names(section: object) -> Iterator[str]:
+    """Every file that a section of genai_config.json names, of a pipeline's parts too."""
+    if isinstance(section, list):
+        for entry in section:
+            yield from _file_names(entry)
+    elif isinstance(section, dict):
+        for key, value in section.items():
+            if key == "filename":
+                yield value if isinstance(value, str) else ""  # which is no name
+            else:
+                yield from _file_names(value)
 
 
 def _config_widths(config: dict[str, Any]) -> set[int]:

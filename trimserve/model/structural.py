@@ -13,7 +13,7 @@ from trimserve.folder.positions import PAD_POSITION_MODELS
 from trimserve.model.sentence import PROMPTS_NAME
 from trimserve.model.source import ModelSource
 from trimserve.text.chat import chat_templates
-from trimserve.text.tokenizer import ids_of_tokens, newline_ids, tokenizer_ids
+from trimserve.text.tokenizer import ids_of_tokens, newline_ids, tokenizer_border, tokenizer_ids
 
 CONFIG_NAMES = ("config.json", "generation_config.json", "genai_config.json")
 TOKEN_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -32,6 +32,7 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
 
 
+@tokenizer_border
 def structural_ids(source: ModelSource, tokenizer: Tokenizer | None = None) -> Ids:
     """Find the ids that must stay.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arguments import checked
 from trimserve.errors import UsageError
 from trimserve.profiles.estimates import Shares
 from trimserve.profiles.merging import check_same_model
@@ -57,6 +58,7 @@ class Difference:
     moved: tuple[Move, ...]
 
 
+@checked
 def diff(before: Profile, after: Profile, *, top: int = 20) -> Difference:
     """Compare two profiles of one model.
 

@@ -8,6 +8,7 @@ from dataclasses import astuple
 
 import numpy as np
 
+from trimserve.arguments import checked
 from trimserve.arrays import Counts
 from trimserve.errors import MismatchError, UsageError
 from trimserve.profiles.profile import Profile
@@ -16,6 +17,7 @@ from trimserve.vocab.map import VocabMap
 log = logging.getLogger(__name__)
 
 
+@checked
 def merge(profiles: Sequence[Profile], *, weights: Sequence[float] | None = None) -> Profile:
     """Add profiles up.
 

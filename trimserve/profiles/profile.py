@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from trimserve.arrays import Counts, Ids
 from trimserve.corpus.files import CorpusSource
 from trimserve.errors import MismatchError
 from trimserve.files.artefact import load_artefact, save_artefact
+from trimserve.files.checked_json import convert_json
+from trimserve.files.model_json import MOST_ROWS
 from trimserve.profiles.estimates import guaranteed_bound, likely_bound
 
 
@@ -156,30 +159,62 @@ class Profile:
             MismatchError: it is no profile, or damaged.
         """
         arrays, facts = load_artefact(Path(path), "profile")
-        try:
-            tokens = facts.pop("tokens")
-            facts["sources"] = tuple(CorpusSource(*source) for source in facts["sources"])
-            facts["linear_widths"] = tuple(facts["linear_widths"])
-            values: dict[str, Any] = arrays | facts
-            loaded = cls(**values)
-        except (KeyError, TypeError) as error:
-            raise MismatchError(f"{path} is damaged ({error}): make the profile again.") from error
-        if loaded.tokens != tokens:
+        advice = "make the profile again."
+        told = convert_json(facts, _Facts, f"the metadata of {path}", advice=advice)
+        names = {*_ARRAYS, *_OPTIONAL_ARRAYS}
+        if wrong := sorted(arrays.keys() ^ (names & (arrays.keys() | set(_ARRAYS)))):
+            raise MismatchError(f"{path} lacks {wrong[0]!r}, or should not have it: {advice}")
+        values: dict[str, Any] = arrays | {name: getattr(told, name) for name in _FACTS}
+        loaded = cls(**values, sources=tuple(CorpusSource(*source) for source in told.sources))
+        if loaded.tokens != told.tokens:
             raise MismatchError(
-                f"{path} should count {tokens:,} tokens but counts {loaded.tokens:,}: make the profile again."
+                f"{path} should count {told.tokens:,} tokens but counts {loaded.tokens:,}: {advice}"
             )
         return loaded
 
 
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The metadata of a profile's file."""
+
+    tokenizer_sha256: str
+    tokenizer_name: str
+    texts: Count
+    characters: Count
+    beyond_rows: Count
+    tokens: Count
+    sources: list[tuple[str, str, Count]]
+    linear_widths: tuple[Count, ...] = ()
+    row_bytes: Count = 0
+    effective_tokens: Annotated[float, Meta(ge=0)] = 0.0
+    skipped: dict[str, Count] = field(default_factory=dict)
+    unfinished: dict[str, Any] | None = None
+
+
+# Sums of counts stay far below 2**63.
+_MOST_OCCURRENCES = 1 << 53
+
+
 def _check_arrays(profile: Profile) -> None:
     counts, size = profile.counts, profile.counts.size
-    whole = counts.ndim == 1 and counts.dtype == np.int64 and counts.min(initial=0) >= 0
-    ids = np.concatenate([profile.structural, profile.padding_ids])
+    whole = counts.ndim == 1 and counts.dtype == np.int64 and 0 < counts.size <= MOST_ROWS
+    whole = whole and counts.min() >= 0 and float(counts.sum(dtype=np.float64)) <= _MOST_OCCURRENCES
+    parts = (profile.structural, profile.padding_ids)
+    flat = all(part.ndim == 1 and part.dtype.kind in "iu" for part in parts)
+    ids = np.concatenate([profile.structural, profile.padding_ids]) if flat else np.array([-1])
     inside = ids.min(initial=0) >= 0 and ids.max(initial=-1) < size
+    shares = profile.shares
+    whole = whole and (shares is None or (shares.dtype.kind == "f" and bool(np.all(shares >= 0))))
     optional = [getattr(profile, name) for name in _OPTIONAL_ARRAYS]
     fits = all(array is None or array.shape == counts.shape for array in optional)
-    parts = [profile.output_counts, profile.document_counts]  # neither can exceed the occurrences
-    within = fits and all(part is None or bool(np.all((part >= 0) & (part <= counts))) for part in parts)
+    some = [profile.output_counts, profile.document_counts]  # neither can exceed the occurrences
+    within = fits and all(
+        part is None or (part.dtype == np.int64 and bool(np.all((part >= 0) & (part <= counts))))
+        for part in some
+    )
     if not (whole and inside and fits and within):
         raise MismatchError(
             f"a profile needs int64 counts of at least 0 and ids below their number: found {counts.dtype} "

@@ -9,10 +9,11 @@ from typing import TypedDict, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
+from trimserve.arguments import Count, checked
 from trimserve.arrays import Counts, Ids
 from trimserve.console import progress as progress_bar
 from trimserve.corpus.corpus import Corpus
-from trimserve.corpus.documents import Reading, Unit
+from trimserve.corpus.documents import MAX_LINE, Reading, Unit
 from trimserve.counting.count import Interrupted, Tally, count_corpus
 from trimserve.counting.encoding.encoders import limit_threads
 from trimserve.counting.plan import How, Shard, Where
@@ -23,7 +24,7 @@ from trimserve.model.structural import structural_ids
 from trimserve.process import release_free_memory
 from trimserve.profiles.profile import Profile
 from trimserve.text.chat import ChatTemplate
-from trimserve.text.tokenizer import newline_ids
+from trimserve.text.tokenizer import newline_ids, tokenizer_border
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +32,17 @@ log = logging.getLogger(__name__)
 class ProfileOptions(TypedDict, total=False):
     """Options of `profile`."""
 
-    texts: Iterable[str]
-    text_column: str
-    output_column: str
+    texts: Iterable[str] | None
+    text_column: str | None
+    output_column: str | None
     chat: bool
     unit: Unit
     skip_bad: bool
-    workers: int
+    max_line: int
+    workers: Count | None
     engine: Where
-    shard: str
-    resume: Profile
+    shard: str | None
+    resume: Profile | None
     progress: bool
 
 
@@ -52,6 +54,7 @@ class ProfileInterrupted(KeyboardInterrupt):
         self.partial = partial
 
 
+@checked
 def profile(
     corpus: Sequence[str | Path] | str | Path,
     model: str | Path | ModelSource,
@@ -74,6 +77,8 @@ def profile(
               model's chat template; what the assistant says is counted in `output_counts` too.
             - unit: "document" (default), "line" or "paragraph".
             - skip_bad: count and leave out bad rows and bytes instead of refusing them.
+            - max_line: the longest line, row or cell that is read, 64 Mi characters by default; so that no
+              file takes all the memory.
             - workers: cores to use; all by default. The tokenizer's threads can only be limited before
               anything else in the process tokenises.
             - engine: "local" (default) or "ray".
@@ -93,6 +98,7 @@ def profile(
     read = Corpus(
         [str(file) for file in files], texts=options.get("texts"), reading=reading_of(source, options)
     )
+    read.check_first_rows()
     before = None if resume is None else _tally_of(resume, source)
     if workers is not None:
         limit_threads(workers)
@@ -128,6 +134,7 @@ def reading_of(source: ModelSource, options: ProfileOptions) -> Reading:
         template=ChatTemplate.of(source) if options.get("chat") else None,
         unit=options.get("unit", "document"),
         skip_bad=options.get("skip_bad", False),
+        max_line=options.get("max_line", MAX_LINE),
     )
 
 
@@ -156,6 +163,7 @@ def _tally_of(partial: Profile, source: ModelSource) -> Tally:
     return Tally(**facts, state=partial.unfinished)
 
 
+@tokenizer_border
 def _warn_without_newlines(counts: Counts, tokenizer: Tokenizer) -> None:
     newlines = np.array([id_ for id_ in newline_ids(tokenizer) if id_ < counts.size], np.int64)
     if newlines.size and not counts[newlines].any():

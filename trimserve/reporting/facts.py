@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arguments import Count, checked
 from trimserve.arrays import Ids
 from trimserve.corpus.files import CorpusSource
 from trimserve.model.prize import WeightBytes
@@ -179,7 +180,8 @@ class Report:
         return asdict(self)
 
 
-def gather(inputs: Inputs, *, top: int = 30) -> Report:
+@checked
+def gather(inputs: Inputs, *, top: Count = 30) -> Report:
     """Compute the numbers of a report.
 
     Args:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
+from trimserve.arguments import checked
 from trimserve.console import human_bytes
 from trimserve.reporting import sections
 from trimserve.reporting.charts import share_text
@@ -40,6 +41,7 @@ _PAGE = """<!doctype html>
 """
 
 
+@checked
 def render(report: Report, title: str) -> str:
     """Write the page.
 

@@ -1,11 +1,11 @@
 """What a graph does between the head's product and the logits: a bias, a scale, a soft cap."""
 
-import json
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from trimserve.arrays import Floats
+from trimserve.files.checked_json import convert_json, parse_json
 
 # What stands between the head's product and the logits: operators with the number each takes, None where
 # it takes none (Tanh, Round) or one a token (an Add of the bias). The serving passes write it into the graph.
@@ -15,7 +15,9 @@ AFTER_HEAD_KEY = "trimserve.after_head"
 
 def read_after_head(metadata: Mapping[str, str]) -> AfterHead:
     """What the serving passes wrote into a graph's metadata."""
-    return tuple((operator, number) for operator, number in json.loads(metadata.get(AFTER_HEAD_KEY, "[]")))
+    origin, advice = "what stands behind the graph's head", "export the folder again."
+    content = parse_json(metadata.get(AFTER_HEAD_KEY, "[]"), origin, advice=advice)
+    return convert_json(content, tuple[tuple[str, float | None], ...], origin, advice=advice)
 
 
 def apply_after_head(product: Floats, bias: Floats, after_head: AfterHead) -> Floats:

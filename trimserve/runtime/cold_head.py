@@ -1,17 +1,21 @@
 """The cold head: hidden states -> logits of the cold ids, by graphs over the mapped cold rows."""
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from trimserve.arrays import Floats, Ids
+from trimserve.concurrency import Once, renew_in_child
 from trimserve.errors import MismatchError
+from trimserve.files.checked_json import convert_json, parse_json
+from trimserve.files.held import HeldGraph
+from trimserve.files.model_json import Rows
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.runtime.session import available_cpus, open_session
@@ -20,6 +24,7 @@ from trimserve.runtime.session import available_cpus, open_session
 PARTS_KEY = "trimserve.parts"
 Arrays = list[npt.NDArray[Any]]
 T = TypeVar("T")
+_Size = Annotated[int, Meta(ge=0, le=1 << 32)]
 
 
 class PartedGraph:
@@ -29,22 +34,43 @@ class PartedGraph:
     in one core's cache, and threads meet once a product and not once an operator.
     """
 
-    def __init__(self, path: Path, *, threads: int | None, packed: bool) -> None:
-        """Open a graph; `packed` if its rows are quantised: then it is one part, with threads of its own."""
+    def __init__(
+        self, graph: Path | HeldGraph, rows: int | None = None, *, threads: int | None, packed: bool
+    ) -> None:
+        """Open a graph.
+
+        Args:
+            graph: the graph with its data.
+            rows: cold rows of all its parts, where that is known.
+            threads: at most so many parts at a time.
+            packed: its rows are quantised: then it is one part, with threads of its own.
+
+        Raises:
+            MismatchError: it was not made for these rows.
+        """
+        path = graph if isinstance(graph, Path) else graph.path
         threads = threads or available_cpus()
         # Without prepacking, or each float matrix would have a private copy. Packed rows are in the file, and
         # used where they lie if this is on.
-        self._session = open_session(path, threads=threads if packed else 1, prepack=packed)
+        self._session = open_session(graph, threads=threads if packed else 1, prepack=packed)
         metadata = self._session.get_modelmeta().custom_metadata_map
         if PARTS_KEY not in metadata:
             raise MismatchError(
                 f"{path} was written by another version of trimserve: export the model again, or use compact "
                 "mode."
             )
-        ends = np.cumsum([0, *json.loads(metadata[PARTS_KEY])]).tolist()
-        self._parts = [slice(start, end) for start, end in pairwise(ends)]
+        origin, advice = f"the entry {PARTS_KEY} of {path}", "export the folder again."
+        found = parse_json(metadata[PARTS_KEY], origin, advice=advice)
+        sizes = convert_json(found, list[Rows], origin, advice=advice)
+        if rows is not None and sum(sizes) != rows:
+            raise MismatchError(
+                f"{path} is of {sum(sizes):,} cold rows, the folder has {rows:,}: export it again."
+            )
+        self._parts = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         self._threads = min(threads, len(self._parts))
-        self._pool: ThreadPoolExecutor | None = None
+        # Its threads start with the first product, and again in a forked child, which has none of them.
+        self._pool: Once[ThreadPoolExecutor] = Once()
+        renew_in_child(self)
 
     def each(self, names: list[str], hidden: npt.NDArray[Any], use: Callable[[slice, Arrays], T]) -> list[T]:
         """Run every part and pass its outputs on, with the cold rows it holds; results in the parts' order.
@@ -62,9 +88,14 @@ class PartedGraph:
         numbers = range(len(self._parts))
         if self._threads == 1:
             return list(map(run, numbers))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, "trimserve-cold")
-        return list(self._pool.map(run, numbers))
+        return list(self._pool.get(self._start_threads).map(run, numbers))
+
+    def renew(self) -> None:
+        """See `Renewable`."""
+        self._pool = Once()
+
+    def _start_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, "trimserve-cold")
 
 
 class ColdHead:
@@ -77,8 +108,9 @@ class ColdHead:
     def __init__(self, folder: TrimmedFolder, *, threads: int | None = None) -> None:
         self.cold_ids: Ids = folder.vocab.head.cold_ids
         packed = not folder.manifest.files.keys().isdisjoint((COLD_BLOCKS_NAME, COLD_WEIGHTS_NAME))
-        self._maxima = PartedGraph(folder.file(COLD_MAX_NAME), threads=threads, packed=packed)
-        self._logits = PartedGraph(folder.file(COLD_HEAD_NAME), threads=threads, packed=packed)
+        rows = self.cold_ids.size
+        self._maxima = PartedGraph(folder.graph(COLD_MAX_NAME), rows, threads=threads, packed=packed)
+        self._logits = PartedGraph(folder.graph(COLD_HEAD_NAME), rows, threads=threads, packed=packed)
 
     def maxima(self, hidden: Floats) -> tuple[Floats, Ids]:
         """The largest cold logit of each hidden state and its token id (the lowest on a tie).

@@ -6,21 +6,18 @@ rows, and the system may drop them again. Only the asked rows are converted to t
 
 import mmap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.arrays import Ids
+from trimserve.arrays import Ids, Rows
 from trimserve.errors import MismatchError, UnknownIdError
 from trimserve.files.quantized import Quantization, block_specs, dequantize, round_activations
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header, to_bfloat16, to_float32
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
 from trimserve.folder.opening import TrimmedFolder
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
-from trimserve.arrays import Rows
+from trimserve.runtime.session import Session
 
 ColdTensor = Literal["embedding", "head", "head_bias"]
 # `Dtype` of a graph (`Manifest.dtype`) -> numpy dtype of its inputs; numpy has no bfloat16, so its bits.
@@ -42,10 +39,18 @@ def table_name(name: str, table: int) -> str:
     return f"{name}.{table}" if table else name
 
 
-def cold_widths(session: "ort.InferenceSession") -> dict[str, int]:
+def cold_widths(session: Session) -> dict[str, int]:
     """Inputs of a servable graph that take rows of cold ids, and their widths, table by table."""
-    inputs = session.get_inputs()
-    return {value.name: int(value.shape[1]) for value in inputs if value.name.partition(".")[0] == COLD_INPUT}
+    widths = {}
+    for value in session.get_inputs():
+        if value.name.partition(".")[0] == COLD_INPUT:
+            if len(value.shape) != 2 or not isinstance(value.shape[1], int):
+                raise MismatchError(
+                    f"the graph's input {value.name} should have two axes, the second of a known size, and "
+                    f"has {value.shape}: export the folder again."
+                )
+            widths[value.name] = value.shape[1]
+    return widths
 
 
 class ColdRows:
@@ -80,7 +85,7 @@ class ColdRows:
         self._graph_dtype = folder.manifest.dtype if dtype is None else dtype
         self.dtype = GRAPH_DTYPES[self._graph_dtype]
         self.cold_ids, self.head_cold_ids = folder.vocab.cold_ids, folder.vocab.head.cold_ids
-        self._specs, metadata = read_header(folder.file(COLD_NAME)) if folder.has_cold else ({}, {})
+        self._specs, metadata = read_header(folder.opened(COLD_NAME)) if folder.has_cold else ({}, {})
         self._tied = metadata.get("tied") == "true"
         for spec in self._specs.values():
             self._check(spec)
@@ -237,17 +242,18 @@ class _QuantizedRows:
 
     def __init__(self, folder: TrimmedFolder, width: int) -> None:
         quantization = Quantization.from_dict(folder.manifest.quantization)
-        path = folder.file(COLD_BLOCKS_NAME)
+        file = folder.opened(COLD_BLOCKS_NAME)
+        path = file.path
         if quantization is None:
             raise MismatchError(
                 f"{path} is quantised and the manifest does not say how: export the folder again."
             )
         scheme = quantization.rows
         dtype = "F16" if folder.manifest.dtype == "fp16" else "F32"
-        specs = block_specs(path, len(folder.vocab.head.cold_ids), width, scheme, dtype)
-        if specs.end > path.stat().st_size:
+        specs = block_specs(file, len(folder.vocab.head.cold_ids), width, scheme, dtype)
+        if specs.end > file.size:
             raise MismatchError(
-                f"{path} should have at least {specs.end:,} bytes but has {path.stat().st_size:,}: "
+                f"{path} should have at least {specs.end:,} bytes but has {file.size:,}: "
                 "export the folder again."
             )
         self.scheme = scheme

@@ -5,13 +5,11 @@ A graph of another tool that breaks it would export and fail, or be wrong, at th
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.runtime.cold_rows import COLD_INPUT
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from trimserve.runtime.session import Session
 
 PAST, PRESENT = "past_key_values.", "present."
 # Inputs of a past that belong to the source text of an encoder-decoder.
@@ -113,7 +111,7 @@ def contract_of(task: str, role: str = "model") -> Contract:
     return Contract(_TEXT, frozenset({"input_ids"}), gives, dtypes=("int64", "int32"))
 
 
-def served_fault(session: "ort.InferenceSession", task: str, role: str = "model") -> str | None:
+def served_fault(session: Session, task: str, role: str = "model") -> str | None:
     """Say how a graph that was made for serving breaks its contract; None where it keeps it.
 
     Args:

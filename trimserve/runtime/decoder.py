@@ -4,30 +4,32 @@ Nothing here knows tokens' meaning, sampling or exactness; see `generation.py` f
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trimserve.arrays import Ids, Rows
+from trimserve.arrays import Floats, Ids, Rows
+from trimserve.concurrency import Once
 from trimserve.errors import UnsupportedModelError
 from trimserve.folder.manifest import Lengths
 from trimserve.runtime.after_head import read_after_head
 from trimserve.runtime.cold_rows import COLD_INPUT, cold_widths
 from trimserve.runtime.kv_cache import GrowingCache, KVCache, KVLayout, SharedCache
+from trimserve.runtime.session import Session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-from trimserve.arrays import Floats
 
 # "true" in a graph whose attention writes its keys and values in place (GroupQueryAttention).
 SHARED_KV_KEY = "trimserve.shared_kv"
 # How long the head's share of a step is measured, and how often at least.
 _MEASURING_SECONDS = 0.05
 _MEASURED_STEPS = 3
+# How many positions are asked for: by steps, by scores (all of them), and by what measures the head.
+_USUAL_KEEPS = (1, 0, -1)
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -47,6 +49,9 @@ class Step:
 class Decoder:
     """A decoder-only graph with the serving passes of DESIGN.md section 5, bound to one session.
 
+    It knows nothing of any request: what belongs to one is in its cache. So any number of threads may use it,
+    each with caches of its own.
+
     Attributes:
         device: where the graph and its cache are.
         cold_inputs: names of the inputs for rows of cold ids, one for each table that ids are looked up in.
@@ -58,9 +63,7 @@ class Decoder:
 
     _MASK = "attention_mask"  # the input that tells tokens from padding
 
-    def __init__(
-        self, session: "ort.InferenceSession", *, device: str = "cpu", lengths: Lengths | None = None
-    ) -> None:
+    def __init__(self, session: Session, *, device: str = "cpu", lengths: Lengths | None = None) -> None:
         self.device = device
         lengths = lengths or Lengths()
         self.unchanged = lengths.unchanged
@@ -96,9 +99,11 @@ class Decoder:
         self._shares_buffers = metadata.get(SHARED_KV_KEY) == "true"
         self.after_head = read_after_head(metadata)
         self._outputs = ["logits", "hidden_states", *self._present]
-        self._binding = session.io_binding()
-        self._last: dict[str, tuple[npt.NDArray[Any], ort.OrtValue]] = {}
-        self._head_share: float | None = None
+        self._places = {name: device if name in self._present else "cpu" for name in self._outputs}
+        # Nearly every step takes these: handed over once, and never written to.
+        self._no_rows = [self._layout.on_cpu(rows) for rows in self.no_rows]
+        self._keeps = {keep: self._layout.on_cpu(np.array(keep, np.int64)) for keep in _USUAL_KEEPS}
+        self._head_share: Once[float] = Once()
 
     @property
     def takes_batches(self) -> bool:
@@ -128,9 +133,7 @@ class Decoder:
         A step without the head asks for the last -1 positions of one, which are none: the same graph, with
         the same weights, multiplies nothing.
         """
-        if self._head_share is None:
-            self._head_share = self._measure_head_share()
-        return self._head_share
+        return self._head_share.get(self._measure_head_share)
 
     def _measure_head_share(self) -> float:
         token = np.zeros((1, 1), np.int64)
@@ -167,12 +170,8 @@ class Decoder:
         new = np.ones_like(ids) if mask is None else mask
         cache.mask = np.concatenate([cache.mask, new], axis=1)
         on_cpu = self._layout.on_cpu
-        inputs = {
-            "input_ids": on_cpu(ids),
-            "logits_to_keep": self._held("logits_to_keep", _number(keep)),
-        }
-        for name, rows in zip(self.cold_inputs, cold_rows, strict=True):
-            inputs[name] = self._held(name, rows)
+        inputs = {"input_ids": on_cpu(ids), "logits_to_keep": self._keep(keep)}
+        inputs |= self._rows(cold_rows)
         if self._takes_mask:
             inputs["attention_mask"] = on_cpu(cache.mask)
         if past is not None:
@@ -180,38 +179,24 @@ class Decoder:
             offsets = np.maximum(new.cumsum(axis=1) - 1, 0) if new.shape[1] > 1 else 0
             inputs["position_ids"] = on_cpu(past[:, None] + offsets)
         inputs |= cache.inputs(ids.shape[1])
-        logits, hidden, *present = self._run(inputs, cache.buffers())
+        logits, hidden, *present = self._run(inputs, cache)
         cache.take(present)
         return Step(logits.numpy().astype(np.float32, copy=False), hidden.numpy())
 
-    def _held(self, name: str, array: npt.NDArray[Any]) -> "ort.OrtValue":
-        """Hand an array to ONNX Runtime; one that comes again, as most steps' do, is handed over once."""
-        last = self._last.get(name)
-        if last is None or last[0] is not array:
-            last = self._last[name] = (array, self._layout.on_cpu(array))
-        return last[1]
+    def _keep(self, keep: int) -> "ort.OrtValue":
+        usual = self._keeps.get(keep)
+        return self._layout.on_cpu(np.array(keep, np.int64)) if usual is None else usual
 
-    def _run(
-        self, inputs: "Mapping[str, ort.OrtValue]", buffers: "Mapping[str, ort.OrtValue]"
-    ) -> "Sequence[ort.OrtValue]":
+    def _rows(self, cold_rows: Sequence[Rows]) -> "dict[str, ort.OrtValue]":
+        # The very tuple, not one with equal rows: comparing those would cost more than it saves.
+        values = self._no_rows if cold_rows is self.no_rows else map(self._layout.on_cpu, cold_rows)
+        return dict(zip(self.cold_inputs, values, strict=True))
+
+    def _run(self, inputs: "dict[str, ort.OrtValue]", cache: KVCache) -> "Sequence[ort.OrtValue]":
         """Run the graph: logits and hidden states on the CPU, the present in its buffers or on the device."""
+        buffers = cache.buffers()
         if self.device == "cpu" and not buffers:
             # One call costs a tenth of a millisecond less than binding each value does.
-            made: Sequence[ort.OrtValue] = self._session.run_with_ort_values(self._outputs, inputs)
-            return made
-        binding = self._binding
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            if name in buffers:
-                binding.bind_ortvalue_output(name, buffers[name])
-            else:
-                binding.bind_output(name, self.device if name in self._layout.present else "cpu")
-        self._session.run_with_iobinding(binding)
-        made = binding.get_outputs()
-        return made
-
-
-@cache
-def _number(value: int) -> npt.NDArray[np.int64]:
-    return np.array(value, np.int64)
+            return self._session.run_with_ort_values(self._outputs, inputs)
+        places = {name: place for name, place in self._places.items() if name not in buffers}
+        return cache.bound.run(self._session, inputs, buffers, places)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from trimserve.arrays import Array, Mask
 from trimserve.errors import require
+from trimserve.runtime.bound import Bound
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-from trimserve.arrays import Array, Mask
 
 _FIRST_CAPACITY = 256  # positions of a new shared buffer; it doubles when it is full
 
@@ -27,6 +28,11 @@ class KVCache(Protocol):
     """
 
     mask: Mask
+
+    @property
+    def bound(self) -> Bound:
+        """What its steps are bound to."""
+        ...
 
     @property
     def lengths(self) -> Mask:
@@ -106,6 +112,7 @@ class GrowingCache:
         self._layout = layout
         self._values = layout.zeros(batch, 0)
         self.mask: Mask = np.zeros((batch, 0), np.int64)
+        self.bound = Bound()
 
     @property
     def lengths(self) -> Mask:
@@ -162,6 +169,7 @@ class SharedCache:
         self._capacity = _FIRST_CAPACITY
         self._values = layout.zeros(1, self._capacity)
         self.mask: Mask = np.zeros((1, 0), np.int64)
+        self.bound = Bound()
 
     @property
     def lengths(self) -> Mask:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trimserve.arrays import Ids, Mask
+from trimserve.runtime.bound import Bound
 from trimserve.runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class RestartingCache:
     def lengths(self) -> Mask:
         """Tokens of each sequence."""
         return self._inner.lengths
+
+    @property
+    def bound(self) -> Bound:
+        """What its steps are bound to."""
+        return self._inner.bound
 
     def feed(self, new: Ids, empty: KVCache) -> Ids:
         """Take note of token ids (B, T) that are fed next.

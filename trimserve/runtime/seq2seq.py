@@ -15,6 +15,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.runtime.cold_rows import ColdRows, cold_widths
 from trimserve.runtime.decoder import Decoder
 from trimserve.runtime.kv_cache import GrowingCache, KVLayout
+from trimserve.runtime.session import Session
 from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Seq2seqDecoder(Decoder):
 
     def __init__(
         self,
-        encoder: "ort.InferenceSession",
-        session: "ort.InferenceSession",
+        encoder: Session,
+        session: Session,
         codec: Codec,
         cold: ColdRows,
         *,

@@ -5,13 +5,20 @@ packs a matrix (another). The options below were chosen by measuring anonymous m
 docs/runtime.md has the table.
 """
 
+import ctypes
 import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
+from trimserve.concurrency import Lock, renew_in_child
 from trimserve.errors import MismatchError, UsageError, require
+from trimserve.files.held import HeldGraph
+from trimserve.foreign import foreign
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -21,15 +28,157 @@ logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
 # A folded constant above this size would be a second, anonymous copy of a mapped weight.
 MAX_FOLDED_BYTES = 1 << 20
+_DAMAGED = "the file is damaged or was made by another version: export the model again."
+
+
+class Session:
+    """An `InferenceSession` for any number of threads, in this process and in those forked from it.
+
+    All runs go through here: whatever ONNX Runtime raises becomes one sentence, and a forked child, which has
+    none of the session's threads, opens the graph again before its first run.
+
+    Attributes:
+        path: the graph.
+        opened: how often it was opened again in a child; what is bound to the session (`io_binding`) belongs
+            to one opening.
+    """
+
+    def __init__(
+        self, path: Path, make: Callable[[], "ort.InferenceSession"], *, device: str, threads: int
+    ) -> None:
+        """Open a graph.
+
+        Args:
+            path: the graph, for messages.
+            make: opens it; is called again in a forked child.
+            device: where it runs.
+            threads: of one operator; with 1 the session has no threads of its own.
+        """
+        self.path = path
+        self.opened = 0
+        self._make = make
+        self._device = device
+        self._has_threads = threads > 1
+        self._session: ort.InferenceSession | None = make()
+        self._lock = Lock()
+        self._in_use = _InUse(path)
+        renew_in_child(self)
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]
+    ) -> list[npt.NDArray[Any]]:
+        """Run on arrays; gives the named outputs, all by default.
+
+        Raises:
+            TrimserveError: there is not enough memory.
+            MismatchError: ONNX Runtime says anything else.
+        """
+        with self._in_use:
+            made: list[npt.NDArray[Any]] = (self._session or self._again()).run(names, feeds)
+            return made
+
+    def run_with_ort_values(
+        self, names: Sequence[str], feeds: "Mapping[str, ort.OrtValue]"
+    ) -> "Sequence[ort.OrtValue]":
+        """Run on values; errors as of `run`."""
+        with self._in_use:
+            made: Sequence[ort.OrtValue] = (self._session or self._again()).run_with_ort_values(names, feeds)
+            return made
+
+    def run_with_iobinding(self, binding: "ort.IOBinding") -> None:
+        """Run on what is bound; errors as of `run`."""
+        with self._in_use:
+            (self._session or self._again()).run_with_iobinding(binding)
+
+    def io_binding(self) -> "ort.IOBinding":
+        """A binding for one caller at a time, of this opening."""
+        return self.raw.io_binding()
+
+    def get_inputs(self) -> "list[ort.NodeArg]":
+        """The graph's inputs."""
+        return list(self.raw.get_inputs())
+
+    def get_outputs(self) -> "list[ort.NodeArg]":
+        """The graph's outputs."""
+        return list(self.raw.get_outputs())
+
+    def get_modelmeta(self) -> "ort.ModelMetadata":
+        """What is written in the graph about itself."""
+        return self.raw.get_modelmeta()
+
+    def get_providers(self) -> list[str]:
+        """The execution providers, the first that is asked first."""
+        return list(self.raw.get_providers())
+
+    @property
+    def raw(self) -> "ort.InferenceSession":
+        """ONNX Runtime's own object."""
+        return self._session or self._again()
+
+    def renew(self) -> None:
+        """Leave a session behind whose threads are gone in this child, or that one of them was using.
+
+        Anything else is kept, with the memory that it shares with the parent.
+        """
+        if self._session is None or (
+            not self._has_threads and not self._in_use.count and self._device == "cpu"
+        ):
+            return
+        # Its end would wait for its threads, at the latest when the interpreter ends: so it has none.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+        self._session = None
+        self._in_use = _InUse(self.path)
+        self.opened += 1
+
+    def _again(self) -> "ort.InferenceSession":
+        with self._lock:
+            if self._session is None:
+                if self._device != "cpu":
+                    raise UsageError(
+                        f"{self.path} was loaded on {self._device} before this process was forked, where no "
+                        "device can be used: load the model in the child, or start processes by 'spawn'."
+                    )
+                self._session = self._make()
+            return self._session
+
+
+class _InUse:
+    """The border around each run (see `foreign`), which also knows how many runs there are."""
+
+    __slots__ = ("_border", "_runs")
+
+    def __init__(self, path: Path) -> None:
+        self._border = foreign(
+            f"ONNX Runtime cannot run {path}",
+            advice=_DAMAGED,
+            memory="give it a shorter text or fewer at a time, or free some memory.",
+        )
+        # Appending and popping need no lock.
+        self._runs: list[None] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._runs)
+
+    def __enter__(self) -> None:
+        self._runs.append(None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runs.pop()
+        if error is not None:
+            self._border.__exit__(kind, error, trace)
 
 
 def open_session(
-    path: Path, *, device: str = "cpu", threads: int | None = None, prepack: bool = True
-) -> "ort.InferenceSession":
+    graph: Path | HeldGraph, *, device: str = "cpu", threads: int | None = None, prepack: bool = True
+) -> Session:
     """Open an ONNX file.
 
     Args:
-        path: the graph; its external data lies beside it.
+        graph: the graph, whose external data lies beside it; or one of an opened folder: what is run is then
+            what was opened, whatever is at its path now.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of one operator; by default the CPUs this process may use.
         prepack: let the CPU kernels keep their own copy of each matrix in their preferred layout:
@@ -38,30 +187,79 @@ def open_session(
     Raises:
         MissingExtraError: onnxruntime is not installed.
         UsageError: unknown device, one that this onnxruntime was not built for, or no thread.
-        MismatchError: the file is not a graph that ONNX Runtime can load.
+        MismatchError: the file is not a graph that ONNX Runtime can load, or was written to since it was
+            opened.
+        TrimserveError: there is not enough memory for it; or it was replaced since it was opened, and there
+            is no room for a copy.
     """
-    runtime = require("onnxruntime", extra="cpu", purpose="running a trimmed model")
+    runtime = _onnxruntime()
     chosen = providers(runtime, device)
     if threads is not None and threads < 1:
         raise UsageError(f"threads should be 1 or more, found {threads}.")
-    options = _options(runtime, threads or available_cpus(), prepack=prepack)
-    try:
-        session: ort.InferenceSession = runtime.InferenceSession(
-            os.fspath(path.resolve()), options, providers=chosen
-        )
-    except Exception as error:
-        # onnxruntime's exception classes share no base but Exception.
-        if type(error).__module__.partition(".")[0] != "onnxruntime":
-            raise
-        reason = str(error).partition("\n")[0]
-        raise MismatchError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
+    count = threads or available_cpus()
+    path = graph if isinstance(graph, Path) else graph.path
+    # The process may change its folder before it forks. Links are not resolved: behind one of the hub's
+    # cache, the data does not lie beside the graph by its name.
+    place = path.absolute()
+
+    def create(at: Path) -> "ort.InferenceSession":
+        options = _options(runtime, count, prepack=prepack)
+        with foreign(
+            f"{path} cannot be loaded by ONNX Runtime",
+            advice=_DAMAGED,
+            memory="free some, or load it with low_memory=True.",
+        ):
+            return runtime.InferenceSession(os.fspath(at), options, providers=chosen)
+
+    def make() -> "ort.InferenceSession":
+        return create(place) if isinstance(graph, Path) else _open_held(graph, create)
+
+    session = Session(path, make, device=device, threads=count)
     logger.info("session %s: %s, prepack %s", path.name, chosen[0], "on" if prepack else "off")
     return session
 
 
+def _open_held(graph: HeldGraph, create: "Callable[[Path], ort.InferenceSession]") -> "ort.InferenceSession":
+    """Open a graph by its path where that leads to what is held, before and after; else a copy of that.
+
+    ONNX Runtime maps external data that it opens by path; what it is given as bytes it copies into memory.
+    """
+    if graph.is_in_place:
+        try:
+            session = create(graph.file.place)
+        except MismatchError as error:
+            if graph.is_in_place:
+                raise (_scattered(graph) or error) from error
+        else:
+            if graph.is_in_place:
+                return session
+    logger.info("%s was replaced after it was opened: a copy of what it was is run", graph.path)
+    with graph.copied() as copy:
+        return create(copy)
+
+
+def _onnxruntime() -> ModuleType:
+    # From version 1.31 on it starts threads that report its use to its makers, when it is imported. A forked
+    # child, which has none of them, waits for them for ever when its interpreter ends.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return require("onnxruntime", extra="cpu", purpose="running a trimmed model")
+
+
+def _scattered(graph: HeldGraph) -> MismatchError | None:
+    """The reason why a graph was refused, if it is that links lead to weights in another folder."""
+    if graph.is_together:
+        return None
+    return MismatchError(
+        f"{graph.path} and its weights are links to files in different folders, which ONNX Runtime does not "
+        "follow: make a copy without links (cp -rL) and load that."
+    )
+
+
 def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
     options: ort.SessionOptions = runtime.SessionOptions()
-    options.log_severity_level = 3  # a fold that was skipped on purpose is no warning for the user
+    # Nothing but what ends the process: a fold that was skipped on purpose is no warning for the user, and
+    # errors come as exceptions, too.
+    options.log_severity_level = 4
     options.add_session_config_entry(
         "optimization.constant_folding_max_output_size_in_bytes", str(MAX_FOLDED_BYTES)
     )

@@ -1,6 +1,5 @@
 """Keep lists: files of ids or tokens that must stay, in the forms that this and other tools write."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.checked_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,7 @@ def _from_lines(text: str, path: Path) -> KeepList:
 
 
 def _from_json(text: str, path: Path) -> KeepList:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}): expected {_FORMS}.") from error
+    content = parse_json(text, str(path), advice=f"expected {_FORMS}.", error=UsageError)
     if isinstance(content, list) and all(map(_is_id, content)):
         return KeepList(ids=tuple(content))
     if isinstance(content, list) and all(isinstance(entry, str) for entry in content):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from trimserve.arguments import Count, Share, checked
 from trimserve.arrays import Ids
 from trimserve.errors import UnknownIdError, UsageError
 from trimserve.model.source import ModelSource
@@ -22,6 +23,7 @@ from trimserve.selection.keep_file import KeepList, check_named, read_keep_file
 from trimserve.selection.ranking import Mass, affordable, covering, occurrences, ranked, round_up
 from trimserve.selection.rule import SelectionRule
 from trimserve.text.dead_ids import dead_ids
+from trimserve.text.tokenizer import tokenizer_border
 from trimserve.vocab.map import Reason, VocabMap
 
 Profiles = Profile | Sequence[Profile] | Mapping[str, Profile]
@@ -30,21 +32,23 @@ log = logging.getLogger(__name__)
 Reasons = npt.NDArray[np.int8]
 
 
+@checked
+@tokenizer_border
 def select(  # noqa: PLR0913 - the options are the public interface
     profiles: Profiles,
     *,
-    coverage: float | None = None,
-    top_k: int | None = None,
-    min_count: int | None = None,
-    max_bytes: int | None = None,
-    min_docs: int | None = None,
-    output_coverage: float | None = None,
+    coverage: Share | None = None,
+    top_k: Count | None = None,
+    min_count: Count | None = None,
+    max_bytes: Count | None = None,
+    min_docs: Count | None = None,
+    output_coverage: Share | None = None,
     separate_output: bool = False,
-    floors: Mapping[str, float] | None = None,
+    floors: Mapping[str, Share] | None = None,
     keep_tokens: Sequence[str] = (),
     keep_ids: Sequence[int] = (),
     keep_file: str | Path | None = None,
-    multiple_of: int = 128,
+    multiple_of: Count = 128,
     model: str | Path | ModelSource | None = None,
 ) -> VocabMap:
     """Choose the kept ids.

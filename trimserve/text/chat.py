@@ -1,19 +1,17 @@
 """Render a folder's own chat template, as transformers does, without transformers.
 
-A template is a program that came with the model, so it runs in Jinja2's sandbox. The environment below is
-the documented one of https://huggingface.co/docs/transformers/chat_templating_writing: trimmed blocks, loop
-controls, `tojson`, `raise_exception`, `strftime_now` and the `generation` block.
+A template is a program that came with the model, so it runs in a sandbox (`trimserve.text.sandbox`) and on a
+budget (`trimserve.text.budget`), and whatever it raises is its own fault, said in one sentence.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from trimserve.errors import UsageError, require
+from trimserve.errors import MismatchError, UsageError, require
+from trimserve.foreign import foreign, reason
 
 if TYPE_CHECKING:
     import jinja2
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 # transformers' own file, before the entry of tokenizer_config.json, before the file of older processors.
 TEMPLATE_NAME = "chat_template.jinja"
 TEMPLATE_CONFIGS = ("tokenizer_config.json", "chat_template.json")
+_COMPILED = 32  # templates
 # A message: {"role": "user", "content": "..."} and whatever else the template reads.
 Message = Mapping[str, Any]
 
@@ -62,8 +61,39 @@ def render_chat(
         UsageError: there is no chat template, or it refuses these messages.
         MissingExtraError: jinja2 is not installed.
     """
+    check_messages(messages)
     template = ChatTemplate.of(folder, tools=bool(variables.get("tools")))
     return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+def check_messages(messages: object) -> None:
+    """Refuse what is no conversation.
+
+    What a message's content may be (a text, parts, nothing where a tool is called) is the template's to say.
+
+    Raises:
+        UsageError: no list of mappings, or one without a role that is a text.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise UsageError(
+            f"messages should be a list of {{'role': ..., 'content': ...}}, found {_kind(messages)}: pass "
+            "the whole conversation as a list."
+        )
+    for place, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise UsageError(
+                f"message {place} should be {{'role': ..., 'content': ...}}, found {_kind(message)}: pass a "
+                "dict."
+            )
+        if not isinstance(message.get("role"), str):
+            raise UsageError(
+                f"message {place} should have a role that is a text, found {_kind(message.get('role'))}: "
+                "give it a role such as 'user'."
+            )
+
+
+def _kind(value: object) -> str:
+    return "none" if value is None else type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -73,10 +103,12 @@ class ChatTemplate:
     Attributes:
         source: the Jinja program.
         special_tokens: the texts of bos_token and others, which it can print.
+        origin: the file that it stands in, for messages; empty if it is not known.
     """
 
     source: str
     special_tokens: Mapping[str, str]
+    origin: str = ""
 
     @classmethod
     def of(cls, files: ModelFiles, *, tools: bool = False) -> Self:
@@ -86,12 +118,13 @@ class ChatTemplate:
 
         Raises:
             UsageError: it has none.
+            MismatchError: it has one that is not what a template should be.
         """
-        named = chat_templates(files)
+        file, named = _found(files)
         name = "tool_use" if tools and "tool_use" in named else "default"
         if name not in named:
             raise UsageError(f"{files.path} has no chat template: pass the prompt as text instead.")
-        return cls(named[name], files.tokenizer_settings["special_tokens"])
+        return cls(named[name], files.tokenizer_settings["special_tokens"], str(files.path / file))
 
     def render(
         self,
@@ -100,80 +133,63 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,  # noqa: ANN401 - whatever the template reads
     ) -> str:
-        """Render messages; see `render_chat`."""
-        jinja = require("jinja2", extra="chat", purpose="a chat template")
-        context = {**self.special_tokens, "tools": None, "documents": None} | variables
-        try:
-            template = _compiled(self.source)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
-        except jinja.TemplateError as error:
-            raise UsageError(f"the chat template refuses these messages: {error}") from error
+        """Render messages; see `render_chat`. Any number of threads may do so at once."""
+        require("jinja2", extra="chat", purpose="a chat template")
+        from trimserve.text import sandbox
+
+        known = {**self.special_tokens, "tools": None, "documents": None, **variables}
+        context = known | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        title = f"the chat template in {self.origin}" if self.origin else "the chat template"
+        advice = "mend the messages, or the template."
+        with foreign(f"{title} fails on these messages", advice=advice, error=UsageError):
+            try:
+                with sandbox.budgeted():
+                    return sandbox.run(_compiled(self.source), context)
+            except sandbox.RefusedError as error:
+                raise UsageError(f"{title} refuses these messages: {reason(error)}.") from error
 
 
-@cache
+@lru_cache(_COMPILED)
 def _compiled(source: str) -> "jinja2.Template":
-    return _environment().from_string(source)
+    from trimserve.text.sandbox import compile_template
+
+    return compile_template(source)
 
 
 def chat_templates(files: ModelFiles) -> dict[str, str]:
     """The chat templates of a folder, name -> Jinja source; a template without a name is "default".
 
     The first place that has a template counts: `TEMPLATE_NAME`, then the entries of `TEMPLATE_CONFIGS`.
+
+    Raises:
+        MismatchError: the entry of a config is neither a text nor named texts.
     """
+    return _found(files)[1]
+
+
+def _found(files: ModelFiles) -> tuple[str, dict[str, str]]:
+    """The file that has the templates, and these."""
     if (source := files.read_text(TEMPLATE_NAME)) is not None:
-        return {"default": source}
-    entries = (files.read_json(name).get("chat_template") for name in TEMPLATE_CONFIGS)
-    return next((named for entry in entries if (named := _by_name(entry))), {})
+        return TEMPLATE_NAME, {"default": source}
+    for name in TEMPLATE_CONFIGS:
+        if named := _by_name(files.read_json(name).get("chat_template"), files.path / name):
+            return name, named
+    return TEMPLATE_NAME, {}
 
 
-def _by_name(entry: object) -> dict[str, str]:
+def _by_name(entry: object, origin: Path) -> dict[str, str]:
     if isinstance(entry, str):
         return {"default": entry}
-    if not isinstance(entry, list):  # else [{"name": "default", "template": ...}, ...]
+    if not entry:
         return {}
-    return {item["name"]: item["template"] for item in entry if isinstance(item.get("template"), str)}
-
-
-def _environment() -> "jinja2.Environment":
-    from jinja2 import ext, nodes, sandbox  # present: render_chat asked for it
-
-    class GenerationBlock(ext.Extension):
-        """``{% generation %}`` marks the assistant's text for training; here it is only its content."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2 declares a set
-
-        def parse(self, parser: Any) -> Any:  # noqa: ANN401 - jinja2's own signature
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    helpers: dict[str, Callable[..., Any]] = {"raise_exception": _refuse, "strftime_now": _now}
-    environment.globals.update(helpers)
-    return environment
-
-
-def _to_json(
-    value: Any,  # noqa: ANN401 - any JSON value
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """`tojson` without Jinja2's HTML escapes."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)  # local time, as templates expect
+    named: dict[str, str] = {}
+    for item in entry if isinstance(entry, list) else [entry]:  # [{"name": "default", "template": ...}, ...]
+        match item:
+            case {"name": str(name), "template": str(template)}:
+                named[name] = template
+            case _:
+                raise MismatchError(
+                    f"{origin} should have a chat template that is a text, or a list of names and templates, "
+                    f"found {_kind(item)}: fetch the file again."
+                )
+    return named

@@ -4,7 +4,6 @@ Segmentation is that of the full model. An id without a compact row takes a cold
 without cold rows, is split into kept pieces (`trimserve.text.fallback`).
 """
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,13 +14,14 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from trimserve.arrays import Ids
+from trimserve.concurrency import Lock, Once
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
 from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
 from trimserve.text.streaming import StreamDecoder
-from trimserve.text.tokenizer import load_tokenizer, special_ids
+from trimserve.text.tokenizer import parse_tokenizer, special_ids, tokenizer_border
 
 _BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
 # A text, or two that a model reads together.
@@ -37,6 +37,7 @@ class Codec:
         special_ids: token ids that decoding leaves out.
     """
 
+    @tokenizer_border
     def __init__(self, folder: TrimmedFolder) -> None:
         """Load the tokenizer.
 
@@ -46,13 +47,13 @@ class Codec:
         self._folder = folder
         self.vocab = folder.vocab
         _check_hashes(folder)
-        self.tokenizer = load_tokenizer(folder.tokenizer_path)
         self._settings = folder.tokenizer_settings
-        self.tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
+        self.tokenizer = self._load()
         self.special_ids = special_ids(self.tokenizer)
         self._limit: int | None = None
         # Truncation is state of the tokenizer object.
-        self._lock = threading.Lock()
+        self._lock = Lock()
+        self._fallback: Once[Fallback] = Once()
 
     @cached_property
     def pad_id(self) -> int:
@@ -90,6 +91,7 @@ class Codec:
         encoded = self.encode_typed(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         return [text.ids for text in encoded]
 
+    @tokenizer_border
     def encode_typed(
         self, texts: Sequence[Text], *, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[Encoded]:
@@ -109,6 +111,7 @@ class Codec:
         _check_texts(texts)
         encoded: list[Encoded] = []
         with self._lock:
+            self._mend()
             pairs = any(isinstance(text, tuple) for text in texts)
             self._truncate(max_tokens, add_special_tokens, pairs=pairs)
             for start in range(0, len(texts), _BATCH):
@@ -147,6 +150,7 @@ class Codec:
         stay = np.r_[0 : max_tokens - tail, len(ids) - tail : len(ids)]
         return Encoded(ids[stay], encoded.type_ids[stay], truncated=True)
 
+    @tokenizer_border
     def decode(self, ids: npt.ArrayLike, *, skip_special_tokens: bool = True) -> str:
         """Decode token ids to text, by default without special tokens."""
         listed = np.asarray(ids, np.int64).ravel().tolist()
@@ -161,6 +165,7 @@ class Codec:
         """Start decoding a stream of token ids; the pieces add up to what `decode` gives."""
         return StreamDecoder(self.tokenizer, clean=bool(self._settings["clean_up"]))
 
+    @tokenizer_border
     def servable(self, sequences: Sequence[Ids]) -> Servable:
         """Make every id one that the folder has a row for.
 
@@ -201,6 +206,7 @@ class Codec:
     def lent(self) -> Iterator[Tokenizer]:
         """Lend the tokenizer to one caller, who may change its truncation."""
         with self._lock:
+            self._mend()
             try:
                 self.tokenizer.no_truncation()
                 yield self.tokenizer
@@ -222,20 +228,32 @@ class Codec:
         token: str | None = self._settings["special_tokens"].get(role)
         return token
 
-    @cached_property
-    def _fallback(self) -> Fallback:
-        return Fallback(self.tokenizer, self.vocab)
-
     def _split(self, ids: Ids, cold: npt.NDArray[np.bool_]) -> tuple[Ids, npt.NDArray[np.int64]]:
         if not cold.any():
             return ids, np.ones(len(ids), np.int64)
         try:
-            return self._fallback.split(ids, cold)
+            return self._fallback.get(lambda: Fallback(self.tokenizer, self.vocab)).split(ids, cold)
         except UnknownIdError as error:
             raise UnknownIdError(f"text {shorten(self.decode(ids))}: {error}") from error
 
     def _is_kept(self, id_: int) -> bool:
         return 0 <= id_ < self.vocab.vocab_size and bool(self.vocab.is_kept(id_))
+
+    def _mend(self) -> None:
+        """Replace the tokenizer in a forked child, where another thread was using it at the fork.
+
+        Within the library it counts as used from then on, and refuses to be changed or waits for ever.
+        """
+        if self._lock.lost:
+            self.tokenizer = self._load()
+            self._limit = None
+            self._lock.lost = False
+
+    def _load(self) -> Tokenizer:
+        file = self._folder.opened(self._folder.tokenizer_name)
+        tokenizer = parse_tokenizer(file.read(), str(file.path))
+        tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
+        return tokenizer
 
     def _truncate(self, max_tokens: int | None, add_special_tokens: bool, *, pairs: bool) -> None:
         added = self.tokenizer.num_special_tokens_to_add(pairs) if add_special_tokens else 0
@@ -298,7 +316,7 @@ def _check_texts(texts: Sequence[Text]) -> None:
 def _check_hashes(folder: TrimmedFolder) -> None:
     expected = folder.manifest.tokenizer_sha256
     found = {
-        folder.tokenizer_path.name: folder.manifest.files[folder.tokenizer_path.name].sha256,
+        folder.tokenizer_name: folder.manifest.files[folder.tokenizer_name].sha256,
         "the vocab": folder.vocab.tokenizer_sha256 or expected,
     }
     for name, digest in found.items():

@@ -13,13 +13,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trimserve.arrays import Ids
-from trimserve.text.tokenizer import is_byte_token, tokenizer_ids
+from trimserve.text.tokenizer import is_byte_token, tokenizer_border, tokenizer_ids
 
 # By how much another segmentation must beat a piece: scores are added up along a whole sentence.
 _SCORE_MARGIN = 1e-4
 _FIRST_SURROGATE, _LAST_SURROGATE = 0xD800, 0xDFFF
 
 
+@tokenizer_border
 def dead_ids(tokenizer: Tokenizer) -> Ids:
     """Find the ids that no text leads to.
 

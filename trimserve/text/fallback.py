@@ -45,9 +45,10 @@ class Fallback:
         Raises:
             UnknownIdError: the kept pieces cannot spell it.
         """
-        if cold_id not in self._cache:
-            self._cache[cold_id] = self._find(cold_id)
-        return self._cache[cold_id]
+        found = self._cache.get(cold_id)
+        if found is None:  # two threads may find the same pieces: either will do
+            found = self._cache[cold_id] = self._find(cold_id)
+        return found
 
     def split(self, ids: Ids, cold: npt.NDArray[np.bool_]) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Replace the cold tokens of a sequence.

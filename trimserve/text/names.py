@@ -6,7 +6,7 @@ import unicodedata
 
 from tokenizers import Tokenizer
 
-from trimserve.text.tokenizer import is_byte_token, special_ids
+from trimserve.text.tokenizer import is_byte_token, special_ids, tokenizer_border
 
 SPECIAL, BYTES, UNUSED, UNNAMED = "special", "bytes", "unused", "no token"
 CODE = "code"
@@ -28,6 +28,7 @@ class TokenNames:
         self._special = special_ids(tokenizer) | set(tokenizer.get_added_tokens_decoder())
         self._byte_level = "ByteLevel(" in f"{tokenizer.pre_tokenizer}{tokenizer.decoder}"
 
+    @tokenizer_border
     def text(self, id_: int) -> str:
         """The characters that a token stands for; a part of a character as its bytes, `<E4 B8>`."""
         token: str | None = self._tokenizer.id_to_token(id_)
@@ -41,6 +42,7 @@ class TokenNames:
             return _byte_text(bytes(_BYTE_OF[letter] for letter in token))
         return token.replace(_SPACE_MARK, " ")
 
+    @tokenizer_border
     def kind(self, id_: int) -> str:
         """What the token is made of: a script's name, `digits`, `code`, `special` and the like."""
         token = self._tokenizer.id_to_token(id_)

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.text.cleanup import CleanStream
-from trimserve.text.tokenizer import is_byte_token, special_ids
+from trimserve.text.tokenizer import is_byte_token, special_ids, tokenizer_border
 
 _REPLACEMENT = "\ufffd"
 # Tokens that are decoded again with new ones, so that these are never the first of their text (many
@@ -91,6 +91,7 @@ class StreamDecoder:
         # A padding row has no token: the library's decode leaves it out too.
         return id_ not in self._special and self._tokenizer.id_to_token(id_) is not None
 
+    @tokenizer_border
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
@@ -109,6 +110,7 @@ def _decoders(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     return list(state["decoders"]) if state["type"] == "Sequence" else [state]
 
 
+@tokenizer_border
 def _is_local(tokenizer: Tokenizer) -> bool:
     """Tell whether a token's text depends on nothing after it, cut-off characters and byte runs apart."""
     return all(

@@ -1,6 +1,7 @@
 """A `tokenizers.Tokenizer` and what can be asked of it: its special, byte and newline ids."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -11,12 +12,22 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from trimserve.errors import MismatchError
 from trimserve.files.content import check_content
+from trimserve.files.model_json import MOST_ROWS
+from trimserve.foreign import foreign, rust_faults
+
+# A number that an id beyond `MOST_ROWS` would have; scores have a point before their many digits.
+_LARGE = re.compile(rb"[\s:,\[][0-9]{8,}(?=[\s,}\]])")
+
+# Around functions that ask a tokenizer of a stranger to work.
+tokenizer_border = rust_faults(
+    "the tokenizers library fails with the model's tokenizer", advice="fetch the model again."
+)
 
 
 def end_of_ids(tokenizer: Tokenizer) -> int:
-    """The least number above all ids of a tokenizer."""
+    """The least number above all ids of a tokenizer; 0 where it has none."""
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    return max(ids.values()) + 1
+    return max(ids.values(), default=-1) + 1
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -25,21 +36,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         MismatchError: the file is not a tokenizer that the tokenizers library can read.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise unreadable(path, error) from error
-    # all-MiniLM's file cuts every text to 128 tokens and pads the rest.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    check_content(path)
+    return parse_tokenizer(path.read_bytes(), str(path))
+
+
+def parse_tokenizer(content: bytes, origin: str = "the tokenizer", *, as_stored: bool = False) -> Tokenizer:
+    """Load the content of a tokenizer.json, with padding and truncation off.
+
+    Args:
+        content: UTF-8 JSON.
+        origin: the file, as the subject of the message.
+        as_stored: leave padding and truncation as they are.
+
+    Raises:
+        MismatchError: the tokenizers library cannot read it, it has no tokens,
+            or an id is too large.
+    """
+    with foreign(f"{origin} cannot be read as a tokenizer", advice="fetch it again."):
+        tokenizer = Tokenizer.from_buffer(content)
+        # all-MiniLM's file cuts every text to 128 tokens and pads the rest.
+        if not as_stored:
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        size = tokenizer.get_vocab_size(with_added_tokens=True)
+    # The library itself counts up to the largest id when it writes a tokenizer.
+    end = end_of_ids(tokenizer) if _LARGE.search(content) else size
+    if size == 0 or end > MOST_ROWS:
+        found = "no tokens" if size == 0 else f"the id {end - 1:,}, and {MOST_ROWS - 1:,} is the largest"
+        raise MismatchError(f"{origin} has {found}: fetch it again.")
     return tokenizer
-
-
-def unreadable(path: Path, error: Exception) -> MismatchError:
-    """The error of a file that the tokenizers library cannot read."""
-    if path.is_file():
-        check_content(path)
-    return MismatchError(f"{path} cannot be read as a tokenizer ({error}): fetch it again.")
 
 
 _NEWLINES = ("\n", "\n\n", "\r\n")
@@ -102,11 +127,3 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def is_byte_token(token: str) -> bool:
     """Tell whether a token stands for one byte, as in ``<0x0A>``."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
-def parse_tokenizer(content: bytes) -> Tokenizer:
-    """A tokenizer with padding and truncation off, as `trimserve.text.tokenizer.load_tokenizer` gives it."""
-    tokenizer = Tokenizer.from_buffer(content)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer

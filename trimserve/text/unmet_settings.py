@@ -7,12 +7,14 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from trimserve.folder.tokenizer_settings import LISTS, ROLES, content_of
+from trimserve.text.tokenizer import tokenizer_border
 
 Json = Mapping[str, Any]
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+@tokenizer_border
 def unmet_setting(tokenizer: Tokenizer, config: Json, special_tokens: Json, added_tokens: Json) -> str | None:
     """Find a setting that tokenizer.json by itself does not follow.
 
@@ -37,6 +39,7 @@ def unmet_setting(tokenizer: Tokenizer, config: Json, special_tokens: Json, adde
     return next(iter(found), None)
 
 
+@tokenizer_border
 def prefix_space(tokenizer: Tokenizer) -> bool | None:
     """Whether the tokenizer puts a space before the first word; None where it has no such choice."""
     for step in _steps(tokenizer.pre_tokenizer):

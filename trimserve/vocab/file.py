@@ -1,14 +1,18 @@
 """The file of a vocab: the map as its one tensor, reasons and the head's ids as metadata."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from trimserve.errors import MismatchError
-from trimserve.files.artefact import Arrays, load_artefact, save_artefact
+from trimserve.files.artefact import load_artefact, save_artefact
+from trimserve.files.checked_json import convert_json
+from trimserve.files.held import HeldFile
+from trimserve.files.model_json import MOST_ROWS, Rows
 from trimserve.vocab.map import VocabMap
 
 
@@ -29,35 +33,50 @@ def save_vocab(vocab: VocabMap, path: Path) -> None:
     save_artefact(path, "vocab", {"vocab_map": vocab.kept_ids}, facts)
 
 
-def load_vocab(path: Path) -> VocabMap:
+def load_vocab(path: Path | HeldFile) -> VocabMap:
     """Read a vocab file.
 
     Raises:
         UsageError: there is no such file.
-        MismatchError: it is no vocab, or its ids are out of order or out of range.
+        MismatchError: it is no vocab, its ids are out of order or out of range, or the vocab that it is cut
+            from has more ids than any model.
     """
+    shown = path.path if isinstance(path, HeldFile) else path
     arrays, facts = load_artefact(path, "vocab")
-    try:
-        return VocabMap(
-            kept_ids=arrays["vocab_map"],
-            reason=_reasons(arrays, facts),
-            vocab_size=facts["vocab_size"],
-            tokenizer_sha256=facts["tokenizer_sha256"],
-            rule=facts["rule"],
-            output_ids=arrays["vocab_map"][_digits(facts["output"]) > 0] if "output" in facts else None,
-        )
-    except KeyError as error:
-        raise MismatchError(f"{path} lacks {error}: select the vocab again.") from error
-    except IndexError as error:
-        raise MismatchError(
-            f"{path} does not say of each id whether it is an output id: select it again."
-        ) from error
+    told = convert_json(facts, _Facts, f"the metadata of {shown}", advice=_AGAIN)
+    # Reasons were an array before they moved to the metadata.
+    reason = arrays.get("reason", None if told.reason is None else _digits(told.reason))
+    if arrays.keys() - {"reason"} != {"vocab_map"} or reason is None:
+        raise MismatchError(f"{shown} should hold vocab_map and a reason for each id: {_AGAIN}")
+    kept = arrays["vocab_map"]
+    if kept.ndim != 1 or kept.dtype.kind not in "iu":
+        raise MismatchError(f"{shown} should hold a list of ids, not {kept.dtype} {kept.shape}: {_AGAIN}")
+    output = None if told.output is None else _digits(told.output) > 0
+    if output is not None and output.shape != kept.shape:
+        raise MismatchError(f"{shown} does not say of each id whether it is an output id: {_AGAIN}")
+    return VocabMap(
+        kept_ids=kept,
+        reason=reason,
+        vocab_size=told.vocab_size,
+        tokenizer_sha256=told.tokenizer_sha256,
+        rule=told.rule,
+        output_ids=None if output is None else kept[output],
+    )
 
 
-def _reasons(arrays: Arrays, facts: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
-    if "reason" in arrays:  # as written before they moved to the metadata
-        return np.asarray(arrays["reason"])
-    return _digits(facts["reason"])
+_AGAIN = "select the vocab again."
+Digits = Annotated[str, Meta(pattern="^[0-9]*$", max_length=MOST_ROWS)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The metadata of a vocab's file."""
+
+    vocab_size: Rows
+    tokenizer_sha256: str
+    rule: dict[str, Any]
+    reason: Digits | None = None
+    output: Digits | None = None
 
 
 def _digits(text: str) -> npt.NDArray[np.uint8]:

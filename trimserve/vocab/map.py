@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnknownIdError
+from trimserve.files.model_json import MOST_ROWS
 
 _COLD, _OUTSIDE = -1, -2
 
@@ -65,12 +66,21 @@ class VocabMap:
     _table: Ids = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not 0 < self.vocab_size <= MOST_ROWS:
+            raise MismatchError(
+                f"a vocab of {self.vocab_size:,} ids cannot be: expected 1 to {MOST_ROWS:,}. Select it again."
+            )
         kept = np.array(self.kept_ids, np.int64)  # a wider type first: int32 would wrap silently
         reason = np.array(self.reason, np.uint8)
         if kept.ndim != 1 or kept.size == 0 or reason.shape != kept.shape:
             raise MismatchError(
                 "a vocab needs at least one kept id and one reason for each: "
                 f"found kept ids of shape {kept.shape} and reasons of shape {reason.shape}."
+            )
+        if int(reason.max()) > max(Reason):
+            raise MismatchError(
+                f"reasons are numbers from 0 to {max(Reason)}, found {int(reason.max())}: select the vocab "
+                "again."
             )
         if kept[0] < 0 or kept[-1] >= self.vocab_size or np.any(np.diff(kept) <= 0):
             raise MismatchError(

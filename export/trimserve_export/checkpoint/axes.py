@@ -13,7 +13,6 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trimserve.errors import UnsupportedModelError
 from trimserve.model.source import ModelSource
 from trimserve_export.checkpoint.configs import PER_LAYER_KEY
+from trimserve_export.checkpoint.library import transformers_border
 
 Role = Literal["embedding", "embedding.1", "head", "head_bias"]
 # The second table that token ids are looked up in: per-layer embeddings (`cold_rows.table_name`).
@@ -106,13 +106,8 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
             f"{path}: transformers {transformers.__version__} does not know model type {model_type!r}, "
             "so its vocab tensors cannot be told: this model cannot be trimmed."
         )
-    try:
+    with transformers_border(f"cannot read the {model_type!r} config of {path}", advice="fetch it again."):
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} cannot read this {model_type!r} config "
-            f"({error}): fetch it again."
-        ) from error
     if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
         raise UnsupportedModelError(f"{path}: a {model_type!r} model has no vocab_size: nothing to trim.")
     return config
@@ -157,7 +152,8 @@ def build_on_meta(
     Raises:
         UnsupportedModelError: the class does not take the config, or keeps its embedding elsewhere.
     """
-    try:
+    subject = f"cannot build {model_class.__name__} from this config, or finds no embedding in it"
+    with transformers_border(subject, advice="choose another task, or fetch the model again."):
         with torch.device("meta"):
             if hasattr(model_class, "_model_mapping"):  # an Auto class
                 model = model_class.from_config(config, trust_remote_code=trust_remote_code)
@@ -165,17 +161,12 @@ def build_on_meta(
                 model = model_class._from_config(config)
         model.tie_weights()
         model.get_input_embeddings().weight  # noqa: B018 - some classes have none, or a list of them
-    except (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot build {model_class.__name__} from this config, "
-            f"or finds no embedding in it: {str(error) or type(error).__name__}"
-        ) from error
     return model  # type: ignore[no-any-return]
 
 
 def architecture_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class that the checkpoint was saved from, if transformers has it."""
-    return getattr(transformers, (config.architectures or [""])[0], None)
+    return getattr(transformers, next(iter(config.architectures or ()), ""), None)
 
 
 def _changed_axes(

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from trimserve.errors import UnsupportedModelError
+from trimserve.files.model_json import read_model_json
 from trimserve.vocab.map import VocabMap
 
 # What a JSON entry holds.
@@ -84,7 +85,7 @@ def write_compact_configs(source: Path, target: Path, config: PretrainedConfig, 
             class's default has to move too, and so has a vocab_size that a nested config leaves out.
         vocab: the kept ids.
     """
-    stored = json.loads((source / "config.json").read_text("utf-8"))
+    stored = read_model_json(source / "config.json")
     compact = compact_config(dict(_default_ids(config)) | stored, vocab)
     section = _text_section(compact, config)
     section["vocab_size"] = len(vocab)
@@ -93,9 +94,7 @@ def write_compact_configs(source: Path, target: Path, config: PretrainedConfig, 
     _write_json(target / "config.json", compact)
     generation = source / "generation_config.json"
     if generation.is_file():
-        _write_json(
-            target / generation.name, compact_config(json.loads(generation.read_text("utf-8")), vocab)
-        )
+        _write_json(target / generation.name, compact_config(read_model_json(generation), vocab))
 
 
 def compact_rows(rows: int, vocab: VocabMap) -> int:

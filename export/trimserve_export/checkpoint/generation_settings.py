@@ -14,6 +14,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.generation.config import CONFIG_NAME
 from trimserve.generation.fields import FIELDS, check_settings
 from trimserve.model.source import ModelSource
+from trimserve_export.checkpoint.library import transformers_border
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ def read_generation(source: ModelSource, *, trust_remote_code: bool = False) -> 
     if not source.config:
         return None
     try:
-        made = _from_config(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        logger.info("%s: config.json is not known to transformers (%s)", source.name, error)
+        with transformers_border(f"cannot make generation settings of {source.name}"):
+            made = _from_config(source, trust_remote_code=trust_remote_code)
+    except UnsupportedModelError as error:
+        logger.info("config.json is not known: %s", error)
         return None
     settings = {
         name: value

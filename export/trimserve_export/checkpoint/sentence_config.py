@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from trimserve.arrays import Floats
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.files.content import check_content
 from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.sentence import (
     KINDS,
@@ -24,12 +25,14 @@ from trimserve.folder.sentence import (
     Dense,
     Kind,
     Pooling,
+    PoolingMode,
     SentenceSettings,
     SpladePooling,
 )
 from trimserve.model.sentence import MODULES_NAME, PROMPTS_NAME, TRANSFORMER_CONFIGS
 from trimserve.model.source import ModelSource
 from trimserve.text.chat import chat_templates
+from trimserve.text.tokenizer import parse_tokenizer
 from trimserve_export.checkpoint.sentence_modules import (
     STATIC,
     Listed,
@@ -38,6 +41,7 @@ from trimserve_export.checkpoint.sentence_modules import (
     read_activation,
     read_modules,
 )
+from trimserve_export.checkpoint.source_tokenizer import load_tokenizer
 
 _CONFIG_KEYS = {
     "__version__",
@@ -151,9 +155,9 @@ def read_declared(
     return None
 
 
-def _default_mode(source: ModelSource) -> str:
+def _default_mode(source: ModelSource) -> PoolingMode:
     """The last token for what was trained as a causal language model, as sentence-transformers takes it."""
-    name = (source.config.get("architectures") or [""])[0]
+    name = next(iter(source.config.get("architectures") or ()), "")
     return "lasttoken" if name.endswith("ForCausalLM") and source.config.get("is_causal", True) else "mean"
 
 
@@ -206,11 +210,11 @@ def _check(settings: SentenceSettings, task: str, source: ModelSource) -> None:
 
 def _static(settings: SentenceSettings, source: ModelSource) -> SentenceSettings:
     """A static embedding is the mean of its tokens' rows; its tokenizer cuts as tokenizer.json says."""
-    truncation = source.read_json(TOKENIZER_NAME).get("truncation") or {}
-    if truncation.get("strategy", "LongestFirst") != "LongestFirst" or truncation.get("stride", 0):
-        raise UnsupportedModelError(
-            f"{source.path / TOKENIZER_NAME} truncates in an unusual way: {truncation}."
-        )
+    path = source.path / TOKENIZER_NAME
+    check_content(path)
+    truncation = parse_tokenizer(path.read_bytes(), str(path), as_stored=True).truncation or {}
+    if truncation.get("strategy", "longest_first") != "longest_first" or truncation.get("stride", 0):
+        raise UnsupportedModelError(f"{path} truncates in an unusual way: {truncation}.")
     return dataclasses.replace(
         settings,
         modules=(Pooling(), *settings.modules),
@@ -342,16 +346,15 @@ def _feeds_type_ids(source: ModelSource, *, pairs: bool) -> bool:
     if not any(type_id for encoding in encodings for type_id in encoding.type_ids):
         return True  # zeros either way
     try:
-        names = AutoTokenizer.from_pretrained(source.path).model_input_names  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError, ImportError):  # no class for it: tokenizer.json alone counts
+        names = load_tokenizer(source).model_input_names
+    except UnsupportedModelError:  # no class for it: tokenizer.json alone counts
         return True
     return "token_type_ids" in names
 
 
 def _special_ids(source: ModelSource) -> tuple[int, ...]:
     """What the source's library calls special: the tokens that have a role in its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(source.path)  # type: ignore[no-untyped-call]
-    return tuple(sorted(set(tokenizer.all_special_ids)))
+    return tuple(sorted(set(load_tokenizer(source).all_special_ids)))
 
 
 def _cross_encoder(source: ModelSource, config: PretrainedConfig | None) -> SentenceSettings:

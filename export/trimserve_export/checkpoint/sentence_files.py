@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from trimserve.files.checked_json import read_json
 from trimserve.folder.sentence import write_settings
 from trimserve.model.sentence import MODULES_NAME, PROMPTS_NAME, TRANSFORMER_CONFIGS
 from trimserve.model.source import ModelSource
@@ -41,13 +42,14 @@ def write_declared(source: ModelSource, declared: Declared | None, folder: Path,
 
 def _copy_parts(source: ModelSource, folder: Path) -> None:
     """Copy modules.json and the folders that it names; the model itself lies in the root."""
-    modules = json.loads((source.root / MODULES_NAME).read_text("utf-8"))
+    listed = list_modules(source)
     if source.modules_folder is None:
         shutil.copyfile(source.root / MODULES_NAME, folder / MODULES_NAME)
     else:
+        modules = read_json(source.root / MODULES_NAME, finite=False)
         modules[0]["path"] = ""
         (folder / MODULES_NAME).write_text(json.dumps(modules, indent=2) + "\n", "utf-8")
-    for one in list_modules(source)[1:]:
+    for one in listed[1:]:
         (folder / one.folder.name).mkdir(exist_ok=True)
         for name in _PART_FILES:
             if (one.folder / name).is_file():

@@ -3,19 +3,23 @@
 Every key is either honoured or refused by name: an embedding made without it would silently be another one.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from trimserve.arrays import Floats
 from trimserve.encoder.activations import ACTIVATIONS
 from trimserve.errors import MismatchError, UnsupportedModelError
+from trimserve.files.inner import inner_path
+from trimserve.files.model_json import ListedModule, read_section
+from trimserve.files.model_json import read_modules as read_listed
 from trimserve.files.tensors import map_tensor, read_header, to_float32
+from trimserve.folder.names import check_plain_name
 from trimserve.folder.sentence import (
     POOLING_MODES,
     SENTENCE,
@@ -27,6 +31,7 @@ from trimserve.folder.sentence import (
     Pooling,
     SpladePooling,
 )
+from trimserve.foreign import foreign
 from trimserve.model.sentence import MODULES_NAME
 from trimserve.model.source import ModelSource
 
@@ -46,6 +51,61 @@ _LEGACY_MODES = {
 _WIDTHS = {"embedding_dimension", "word_embedding_dimension"}
 _TORCH_HOMES = ("torch.nn", "torch.nn.modules", "torch.nn.modules.activation", "torch.nn.modules.linear")
 _FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+Width = Annotated[int, Meta(ge=1, le=1 << 31)]
+
+
+@dataclass(frozen=True, slots=True)
+class _PoolingConfig:
+    """config.json of a Pooling, of new and of older versions."""
+
+    word_embedding_dimension: Width | None = None
+    embedding_dimension: Width | None = None
+    pooling_mode: str | list[str] | None = None
+    pooling_mode_cls_token: bool | None = None
+    pooling_mode_max_tokens: bool | None = None
+    pooling_mode_mean_tokens: bool | None = None
+    pooling_mode_mean_sqrt_len_tokens: bool | None = None
+    pooling_mode_weightedmean_tokens: bool | None = None
+    pooling_mode_lasttoken: bool | None = None
+    include_prompt: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _SpladeConfig:
+    """config.json of a SpladePooling."""
+
+    pooling_strategy: str = "max"
+    activation_function: str = "relu"
+
+
+@dataclass(frozen=True, slots=True)
+class _DenseConfig:
+    """config.json of a Dense."""
+
+    in_features: Width
+    out_features: Width
+    bias: bool = True
+    activation_function: str | None = None
+    use_residual: bool | None = None
+    module_input_name: str = SENTENCE
+    module_output_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerNormConfig:
+    """config.json of a LayerNorm."""
+
+    dimension: Width | None = None
+
+
+_CONFIGS: dict[str, type] = {
+    "Pooling": _PoolingConfig,
+    "SpladePooling": _SpladeConfig,
+    "Dense": _DenseConfig,
+    "LayerNorm": _LayerNormConfig,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +134,9 @@ def list_modules(source: ModelSource) -> tuple[Listed, ...]:
         UnsupportedModelError: a module that the runtime cannot run; the message names it.
     """
     path = source.root / MODULES_NAME
-    try:
-        entries = json.loads(path.read_text("utf-8"))
-        names = [str(entry["name"]) for entry in entries]
-        listed = tuple(_listed(source, entry) for entry in entries)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, MismatchError | UnsupportedModelError):
-            raise
-        raise MismatchError(f"{path} is no list of modules ({error!r}): fetch the model again.") from error
+    entries = read_listed(path)
+    names = [entry.name for entry in entries]
+    listed = tuple(_listed(source, entry) for entry in entries)
     if len(set(names)) < len(names):
         raise UnsupportedModelError(f"{path} has two modules of one name ({', '.join(names)}): name them.")
     if not listed or listed[0].kind not in (*TRANSFORMERS, STATIC):
@@ -94,24 +149,23 @@ def list_modules(source: ModelSource) -> tuple[Listed, ...]:
     return listed
 
 
-def _listed(source: ModelSource, entry: Mapping[str, Any]) -> Listed:
-    name, folder = str(entry["type"]), str(entry["path"]).rstrip("/")
+def _listed(source: ModelSource, entry: ListedModule) -> Listed:
+    name, folder = entry.type, entry.path.rstrip("/")
     space, _, kind = name.rpartition(".")
     if not space.startswith("sentence_transformers.") or kind not in _SERVED:
         raise UnsupportedModelError(
             f"{source.name} has a module {name} in its {MODULES_NAME}, which the runtime cannot run: it has "
             f"{', '.join(_SERVED)}. Remove the file to export the transformer alone, with mean pooling."
         )
-    if entry.get("kwargs"):
+    if entry.kwargs:
         raise UnsupportedModelError(
-            f"{source.name}: {MODULES_NAME} hands the arguments {entry['kwargs']} to {kind}, which the "
+            f"{source.name}: {MODULES_NAME} hands the arguments {entry.kwargs} to {kind}, which the "
             "runtime does not."
         )
-    if folder == ".":  # the folder itself, as model2vec writes it
-        folder = ""
-    if folder and (Path(folder).name != folder or folder == ".."):
-        raise MismatchError(f"{MODULES_NAME} of {source.name} names the folder {folder!r}: expected a name.")
-    return Listed(kind, source.root / folder)
+    if folder in ("", "."):  # the folder itself; the second is how model2vec writes it
+        return Listed(kind, source.root)
+    check_plain_name(folder, str(source.root / MODULES_NAME))
+    return Listed(kind, inner_path(source.root, folder, str(source.root / MODULES_NAME)))
 
 
 def read_modules(listed: Iterable[Listed], start: str) -> tuple[tuple[Module, ...], dict[str, Floats]]:
@@ -174,13 +228,7 @@ def _read_config(one: Listed) -> dict[str, Any]:
     path = one.folder / "config.json"
     if not path.is_file():
         raise MismatchError(f"{path} is missing, which {MODULES_NAME} asks for: fetch the model again.")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise MismatchError(f"{path} is not JSON ({error}): fetch the model again.") from error
-    if not isinstance(config, dict):
-        raise MismatchError(f"{path} should hold a JSON object: fetch the model again.")
-    return config
+    return read_section(path, _CONFIGS[one.kind])
 
 
 def _check_keys(one: Listed, config: Mapping[str, Any], known: set[str]) -> None:
@@ -285,8 +333,6 @@ def stored_tensors(folder: Path) -> dict[str, Floats]:
         raise MismatchError(
             f"{folder} has no model.safetensors, which {MODULES_NAME} asks for: fetch the model again."
         )
-    try:
+    with foreign(f"{pickled} holds more than tensors", advice="convert it."):
         found = torch.load(pickled, map_location="cpu", weights_only=True)
         return {name: tensor.float().numpy() for name, tensor in found.items()}
-    except Exception as error:  # pickle raises whatever its content makes it
-        raise MismatchError(f"{pickled} holds more than tensors ({error}): convert it.") from error

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimserve.errors import UnsupportedModelError
 from trimserve.folder.names import EFFECTIVE_TOKENIZER_NAME, SOURCE_TOKENIZER_FILES, TOKENIZER_NAME
 from trimserve.model.source import ModelSource
+from trimserve_export.checkpoint.library import transformers_border
 
 # Copied as they are, with the tokenizer's.
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -37,6 +37,20 @@ def tokenizer_entry(source: ModelSource, layout: str) -> dict[str, Any]:
     return {"file": name, **effective.made_by, "settings": dict(effective.settings)}
 
 
+def load_tokenizer(source: ModelSource) -> Any:  # noqa: ANN401 - a tokenizer of transformers
+    """What AutoTokenizer makes of a source's folder.
+
+    Raises:
+        UnsupportedModelError: transformers cannot load it.
+    """
+    transformers = importlib.import_module("transformers")
+    advice = "compare with the version that the model was made for."
+    with transformers_border(f"cannot load the tokenizer of {source.name}", advice=advice):
+        return transformers.AutoTokenizer.from_pretrained(
+            str(source.path), trust_remote_code=source.trust_remote_code
+        )
+
+
 def library_ids(
     source: ModelSource,
     texts: Sequence[str],
@@ -57,24 +71,15 @@ def library_ids(
     Raises:
         UnsupportedModelError: transformers cannot load the tokenizer.
     """
-    transformers = importlib.import_module("transformers")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(source.path), trust_remote_code=source.trust_remote_code
-        )
-    except Exception as error:  # of any class: the folder may bring its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot load the tokenizer of {source.name} ({reason}): "
-            "compare with the version that the model was made for."
-        ) from error
+    tokenizer = load_tokenizer(source)
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        None if pairs is None else list(pairs),
-        add_special_tokens=add_special_tokens,
-        truncation=max_length is not None,
-        max_length=max_length,
-    )
+    with transformers_border(f"cannot tokenize with the tokenizer of {source.name}"):
+        encoded = tokenizer(
+            list(texts),
+            None if pairs is None else list(pairs),
+            add_special_tokens=add_special_tokens,
+            truncation=max_length is not None,
+            max_length=max_length,
+        )
     return [list(ids) for ids in encoded["input_ids"]]

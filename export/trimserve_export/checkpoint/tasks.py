@@ -15,6 +15,7 @@ from trimserve.folder.tasks import (
     Task,
 )
 from trimserve_export.checkpoint.axes import ModelClass
+from trimserve_export.checkpoint.library import transformers_border
 
 # Each with the class that loads it.
 TASK_CLASSES: dict[str, ModelClass] = {
@@ -49,7 +50,7 @@ def infer_task(config: PretrainedConfig) -> Task:
     Raises:
         UnsupportedModelError: no architecture, or one whose task is not known or not built yet.
     """
-    name = (config.architectures or [""])[0]
+    name = next(iter(config.architectures or ()), "")
     if config.is_encoder_decoder and name.endswith(_TEXT2TEXT_HEADS):
         return TEXT2TEXT_TASK
     if config.is_encoder_decoder or name.endswith("ForConditionalGeneration"):
@@ -107,15 +108,16 @@ def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool =
     Raises:
         UnsupportedModelError: weights that the task needs are not in the checkpoint.
     """
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model, report = task_class(task, config).from_pretrained(
-        folder,
-        config=config,
-        dtype=TORCH_DTYPES[dtype],
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
+    with transformers_border(f"cannot load the model for {task}"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model, report = task_class(task, config).from_pretrained(
+            folder,
+            config=config,
+            dtype=TORCH_DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     # Encoders saved with a head have no pooler; no task here reads it.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:

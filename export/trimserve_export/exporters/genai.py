@@ -6,7 +6,6 @@ device, and the builder quantises them itself.
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from trimserve.errors import UnsupportedModelError, UsageError, require
+from trimserve.files.scratch import scratch_folder
 from trimserve.folder.tasks import GENERATION_TASK
 from trimserve_export.checkpoint.axes import build_on_meta, load_config
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, check_task
@@ -100,13 +100,13 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     config = load_config(folder, trust_remote_code=job.trust_remote_code)
     _check_widths(config)
     with (
-        tempfile.TemporaryDirectory(prefix="trimserve-genai-") as scratch,
+        scratch_folder("genai") as scratch,
         tracing.quiet(),
         _quantizer_silenced(),
         tracing.failures_named(_name(), config.model_type, job.task),
     ):
-        source = _with_stub_tokenizer(folder, Path(scratch) / "model")
-        where = (str(source), str(output), precision, job.device, str(Path(scratch) / "cache"))
+        source = _with_stub_tokenizer(folder, scratch / "model")
+        where = (str(source), str(output), precision, job.device, str(scratch / "cache"))
         prepared = builder.parse_extra_options(
             "", *where, [f"{key}={value}" for key, value in options.items()]
         )

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
@@ -31,7 +32,6 @@ _AXES = {
     "attention_mask": ("batch_size", "total_sequence_length"),
     "past": ("batch_size", None, "past_sequence_length"),
 }
-_CACHE_NAME = re.compile(r"^(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s$")
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 _OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
@@ -69,6 +69,8 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
             example = _decoder_example(model) if job.task == GENERATION_TASK else _encoder_example(model)
             settings = exporters.OnnxConfig(dynamic=True)
             program, _ = exporters.OnnxExporter().export_program(model, example, config=settings)
+    if "past_key_values" in example:
+        _name_caches(program.graph, example)
     _rename(program.graph)
     RemoveUnusedNodesPass()(program)
     output.mkdir(parents=True, exist_ok=True)
@@ -109,12 +111,57 @@ def _decoder_example(model: PreTrainedModel) -> dict[str, Any]:
     return example | {"past_key_values": filled.past_key_values, "use_cache": True}
 
 
+def _name_caches(graph: ir.Graph, example: dict[str, Any]) -> None:
+    """Name each cache as other exporters do, by what it is: every version of transformers spells it anew.
+
+    The cache's inputs come in the order in which torch takes the example's cache apart, and its output is
+    the value in which the graph puts new positions behind those of the input.
+    """
+    cache = example["past_key_values"]
+    known = {
+        id(tensor): f"{number}.{kind}"
+        for number, layer in enumerate(cache.layers)
+        for kind, tensor in (("key", layer.keys), ("value", layer.values))
+    }
+    fed = [value for value in graph.inputs if value.name not in example]
+    leaves = [leaf for leaf in tree_leaves(cache) if isinstance(leaf, torch.Tensor)]
+    if len(fed) != len(leaves):
+        raise UnsupportedModelError(
+            f"{_name()} gives the graph {len(fed)} inputs for a cache of {len(leaves)} tensors: use another "
+            "exporter, or the version of transformers in constraints-next.txt."
+        )
+    for value, leaf in zip(fed, leaves, strict=True):
+        if (name := known.get(id(leaf))) is None:
+            continue
+        present = _longer(value, graph)
+        value.name, present.name = f"past_key_values.{name}", f"present.{name}"
+
+
+def _longer(past: ir.Value, graph: ir.Graph) -> ir.Value:
+    """The output that holds a past cache and the new positions behind it."""
+    joined = [use.node.outputs[0] for use in past.uses() if use.node.op_type == "Concat" and use.idx == 0]
+    outputs = [output for output in graph.outputs if any(_is_same(output, value) for value in joined)]
+    if len(outputs) != 1:
+        raise UnsupportedModelError(
+            f"{_name()} gives no output that holds {past.name} and the new positions behind it: use another "
+            "exporter."
+        )
+    return outputs[0]
+
+
+def _is_same(output: ir.Value, value: ir.Value) -> bool:
+    """Whether an output is a value, or a copy of it."""
+    node = output.producer()
+    while node is not None and node.op_type == "Identity" and output is not value:
+        (source,) = node.inputs
+        if source is None:
+            return False
+        output, node = source, source.producer()
+    return output is value
+
+
 def _rename(graph: ir.Graph) -> None:
-    """Give inputs, outputs and their axes the names that the serving passes and other runtimes know."""
-    for value in (*graph.inputs, *graph.outputs):
-        if found := _CACHE_NAME.match(str(value.name)):
-            prefix = "past_key_values" if found[1] == "input" else "present"
-            value.name = f"{prefix}.{found[2]}.{found[3]}"
+    """Give outputs and axes the names that the serving passes and other runtimes know."""
     kept = [value for value in graph.outputs if value.name in _OUTPUTS or _is_present(value)]
     graph.outputs[:] = kept
     names = _axis_names(graph)

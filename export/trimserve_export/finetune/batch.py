@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arguments import checked
 from trimserve.errors import UnknownIdError
 from trimserve.vocab.map import VocabMap
 
@@ -18,6 +19,7 @@ LABELS = "labels"
 Batch: TypeAlias = Any
 
 
+@checked
 def remap(batch: Batch, vocab: VocabMap, *, labels: bool) -> Batch:
     """Translate a batch's token ids to compact ids; the batch itself is not changed.
 

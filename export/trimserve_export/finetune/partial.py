@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from trimserve.arguments import checked
 from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UsageError
 from trimserve.model.source import ModelSource
@@ -204,6 +205,7 @@ def _state_name(number: int, name: str, key: str) -> str:
     return f"optimizer{number}.{name}.{key}"
 
 
+@checked
 def cut_vocab(
     model: "PreTrainedModel",
     vocab: VocabMap,
@@ -248,6 +250,7 @@ def cut_vocab(
 
 
 @contextlib.contextmanager
+@checked
 def partial_vocab(
     model: "PreTrainedModel",
     vocab: VocabMap,

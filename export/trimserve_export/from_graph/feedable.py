@@ -33,7 +33,7 @@ def check_feedable(source: ModelSource, parts: dict[str, Part], main: Part, task
         MismatchError: a file is damaged.
     """
     stamps = tuple((part.name, part.path, part.path.stat().st_mtime_ns) for part in parts.values())
-    architecture = str((source.config.get("architectures") or [""])[0])
+    architecture = next(iter(source.config.get("architectures") or ()), "")
     # The command line and the export both ask, before and after a corpus is read.
     _check(stamps, main, task, _rows(source), architecture)
 

@@ -1,13 +1,14 @@
 """Read a graph in the form that all later steps take: every lookup of token ids is a Gather of rows."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files.content import check_content
+from trimserve.files.inner import inner_path
+from trimserve.foreign import foreign
 from trimserve_export.graphs.turned import turn_tables
 from trimserve_export.graphs.values import describe
 
@@ -59,11 +60,12 @@ def load_graph(path: Path, *, turned: bool = True) -> ir.Model:
     model = _parse(path)
     # What has a default need not be fed: graphs of before IR version 4 list every weight as an input.
     model.graph.inputs[:] = [value for value in model.graph.inputs if not value.is_initializer()]
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    with foreign(f"{path} cannot be read as an ONNX graph", advice="fetch it again."):
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _resolved(value.const_value, path.parent)
+                value.const_value = _resolved(value.const_value, path)
     if turned:
         turn_tables(model.graph)
     return model
@@ -75,10 +77,8 @@ def _parse(path: Path) -> ir.Model:
             f"{path} is in ONNX Runtime's own format: use the .onnx it was made from."
         )
     check_content(path)
-    try:
+    with foreign(f"{path} cannot be read as an ONNX graph", advice="fetch it again."):
         model = ir.load(path)
-    except (DecodeError, ValueError, AttributeError) as error:
-        raise MismatchError(f"{path} cannot be read as an ONNX graph ({error}): fetch it again.") from error
     for node in model.graph.all_nodes():
         if node.op_type == "EPContext":
             raise UnsupportedModelError(
@@ -114,27 +114,22 @@ def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
-def _resolved(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+def _resolved(tensor: ir.ExternalTensor, graph: Path) -> ir.ExternalTensor:
     """The tensor at the real place of its file.
 
     onnx_ir refuses links that lead out of the graph's folder and hard links, which are what the hub's cache
     consists of; the name in the graph, which is what a stranger writes, must stay within the folder.
     """
-    location = PurePosixPath(str(tensor.location))
-    if location.is_absolute() or ".." in location.parts:
-        raise MismatchError(
-            f"{tensor.name} should lie beside the graph but in {tensor.location!r}: do not use this model "
-            "unless you know who made it."
-        )
-    path = (folder / location).resolve()
+    named = inner_path(graph.parent, str(tensor.location), str(graph))
+    path = named.resolve()
     if not path.is_file():
-        raise MismatchError(f"{folder / location} is missing, which holds {tensor.name}: fetch it.")
-    end = (tensor.offset or 0) + tensor.nbytes
-    if path.stat().st_size < end:
+        raise MismatchError(f"{named} is missing, which holds {tensor.name}: fetch it.")
+    begin, size = tensor.offset or 0, tensor.nbytes
+    if begin < 0 or size < 0 or (tensor.length or size) != size or path.stat().st_size < begin + size:
         check_content(path)
         raise MismatchError(
-            f"{folder / location} should have at least {end:,} bytes for {tensor.name} but has "
-            f"{path.stat().st_size:,}: fetch it again."
+            f"{named} should have {size:,} bytes from {begin:,} on for {tensor.name} but has "
+            f"{path.stat().st_size:,} in all: fetch it again."
         )
     return ir.ExternalTensor(
         path,

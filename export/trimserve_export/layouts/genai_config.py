@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
+from trimserve.files.model_json import read_model_json
 from trimserve_export.checkpoint.axes import load_config
 
 GENAI_CONFIG_NAME = "genai_config.json"
@@ -50,7 +51,7 @@ def write_genai_config(graph_path: Path, *, vocab_size: int) -> Path | None:
 def _adopt(graph_path: Path, vocab_size: int) -> Path:
     """Keep what onnxruntime-genai's builder wrote of the graph, and write the ids that the graph takes."""
     path = graph_path.with_name(GENAI_CONFIG_NAME)
-    content = json.loads(path.read_text("utf-8"))
+    content = read_model_json(path)
     config = load_config(path.parent).get_text_config()
     model = content["model"] | _token_ids(path.parent, config.to_dict()) | {"vocab_size": vocab_size}
     model["decoder"] |= {"filename": graph_path.name}
@@ -87,8 +88,7 @@ def _decoder(graph: ir.Graph, config: PretrainedConfig) -> dict[str, Any] | None
 
 def _token_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Ids of beginning, end and padding, an absent one the end's; generation_config.json speaks last."""
-    generation = folder / "generation_config.json"
-    named = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
+    named = read_model_json(folder / "generation_config.json")
     ids = {key: named.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     end = ids["eos_token_id"]
     first = end[0] if isinstance(end, list) else end

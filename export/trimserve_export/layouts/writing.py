@@ -1,12 +1,12 @@
 """Write what depends on the layout of a folder: tokenizer, configs, and graphs for other runtimes."""
 
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from trimserve.files.quantized import Quantization
+from trimserve.files.scratch import scratch_beside
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.layouts.drop_in import make_drop_in, save_plain, save_tied
@@ -70,12 +70,12 @@ def write_layout_graph(
         calibration: by what texts to do so, if there are any.
         cold_path: cold rows in `target` that a drop-in feeds.
     """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".layout.") as scratch:
+    with scratch_beside(target) as scratch:
         if scheme is not None:
-            tied = save_tied(made, Path(scratch) / "tied") if has_head else made
+            tied = save_tied(made, scratch / "tied") if has_head else made
             made = quantize_calibrated(
                 tied,
-                Path(scratch),
+                scratch,
                 scheme,
                 has_head=has_head,
                 calibration=calibration,

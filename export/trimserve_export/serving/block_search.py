@@ -9,11 +9,12 @@ A block of 32 weights w becomes integers q of 0 to 15. Two forms:
   out as they went in; for others it gains little. So a matrix takes minima only where they leave a fraction
   of the error.
 
-Scales come from a search: the range of a block is narrowed step by step, the integers rounded, scale (and
-minimum) fitted to them by least squares, and the smallest error wins. Errors are squared, and weighted by the
-second moments of the product's inputs where they are known: what a weight's error does to the output grows
-with its input. All of it is elementwise, or sums over an outer axis, which numpy adds in order: every
-processor finds the same integers.
+Blocks that a lattice without offsets made (GGUF's Q4_0, see `lattice.py`) keep its integers and scale, with
+the zero point 8. All others are searched: the range of a block is narrowed step by step, integers rounded,
+scale (and minimum) fitted to them by least squares, and the smallest error wins. Errors are squared, and
+weighted by the second moments of the product's inputs where they are known: what a weight's error does to the
+output grows with its input. All of it is elementwise, or sums over an outer axis, which numpy adds in order:
+every processor finds the same integers.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from trimserve.errors import MismatchError
+from trimserve_export.serving.lattice import on_lattice
 
 BLOCK = 32
 _LEVELS = 15
@@ -111,6 +115,11 @@ def search_blocks(
 
 def _weights(moments: Floats | None, width: int) -> Floats:
     """What squared errors are weighted with (blocks, 32): of size 1 on average, 0 for padding."""
+    if moments is not None and moments.shape != (width,):
+        raise MismatchError(
+            f"the calibration has {moments.shape} moments for an input of {width} numbers: it was "
+            "made for another model. Export the folder again."
+        )
     padded = np.zeros(-(-width // BLOCK) * BLOCK, np.float32)
     if moments is None or not np.isfinite(moments).all() or moments.max() <= 0:
         padded[:width] = 1
@@ -144,11 +153,22 @@ def _fit(rows: npt.NDArray[np.floating], weights: Floats, kind: np.dtype[Any], *
     padded = np.pad(np.asarray(rows, np.float32), ((0, 0), (0, missing)))
     columns = np.ascontiguousarray(padded.reshape(-1, BLOCK).T)
     weighted = np.ascontiguousarray(np.tile(weights, (len(rows), 1)).T)
+    known = None if minima or rows.dtype != np.float32 else _on_lattice(columns)
+    if known is not None and not known.errors.any():
+        return known
     candidates = (_with_minima if minima else _with_zero_points)(columns, weighted, kind)
-    best = next(candidates)
+    best = next(candidates) if known is None else known
     for other in candidates:
         best = best.better_of(other)
     return best
+
+
+def _on_lattice(columns: Floats) -> _Fit:
+    """The fit of blocks that were whole multiples of a scale; the error of the others is infinite."""
+    found, scales, integers = on_lattice(np.ascontiguousarray(columns.T), bits=4)
+    errors = np.where(found | ~columns.any(axis=0), np.float32(0), np.float32(np.inf))
+    whole = np.where(found, integers.T, 0).astype(np.float32) + _MIDDLE
+    return _Fit(whole, np.where(found, scales, 1), np.full_like(scales, _MIDDLE), errors)
 
 
 def _with_zero_points(columns: Floats, weighted: Floats, kind: np.dtype[Any]) -> Iterator[_Fit]:

@@ -8,7 +8,7 @@ graphs run over texts that were held out of that.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,16 @@ from tokenizers import Tokenizer
 
 from trimserve.arrays import Ids
 from trimserve.console import progress as progress_bar
+from trimserve.errors import MismatchError
+from trimserve.files.held import HeldFile
 from trimserve.files.quantized import Quantization
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
-from trimserve.runtime.session import open_session
+from trimserve.runtime.session import Session, open_session
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graphs.nodes import NodeWriter
 from trimserve_export.serving.products import products_of
 from trimserve_export.serving.quality import Quality, measure_quality
 from trimserve_export.serving.quantize import quantize_graph
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 # Texts to calibrate with and to hold out, tokens of each, and what is read of the files for them.
 TEXTS, HELD_OUT, TOKENS = 64, 32, 128
@@ -85,9 +84,19 @@ class Calibration:
         return cls(rest, held_out, progress=progress)
 
     @classmethod
-    def stored(cls, path: Path) -> "Calibration":
-        """The moments that a folder was made with."""
-        specs, _ = read_header(path)
+    def stored(cls, file: HeldFile) -> "Calibration":
+        """The moments that a folder was made with.
+
+        Raises:
+            MismatchError: the file holds anything else.
+        """
+        specs, _ = read_header(file)
+        for name, spec in specs.items():
+            if spec.dtype != "F32" or len(spec.shape) != 1:
+                raise MismatchError(
+                    f"{file.path} has {spec.dtype} of shape {spec.shape} for {name[:100]!r}, expected a "
+                    "row of F32: export the folder again."
+                )
         return cls(moments={name: np.array(map_tensor(spec)) for name, spec in specs.items()})
 
     def save(self, path: Path) -> None:
@@ -201,7 +210,7 @@ def _quality(before: Path, after: Path, calibration: Calibration, *, has_head: b
         return measure_quality(calibration.held_out, outputs, has_head=has_head, causal=causal)
 
 
-def _output(session: "ort.InferenceSession", ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _output(session: Session, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """What a model says of a text: its logits, or its first output."""
     names = [value.name for value in session.get_outputs()]
     name = "logits" if "logits" in names else names[0]
@@ -209,7 +218,7 @@ def _output(session: "ort.InferenceSession", ids: npt.NDArray[np.int64]) -> npt.
     return np.asarray(found[0], np.float32)
 
 
-def plain_feeds(session: "ort.InferenceSession", ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+def plain_feeds(session: Session, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
     """The inputs of a graph for one text: nothing cached, no cold rows, all positions.
 
     Args:

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
+
+from trimserve.files.checked_json import convert_json
 
 Floats = npt.NDArray[np.float32]
 # Above this rise of the nats a token, or below this cosine, an export warns.
 LARGEST_RISE, SMALLEST_COSINE = 0.1, 0.98
 _NEAREST = 10
+_Count = Annotated[int, Meta(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +32,21 @@ class Quality:
             a vocab head, or too few texts.
     """
 
-    measure: str
+    measure: Literal["nats a token", "nats from fp32", "cosine"]
     before: float
     after: float
-    texts: int
-    tokens: int
+    texts: _Count
+    tokens: _Count
     top_10: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read a manifest's entry."""
-        return cls(**values)
+        """Read a manifest's entry.
+
+        Raises:
+            MismatchError: it is none.
+        """
+        return convert_json(values, cls, "the manifest's quality", advice="export the folder again.")
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's entry."""
@@ -48,8 +56,8 @@ class Quality:
     def is_poor(self) -> bool:
         """Whether rounding costs more than most would take."""
         if self.measure == "cosine":
-            return self.after < SMALLEST_COSINE
-        return self.after - self.before > LARGEST_RISE
+            return not self.after >= SMALLEST_COSINE  # what is no number is poor, too
+        return not self.after - self.before <= LARGEST_RISE
 
     def describe(self) -> str:
         """One sentence, for card and terminal."""
@@ -91,8 +99,7 @@ def measure_quality(
         else:
             sums[1] += (np.exp(floats) * (floats - rounded)).sum()
     nats = np.round(sums / (tokens - len(texts) * causal), 5).tolist()
-    measure = "nats a token" if causal else "nats from fp32"
-    return Quality(measure, nats[0], nats[1], len(texts), tokens)
+    return Quality("nats a token" if causal else "nats from fp32", nats[0], nats[1], len(texts), tokens)
 
 
 def _vector(found: Floats) -> npt.NDArray[np.float64]:

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
 from trimserve.files.tensors import TensorSpec, read_header
 from trimserve.folder.names import SOURCE_TOKENIZER_FILES
+from trimserve.foreign import foreign
 from trimserve.model.effective_tokenizer import has_tokenizer
 from trimserve.model.source import CONFIG_NAME, INDEX_NAME, ModelSource
 from trimserve_export.checkpoint.axes import architecture_class, load_config
+from trimserve_export.checkpoint.library import transformers_border
 from trimserve_export.checkpoint.source_tokenizer import TEMPLATE_FILES
 from trimserve_export.exporters import tracing
 from trimserve_export.source.admission import check_source
@@ -89,16 +91,12 @@ def merge_adapter(
 
 
 def _read_config(peft: Any, adapter: ModelSource) -> Any:  # noqa: ANN401 - peft has types of its own
-    kind = adapter.read_json(ADAPTER_CONFIG).get("peft_type")
-    try:
-        if not isinstance(kind, str):
-            raise ValueError("it has no peft_type")
+    path = adapter.path / ADAPTER_CONFIG
+    advice = "save the adapter again with its save_pretrained."
+    if adapter.read_json(ADAPTER_CONFIG).get("peft_type") is None:
+        raise MismatchError(f"{path} has no peft_type, which says what the adapter is: {advice}")
+    with foreign(f"{path} is no config that peft {peft.__version__} reads", advice=advice), tracing.quiet():
         return peft.PeftConfig.from_pretrained(adapter.path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MismatchError(
-            f"{adapter.path / ADAPTER_CONFIG} is no config that peft {peft.__version__} reads ({error}): "
-            "save the adapter again with its save_pretrained."
-        ) from error
 
 
 def _stored(adapter: ModelSource) -> dict[str, TensorSpec]:
@@ -122,15 +120,16 @@ def _load(
     labels = [spec.shape[0] for name, spec in stored.items() if _CLASSIFIER.search(name)]
     if task in _LABELLED and labels and config.num_labels != labels[-1]:
         config.num_labels = labels[-1]
-    model, report = model_class.from_pretrained(
-        base.path,
-        config=config,
-        dtype="auto",
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=bool(labels),
-    )
+    with transformers_border(f"cannot load {base.name} for {task}", error=MismatchError):
+        model, report = model_class.from_pretrained(
+            base.path,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=bool(labels),
+        )
     brought = {name.removeprefix(_PREFIX) for name in stored}
     made_anew = [name for name in report["missing_keys"] if "pooler" not in name and name not in brought]
     if made_anew:
@@ -154,21 +153,17 @@ def _resize(model: PreTrainedModel, stored: dict[str, TensorSpec]) -> bool:
     }
     if not rows - {table.weight.shape[0]}:
         return False
-    model.resize_token_embeddings(max(rows), mean_resizing=False)
+    with transformers_border("cannot resize the embedding to the adapter's", error=MismatchError):
+        model.resize_token_embeddings(max(rows), mean_resizing=False)
     return True
 
 
 def _merge(peft: Any, model: PreTrainedModel, base: ModelSource, adapter: ModelSource) -> PreTrainedModel:  # noqa: ANN401
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys")
-            merged = peft.PeftModel.from_pretrained(model, adapter.path).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, UserWarning, AttributeError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise MismatchError(
-            f"the adapter {adapter.name} cannot be merged into {base.name} ({reason}): pass the model that "
-            "it was trained on with -m."
-        ) from error
+    subject = f"the adapter {adapter.name} cannot be merged into {base.name}"
+    advice = "pass the model that it was trained on with -m."
+    with foreign(subject, advice=advice), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        merged = peft.PeftModel.from_pretrained(model, adapter.path).merge_and_unload()
     return merged  # type: ignore[no-any-return]
 
 

@@ -1,5 +1,6 @@
 """What trimming a graph will change: collected first, checked, then applied at once or not at all."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ class VocabPlan:
                 f"found shape {shape}."
             )
         axis %= len(shape)
-        outer, inner = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :]))
+        outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
         self._add(value, Cut(axis, outer, inner))
 
     def cut_rows(self, value: ir.Value, tensor: ir.TensorProtocol, entries: int, owner: ir.Node) -> None:

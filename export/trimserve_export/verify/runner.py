@@ -1,21 +1,25 @@
 """Run every check that applies to a folder, against the full model exported the same way for the occasion."""
 
+import contextlib
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trimserve.arguments import checked
 from trimserve.console import progress as progress_bar
 from trimserve.errors import MismatchError, TrimserveError
+from trimserve.files.claim import claim
 from trimserve.files.quantized import Quantization
-from trimserve.folder.manifest import read_manifest, with_verification, write_manifest
+from trimserve.files.scratch import scratch_folder
+from trimserve.folder.manifest import Manifest, read_manifest, with_verification
 from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
+from trimserve.interrupts import came
 from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
-from trimserve_export.card import with_card
+from trimserve_export.card import CARD_NAME, update_card
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
 from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 NamedCheck = tuple[str, Callable[[Context], Check]]
 
 
+@checked
 def verify(
     folder: str | Path,
     model: str | Path | ModelSource | None = None,
@@ -89,11 +94,11 @@ def verify(
     except MismatchError as error:
         return VerifyResult((Check("files", False, None, str(error)),))
     with (
-        tempfile.TemporaryDirectory(prefix="trimserve-full-") as scratch,
+        scratch_folder("full") as scratch,
         whole_source(source, adapter=adapter or manifest.source.adapter, renamed=True) as source,
     ):
         source = ask_library(source)
-        full = _export_full(source, opened, Path(scratch))
+        full = _export_full(source, opened, scratch)
         chosen = BUILT_IN if texts is None else (*texts, *HOSTILE)
         context = Context(opened, source, _stored_vocab(source, manifest.task), full, chosen)
         result = VerifyResult(tuple(_run(context, progress=progress)))
@@ -173,17 +178,39 @@ def _outcome(name: str, check: Callable[[Context], Check], context: Context) -> 
         return check(context)
     except Exception as error:  # a damaged folder may fail anywhere on its way to the numbers
         ours = isinstance(error, TrimserveError) or type(error).__module__.startswith("onnxruntime")
-        if not ours:
+        if came() or not ours:  # of a signal a library may make any error
             raise
         return Check(name, False, None, str(error).partition("\n")[0])
 
 
 def _store(context: Context, result: VerifyResult) -> None:
-    """Write the result into manifest and card; a folder that may not be written keeps its old ones."""
+    """Write the result into manifest and card of the folder that was verified, and of no other one.
+
+    Where that cannot be done the folder keeps its old ones, and one line says so: the result is the same.
+    """
     folder = context.folder
     entry = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **result.to_dict()}
     try:
-        manifest = with_card(with_verification(folder.manifest, entry), context.source, folder.path)
-        write_manifest(folder.path, manifest)
-    except PermissionError as error:
-        logger.warning("the result was not stored in %s: %s", folder.path, error)
+        with _unreplaced(folder.path):
+            if _apart(read_manifest(folder.path)) != _apart(folder.manifest):
+                raise MismatchError("another export has replaced it meanwhile")
+            update_card(with_verification(folder.manifest, entry), context.source, folder.path)
+    except (OSError, TrimserveError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        logger.warning("the result could not be recorded in %s: %s", folder.path, why)
+
+
+@contextlib.contextmanager
+def _unreplaced(path: Path) -> Iterator[None]:
+    """Let no export of this version replace a folder in the block; where its parent is closed, none can."""
+    target = path.resolve()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(claim(target))
+        yield
+
+
+def _apart(manifest: Manifest) -> Manifest:
+    """What of a manifest no verification changes."""
+    files = {name: entry for name, entry in manifest.files.items() if name != CARD_NAME}
+    return dataclasses.replace(manifest, verification=None, files=files)

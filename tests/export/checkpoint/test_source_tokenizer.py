@@ -411,12 +411,10 @@ def test_a_class_in_python_is_refused(tmp_path):
         resolve_model(folder).tokenizer()
 
 
-def test_a_limit_that_is_no_number_is_said(tmp_path, caplog):
+def test_a_limit_that_is_no_number_is_refused(tmp_path):
     folder = save_model_folder("wordpiece", tmp_path / "model")
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "12"})
     )
-    found = effective.effective_tokenizer(folder, always=True)
-    assert found.original
-    assert found.settings["model_max_length"] is None
-    assert "model_max_length is '12', which is no number" in caplog.text
+    with pytest.raises(MismatchError, match=r"got `str` - at `\$\.model_max_length`"):
+        effective.effective_tokenizer(folder, always=True)

@@ -140,7 +140,7 @@ def test_graph_of_layout_tokenizer_in_optimum(folders, full, model):
 
 
 def test_layout_tokenizer_has_the_exporters_interface(folders):
-    folder = open_folder(folders / "tokenizer", hash_all=True)
+    folder = open_folder(folders / "tokenizer", verify="full")
     assert not folder.has_cold
     assert not {"cold_head.onnx", "cold_rows.safetensors"} & set(folder.manifest.files)
     names = {value.name for value in open_session(folder.path).get_inputs()}

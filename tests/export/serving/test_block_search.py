@@ -57,6 +57,29 @@ def test_weights_on_a_lattice_with_minima_come_out_as_they_went_in(dtype):
     )
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_blocks_of_q4_0_keep_their_integers(half):
+    """Integers of -8 to 7, one end taken at most, a scale of either sign in fp16; others are searched."""
+    integers = RANDOM.integers(-7, 8, (70, 4, 32))
+    integers[..., 5] = -8
+    signs = RANDOM.choice([-1, 1], (70, 4, 1))
+    scales = (signs * (1 + RANDOM.random((70, 4, 1))) / 64).astype(np.float16).astype(np.float32)
+    rows = (integers * scales).astype(np.float32).reshape(70, 128)
+    rows[3, 32:64] = 0
+    rows[5, :32] = RANDOM.standard_normal(32)
+    found = search_blocks(rows, None, half=half)
+    assert found.middles is None
+    assert found.scales.dtype == (np.float16 if half else np.float32)
+    kept = np.ones((70, 128), bool)
+    kept[5, :32] = False
+    back = floats(found, 128)
+    assert np.array_equal(back[kept], rows[kept])
+    searched = search_blocks(rows[5:6, :32], None, half=half)
+    assert np.array_equal(back[5, :32], floats(searched, 32)[0])
+    weighted = search_blocks(rows, RANDOM.random(128).astype(np.float32), half=half)
+    assert np.array_equal(floats(weighted, 128)[kept], rows[kept])
+
+
 def test_any_weights_take_zero_points_which_cost_nothing_to_multiply_with():
     assert search_blocks(RANDOM.standard_normal((64, 96)).astype(np.float32), None).middles is None
 

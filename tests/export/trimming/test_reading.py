@@ -91,7 +91,7 @@ def test_missing_data_is_named(tmp_path):
 def test_data_that_was_cut_off_is_refused(tmp_path):
     save(tmp_path)
     os.truncate(tmp_path / "model.onnx_data", 100)
-    with pytest.raises(MismatchError, match=r"should have at least .* but has 100"):
+    with pytest.raises(MismatchError, match=r"should have 296 bytes from 0 on for table but has 100"):
         load_graph(tmp_path / "model.onnx")
 
 
@@ -104,7 +104,7 @@ def test_data_outside_the_folder_is_refused(tmp_path, location):
         location, 0, None, ir.DataType.UINT8, shape=ir.Shape([V, 1, 8]), name="table"
     )
     ir.save(model, tmp_path / "model" / "model.onnx")
-    with pytest.raises(MismatchError, match="should lie beside the graph"):
+    with pytest.raises(MismatchError, match=r"names the file .* not a plain name"):
         load_graph(tmp_path / "model" / "model.onnx")
 
 

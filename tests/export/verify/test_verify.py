@@ -250,7 +250,7 @@ def test_result_is_stored_and_the_folder_stays_whole(copied, capsys, tmp_path):
     texts.write_text("the cat\n\nsat on a mat\n", "utf-8")
     assert main(["verify", str(trimmed), "-m", str(model), "--texts", str(texts)]) == 0
     capsys.readouterr()
-    folder = open_folder(trimmed, hash_all=True)
+    folder = open_folder(trimmed, verify="full")
     stored = folder.manifest.verification
     assert stored["ok"] is True
     assert {check["name"] for check in stored["checks"]} >= {"kept-rows", "hidden-states"}

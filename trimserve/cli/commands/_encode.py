@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from trimserve.cli.commands._sentence import Result, embed, given_prompts, rank, score, search
-from trimserve.cli.inputs import read_texts
 from trimserve.cli.output import emit
 from trimserve.console import table
 from trimserve.encoder.answers import Candidate
@@ -17,11 +16,15 @@ from trimserve.text.codec import shorten
 
 logger = logging.getLogger(__name__)
 _TOP = 5
-# Options that one task alone has.
-_OF_TASK = {"targets": "fill-mask", "aggregation": "token-classification", "context": ANSWERING_TASK}
 
 
-def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: dict[str, Any]) -> int:
+def encode(
+    args: argparse.Namespace,
+    model: Encoder,
+    texts: list[str],
+    options: dict[str, Any],
+    corpus: list[str] | None,
+) -> int:
     """Run the model's head on texts and print what it says.
 
     Args:
@@ -29,8 +32,8 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
         model: the encoder.
         texts: texts or queries.
         options: those of the command's options for encoders that were given.
+        corpus: texts to search in.
     """
-    _check_options(model, options)
     start = time.perf_counter()
     # Masks make K logits a token.
     batch_size = options.get("batch_size", 8 if model.task == "fill-mask" else 32)
@@ -43,13 +46,10 @@ def encode(args: argparse.Namespace, model: Encoder, texts: list[str], options: 
         document, lines = rank(model, options["query"], texts, most, prompts, batch_size)
     elif "pairs" in options:
         document, lines = score(model, texts, prompts, batch_size)
-    elif "corpus" in options:
-        corpus = read_texts(options["corpus"], options.get("text_column"))
+    elif corpus is not None:
         document, lines = search(model, texts, corpus, top, prompts, batch_size)
     elif model.task == EMBEDDING_TASK or model.settings.is_sparse:
         document, lines = embed(model, texts, prompts, batch_size)
-    elif prompts:
-        raise UsageError(f"{model.folder.path} does {model.task}, which takes no prompt: leave it out.")
     else:
         document, lines = _of_task(model, texts, options, top, batch_size)
     stats = model.stats
@@ -75,13 +75,6 @@ def _of_task(model: Encoder, texts: list[str], options: dict[str, Any], top: int
     if model.task == ANSWERING_TASK:
         return _answer(model, texts, options.get("context"), options.get("top", 1), batch_size)
     return _classify(model, texts, options.get("top"), batch_size)
-
-
-def _check_options(model: Encoder, options: dict[str, Any]) -> None:
-    """Refuse options that the folder's task would ignore."""
-    for name, task in _OF_TASK.items():
-        if name in options and model.task != task:
-            raise UsageError(f"{model.folder.path} does {model.task}: --{name} is for {task}, leave it out.")
 
 
 def _fill_mask(

@@ -10,7 +10,6 @@ from trimserve.arrays import Floats
 from trimserve.console import progress, table
 from trimserve.encoder.encoder import Encoder
 from trimserve.errors import UsageError
-from trimserve.folder.tasks import EMBEDDING_TASK
 from trimserve.text.codec import shorten
 
 _SHOWN_NUMBERS = 4
@@ -83,10 +82,6 @@ def search(
     Queries get the prompt that was asked for, else the folder's for queries; the corpus gets the one for
     documents, as in sentence-transformers' `encode_query` and `encode_document`.
     """
-    if model.task != EMBEDDING_TASK and not model.settings.is_sparse:
-        raise UsageError(
-            f"{model.folder.path} does {model.task}: --corpus takes a feature-extraction folder."
-        )
     found = _embed_corpus(model, corpus, batch_size)
     if prompts:
         embedded = model.encode(queries, batch_size=batch_size, **prompts)

@@ -1,7 +1,6 @@
 """`trimserve bench`: the full model against a trimmed folder, in processes that take turns."""
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +10,21 @@ from trimserve.cli.arguments import positive
 from trimserve.cli.output import emit
 from trimserve.console import human_bytes, percent, table
 from trimserve.errors import UsageError, require
+from trimserve.folder.tasks import GENERATOR_TASKS
 
 if TYPE_CHECKING:
     from trimserve.benchmark.compare import Comparison, Measured
     from trimserve.folder.opening import TrimmedFolder
     from trimserve.model.source import ModelSource
 
+_NEW_TOKENS = 64
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="the trimmed folder (layout runtime)")
     parser.add_argument(
-        "-m", "--model", help="the full model: a folder or hub id (default: the folder's source)"
+        "-m", "--model", help="the full model: a folder, GGUF file or hub id (default: the folder's source)"
     )
     parser.add_argument("--revision", help="hub revision of the model")
     parser.add_argument(
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="processes a variant (3)")
     parser.add_argument("--steps", type=positive, default=10, metavar="N", help="timed steps a process (10)")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens an answer (64)"
+        "--max-new-tokens", type=positive, metavar="N", help=f"tokens an answer ({_NEW_TOKENS})"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of one operator")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run")
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Export the full model into a temporary folder, measure both, report."""
     from trimserve.benchmark.compare import Settings, compare
     from trimserve.cli.inputs import read_lines
+    from trimserve.files.scratch import scratch_folder
     from trimserve.folder.opening import open_folder
     from trimserve.loading import check_runnable
     from trimserve.model.resolve import resolve_source
@@ -52,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
     providers(runtime, args.device)  # says what is missing before minutes of export
     trimmed = open_folder(args.folder)
     check_runnable(trimmed)
+    if args.max_new_tokens is not None and trimmed.manifest.task not in GENERATOR_TASKS:
+        raise UsageError(
+            f"{args.folder} does {trimmed.manifest.task}, for which --max-new-tokens means nothing: leave it "
+            "out."
+        )
     untrimmed = require("trimserve_export.full_model", extra="export", purpose="trimserve bench")
     texts = _ordinary_texts() if args.texts is None else read_lines(args.texts)
     manifest = trimmed.manifest
@@ -59,13 +67,14 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         args.rounds,
         args.steps,
-        args.max_new_tokens,
+        args.max_new_tokens or _NEW_TOKENS,
         args.threads or available_cpus(),
         args.device,
         args.low_memory,
     )
-    with tempfile.TemporaryDirectory(prefix="trimserve-bench-") as scratch:
-        full = Path(scratch, "full")
+    whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve bench")
+    with scratch_folder("bench") as scratch, whole.whole_source(source) as source:
+        full = scratch / "full"
         untrimmed.export_untrimmed(trimmed, source, full)
         try:
             found = compare(full, args.folder.resolve(), texts, settings)
@@ -74,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
                 f"a process of the benchmark failed ({error}): its message is above. Models of this size "
                 "may need more memory than is free."
             ) from error
-    document = _document(trimmed, found, _decode_prize(source, manifest.head_rows or manifest.kept))
+        prize = _decode_prize(source, manifest.head_rows or manifest.kept)
+    document = _document(trimmed, found, prize)
     document |= {
         "texts": len(texts),
         "threads": settings.threads,

@@ -14,6 +14,7 @@ from trimserve.cli.arguments import (
 )
 from trimserve.cli.inputs import load_profiles
 from trimserve.cli.output import emit
+from trimserve.cli.rules import Rule, check
 from trimserve.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("-m", "--model", required=True, help="folder or hub id of the model to trim")
+    parser.add_argument(
+        "-m", "--model", required=True, help="folder, GGUF file or hub id of the model to trim"
+    )
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
     base = "the model that a compact checkpoint of fine-tuning was cut from (default: the one it names)"
@@ -38,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
     ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
     ids.add_argument("--corpus", nargs="+", metavar="FILE", help="texts to profile and select from")
-    add_reading_arguments(parser.add_argument_group("how files of --corpus and --held-out are read"))
+    read = "how files of --corpus, --held-out and --calibrate are read"
+    add_reading_arguments(parser.add_argument_group(read))
     add_selection_arguments(parser)
     _add_export_arguments(parser)
 
@@ -61,7 +65,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     calibrate = "texts of the domain that --quantize rounds by (default: the corpus, if it is at hand)"
     parser.add_argument("--calibrate", nargs="+", metavar="FILE", help=calibrate)
     no_quality = "quantise without texts: no rounding by them, no measure of what it costs"
-    parser.add_argument("--no-calibration", dest="calibrated", action="store_false", help=no_quality)
+    parser.add_argument("--no-calibration", action="store_const", const=True, help=no_quality)
     parser.add_argument(
         "--sketch",
         choices=("int8", "int4", "none"),
@@ -87,15 +91,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--vocab already says which ids stay: leave out the options that select.")
     if args.held_out and args.layout != "tokenizer":
         raise UsageError("--held-out compares tokenizers, and only --layout tokenizer has two: leave it out.")
-    if args.calibrate and (args.quantize is None or not args.calibrated):
-        raise UsageError("--calibrate says what --quantize rounds by: give both, without --no-calibration.")
     _check_reading(args)
+    check(args, _RULES)
     check_target(args.output, overwrite=args.overwrite)  # before minutes of work
     exporter = require("trimserve_export.pipeline", extra="export", purpose="trimserve export")
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(exporter.Options)}
     exporter.Options(**settings)  # refuses what is not built before a corpus is read
     whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve export")
     checkpoint = resolve_model(args.model, revision=args.revision)
+    _check_source(args, checkpoint)
     if args.vocab is None and args.profile is None and args.corpus is None:
         args.vocab = _own_vocab(checkpoint, options)
     trusted = {"trust_remote_code": args.trust_remote_code}
@@ -108,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         if args.layout == "tokenizer":
             profile = add_up(list(profiles.values())) if isinstance(profiles, dict) else profiles
             settings |= {"profile": profile, "sample": _sample(args, source, profile)}
-        if args.quantize is not None and args.calibrated:
+        if args.quantize is not None and args.device == "cpu" and not args.no_calibration:
             settings["calibration"] = _calibration(args, source, profiles)
         result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
@@ -116,9 +120,61 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+# The defaults of these options are choices, so the rules look at what was chosen.
+_RULES = (
+    Rule(
+        ("sketch",),
+        lambda args: (
+            args.sketch == "none" or (args.cold and args.layout != "tokenizer" and args.to == "onnx")
+        ),
+        "bounds the cold rows of an ONNX folder, and this export writes none: leave it out.",
+    ),
+    Rule(
+        ("exporter",),
+        lambda args: args.exporter == "auto" or args.to == "onnx",
+        "makes a graph and --to safetensors stops before there is one: leave one of them out.",
+    ),
+    Rule(
+        ("device",),
+        lambda args: args.device == "cpu" or args.to == "onnx",
+        "is about a graph and --to safetensors makes none: leave one of them out.",
+    ),
+    Rule(
+        ("vocab_bits", "calibrate", "no_calibration"),
+        lambda args: args.quantize is not None,
+        "says how --quantize rounds: leave it out, or add --quantize.",
+    ),
+    Rule(
+        ("vocab_bits", "calibrate", "no_calibration"),
+        lambda args: args.device == "cpu",
+        "means nothing to the builder that quantises graphs for other devices: leave it out.",
+    ),
+    Rule(
+        ("calibrate",),
+        lambda args: not args.no_calibration,
+        "gives texts that --no-calibration does without: leave one of them out.",
+    ),
+)
+
+
+def _check_source(args: argparse.Namespace, source: "ModelSource") -> None:
+    """Refuse options about another kind of model than the one at hand."""
+    from trimserve.finetune.restoring import is_compact
+
+    if args.link and source.graph is None and args.variant is None:
+        raise UsageError(
+            f"--link is about the weights of ONNX graphs, and {args.model} has none: leave it out."
+        )
+    if args.base is not None and args.adapter is None and not is_compact(source.path):
+        raise UsageError(
+            f"--base names the model that a compact checkpoint of fine-tuning was cut from, and {args.model} "
+            "is no such checkpoint: leave it out."
+        )
+
+
 def _check_reading(args: argparse.Namespace) -> None:
     # The files of a profile are read again, to compare segmentations or to quantise by.
-    again = args.layout == "tokenizer" or args.quantize
+    again = args.layout == "tokenizer" or (args.quantize and not args.no_calibration)
     reads = args.corpus or args.held_out or args.calibrate or (args.profile and again)
     if reading_options(args) and not reads:
         raise UsageError(

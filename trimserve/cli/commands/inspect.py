@@ -1,27 +1,43 @@
 """`trimserve inspect`: what a path is, its vocab tensors, and the prize of trimming it."""
 
 import argparse
+import importlib
 from typing import Any
 
 from trimserve.cli.arguments import positive
 from trimserve.cli.output import emit
+from trimserve.cli.rules import flag, given
 from trimserve.console import human_bytes, percent, table
-from trimserve.errors import require
+from trimserve.errors import UsageError
+
+_KEPT = 16_384
+_BY_HEADERS = (
+    "By names and shapes in the files. Whether the model can be exported is told where trimserve[export] is "
+    "installed."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("path", metavar="PATH", help="model folder or hub id, trimmed folder, or ONNX file")
+    parser.add_argument(
+        "path", metavar="PATH", help="model folder or hub id, trimmed folder, GGUF or ONNX file"
+    )
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument(
-        "--kept", type=positive, default=16_384, metavar="K", help="rows to compute the prize for (16,384)"
+        "--kept", type=positive, metavar="K", help=f"rows to compute the prize for ({_KEPT:,})"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and report."""
-    inspection = require("trimserve_export.inspection", extra="export", purpose="trimserve inspect")
-    document = inspection.to_dict(inspection.inspect(args.path, kept=args.kept, revision=args.revision))
+    # Another package, which the light one never imports before it is asked to.
+    inspection = importlib.import_module("trimserve_export.inspection")
+    found = inspection.inspect(args.path, kept=args.kept or _KEPT, revision=args.revision)
+    document = inspection.to_dict(found)
+    if document["kind"] != "model" and (names := given(args, ("kept", "revision"))):
+        raise UsageError(
+            f"{flag(names[0])} is about the model to trim, and {args.path} is none: leave it out."
+        )
     summary = {"model": _model_summary, "trimmed": _trimmed_summary, "onnx": _onnx_summary}
     emit(args, document, summary[document["kind"]](document))
     return 0
@@ -44,11 +60,13 @@ def _model_summary(model: dict[str, Any]) -> str:
         )
         for tensor in model["vocab_tensors"]
     ]
+    notes = [] if model["told_by"] == "class" else [_BY_HEADERS]
     return "\n\n".join(
         [
             _lines(facts),
             table(["vocab tensor", "role", "shape", "dtype", "bytes"], tensors),
             _lines(_prize_facts(model["prize"])),
+            *notes,
         ]
     )
 

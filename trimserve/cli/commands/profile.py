@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.arguments import add_reading_arguments, reading_options
 from trimserve.cli.output import emit
+from trimserve.cli.rules import Rule, check
+from trimserve.interrupts import exit_code
 
 if TYPE_CHECKING:
     from trimserve.profiles.profile import Profile
-
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CORPUS",
         help="txt, jsonl, csv, tsv, parquet (also .gz, .zst), folders, globs, hf://OWNER/NAME, - for stdin",
     )
-    parser.add_argument("-m", "--model", required=True, help="folder or hub id whose tokenizer counts")
+    parser.add_argument(
+        "-m", "--model", required=True, help="folder, GGUF file or hub id whose tokenizer counts"
+    )
     parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
     add_reading_arguments(parser)
     parser.add_argument("--workers", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--engine", choices=("local", "ray"), help="where to count (default: local)")
     parser.add_argument("--shard", metavar="I/N", help="count part I of N, from 1/N; merge adds them up")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished profile at --output, if there is one"
+        "--resume",
+        action="store_true",
+        default=None,
+        help="go on with the unfinished profile at --output, if there is one",
     )
 
 
@@ -40,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.profiles.profile import Profile
     from trimserve.profiles.profiling import ProfileInterrupted, profile
 
+    check(args, _RULES)
     check_output(args.output, "profile")  # before minutes of counting
     options: Any = reading_options(args)
     options |= {name: value for name in _OPTIONS if (value := getattr(args, name))}
@@ -62,6 +68,30 @@ def run(args: argparse.Namespace) -> int:
 _OPTIONS = ("engine", "shard")
 
 
+def _has_rows(args: argparse.Namespace) -> bool:
+    """Whether the corpus can have rows with fields; what lies on the hub is seen when it is fetched."""
+    from trimserve.corpus.files import HUB, STDIN, find_files
+    from trimserve.corpus.rows import is_table
+
+    if any(name == STDIN or name.startswith(HUB) for name in args.corpus):
+        return True
+    return any(is_table(file.format) for file in find_files(args.corpus))
+
+
+_RULES = (
+    Rule(
+        ("text_column", "output_column", "chat"),
+        _has_rows,
+        "says how rows of tables are read, and the corpus is plain text: leave it out.",
+    ),
+    Rule(
+        ("resume",),
+        lambda args: "-" not in args.corpus,
+        "cannot go on with stdin, whose beginning has gone: leave it out and count anew, or name files.",
+    ),
+)
+
+
 def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:
     resumable = "-" not in args.corpus
     advice = "go on with --resume" if resumable else "stdin cannot be resumed"
@@ -70,7 +100,7 @@ def _interrupted(partial: "Profile", args: argparse.Namespace) -> int:
         f"{partial.texts:,} texts, and is a valid profile: {advice}.",
         file=sys.stderr,
     )
-    return _INTERRUPTED
+    return exit_code()
 
 
 def _report(counted: "Profile", args: argparse.Namespace, seconds: float) -> None:

@@ -69,10 +69,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_output(path: Path) -> None:
+    from trimserve.files.atomic import check_place
+
     if path.suffix.lower() not in _HTML_SUFFIXES:
         raise UsageError(f"{path} should be a page's name, which ends in .html: choose another name.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name the page to write.")
+    check_place(path)
 
 
 def _inputs(args: argparse.Namespace) -> "Inputs":

@@ -3,13 +3,16 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.cli.arguments import add_text_arguments
+from trimserve.cli.commands._options import GENERATION, OPTIONS, READING, check_options, check_plan
+from trimserve.cli.inputs import encodable_word, read_stdin, read_texts
 from trimserve.cli.output import emit
 from trimserve.errors import UsageError
-from trimserve.folder.tasks import TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.stdout import data_stream
 
 if TYPE_CHECKING:
@@ -18,28 +21,6 @@ if TYPE_CHECKING:
     from trimserve.generation.output import Generation
 
 STDIN = "-"
-# Keyword arguments of Generator.generate and of the encoder's commands, which an option may set.
-_GENERATION = (
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "stop",
-    "mode",
-    "report_mass",
-    "do_sample",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "min_new_tokens",
-    "num_beams",
-    "length_penalty",
-)
-_ENCODING = (
-    *("corpus", "text_column", "top", "batch_size", "targets", "aggregation", "context"),
-    *("prompt_name", "prompt", "pairs", "query"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compact mode: the probability of what it cannot produce",
     )
     encoding = parser.add_argument_group("encoders")
-    encoding.add_argument("--corpus", metavar="FILE", help="texts to search in: a text a line, or .jsonl")
-    encoding.add_argument("--text-column", metavar="C", help="field of a .jsonl record with the text")
+    encoding.add_argument(
+        "--corpus", metavar="FILE", help="texts to search in: a text a line, or a table; see `profile`"
+    )
+    add_text_arguments(encoding)
     encoding.add_argument(
         "--top", type=int, metavar="N", help="hits a query, tokens a mask (5), labels, answers"
     )
@@ -124,64 +107,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load the folder and do what its task is."""
+    """Check what was asked for, read what is to be done, load the folder and do it."""
     from trimserve.encoder.encoder import Encoder
+    from trimserve.folder.manifest import read_manifest
     from trimserve.loading import load
 
+    task = read_manifest(args.folder).task
+    check_options(args, task)  # before the model is loaded, as are the texts
+    generates = task in GENERATOR_TASKS
+    texts = list(_texts(args, by_line=not generates))
+    corpus = None if args.corpus is None else read_texts(args.corpus, _given(args, READING))
     model = load(args.folder, device=args.device, threads=args.threads, low_memory=args.low_memory)
-    if isinstance(model, Encoder):
-        from trimserve.cli.commands._encode import encode
+    if not isinstance(model, Encoder):
+        return _generate(args, model, texts)
+    from trimserve.cli.commands._encode import encode
 
-        _refuse(args, (*_GENERATION, "forced_bos", "chat"), model.task)
-        texts = list(_texts(args.texts, by_line=True))
-        return encode(args, model, texts, _given(args, _ENCODING))
-    _refuse(args, _ENCODING, model.folder.manifest.task)
-    return _generate(args, model, list(_texts(args.texts, by_line=False)))
+    check_options(args, task, sparse=model.settings.is_sparse)
+    options = [name for name in OPTIONS if name not in (*GENERATION, "forced_bos", "chat", *READING)]
+    return encode(args, model, texts, _given(args, options), corpus)
 
 
-def _texts(words: list[str], *, by_line: bool) -> Iterator[str]:
+def _texts(args: argparse.Namespace, *, by_line: bool) -> Iterator[str]:
     """The texts of the command line; stdin is one prompt, or a text a line."""
-    for word in words or [STDIN]:
+    words = args.texts or [STDIN]
+    if [*words, args.corpus].count(STDIN) > 1:
+        texts = "" if args.texts else " (without a TEXT the texts come from there, too)"
+        raise UsageError(f"stdin (-) can be read only once: name it once{texts}.")
+    for word in words:
         if word != STDIN:
-            yield word
+            yield encodable_word(word)
         elif by_line:
-            yield from _stdin().removesuffix("\n").split("\n")
+            yield from read_stdin().removesuffix("\n").split("\n")
         else:
-            yield _stdin().removesuffix("\n")
+            yield read_stdin().removesuffix("\n")
 
 
-def _stdin() -> str:
-    if sys.stdin is None:  # the caller closed it
-        raise UsageError("stdin is closed: pass the text as an argument.")
-    try:
-        return sys.stdin.buffer.read().decode().replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"stdin: byte 0x{error.object[error.start]:02x} at {error.start:,} is not UTF-8: convert the "
-            "text, for example with iconv."
-        ) from error
-
-
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     values = {name: getattr(args, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], task: str) -> None:
-    """Refuse options that the folder's task would ignore."""
-    given = [f"--{name.replace('_', '-')}" for name in _given(args, names)]
-    if given:
-        raise UsageError(
-            f"{args.folder} does {task}, for which {', '.join(given)} means nothing: leave it out."
-        )
-
-
 def _generate(args: argparse.Namespace, model: "Generator", prompts: list[str]) -> int:
-    options: GenerationOptions = _given(args, _GENERATION)  # type: ignore[assignment]
+    options: GenerationOptions = _given(args, GENERATION)  # type: ignore[assignment]
     if args.forced_bos is not None:
         options["forced_bos_token_id"] = _token_id(model, args.forced_bos)
+    plan = model.plan(options)
+    check_plan(args, plan)
     start = time.perf_counter()
-    if args.format == "human" and not args.report_mass and model.plan(options).beams is None:
+    if args.format == "human" and not args.report_mass and plan.beams is None:
         for prompt in prompts:
             _stream(model, prompt, args.chat, options)
         results: list[Generation] = []

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="the trimmed folder")
     parser.add_argument(
-        "-m", "--model", help="the full model: a folder or hub id (default: the folder's source)"
+        "-m", "--model", help="the full model: a folder, GGUF file or hub id (default: the folder's source)"
     )
     parser.add_argument("--revision", help="hub revision of the model")
     adapter = "the adapter that was merged into the model (default: the one the folder names)"

@@ -1,5 +1,6 @@
 """The encoders that turn documents into token ids, fast where that is proven to change no id."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from trimserve.errors import UsageError, require
+from trimserve.foreign import foreign
 
 
 def limit_threads(workers: int) -> None:
@@ -65,7 +67,8 @@ class PlainEncoder:
 
     def encode(self, texts: Sequence[str]) -> Flat:
         """Encode texts."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _fails():
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         parts = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         ids = np.fromiter(itertools.chain.from_iterable(parts), np.int32, int(lengths.sum()))
@@ -96,10 +99,18 @@ class FastEncoder:
 
     def encode(self, texts: Sequence[str]) -> Flat:
         """Encode texts."""
-        ids, offsets = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=False)
+        with _fails():
+            ids, offsets = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=False)
         return Flat(
             np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64)).astype(np.int64)
         )
+
+
+def _fails() -> contextlib.AbstractContextManager[None]:
+    return foreign(
+        "a text of the corpus cannot be tokenised",
+        advice="look at what is unusual in it, or at the tokenizer.",
+    )
 
 
 def _has_threads() -> bool:

@@ -9,7 +9,7 @@ from trimserve.counting.documents import DocumentCounter
 from trimserve.counting.encoding.choosing import make_encoder
 from trimserve.counting.encoding.encoders import EncoderName, IdEncoder
 from trimserve.counting.slice_counts import OnBytes, SliceCounts, ignore
-from trimserve.text.tokenizer import parse_tokenizer
+from trimserve.text.tokenizer import parse_tokenizer, tokenizer_border
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,12 @@ class Job:
     rows: int
     reading: Reading
 
+    @tokenizer_border
     def make_encoder(self) -> IdEncoder:
         """Make the encoder, which takes a second for a large vocab."""
         return make_encoder(self.engine, parse_tokenizer(self.tokenizer_json), self.tokenizer_json)
 
+    @tokenizer_border
     def count(self, piece: Slice, encoder: IdEncoder, on_bytes: OnBytes = ignore) -> SliceCounts:
         """Count a slice.
 

@@ -65,6 +65,8 @@ def answer(job: Job, piece: Slice, encoder: IdEncoder) -> Message:
     except errors.TrimserveError as error:
         return Message(json.dumps({"error": type(error).__name__, "told": [str(error)]}))
     except OSError as error:
+        if error.errno is None:
+            return Message(json.dumps({"error": "TrimserveError", "told": [f"{piece.file.name}: {error}."]}))
         return Message(
             json.dumps({"error": "OSError", "told": [error.errno, error.strerror, error.filename]})
         )

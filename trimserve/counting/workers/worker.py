@@ -6,12 +6,14 @@ import sys
 from typing import TextIO, cast
 
 from trimserve.counting.workers import wire
+from trimserve.interrupts import SIGNALS
 from trimserve.stdout import data_only, data_stream
 
 
 def main() -> None:
     """Count until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:  # the parent's to handle, which then ends its workers
+        signal.signal(number, signal.SIG_IGN)
     # Not by file descriptor 1: loading a tokenizer may print to it.
     with data_only(restore=False), contextlib.suppress(EOFError):
         requests, answers = sys.stdin.buffer, cast(TextIO, data_stream()).buffer

@@ -4,13 +4,13 @@ That tells a damaged or exchanged row from a right one; that trimming itself is 
 numbers show, against the untrimmed graph.
 """
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from trimserve.files.scratch import scratch_folder
 from trimserve.files.tensors import map_tensor, read_header
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME, COLD_WEIGHTS_NAME
 from trimserve_export.from_graph.trimmed import trim_to_folder
@@ -23,8 +23,7 @@ from trimserve_export.verify.result import Check
 def check_retrimmed(context: Context) -> Check:
     """Trim the source's graph again; every constant and every cold row must be the same, bit for bit."""
     folder = context.folder
-    with tempfile.TemporaryDirectory(prefix="trimserve-again-") as scratch:
-        again = Path(scratch)
+    with scratch_folder("again") as again:
         manifest = folder.manifest
         trim_to_folder(
             context.source,

@@ -39,7 +39,7 @@ _STORED: dict[str, Any] = {
 def check_files(context: Context) -> Check:
     """Hash every file that the manifest lists, and the weights that it says it was made from."""
     folder, source = context.folder, context.source
-    open_folder(folder.path, hash_all=True)
+    open_folder(folder.path, verify="full")
     recorded = folder.manifest.source.files
     for path in source.recorded_files:
         if path.name in recorded and recorded[path.name] != sha256_file(path):

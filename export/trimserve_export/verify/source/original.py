@@ -1,7 +1,6 @@
 """The original folder in the library that it was made for: transformers or sentence-transformers, in fp32."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from trimserve.errors import MissingExtraError
+from trimserve.files.checked_json import read_json
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve_export.checkpoint.tasks import load_model
@@ -236,4 +236,4 @@ class Original:
 
     def _json(self, name: str) -> Any:  # noqa: ANN401 - any JSON
         path = self.path / name
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return read_json(path, finite=False) if path.is_file() else {}
