@@ -125,7 +125,10 @@ def _export_graph(
 
 def _calibration(plan: Plan, *, progress: bool) -> Calibration | None:
     """The texts to quantise by, where there are any and a graph that takes a text by itself."""
-    if plan.scheme is None or plan.calibration is None or plan.task == TEXT2TEXT_TASK:
+    if plan.scheme is None or plan.calibration is None:
+        return None
+    if plan.task == TEXT2TEXT_TASK:
+        logger.warning("an encoder-decoder is quantised without calibration: its weights count alike.")
         return None
     if isinstance(plan.calibration, Calibration):
         return plan.calibration

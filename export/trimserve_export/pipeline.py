@@ -167,8 +167,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         variant=variant,
         sketch=sketch,
     )
-    if calibration is not None and quantize is None:
-        raise UsageError("calibration says what quantize rounds by: leave it out, or add quantize.")
+    if calibration is not None and (quantize is None or device != "cpu"):
+        raise UsageError("calibration says what quantize rounds by on a CPU: leave it out, or add quantize.")
     target = Path(output)
     found = resolve_model(model, revision=revision)
     with whole_source(

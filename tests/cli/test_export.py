@@ -111,6 +111,21 @@ def test_vocab_file_and_human_output(source, tmp_path, capsys):
         (["--corpus", "{corpus}", "--exporter", "optimum", "--device", "cuda"], "use --exporter genai"),
         (["--corpus", "{corpus}", "--task", "summarising"], "summarising"),
         (["--corpus", "{corpus}", "--no-cold", "--sketch", "int4"], "--sketch bounds the cold rows"),
+        (["--corpus", "{corpus}", "--vocab-bits", "8"], "--vocab-bits says how --quantize rounds"),
+        (["--corpus", "{corpus}", "--calibrate", "{corpus}"], "--calibrate says how --quantize rounds"),
+        (["--corpus", "{corpus}", "--no-calibration"], "--no-calibration says how --quantize rounds"),
+        (
+            ["--corpus", "{corpus}", "--quantize", "int4", "--calibrate", "{corpus}", "--no-calibration"],
+            "--calibrate gives texts that --no-calibration does without",
+        ),
+        (
+            ["--corpus", "{corpus}", "--quantize", "int4", "--device", "cuda", "--calibrate", "{corpus}"],
+            "--calibrate means nothing to the builder",
+        ),
+        (
+            ["--vocab", "v", "--quantize", "int4", "--no-calibration", "--unit", "line"],
+            "say how files are read",
+        ),
         (
             ["--corpus", "{corpus}", "--to", "safetensors", "--exporter", "optimum"],
             "--exporter makes a graph",

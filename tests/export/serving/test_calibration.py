@@ -17,10 +17,14 @@ from tests.support.exports import open_graph, run
 from tests.support.folders import make_vocab
 from tests.support.models import save_model
 from trimserve.cli.main import main
+from trimserve.errors import MismatchError, UsageError
+from trimserve.files.held import HeldFile
+from trimserve.files.tensors import ArrayTensor, exhaust, write_tensors
 from trimserve.folder.names import CALIBRATION_NAME
 from trimserve.folder.opening import open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve_export.pipeline import export
+from trimserve_export.serving.block_search import search_blocks
 from trimserve_export.serving.calibration import Calibration
 from trimserve_export.serving.quality import Quality, measure_quality
 from trimserve_export.verify import verify
@@ -68,7 +72,7 @@ def test_moments_are_the_mean_squares_of_what_torch_multiplies(model, folder, vo
             torch_model(torch.tensor(vocab.to_original(ids)[None].astype(np.int64)))
             count += len(ids)
     expected = (torch.stack(sums).sum(0) / count).numpy()
-    stored = Calibration.stored(folder.file(CALIBRATION_NAME)).moments.values()
+    stored = Calibration.stored(folder.opened(CALIBRATION_NAME)).moments.values()
     same_shape = [one for one in stored if one.shape == expected.shape]
     # Squares and their sums have a few roundings a layer; other products' moments are nothing like these.
     assert sum((np.abs(one - expected) <= 1e-4 * expected).all() for one in same_shape) == 1
@@ -90,6 +94,34 @@ def test_other_texts_make_other_integers_and_verify_sees_them(model, vocab, fold
     ]
     assert not np.array_equal(*found)
     assert CALIBRATION_NAME not in open_folder(tmp_path / "plain").manifest.files
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [np.ones(5, np.float32), np.ones((64, 1), np.float32), np.ones(64, np.int64), np.zeros(0, np.float32)],
+)
+def test_moments_of_another_model_are_refused(folder, tmp_path, moments):
+    names = Calibration.stored(folder.opened(CALIBRATION_NAME)).moments
+    exhaust(write_tensors(tmp_path / "c.safetensors", {name: ArrayTensor(moments) for name in names}))
+    with pytest.raises(MismatchError, match="xport the folder again"):
+        search_blocks(
+            np.zeros((2, 64), np.float32),
+            next(iter(Calibration.stored(HeldFile(tmp_path / "c.safetensors")).moments.values())),
+        )
+
+
+@pytest.mark.parametrize(
+    "change", [{"after": "x"}, {"texts": -1}, {"surprise": 1}, {"measure": "luck"}, {"tokens": None}]
+)
+def test_quality_of_another_kind_is_refused(folder, change):
+    with pytest.raises(MismatchError, match="the manifest's quality"):
+        Quality.from_dict(folder.manifest.quality | change)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int4", "device": "cuda", "exporter": "genai"}])
+def test_texts_that_nothing_is_rounded_by_are_refused(model, vocab, tmp_path, options):
+    with pytest.raises(UsageError, match="calibration says"):
+        export(model, vocab, tmp_path / "x", calibration=TEXTS, progress=False, **options)
 
 
 def test_what_quantising_cost_is_said_everywhere(folder):

@@ -353,6 +353,13 @@ def test_options_that_make_no_sense_together_are_refused(options, message):
         Options(**options)
 
 
+def test_bits_of_a_head_that_there_is_not_are_refused(tmp_path):
+    model = save_model("bert", tmp_path / "model", hidden_size=64)
+    options = {"task": "feature-extraction", "quantize": "int4", "vocab_bits": 8}
+    with pytest.raises(UsageError, match="feature-extraction has none"):
+        export(model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", progress=False, **options)
+
+
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_masks_and_encoder_decoders_are_quantised_too(tmp_path, family):
     if family == "t5":
