@@ -223,7 +223,7 @@ def test_merge_refuses_other_tokenizers_naming_both_hashes():
 
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -2], [1, math.inf], [math.nan, 1], [1, 2, 3]])
 def test_merge_refuses_odd_weights(weights):
-    with pytest.raises(UsageError, match="2 weights above 0|weights should be a list of numbers"):
+    with pytest.raises(UsageError, match=r"2 weights above 0|weights should be a list of numbers"):
         merge([make_profile([1, 2, 3])] * 2, weights=weights)
 
 
