@@ -20,7 +20,7 @@ from trimserve.vocab.map import VocabMap
 def test_a_rule_that_is_none_is_refused(tmp_path, rule):
     vocab = dataclasses.replace(VocabMap.everything(5), rule=rule)
     save_vocab(vocab, tmp_path / "v.safetensors")
-    with pytest.raises(MismatchError, match="the rule of .*select the vocab again"):
+    with pytest.raises(MismatchError, match=r"the rule of .*select the vocab again"):
         load_vocab(tmp_path / "v.safetensors")
 
 
