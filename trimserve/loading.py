@@ -47,6 +47,8 @@ def load(
         MismatchError: a file of it is missing or changed, or its parts do not fit.
         UnsupportedModelError: a layout or a task that this runtime does not run.
         MissingExtraError: onnxruntime is not installed.
+        TrimserveError: there is not enough memory, or the folder was replaced just now and there is no room
+            for a copy of its graph.
     """
     folder = open_folder(Path(path), verify=verify)
     check_runnable(folder)

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.folder.opening import open_folder
     from trimserve.loading import check_runnable
     from trimserve.model.resolve import resolve_source
-    from trimserve.runtime.session import available_cpus, providers
+    from trimserve.process import available_cpus
+    from trimserve.runtime.session import providers
 
     begin = time.perf_counter()
     runtime = require("onnxruntime", extra="cpu", purpose="trimserve bench")
