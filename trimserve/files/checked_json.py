@@ -33,14 +33,26 @@ def read_json(
         MismatchError: larger, not UTF-8, or see `parse_json`.
         OSError: it cannot be read.
     """
+    content = read_bounded(path, advice=advice, most_bytes=most_bytes)
+    shown = path.path if isinstance(path, HeldFile) else path
+    return parse_json(content, str(shown), advice=advice, finite=finite)
+
+
+def read_bounded(path: Path | HeldFile, *, advice: str = AGAIN, most_bytes: int = MOST_BYTES) -> bytes:
+    """Read a file that somebody names: it may be a pipe, or a device without an end.
+
+    Raises:
+        MismatchError: it has more bytes than `most_bytes`.
+        OSError: it cannot be read.
+    """
     if isinstance(path, HeldFile):
         content, path = path.read(0, most_bytes + 1), path.path
     else:
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise MismatchError(f"{path} has more than {most_bytes:,} bytes, too many for JSON: {advice}")
-    return parse_json(content, str(path), advice=advice, finite=finite)
+        raise MismatchError(f"{path} has more than {most_bytes:,} bytes, too many for its kind: {advice}")
+    return content
 
 
 def parse_json(
