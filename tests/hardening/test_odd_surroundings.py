@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import trimserve
 from trimserve.cli.main import main
-from trimserve.errors import MismatchError, UsageError
+from trimserve.errors import MismatchError, TrimserveError, UsageError
 from trimserve.files.checked_json import read_bounded
 from trimserve.model.resolve import resolve_model
 from trimserve.selection.keep_file import read_keep_file
@@ -41,7 +42,7 @@ def test_a_pipe_in_a_models_folder_is_refused_at_once(tmp_path, name):
         resolve_model(tmp_path)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no endless device")
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless device")
 def test_a_file_without_an_end_is_refused(tmp_path):
     with pytest.raises(MismatchError, match="more than"):
         read_keep_file("/dev/zero")
@@ -76,3 +77,37 @@ def test_nothing_is_no_path(capsys):
     for words in (["run", "", "x"], ["export", "-m", "m", "--vocab", "v.safetensors", "-o", ""]):
         assert main(words) == 2
         assert "no path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason", "size"),
+    [
+        ("a", [1], 5),
+        ([1], "b", 5),
+        ([1], [1], "5"),
+        ([1], [1], None),
+        ([[1], [1, 2]], [1], 5),
+        ([1.5], [1], 5),
+        ([True], [1], 5),
+        ([1], [300], 5),
+        ([1], [-1], 5),
+        ([2**63], [1], 5),
+        ([2**70], [1], 5),
+    ],
+)
+def test_a_vocab_of_no_whole_numbers_is_refused(kept, reason, size):
+    with pytest.raises(TrimserveError):
+        trimserve.VocabMap(kept, reason, size)
+
+
+def test_profiles_are_read_from_paths_alone():
+    with pytest.raises(UsageError, match="path should be a path"):
+        trimserve.Profile.load(5)
+
+
+def test_ids_that_are_no_whole_numbers_are_refused():
+    vocab = trimserve.VocabMap([1], [1], 5)
+    for look in (vocab.to_compact, vocab.to_original, vocab.is_kept):
+        for ids in ("a", [0.5], [None]):
+            with pytest.raises(UsageError, match="whole numbers"):
+                look(ids)
