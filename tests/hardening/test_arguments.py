@@ -7,6 +7,7 @@ import dataclasses
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.support.counting import Counter  # noqa: E402
 from tests.support.folders import make_vocab  # noqa: E402
 from tests.support.generators import make_pair  # noqa: E402
 from tests.support.profiles import make_profile  # noqa: E402
+from trimserve.arguments import kind_of  # noqa: E402
 from trimserve.decoding.logit_edits import LogitEdits  # noqa: E402
 from trimserve.errors import MismatchError, NoTokenError, TrimserveError, UsageError  # noqa: E402
 from trimserve.folder.manifest import read_manifest, write_manifest  # noqa: E402
@@ -616,3 +618,18 @@ def test_a_growing_penalty_stays_a_number():
     grown = edits.hasten_ends(np.array([3.0, -3.0], np.float32), 5000)
     assert np.isfinite(grown).all()
     assert (grown > 1e9).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (("a", "b"), ("a", "b")),
+        ([("a", "b"), "c"], [("a", "b"), "c"]),
+        ([["a", "b"], "c"], [("a", "b"), "c"]),
+        (("a", "b", "c"), ["a", "b", "c"]),
+    ],
+)
+def test_two_texts_in_a_list_are_no_pair(value, read):
+    text = str | tuple[str, str]
+    assert kind_of(text | Sequence[text]).read(value) == read
