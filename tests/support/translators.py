@@ -27,6 +27,7 @@ from trimserve.folder.opening import list_files
 from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
+from trimserve_export.exporters.choice import is_installed
 from trimserve_export.full_model import export_full
 from trimserve_export.pipeline import export
 
@@ -227,7 +228,8 @@ def make_translator(
     vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False, cold=cold)
     (root / "full").mkdir()
-    export_full(source, root / "full", TASK, "fp32")
+    exporter = "optimum" if is_installed("optimum") else "transformers"
+    export_full(source, root / "full", TASK, "fp32", exporter=exporter)
     return Translator(model, root / "trimmed", root / "full")
 
 
