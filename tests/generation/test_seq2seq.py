@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+pytest.importorskip("optimum")
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -35,7 +35,7 @@ from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
 from trimserve_export import export
 from trimserve_export.checkpoint.tasks import infer_task
-
+from trimserve_export.exporters import optimum
 from trimserve_export.verify import verify
 
 pytestmark = [

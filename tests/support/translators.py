@@ -69,6 +69,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "blenderbot": ("BlenderbotForConditionalGeneration", _BART | {"forced_eos_token_id": None}),
     "longt5": ("LongT5ForConditionalGeneration", _T5 | {"local_radius": 4}),
 }
+# Those that optimum-onnx is not asked for.
+LATER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "umt5": (
+        "UMT5ForConditionalGeneration",
+        _T5 | {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
+    ),
+    "blenderbot_small": ("BlenderbotSmallForConditionalGeneration", _BART | {"forced_eos_token_id": None}),
+    "plbart": ("PLBartForConditionalGeneration", _BART | {"forced_eos_token_id": None}),
+}
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def save_translator(
 
     `bias` is added to the random bias of the logits of some ids.
     """
-    name, settings = FAMILIES[family]
+    name, settings = (FAMILIES | LATER_FAMILIES)[family]
     model_class = getattr(transformers, name)
     known = transformers.GenerationConfig().to_dict()
     # Else transformers loads the family's own tokenizer class, which may change this one.

@@ -24,8 +24,8 @@ from trimserve_export.exporters import tracing
 from trimserve_export.exporters.axes import name_axes
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.exporters.rope import rope_by_length
-from trimserve_export.exporters.transformers_seq2seq import export_pair
 from trimserve_export.exporters.tracing import write_graph
+from trimserve_export.exporters.transformers_seq2seq import export_pair
 
 QUANTIZES = False
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
@@ -74,7 +74,7 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
 def _trace(
     model: torch.nn.Module, example: dict[str, Any], varying: dict[str, Any] | None = None
 ) -> ir.Model:
-    """The graph of a module; without the axes that vary, every axis may that the tracer does not find fixed."""
+    """The graph of a module; without `varying`, any axis may vary that the tracer does not find fixed."""
     exporters = require(
         "transformers.exporters", extra="export-next", purpose="export --exporter transformers"
     )

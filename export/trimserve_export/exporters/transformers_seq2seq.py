@@ -1,9 +1,9 @@
 """Export an encoder-decoder with transformers' exporter: two graphs, of the form that the runtime serves.
 
 The exporter's own graphs have the encoder in none of them. Here two modules over one model are traced, whose
-inputs and outputs are plain tensors in an order of ours: every cache is known by its place, whatever a version
-of transformers calls it. The encoder also projects its hidden states for each layer's cross-attention; the
-decoder takes those, a past of any length, 0 too, and any number of tokens.
+inputs and outputs are plain tensors in an order of ours: every cache is known by its place, whatever a
+version of transformers calls it. The encoder also projects its hidden states for each layer's
+cross-attention; the decoder takes those, a past of any length, 0 too, and any number of tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +62,8 @@ class _Encoder(nn.Module):
         self.config = model.config
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
+        encoder: Callable[..., Any] = self.model.get_encoder()
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         # What the decoder makes of a token besides is of no output, and falls away.
         self.model(
@@ -94,7 +95,7 @@ class _Decoder(nn.Module):
         cache = EncoderDecoderCache(_cache(own), _cache(cross))
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
         # Models ask for the hidden states only to see that there is a source, and its size.
-        hidden = cross[0].new_zeros(*encoder_attention_mask.shape, self.width)
+        hidden: Any = cross[0].new_zeros(*encoder_attention_mask.shape, self.width)
         logits = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=encoder_attention_mask,
@@ -107,7 +108,8 @@ class _Decoder(nn.Module):
 
 def _tensors(cache: DynamicCache) -> list[torch.Tensor]:
     """Keys and values of each layer."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def _cache(tensors: list[torch.Tensor]) -> DynamicCache:

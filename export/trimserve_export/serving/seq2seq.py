@@ -4,7 +4,8 @@ optimum-onnx writes an encoder, a decoder for the first token, a decoder for the
 two decoders under an `If`. Only two graphs are needed. The decoder for later tokens also takes an empty past
 and any number of tokens, so it is the decoder. What the first one alone computes, the cross-attention's
 keys and values, depends on the source text alone, so it moves to the end of the encoder and is run once a
-request. transformers' exporter is made to write just these two graphs. Weights that both graphs have, the embedding first of all, are stored once and mapped twice.
+request. Through transformers' exporter just these two graphs are written. Weights that both have, the
+embedding first of all, are stored once and mapped twice.
 """
 
 import hashlib
