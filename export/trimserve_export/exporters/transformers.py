@@ -25,7 +25,7 @@ from trimserve_export.exporters.axes import name_axes
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.exporters.rope import rope_by_length
 from trimserve_export.exporters.tracing import write_graph
-from trimserve_export.exporters.transformers_seq2seq import export_pair
+from trimserve_export.exporters.transformers_seq2seq import COMPARED, export_pair
 
 QUANTIZES = False
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
@@ -45,6 +45,11 @@ def check_model(config: PretrainedConfig, task: str) -> None:
         UnsupportedModelError: see above.
     """
     check_task(task)
+    if task == TEXT2TEXT_TASK and config.model_type not in COMPARED and config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"of encoder-decoders {_name()} is taken for {', '.join(sorted(COMPARED))}, not for "
+            f"{config.model_type!r} models: use --exporter optimum in its environment, if that exports them."
+        )
     if type(config) not in task_class(task, config)._model_mapping:
         raise UnsupportedModelError(
             f"{_name()} has no {task} class for {config.model_type!r} models: choose another task."

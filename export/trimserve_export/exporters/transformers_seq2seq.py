@@ -21,6 +21,24 @@ from trimserve_export.exporters.tracing import write_graph
 
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
 _BATCH, _SOURCE, _CACHED, _FED = 2, 5, 4, 3
+# Model types whose graphs were compared with torch. Others look at lengths in Python while they are traced,
+# as block-sparse attention does, or route tokens to experts: a graph may be wrong without a word.
+COMPARED = frozenset(
+    {
+        "bart",
+        "blenderbot",
+        "blenderbot-small",
+        "longt5",
+        "m2m_100",
+        "marian",
+        "mbart",
+        "mt5",
+        "pegasus",
+        "plbart",
+        "t5",
+        "umt5",
+    }
+)
 _CACHE_KINDS = ("key", "value")
 _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
@@ -58,12 +76,11 @@ class _Encoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.config = model.config
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        encoder: Callable[..., Any] = self.model.get_encoder()
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         # What the decoder makes of a token besides is of no output, and falls away.
         self.model(
@@ -81,7 +98,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel, width: int) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.config = model.config
         self.width = width
 
