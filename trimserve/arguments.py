@@ -35,9 +35,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # Annotations that public functions share.
 Count = Annotated[int, Meta(ge=1)]
+# More threads than any machine has processors end the process, not the call.
+Threads = Annotated[int, Meta(ge=1, le=1024)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 AnyPath = str | os.PathLike[str]
 _LONGEST_QUOTE = 48
+# What file systems take as the name of a file, in bytes.
+_LONGEST_NAME = 255
 _SIGNS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
     ("ge", "{} or more", operator.ge),
     ("gt", "above {}", operator.gt),
@@ -375,6 +379,10 @@ def _path(value: Any) -> Any:  # noqa: ANN401
         bad = True
     if bad:
         raise WrongError(value)
+    if any(len(part) > _LONGEST_NAME for part in os.fsencode(name).split(os.fsencode(os.sep))):
+        raise UsageError(
+            f"the path {_quoted(name)} has a part of more than {_LONGEST_NAME} bytes: shorten it."
+        )
     return value
 
 

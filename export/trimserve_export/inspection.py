@@ -124,7 +124,7 @@ def inspect(path: str | Path, *, kept: Count = DEFAULT_KEPT, revision: str | Non
     """Tell what a path or hub id is.
 
     Args:
-        path: a model folder or hub id, a trimmed folder, or an ONNX file or a folder with one.
+        path: a model folder or hub id, a trimmed folder, a GGUF file, or an ONNX file or a folder with one.
         kept: the K to compute the prize for.
         revision: hub branch, tag or commit.
 
@@ -136,6 +136,8 @@ def inspect(path: str | Path, *, kept: Count = DEFAULT_KEPT, revision: str | Non
     if is_trimmed(local):
         return _inspect_trimmed(local)
     source = resolve_model(path, revision=revision)
+    if source.has_quantized_rows:
+        return _inspect_gguf(source, kept)
     if any(find_spec(name) is None for name in _HEAVY):
         return _inspect_headers(source, kept)
     from trimserve_export.source.admission import check_source
@@ -251,6 +253,30 @@ def _inspect_model(source: ModelSource, kept: int) -> ModelFacts:
             tied=stored.tied,
             encoder=_encoder_bytes(source, specs, stored),
         ),
+    )
+
+
+def _inspect_gguf(source: ModelSource, kept: int) -> ModelFacts:
+    """A GGUF file by its header alone; its tensors have known names, so that no class is asked."""
+    specs, tied = source.tensors, source.tied
+    roles = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+    tensors = tuple(
+        VocabTensorFacts(name, role, 0, specs[name].shape, specs[name].dtype, specs[name].nbytes)
+        for name, role in roles.items()
+        if name in specs
+    )
+    total = sum(spec.nbytes for spec in specs.values())
+    return ModelFacts(
+        path=source.name,
+        model_type=str(source.config["model_type"]),
+        architecture=str(source.config["architectures"][0]),
+        vocab_size=source.vocab_size,
+        tokenizer_size=source.tokenizer().get_vocab_size(with_added_tokens=True),
+        hidden_size=tensors[0].shape[1],
+        tied=tied,
+        weight_bytes=total,
+        vocab_tensors=tensors,
+        prize=prize(tensors, total, source.vocab_size, kept, tied=tied),
     )
 
 

@@ -28,7 +28,7 @@ def fill(folder, *names):
         (["pytorch_model.bin"], r"pytorch_model\.bin is a pickle"),
         (["consolidated.00.pth"], r"consolidated\.00\.pth is a pickle"),
         (["last.ckpt"], r"last\.ckpt is a pickle"),
-        (["model-q4_k_m.gguf"], "is GGUF.*gguf_file"),
+        (["model-q4_k_m.gguf"], r"is GGUF.*pass -m .*model-q4_k_m\.gguf, the file itself"),
         (["tf_model.h5"], "a TensorFlow model"),
         (["model.ckpt.index"], "a TensorFlow model"),
         (["flax_model.msgpack"], "a Flax checkpoint"),

@@ -23,6 +23,7 @@ from trimserve.model.effective_tokenizer import (
     lone_tokenizer,
     original_tokenizer,
 )
+from trimserve.model.gguf.model import GgufModel
 from trimserve.model.sentence import MODULES_NAME, lower_cased, lower_cases
 from trimserve.model.tensor_names import unwrapped_names
 from trimserve.model.weights import no_weights
@@ -56,6 +57,8 @@ class ModelSource:
         adapter: name of the adapter that was merged into the model, if it was given beside it.
         modules_folder: the folder of sentence-transformers' modules.json, where `path` is that of its
             transformer (`0_Transformer`).
+        gguf: the GGUF file that the model is in, where `path` is the temporary folder of its small files. The
+            folder has no weights until they are dequantised into it.
     """
 
     name: str
@@ -68,6 +71,7 @@ class ModelSource:
     made_of: tuple[Path, ...] | None = None
     adapter: str | None = None
     modules_folder: Path | None = None
+    gguf: GgufModel | None = None
 
     @property
     def root(self) -> Path:
@@ -149,6 +153,8 @@ class ModelSource:
         """
         if self.is_static_embedding:
             return lone_tokenizer(self.path, "StaticEmbedding takes the file as it is")
+        if self.gguf is not None:
+            return original_tokenizer(self.path, {"reason": "made of the GGUF file, with llama.cpp's ids"})
         found = effective_tokenizer(
             self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
         )
@@ -173,7 +179,7 @@ class ModelSource:
         compares again.
         """
         path = self.path / TOKENIZER_NAME
-        asks = not self.ask_library and not self.is_static_embedding
+        asks = not self.ask_library and not self.is_static_embedding and self.gguf is None
         if "effective" not in self.__dict__ and asks and path.is_file():
             original = original_tokenizer(self.path)
             if original.sha256 == sha256:
@@ -227,6 +233,8 @@ class ModelSource:
         """
         if self.named_graph is None and (self.path / WEIGHTS_NAME).is_file():
             return (self.path / WEIGHTS_NAME,)
+        if self.gguf is not None:
+            return (self.gguf.file.path,)
         if self.named_graph is None and (self.path / INDEX_NAME).is_file():
             return self._indexed_files()
         if self.graph is not None:
@@ -252,6 +260,8 @@ class ModelSource:
             MismatchError: a file is damaged, or two tensors have one name then.
             TrimserveError: see `weight_files`.
         """
+        if self.has_quantized_rows and self.gguf is not None:
+            return {self.gguf.file.path: (self.gguf.specs, {})}
         stored = {file: read_header(file) for file in self.weight_files}
         names = unwrapped_names([name for specs, _ in stored.values() for name in specs])
         if len(set(names.values())) < len(names):
@@ -278,6 +288,8 @@ class ModelSource:
     @property
     def is_wrapped(self) -> bool:
         """Whether tensors are stored by the names of a wrapper, which no other library loads."""
+        if self.has_quantized_rows:
+            return False
         stored = (read_header(file)[0] for file in self.headers)
         return self.tensors.keys() != {name for specs in stored for name in specs}
 
@@ -294,8 +306,14 @@ class ModelSource:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the folder has safetensors weights."""
-        return (self.path / WEIGHTS_NAME).is_file() or (self.path / INDEX_NAME).is_file()
+        """Whether the folder has safetensors weights, or stands for a GGUF file."""
+        stored = (self.path / WEIGHTS_NAME).is_file() or (self.path / INDEX_NAME).is_file()
+        return stored or self.gguf is not None
+
+    @property
+    def has_quantized_rows(self) -> bool:
+        """Whether the weights are those of a GGUF file, in its own number formats."""
+        return self.gguf is not None and not (self.path / WEIGHTS_NAME).is_file()
 
     def _matrices(self) -> list[TensorSpec]:
         if not self.has_weights:

@@ -15,13 +15,13 @@ _CONVERT: Final = "load it in the library that wrote it and save it as model.saf
 _NO_WEIGHTS: Final = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states_\w+)\.\w+"
 )
+_THE_FILE: Final = "pass the file itself"
 # Format, its name for the user, what to do; the first that is found is told.
 _OTHER_FORMATS: Final = (
     (
         ("*.gguf",),
         "GGUF, a format of llama.cpp",
-        "convert it with transformers, from_pretrained(folder, gguf_file=NAME).save_pretrained(NEW), or pass "
-        "the model that it was made from",
+        _THE_FILE,
     ),
     (
         ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
@@ -49,6 +49,8 @@ def no_weights(folder: Path) -> TrimserveError:
         return _other_names(folder, others)
     if (found := _other_format(folder)) is not None:
         path, kind, advice = found
+        if advice == _THE_FILE:
+            advice = f"pass -m {path}, the file itself"
         return UnsupportedModelError(f"{path} is {kind}: {advice}.")
     if below := _folders_with_weights(folder):
         return _below(folder, below)

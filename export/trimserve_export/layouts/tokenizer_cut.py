@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # Files that name tokens, never ids: the same for every vocab.
 UNCHANGED_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-# SentencePiece models would go on speaking of the original ids.
-LEFT_OUT = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 Json = dict[str, Any]
 
 
@@ -151,9 +149,9 @@ def write_cut_tokenizer(source: ModelSource, vocab: VocabMap, target: Path) -> T
     """
     cut = cut_tokenizer(read_content(source), vocab)
     _write(target / TOKENIZER_NAME, cut)
+    _write_config(source, vocab, target)  # before it is loaded: it says in which class
     tokenizer = ModelSource(str(target), None, target).tokenizer()
     _check_ids(source.tokenizer(), tokenizer, vocab)
-    _write_config(source, vocab, target)
     _write_legacy(source, cut, tokenizer, target)
     for name in UNCHANGED_FILES:
         if (source.path / name).is_file():

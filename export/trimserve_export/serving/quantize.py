@@ -32,6 +32,7 @@ from trimserve_export.graphs.nodes import NodeWriter, take_over
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
+from trimserve_export.serving.lattice import on_lattice
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,20 @@ def quantize_rows(rows: Matrix, scheme: BlockScheme) -> Blocks:
         # The kernel reads the memory behind the array and ignores its strides.
         columns = np.ascontiguousarray(rows[part].T)
         made.integers[part], made.scales[part], _ = _quantizer(scheme).qbits_block_quant(columns)
+        if rows.dtype == np.float32 and width % scheme.block_size == 0:
+            _keep_lattice(rows[part], made.integers[part], made.scales[part], scheme)
     return made
+
+
+def _keep_lattice(rows: Matrix, integers: Matrix, scales: Matrix, scheme: BlockScheme) -> None:
+    """Give blocks that were quantised before the scale and the integers that they had, in place."""
+    blocks = np.ascontiguousarray(rows).reshape(-1, scheme.block_size)
+    found, known, whole = on_lattice(blocks, scheme.bits)
+    shifted = (whole[found] + (1 << (scheme.bits - 1))).astype(np.uint8)
+    if scheme.bits == 4:
+        shifted = shifted[:, ::2] | (shifted[:, 1::2] << np.uint8(4))
+    integers.reshape(-1, scheme.block_bytes)[found] = shifted
+    scales.reshape(-1)[found] = known[found]
 
 
 @cache

@@ -26,7 +26,8 @@ def check_source(
     """
     if source.graph is None:
         _ = source.weight_files  # says what is there instead
-        check_floats(source)
+        if source.gguf is None:  # whose rows are dequantised
+            check_floats(source)
         if not source.is_static_embedding and (source.config or not _is_of_modules(source)):
             load_config(source.path, trust_remote_code=trust_remote_code)
     elif layout == "runtime":

@@ -1,9 +1,10 @@
-"""Give any model as one that libraries load: restored, adapters merged, names of wrappers taken off."""
+"""Give any model as one that libraries load: restored, adapters merged, dequantised, wrappers' names off."""
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,7 @@ from trimserve.files.scratch import scratch_folder
 from trimserve.files.tensors import TensorSource, WholeTensor, exhaust, write_tensors
 from trimserve.finetune.restoring import full_source, is_compact
 from trimserve.model.resolve import resolve_model
-from trimserve.model.source import INDEX_NAME, ModelSource
+from trimserve.model.source import INDEX_NAME, WEIGHTS_NAME, ModelSource
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
@@ -48,7 +49,9 @@ def whole_source(
         def scratch() -> Path:
             return stack.enter_context(scratch_folder("source", beside))
 
-        own, brought = _parts_of(source, adapter)
+        own, brought = _parts_of(
+            _dequantized(source, scratch) if source.has_quantized_rows else source, adapter
+        )
         if brought is not None:
             from trimserve_export.source.adapter import merge_adapter
 
@@ -59,6 +62,17 @@ def whole_source(
         if renamed and whole.graph is None and whole.is_wrapped:
             whole = _write_renamed(whole, scratch())
         yield whole
+
+
+def _dequantized(source: ModelSource, scratch: Callable[[], Path]) -> ModelSource:
+    """A GGUF file's model as a checkpoint of float32."""
+    if source.gguf is None:
+        return source
+    folder = scratch()
+    for file in source.path.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    source.gguf.write_weights(folder / WEIGHTS_NAME)
+    return replace(source, path=folder)
 
 
 def is_adapter(source: ModelSource) -> bool:

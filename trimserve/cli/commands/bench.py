@@ -3,10 +3,9 @@
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.cli.arguments import positive
+from trimserve.cli.arguments import named_path, positive
 from trimserve.cli.output import emit
 from trimserve.console import human_bytes, percent, table
 from trimserve.errors import UsageError, require
@@ -22,9 +21,9 @@ _NEW_TOKENS = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the trimmed folder (layout runtime)")
+    parser.add_argument("folder", type=named_path, metavar="DIR", help="the trimmed folder (layout runtime)")
     parser.add_argument(
-        "-m", "--model", help="the full model: a folder or hub id (default: the folder's source)"
+        "-m", "--model", help="the full model: a folder, GGUF file or hub id (default: the folder's source)"
     )
     parser.add_argument("--revision", help="hub revision of the model")
     parser.add_argument(
@@ -48,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.folder.opening import open_folder
     from trimserve.loading import check_runnable
     from trimserve.model.resolve import resolve_source
-    from trimserve.runtime.session import available_cpus, providers
+    from trimserve.process import available_cpus
+    from trimserve.runtime.session import providers
 
     begin = time.perf_counter()
     runtime = require("onnxruntime", extra="cpu", purpose="trimserve bench")
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         args.device,
         args.low_memory,
     )
-    with scratch_folder("bench") as scratch:
+    whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve bench")
+    with scratch_folder("bench") as scratch, whole.whole_source(source) as source:
         full = scratch / "full"
         untrimmed.export_untrimmed(trimmed, source, full)
         try:
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
                 f"a process of the benchmark failed ({error}): its message is above. Models of this size "
                 "may need more memory than is free."
             ) from error
-    document = _document(trimmed, found, _decode_prize(source, manifest.head_rows or manifest.kept))
+        prize = _decode_prize(source, manifest.head_rows or manifest.kept)
+    document = _document(trimmed, found, prize)
     document |= {
         "texts": len(texts),
         "threads": settings.threads,

@@ -19,7 +19,9 @@ _BY_HEADERS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("path", metavar="PATH", help="model folder or hub id, trimmed folder, or ONNX file")
+    parser.add_argument(
+        "path", metavar="PATH", help="model folder or hub id, trimmed folder, GGUF or ONNX file"
+    )
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument(
         "--kept", type=positive, metavar="K", help=f"rows to compute the prize for ({_KEPT:,})"

@@ -1,0 +1,69 @@
+"""Blocks whose numbers are whole multiples of one scale: quantised before, they lose nothing now.
+
+What a GGUF file stores as Q4_0 or Q8_0 is such a block of 32, its scale a float16. Rounding to nearest takes
+the scale from the largest number, which gives back Q4_0's scale mostly and Q8_0's never.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int16]
+_ENOUGH: Final = 0.5  # share of blocks that the likely multiples settle, where the others are tried as well
+_FIRST: Final = 4  # numbers of a block that are looked at before all are
+
+
+def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats, Ints]:
+    """Find the scale of blocks that have one: every number is ``scale * q`` to the bit.
+
+    Args:
+        blocks: float32 (n, size).
+        bits: q is from -2 ** (bits - 1) to below 2 ** (bits - 1), the scale a float16.
+
+    Returns:
+        Which blocks have a scale (n,), their scales (n,), and q (n, size); meaningless for the others.
+    """
+    count, size = blocks.shape
+    found, scales = np.zeros(count, np.bool_), np.zeros(count, np.float32)
+    integers = np.zeros((count, size), np.int16)
+    peaks = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
+    left = np.flatnonzero(np.isfinite(peaks) & (peaks != 0))
+    likely, others = _multiples(bits)
+    for number, multiple in enumerate((*likely, *others)):
+        if number == len(likely) and found.sum() < _ENOUGH * count:
+            break
+        scale = peaks[left] / np.float32(multiple)
+        with np.errstate(over="ignore"):
+            half = scale.astype(np.float16).astype(np.float32) == scale
+        chosen, scale = left[half], scale[half]
+        for columns in (slice(_FIRST), slice(None)):
+            exact = _exact(blocks[chosen, columns], scale, 1 << (bits - 1))
+            chosen, scale = chosen[exact], scale[exact]
+        found[chosen], scales[chosen] = True, scale
+        integers[chosen] = np.rint(blocks[chosen] / scale[:, None])
+        left = left[~found[left]]
+        if not left.size:
+            break
+    # The same numbers with a scale above 0, as quantisers have it, where the lowest integer is not needed.
+    turned = found & (scales < 0) & (integers.min(axis=1) > -(1 << (bits - 1)))
+    scales[turned] *= -1
+    integers[turned] *= -1
+    return found, scales, integers
+
+
+def _exact(numbers: Floats, scale: Floats, most: int) -> npt.NDArray[np.bool_]:
+    """Which rows are whole multiples of their scale, from -most to below most."""
+    whole: Any = np.rint(numbers / scale[:, None])
+    exact: npt.NDArray[np.bool_] = (whole * scale[:, None] == numbers).all(axis=1)
+    exact &= whole.max(axis=1) < most
+    return exact
+
+
+def _multiples(bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the largest number of a block can be a multiple of: what quantisers make it, and all else."""
+    most = 1 << (bits - 1)
+    likely = (-most, most - 1, 1 - most)
+    others = [sign * size for size in range(most - 2, 0, -1) for sign in (1, -1)]
+    return likely, tuple(others)
