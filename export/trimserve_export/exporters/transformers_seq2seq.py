@@ -22,13 +22,12 @@ from trimserve_export.exporters.tracing import write_graph
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
 _BATCH, _SOURCE, _CACHED, _FED = 2, 5, 4, 3
 # Model types whose graphs were compared with torch. Others look at lengths in Python while they are traced,
-# as block-sparse attention does, or route tokens to experts: a graph may be wrong without a word.
+# as local and block-sparse attention do, or route tokens to experts: a graph may be wrong without a word.
 COMPARED = frozenset(
     {
         "bart",
         "blenderbot",
         "blenderbot-small",
-        "longt5",
         "m2m_100",
         "marian",
         "mbart",
