@@ -30,7 +30,7 @@ from trimserve.selection.select_ids import select
 from trimserve.text.names import TokenNames
 from trimserve.vocab.file import load_vocab, save_vocab
 
-SEED, TRIED, TRIED_SLOWLY = 15, 2_000, 20_000
+SEED, TRIED, TRIED_SLOWLY = 15, 2_000, 6_000
 MOST_MEMORY = 1 << 30
 SETTINGS = SentenceSettings(
     modules=(Pooling(("cls", "mean")), Dense("Tanh"), Normalize()),

@@ -28,8 +28,8 @@ from trimserve.counting.plan import How, Shard
 from trimserve.errors import TrimserveError
 
 SEED = 15
-IN_CI, SLOWLY = 2_000, 10_000
-SLICED, SLICED_SLOWLY = 100, 1_000  # of each of three kinds
+IN_CI, SLOWLY = 2_000, 4_000
+SLICED, SLICED_SLOWLY = 100, 200  # of each of three kinds
 _SLICE_BYTES = 400
 
 ROWS = [

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.export
 SEED = 20261201
 # Of CI, and of the slow suite: how many without and with new hashes, and of graphs with them.
 FAST = (1_640, 320, 40)
-SLOW = (14_000, 5_500, 500)
+SLOW = (5_000, 1_500, 150)
 # The graphs themselves are read by ONNX Runtime, in a process of its own.
 _TRIED = "tried "  # begins a line about a graph
 _ALL = (*FILES, "chat_int4")

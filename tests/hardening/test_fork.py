@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 SEED = 15
-CI_FORKS, SLOW_FORKS = 5, 200
+CI_FORKS, SLOW_FORKS = 5, 60
 _CALLS = 5  # of a child
 
 

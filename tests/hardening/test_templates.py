@@ -20,7 +20,7 @@ from trimserve.text.chat import ChatTemplate, render_chat
 
 SEED = 20261130
 PROGRAMS = 2000
-SLOW_PROGRAMS = 20_000
+SLOW_PROGRAMS = 3_000
 # Of processor time, here: less than users have, for the sake of the suite; and with one step beyond it.
 SECONDS = 0.1
 MOST_SECONDS = SECONDS + 1.5

@@ -33,7 +33,7 @@ THREADS = 8
 SEED = 15
 # Of one kind of model; the slow suite makes 20,000 in all.
 CI_CALLS = 48
-SLOW_CALLS = 20_000 // (len(USUAL) + 1)
+SLOW_CALLS = 4_000 // (len(USUAL) + 1)
 
 
 @pytest.fixture
