@@ -31,7 +31,7 @@ pytestmark = pytest.mark.export
 
 THREADS = 8
 SEED = 15
-# Of one kind of model; the slow suite makes 20,000 in all.
+# Of one kind of model; the slow suite makes 4,000 in all.
 CI_CALLS = 48
 SLOW_CALLS = 4_000 // (len(USUAL) + 1)
 
