@@ -116,8 +116,6 @@ WILD: list[Any] = [
         frozenset({"a"}),
         range(3),
         object(),
-        object,
-        len,
         lambda *_: None,
     ),
     *(
@@ -468,7 +466,7 @@ def test_arguments_in_a_row_are_counted(generator, tmp_path):
     with pytest.raises(UsageError, match="got path twice"):
         trimserve.load(tmp_path, path=tmp_path)
     for threads in (0, "2", 1.0, True):
-        with pytest.raises(UsageError, match=r"threads should be (a whole number, )?1 or more"):
+        with pytest.raises(UsageError, match=r"threads should be (a whole number, )?from 1 to 1024"):
             trimserve.load(tmp_path, threads=threads)
     for device in ("gpu", 0, "CUDA:0"):
         with pytest.raises(UsageError, match="device should be one of cpu, cuda"):
