@@ -35,7 +35,6 @@ _COMMANDS = {
     "certificate_pages": "certificate",
     "race": "peers",
 }
-MARKERS = re.compile(r"<!-- (measured|plot): (\w+) -->")
 _BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from bench import harness
 from trimserve.console import table
 from trimserve.folder.opening import open_folder
-from trimserve.runtime.session import available_cpus, open_session
+from trimserve.process import available_cpus
+from trimserve.runtime.session import open_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort

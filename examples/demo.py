@@ -25,7 +25,7 @@ from bench.encoder import run as encoder
 from trimserve.console import table
 from trimserve.encoder.encoder import Encoder
 from trimserve.loading import load
-from trimserve.runtime.session import available_cpus
+from trimserve.process import available_cpus
 from trimserve.vocab.file import load_vocab
 
 OUT = Path("demo-out")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 
 from bench.realdata import VARIABLE, data_folder
+from tests.support.counting import shown as counted
 from tests.support.realdata import hide, shown, unmarked
 from tests.support.tiny_tokenizers import KINDS, save_model_folder
 
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse a test that asks for the data and says so nowhere."""
     if wrong := unmarked(items):
         raise pytest.UsageError(f"uses data_dir without the mark realdata: {', '.join(wrong)}")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say what the tests of tests/hardening counted: pytest hides what passing tests print."""
+    reports = (report for found in terminalreporter.stats.values() for report in found)
+    if lines := list(dict.fromkeys(counted(reports))):
+        terminalreporter.section("attempts that were counted")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

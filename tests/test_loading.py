@@ -135,7 +135,7 @@ def test_a_changed_or_lost_file_is_named(tmp_path, model_folders):
 
 
 def test_an_unknown_device_is_refused(tmp_path, model_folders):
-    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+    with pytest.raises(UsageError, match="device should be one of cpu, cuda, found 'tpu'"):
         load(make(tmp_path / "folder", model_folders), device="tpu")
 
 

@@ -35,9 +35,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # Annotations that public functions share.
 Count = Annotated[int, Meta(ge=1)]
+# More threads than any machine has processors end the process, not the call.
+Threads = Annotated[int, Meta(ge=1, le=1024)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 AnyPath = str | os.PathLike[str]
 _LONGEST_QUOTE = 48
+# What file systems take as the name of a file, in bytes.
+_LONGEST_NAME = 255
 _SIGNS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
     ("ge", "{} or more", operator.ge),
     ("gt", "above {}", operator.gt),
@@ -57,10 +61,12 @@ class Kind:
     Attributes:
         words: as a message says it, e.g. "a whole number, 1 or more".
         read: gives the value, numbers as Python's own; raises `WrongError`.
+        is_tuple: of a fixed number of entries; a list is one only where it is nothing else.
     """
 
     words: str
     read: Callable[[Any], Any]
+    is_tuple: bool = False
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -233,16 +239,17 @@ def _union(args: tuple[Any, ...]) -> Kind:
     if any(arg is Path or get_origin(arg) is os.PathLike for arg in args):
         args = tuple(arg for arg in args if arg is not str)
     kinds = [kind_of(arg) for arg in args]
+    tuples_last = sorted(kinds, key=lambda kind: kind.is_tuple)
 
     def read(value: Any) -> Any:  # noqa: ANN401
         nearest: tuple[Any, ...] = (value,)
-        for kind in kinds:
+        # Two texts in a list are two texts, and in a tuple a pair.
+        for kind in tuples_last if isinstance(value, list) else kinds:
             try:
                 return kind.read(value)
             except WrongError as wrong:
-                if (
-                    wrong.args[0] is not value or len(wrong.args) > 1
-                ):  # one of its entries, or its range alone
+                # One of its entries is wrong, or its range alone.
+                if wrong.args[0] is not value or len(wrong.args) > 1:
                     nearest = wrong.args
         raise WrongError(*nearest)
 
@@ -301,7 +308,7 @@ def _tuple(parts: tuple[Any, ...]) -> Kind:
             raise WrongError(value)
         return tuple(kind.read(part) for kind, part in zip(kinds, value, strict=True))
 
-    return Kind(f"({', '.join(kind.words for kind in kinds)})", read)
+    return Kind(f"({', '.join(kind.words for kind in kinds)})", read, is_tuple=True)
 
 
 def _mapping(key: Kind, entry: Kind) -> Kind:
@@ -375,6 +382,10 @@ def _path(value: Any) -> Any:  # noqa: ANN401
         bad = True
     if bad:
         raise WrongError(value)
+    if any(len(part) > _LONGEST_NAME for part in os.fsencode(name).split(os.fsencode(os.sep))):
+        raise UsageError(
+            f"the path {_quoted(name)} has a part of more than {_LONGEST_NAME} bytes: shorten it."
+        )
     return value
 
 

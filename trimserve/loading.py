@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trimserve.arguments import AnyPath, Count, checked
+from trimserve.arguments import AnyPath, Threads, checked
 from trimserve.encoder.encoder import Encoder
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.folder.opening import TrimmedFolder, open_folder
@@ -23,7 +23,7 @@ def load(
     path: AnyPath,
     *,
     device: Literal["cpu", "cuda"] = "cpu",
-    threads: Count | None = None,
+    threads: Threads | None = None,
     low_memory: bool = False,
     verify: str | None = None,
 ) -> "Encoder | Generator":
@@ -47,6 +47,8 @@ def load(
         MismatchError: a file of it is missing or changed, or its parts do not fit.
         UnsupportedModelError: a layout or a task that this runtime does not run.
         MissingExtraError: onnxruntime is not installed.
+        TrimserveError: there is not enough memory, or the folder was replaced just now and there is no room
+            for a copy of its graph.
     """
     folder = open_folder(Path(path), verify=verify)
     check_runnable(folder)

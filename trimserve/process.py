@@ -1,6 +1,7 @@
-"""This process: its memory, and giving free memory back to the system."""
+"""This process: its CPUs, its memory, and giving free memory back to the system."""
 
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ class Memory:
     anonymous: int | None = None
     file: int | None = None
     peak: int | None = None
+
+
+def available_cpus() -> int:
+    """CPUs this process may run on (cgroup affinity counts where the system tells)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory() -> Memory:

@@ -23,8 +23,8 @@ def data_only(*, utf8: bool = False, restore: bool = True) -> Iterator[None]:
     Native libraries print to the descriptor, past Python: `tokenizers` does for a vocab with holes.
 
     Args:
-        utf8: write data in UTF-8, as JSON is, instead of the terminal's encoding; what is not a character
-            (an undecodable file name) becomes the escape that JSON has for it.
+        utf8: write data in UTF-8, as JSON is, instead of the terminal's encoding. What the encoding has not
+            (an undecodable file name, a letter on an ASCII terminal) becomes an escape, as JSON has it.
         restore: give both back at the end. A program leaves it out: what a C library holds in its own buffer
             is written when the process ends.
     """
@@ -61,8 +61,8 @@ def _writer(stream: TextIO, *, utf8: bool) -> TextIO:
         return stream
     if number != _STDOUT:
         return stream
-    encoding, errors = ("utf-8", "backslashreplace") if utf8 else (stream.encoding, stream.errors)
-    return os.fdopen(os.dup(number), "w", encoding=encoding, errors=errors)
+    encoding = "utf-8" if utf8 else stream.encoding
+    return os.fdopen(os.dup(number), "w", encoding=encoding, errors="backslashreplace")
 
 
 def _divert() -> int | None:

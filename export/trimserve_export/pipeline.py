@@ -150,6 +150,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         UsageError: an unknown option, or a target that may not be replaced.
         UnsupportedModelError: a model or graph that is not understood; the message names what.
         MismatchError: the vocab was made for another tokenizer or vocab size.
+        MissingExtraError: a package that the export needs is not installed.
+        TrimserveError: there is no room for it on the disk, or not enough memory.
     """
     start = time.perf_counter()
     options = Options(

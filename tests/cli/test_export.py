@@ -72,7 +72,7 @@ def test_profiles_are_merged_with_one_word_on_what_both_hold(source, corpus, tmp
 def test_an_option_has_one_name_everywhere():
     """The dataclass is the source: `trimserve.export` and the command line have an option for each field."""
     names = {field.name for field in dataclasses.fields(Options)}
-    others = {"adapter", "overwrite", "revision", "profile", "sample", "progress"}
+    others = {"adapter", "overwrite", "revision", "profile", "sample", "calibration", "progress"}
     keywords = {p.name for p in inspect.signature(export).parameters.values() if p.kind == p.KEYWORD_ONLY}
     assert keywords == names | others
     parser = argparse.ArgumentParser()

@@ -242,7 +242,7 @@ def test_calls_that_the_task_does_not_have(pairs):
         pairs("bert").encoder.encode(["a"])
     with pytest.raises(UsageError, match="--task fill-mask"):
         pairs("bert_encoder").encoder.fill_mask(["a"])
-    with pytest.raises(UsageError, match="at least one candidate"):
+    with pytest.raises(UsageError, match="top_k should be 1 or more"):
         pairs("bert").encoder.fill_mask(["a"], top_k=0)
     with pytest.raises(UsageError, match="batch_size should be 1 or more"):
         pairs("bert_encoder").encoder.encode(["a"], batch_size=0)

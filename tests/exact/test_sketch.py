@@ -225,7 +225,7 @@ def test_a_sketch_that_does_not_fit_is_refused(made, request, tmp_path):
     manifest = open_folder(pair.generator.folder.path).manifest
     write_manifest(path, dataclasses.replace(manifest, files=list_files(path)))
     folder = open_folder(path)
-    with pytest.raises(MismatchError, match="does not fit"):
+    with pytest.raises(MismatchError, match=r"does not fit|'scales' should be"):
         Sketch(folder, ColdRows(folder), ())
 
 

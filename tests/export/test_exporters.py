@@ -377,13 +377,6 @@ def test_transformers_graph_has_the_names_of_others_and_equals_torch(tmp_path):
     assert_within(found, *torch_logits(model, ids, mask), rows=-1)
 
 
-@needs_transformers_5
-def test_an_encoder_decoder_is_left_to_optimum():
-    config = transformers.T5Config()
-    with pytest.raises(UnsupportedModelError, match="use --exporter optimum"):
-        load_exporter("transformers").check_model(config, "text2text-generation-with-past")
-
-
 class CacheList(list):
     """What torch takes apart into its tensors, as it does transformers' caches."""
 

@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.torch import save_file
 
-from tests.support.damaged_models import Counter, damage, outcome_of
+from tests.support.counting import Counter, outcome_of
+from tests.support.damage import damage
 from tests.support.graphs import sketch
 from tests.support.models import save_model
 from tests.support.sentence_models import HIDDEN, V, encoder_folder, save_weights, write_json
@@ -38,8 +39,8 @@ from trimserve_export.source.whole import whole_source
 
 pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
-SEED, TRIED, TRIED_SLOWLY = 15, 1_000, 20_000
-WHOLE, WHOLE_SLOWLY = 40, 400
+SEED, TRIED, TRIED_SLOWLY = 15, 1_000, 1_500
+WHOLE, WHOLE_SLOWLY = 40, 80
 # A tiny model needs none of it; torch and transformers are loaded before the first attempt.
 MOST_MEMORY = 1 << 30
 TEXTS = ["The cat sat on the mat.\n\nint main() {}", "", "a dog é 世界 🎉"]
@@ -234,7 +235,7 @@ def damages(folders: dict[str, Path], rng: random.Random, root: Path) -> Iterato
 
 
 def attack(folders: dict[str, Path], count: int, seed: int, root: Path) -> Counter:
-    rng, counter = random.Random(seed), Counter(seed)
+    rng, counter = random.Random(seed), Counter("damaged models", seed)
     for family, folder, what in itertools.islice(damages(folders, rng, root), count):
         use = rng.choice(USES[family])
         before = peak_resident()
@@ -247,7 +248,7 @@ def attack(folders: dict[str, Path], count: int, seed: int, root: Path) -> Count
 
 def attack_exports(folders: dict[str, Path], count: int, seed: int, root: Path) -> Counter:
     """The same through whole exports."""
-    rng, counter = random.Random(seed), Counter(seed)
+    rng, counter = random.Random(seed), Counter("exports of damaged models", seed)
     whole = {name: folders[name] for name in ("decoder", "sentence", "graph", "static")}
     vocabs = {name: select(profile([], path, texts=TEXTS, progress=False)) for name, path in whole.items()}
     for family, folder, what in damages(whole, rng, root):
@@ -264,24 +265,19 @@ def attack_exports(folders: dict[str, Path], count: int, seed: int, root: Path) 
     raise AssertionError
 
 
-def check(counter: Counter, title: str) -> None:
-    print(counter.report(title))
-    assert not counter.faults, counter.report(title)
-
-
 def test_damaged_models(folders, tmp_path):
-    check(attack(folders, TRIED, SEED, tmp_path), "damaged models")
+    attack(folders, TRIED, SEED, tmp_path).check()
 
 
 def test_exports_of_damaged_models(folders, tmp_path):
-    check(attack_exports(folders, WHOLE, SEED, tmp_path), "exports of damaged models")
+    attack_exports(folders, WHOLE, SEED, tmp_path).check()
 
 
 @pytest.mark.slow
 def test_many_damaged_models(folders, tmp_path):
-    check(attack(folders, TRIED_SLOWLY, SEED + 1, tmp_path), "damaged models")
+    attack(folders, TRIED_SLOWLY, SEED + 1, tmp_path).check()
 
 
 @pytest.mark.slow
 def test_many_exports_of_damaged_models(folders, tmp_path):
-    check(attack_exports(folders, WHOLE_SLOWLY, SEED + 1, tmp_path), "exports of damaged models")
+    attack_exports(folders, WHOLE_SLOWLY, SEED + 1, tmp_path).check()

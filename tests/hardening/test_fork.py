@@ -24,6 +24,8 @@ pytest.importorskip("torch")
 if not hasattr(os, "fork"):
     pytest.skip("this system has no fork", allow_module_level=True)
 
+from tests.support.counting import Counter
+from tests.support.limits import PATIENCE, limit_this_process
 from tests.support.served_models import KINDS, USUAL, open_model
 from trimserve.concurrency import Lock, Once, renew_in_child
 from trimserve.errors import UsageError
@@ -37,18 +39,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
 ]
 
-LIMIT = 10.0  # seconds until a child counts as hanging
 SEED = 15
-CI_FORKS, SLOW_FORKS = 5, 200
+CI_FORKS, SLOW_FORKS = 5, 60
 _CALLS = 5  # of a child
 
 
-def in_child(job: Callable[[], Any], limit: float = LIMIT) -> Any:
-    """What a job gives in a forked child; fails where the child hangs or dies."""
+def in_child(job: Callable[[], Any]) -> Any:
+    """What a job gives in a forked child; fails where the child hangs (see `limits`) or dies."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
+        limit_this_process()
         try:
             answer: Any = ("gave", job())
         except BaseException as error:
@@ -58,7 +60,7 @@ def in_child(job: Callable[[], Any], limit: float = LIMIT) -> Any:
         os._exit(0)
     os.close(writing)
     content = b""
-    end = time.monotonic() + limit
+    end = time.monotonic() + PATIENCE
     os.set_blocking(reading, False)
     ended = False
     while not ended and time.monotonic() < end:
@@ -72,7 +74,8 @@ def in_child(job: Callable[[], Any], limit: float = LIMIT) -> Any:
     os.set_blocking(reading, True)
     with os.fdopen(reading, "rb") as pipe:
         content += pipe.read()
-    assert ended, f"the child hung for {limit} s"
+    assert ended, "the child hung"
+    assert content, "the child died"
     return pickle.loads(content)
 
 
@@ -112,7 +115,7 @@ def test_children_of_children(served, threads):
         own = answers(model, calls)
         return own, in_child(lambda: answers(model, calls))
 
-    assert in_child(grandchild, 2 * LIMIT) == ("gave", (expected, ("gave", expected)))
+    assert in_child(grandchild) == ("gave", (expected, ("gave", expected)))
 
 
 def test_a_child_of_a_model_that_was_not_used(served):
@@ -169,19 +172,18 @@ def fork_at_work(folder: Path, name: str, forks: int) -> None:
     expected = answers(model, calls)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    wrong = []
+    counter = Counter(f"children of {name} at work", SEED)
     try:
         with busy(model, calls):
             for number in range(forks):
                 time.sleep(random.Random(number).random() * 0.02)
                 chosen = {call: calls[call] for call in sorted(calls)[number % 6 :: 6]}
-                found = in_child(lambda chosen=chosen: answers(model, chosen), 3 * LIMIT)
-                if found != ("gave", {call: expected[call] for call in chosen}):
-                    wrong.append(found)
+                found = in_child(lambda chosen=chosen: answers(model, chosen))
+                right = found == ("gave", {call: expected[call] for call in chosen})
+                counter.add("forks", number, None if right else f"gave {found}")
     finally:
         sys.setswitchinterval(before)
-    print(f"{forks} forks of {name} at work, {len(wrong)} wrong")
-    assert not wrong
+    counter.check()
 
 
 def test_pools_of_processes_and_of_threads(served):
@@ -196,7 +198,7 @@ def test_pools_of_processes_and_of_threads(served):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(LIMIT)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     assert [received.get() for _ in processes] == [expected, expected]
 
@@ -231,9 +233,9 @@ ENDS = """
 def test_a_childs_interpreter_ends(served, threads, child):
     """A session waits for its threads when it is destroyed, and a child has none of them."""
     use = "model.generate('the cat', max_new_tokens=3)"
-    code = textwrap.dedent(ENDS).format(use=use, child=child, limit=LIMIT)
+    code = textwrap.dedent(ENDS).format(use=use, child=child, limit=PATIENCE)
     command = [sys.executable, "-W", "ignore", "-c", code, str(served("untied")), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=12 * LIMIT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
 
+from tests.support.counting import Counter
 from tests.support.faults import Faults
 from tests.support.writers import MODULES, make_writers
 from tests.support.zygote import Zygote
@@ -30,13 +31,13 @@ def faults(tmp_path_factory):
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_full_from_any_change_on(faults, name, step, capsys):
+def test_full_from_any_change_on(faults, name, step):
+    faults.counter = Counter(f"full disks during {name}", "none")
     changes = faults.whole(faults.writers[name]).changes
     moments = sorted({*range(1, changes - 6, step), *range(max(1, changes - 6), changes + 1)})
     for moment in moments:
         faults.fill(faults.writers[name], {"full": moment})
-    with capsys.disabled():
-        print(f"\n{name} on a disk full from {len(moments)} of {changes} changes on: {faults}")
+    faults.counter.check()
 
 
 @pytest.fixture
@@ -51,10 +52,10 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_small_disk(faults, small_disk, name, capsys):
+def test_small_disk(faults, small_disk, name):
     """From full to room enough, a page at a time."""
     writer = faults.writers[name]
-    outcomes = []
+    outcomes = Counter(f"small disks under {name}", "none")
     for pages in range(0, 20, 2):
         work = writer.fresh(small_disk / "work")
         before = writer.state(work) if (work / writer.output).exists() else "absent"
@@ -63,7 +64,7 @@ def test_small_disk(faults, small_disk, name, capsys):
         done = faults.zygote.run(work, *writer.argv(work))
         state = writer.state(work)
         (small_disk / "fill").unlink()
-        outcomes.append(f"{done.code}:{state}")
+        outcomes.add(f"ended with {done.code} and left {state}")
         assert "Traceback" not in done.stderr, done
         assert (done.code, state) in (
             (0, "new"),
@@ -71,6 +72,5 @@ def test_small_disk(faults, small_disk, name, capsys):
             (0, before) if name == "verify" else (0, "new"),
         ), done
         assert [path for path in small_disk.rglob("*") if ".trimserve." in path.name] == []
-    assert any(outcome.startswith("0:") for outcome in outcomes)
-    with capsys.disabled():
-        print(f"\n{name} on a small disk: {' '.join(outcomes)}")
+    assert any(outcome.startswith("ended with 0 ") for outcome in outcomes.kinds)
+    outcomes.check()

@@ -15,9 +15,9 @@ from trimserve.model.resolve import resolve_model
 
 SEED = 16
 CI_COUNT = 1_500
-SLOW_COUNT = 100_000
+SLOW_COUNT = 10_000
 MODEL_CI_COUNT = 150
-MODEL_SLOW_COUNT = 10_000
+MODEL_SLOW_COUNT = 500
 MOST_BYTES = 2 << 20  # for a file of 4 KB
 INTERESTING = (0, 1, 2, 7, 8, 9, 31, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 

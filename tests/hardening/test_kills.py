@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
 
+from tests.support.counting import Counter
 from tests.support.faults import Faults
 from tests.support.writers import MODULES, make_writers
 from tests.support.zygote import Zygote
@@ -29,30 +30,33 @@ def faults(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [KILLS, pytest.param(SLOW_KILLS, marks=pytest.mark.slow)])
-def test_random_moments(faults, count, capsys):
+def test_random_moments(faults, count):
+    faults.counter = Counter("kills at random moments", SEED + count)
     chosen = random.Random(SEED + count)
-    tried = faults.tried
     seconds = {name: faults.whole(faults.writers[name]).seconds for name in NAMES}
     for number in range(count):
         name = NAMES[number % len(NAMES)]
         kind = chosen.choice([signal.SIGKILL, signal.SIGTERM])
         after = chosen.uniform(0, 1.1 * seconds[name])
         faults.kill(faults.writers[name], {"signal": int(kind), "after": after})
-    assert faults.tried - tried == count
-    # Some of each came in time: a process that ended by the one signal, and one that handled the other.
-    assert faults.codes.get(-signal.SIGKILL)
-    assert faults.codes.get(128 + signal.SIGTERM)
-    with capsys.disabled():
-        print(f"\nkills at random moments, seed {SEED + count}: {faults}")
+    faults.counter.check()
+    assert faults.counter.tried == count
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_each_signal_ends_a_command_in_its_way(faults, kind):
+    """What a random moment may miss: it comes while the command writes."""
+    code = faults.kill(faults.writers["overwrite"], {"kill": 3, "signal": int(kind)})
+    assert code == (-kind if kind == signal.SIGKILL else 128 + kind)
 
 
 # The slow ones are killed at every change; else at the first, some between, and the last, which put in place.
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_change(faults, name, step, capsys):
+def test_every_change(faults, name, step):
+    faults.counter = Counter(f"kills of {name} at its changes", "none")
     changes = faults.whole(faults.writers[name]).changes
     moments = sorted({*range(1, changes - 6, step), *range(max(1, changes - 6), changes + 1)})
     for moment in moments:
         faults.kill(faults.writers[name], {"kill": moment})
-    with capsys.disabled():
-        print(f"\n{name} killed at {len(moments)} of {changes} changes: {faults}")
+    faults.counter.check()

@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+from tests.support.counting import Counter
+from tests.support.limits import PATIENCE
 from tests.support.served_models import KINDS, USUAL, open_model
 from trimserve.concurrency import Lock, Once
 from trimserve.encoder.encoder import Encoder
@@ -29,10 +31,9 @@ pytestmark = pytest.mark.export
 
 THREADS = 8
 SEED = 15
-# Of one kind of model; the slow suite makes 20,000 in all.
+# Of one kind of model; the slow suite makes 4,000 in all.
 CI_CALLS = 48
-SLOW_CALLS = 20_000 // (len(USUAL) + 1)
-_HANGS_AFTER = 120  # seconds for a call, on a machine that does a lot else
+SLOW_CALLS = 4_000 // (len(USUAL) + 1)
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def in_threads(jobs: list[Callable[[], None]]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(_HANGS_AFTER)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads), "a call hangs"
 
 
@@ -67,22 +68,26 @@ def mixed_up(folder: Path, name: str, count: int, threads: int) -> list[str]:
     model = open_model(folder, threads)
     alone = {call: calls[call](model) for call in sorted(set(chosen))}
     model = open_model(folder, threads)  # whatever is made at first use is made by many at once
-    wrong: list[str] = []
-    made: list[int] = []
+    counter = Counter(f"calls of {name} from {THREADS} threads", SEED)
+
+    results: list[tuple[str, str | None]] = []
 
     def job(number: int) -> None:
         for call in chosen[number::THREADS]:
+            fault = None
             try:
                 if (found := calls[call](model)) != alone[call]:
-                    wrong.append(f"{call}: {found} instead of {alone[call]}")
+                    fault = f"{call}: {found} instead of {alone[call]}"
             except BaseException as error:
-                wrong.append(f"{call}: {error!r}")
-            made.append(1)
+                fault = f"{call}: {error!r}"
+            results.append((call, fault))
 
     in_threads([lambda number=number: job(number) for number in range(THREADS)])
     gc.collect()
-    print(f"{len(made)} calls of {name} from {THREADS} threads, seed {SEED}, {len(wrong)} wrong")
-    return wrong
+    for call, fault in results:
+        counter.add("calls", call, fault)
+    print(f"\n{counter.line}")
+    return list(counter.faults.values())
 
 
 @pytest.mark.usefixtures("switching")

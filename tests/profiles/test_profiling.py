@@ -223,7 +223,7 @@ def test_merge_refuses_other_tokenizers_naming_both_hashes():
 
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -2], [1, math.inf], [math.nan, 1], [1, 2, 3]])
 def test_merge_refuses_odd_weights(weights):
-    with pytest.raises(UsageError, match="2 weights above 0"):
+    with pytest.raises(UsageError, match=r"2 weights above 0|weights should be a list of numbers"):
         merge([make_profile([1, 2, 3])] * 2, weights=weights)
 
 
@@ -256,12 +256,12 @@ def test_empty_corpus_is_refused(model_folders, texts):
 
 
 def test_text_with_half_a_surrogate_pair_is_refused(model_folders):
-    with pytest.raises(UsageError, match="text 2: holds half a surrogate pair"):
+    with pytest.raises(UsageError, match=r"text '\\ud83d' holds half a surrogate pair"):
         profile((), model_folders["wordpiece"], texts=["ok", "\ud83d"])
 
 
 def test_workers_must_be_positive(model_folders):
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="workers should be 1 or more"):
         profile((), model_folders["wordpiece"], texts=["a"], workers=0)
 
 

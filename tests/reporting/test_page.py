@@ -337,7 +337,7 @@ def made_manifest(vocab, verification):
         task="feature-extraction",
         layout="runtime",
         dtype="fp32",
-        graphs={"model": "model.onnx"},
+        graphs={},
         cut=(),
         selection=vocab.rule,
         exporter={},

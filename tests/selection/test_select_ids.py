@@ -312,7 +312,7 @@ def test_floors_hold_for_each_named_profile(counted):
         select(counted, floors={"a": 0.8})
     with pytest.raises(UsageError, match=r"floor small=0\.9 cannot be met: .* cover 0\.5455"):
         select(named, floors={"small": 0.9}, min_count=5)
-    with pytest.raises(UsageError, match="floor small is a share"):
+    with pytest.raises(UsageError, match=r"floors should be from 0 to 1, found 1\.5"):
         select(named, floors={"small": 1.5})
 
 

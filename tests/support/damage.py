@@ -1,141 +1,147 @@
-"""Damage to files: flips, cuts, additions, and what JSON and headers can hold that they should not."""
+"""Damage to files, at random but repeatable: what a disk, a copy, an editor or an attacker makes of them."""
 
+import contextlib
 import copy
 import json
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+# Values of the wrong type, out of range, or with a meaning elsewhere.
 # fmt: off
-_VALUES: list[Any] = [
-    -1, 0, 1, 2, 7, 37, 255, 1 << 20, 1 << 31, (1 << 31) - 1, 1 << 33, 1 << 62, 1 << 63, 1 << 80, -(1 << 63),
-    None, True, False, 0.5, -0.0, 1e308, float("nan"), float("inf"),
-    "", "x", "../x", "/etc/passwd", "a\0b", "x" * 5000, "\ud800", "model.onnx", "F32", "🙂",
-    [], {}, [[]], [None], {"": 0}, [1] * 50,
-]
+ODD: tuple[Any, ...] = (
+    None, True, False, -1, 0, 1, 2, 7, 37, 255, 1 << 20, 2**31 - 1, 2**31, 2**33, 2**62, 2**63, -(2**63),
+    10**30, 0.5, -0.0, 1e9, 1e308, -1e300, math.nan, math.inf,
+    "", "abc", "9", "..", "../x", "/etc/passwd", "a\\b", "\0", "a\0b", "\ud800", "🙂", "x" * 5_000,
+    "x" * 100_000, "{{ 1 }}", "model.onnx", "F32",
+    [], [[]], [[1]], [None], [-1], ["a"], [10**12], [1] * 50, {}, {"": 0}, {"a": 1}, {"content": 3},
+    {"1": {"2": []}},
+)
 # fmt: on
 
 
-def damaged(content: bytes, name: str, random_: random.Random) -> bytes:
-    """One damage of a file that differs from it.
+def damage(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """A file's bytes, damaged in one way, and how; they always differ from the file's.
 
-    Args:
-        content: the file.
-        name: its name, which says what structure it has.
-        random_: where chance comes from.
+    JSON, also that of a safetensors header, is changed as JSON most of the time.
     """
-    ways: list[Callable[[bytes, random.Random], bytes]] = [
-        flip,
-        flip_many,
-        cut,
-        append,
-        remove,
-        repeat,
-        blank,
-    ]
-    if name.endswith(".json"):
-        ways += [change_json] * 14
-    if name.endswith(".safetensors"):
-        ways += [change_header] * 10
+    parts = _json_part(content)
     for _ in range(100):
-        made = random_.choice(ways)(content, random_)
+        if parts is None or rng.random() < 0.2:
+            made, what = _damaged_bytes(content, rng)
+        elif parts[0]:
+            made, what = _damaged_header(content, parts, rng)
+        else:
+            made, what = damaged_json(parts[1], rng)
         if made != content:
-            return made
-    return content + b"x"
+            return made, what
+    return content + b"x", "a byte more"
 
 
-def flip(content: bytes, random_: random.Random) -> bytes:
-    if not content:
-        return b"\1"
-    made = bytearray(content)
-    made[random_.randrange(len(made))] ^= 1 << random_.randrange(8)
-    return bytes(made)
-
-
-def flip_many(content: bytes, random_: random.Random) -> bytes:
-    for _ in range(random_.randrange(2, 60)):
-        content = flip(content, random_)
-    return content
-
-
-def cut(content: bytes, random_: random.Random) -> bytes:
-    return content[: random_.randrange(len(content) + 1)]
-
-
-def append(content: bytes, random_: random.Random) -> bytes:
-    return content + random_.randbytes(random_.choice([1, 8, 100, 5000]))
-
-
-def remove(content: bytes, random_: random.Random) -> bytes:
-    first, last = sorted(random_.randrange(len(content) + 1) for _ in range(2))
-    return content[:first] + content[last:]
-
-
-def repeat(content: bytes, random_: random.Random) -> bytes:
-    first, last = sorted(random_.randrange(len(content) + 1) for _ in range(2))
-    return content[:last] + content[first:]
-
-
-def blank(content: bytes, random_: random.Random) -> bytes:
-    first = random_.randrange(len(content) + 1)
-    count = min(random_.choice([1, 4, 64, 4096]), len(content) - first)
-    return content[:first] + bytes(count) + content[first + count :]
-
-
-def change_json(content: bytes, random_: random.Random) -> bytes:
-    """Change one place of a document, or the text of it."""
-    try:
-        document = json.loads(content)
-    except ValueError:
-        return flip(content, random_)
-    which = random_.random()
-    if which < 0.04:
-        return b"[" * 5000 + content + b"]" * 5000
-    if which < 0.08 and content.lstrip().startswith(b"{"):
-        return content.replace(b"{", b'{"a": 1, "a": 2, ', 1)
-    if which < 0.1:
-        return json.dumps(random_.choice([None, [], 3, "x", True, {}])).encode()
-    return json.dumps(changed(document, random_)).encode()
-
-
-def changed(document: Any, random_: random.Random) -> Any:
-    """A copy of a document with another value, without a key, or with one more, at some place."""
-    document = copy.deepcopy(document)
-    places: list[tuple[Any, Any]] = []
-    _collect(document, places)
-    if not places:
-        return random_.choice(_VALUES)
-    # Places near the root are few, and say most.
-    shallow = list(document.items()) if isinstance(document, dict) else []
-    at: Any
-    if shallow and random_.random() < 0.4:
-        holder, at = document, random_.choice(shallow)[0]
-    else:
-        holder, at = random_.choice(places)
-    which = random_.random()
-    if which < 0.15:
-        del holder[at]
-    elif which < 0.25 and isinstance(holder, dict):
-        holder["surprise"] = random_.choice(_VALUES)
-    elif which < 0.35 and isinstance(holder[at], int):
-        holder[at] = holder[at] + random_.choice([-1, 1, 1 << 20])
-    else:
-        holder[at] = copy.deepcopy(random_.choice(_VALUES))
-    return document
-
-
-def _collect(node: Any, places: list[tuple[Any, Any]]) -> None:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        places.append((node, key))
-        _collect(value, places)
-
-
-def change_header(content: bytes, random_: random.Random) -> bytes:
-    """Change the header of a safetensors file, or only its length."""
+def _json_part(content: bytes) -> tuple[bytes, Any, bytes] | None:
+    with contextlib.suppress(ValueError):
+        return b"", json.loads(content), b""
     length = int.from_bytes(content[:8], "little")
-    if random_.random() < 0.15:
-        wrong = random_.choice([0, 1, length - 1, length + 1, 1 << 40, (1 << 64) - 1]) % (1 << 64)
-        return wrong.to_bytes(8, "little") + content[8:]
-    header = change_json(content[8 : 8 + length], random_)
-    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+    if 8 < length < len(content):
+        with contextlib.suppress(ValueError):
+            return content[:8], json.loads(content[8 : 8 + length]), content[8 + length :]
+    return None
+
+
+def _damaged_header(content: bytes, parts: tuple[bytes, Any, bytes], rng: random.Random) -> tuple[bytes, str]:
+    length, document, tensors = parts
+    if rng.random() < 0.15:
+        known = int.from_bytes(length, "little")
+        wrong = rng.choice([0, 1, known - 1, known + 1, 1 << 40, (1 << 64) - 1])
+        return wrong.to_bytes(8, "little") + content[8:], f"a header of {wrong} bytes"
+    text, what = damaged_json(document, rng)
+    return len(text).to_bytes(8, "little") + text + tensors, what
+
+
+def _damaged_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    if rng.random() < 0.4:
+        return _overwritten(content, rng)
+    first, last = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    ways = {
+        f"cut at {first}": content[:first],
+        "empty": b"",
+        "Git LFS pointer": LFS_POINTER,
+        f"no UTF-8 at {first}": content[:first] + b"\xff\xfe" + content[first:],
+        "more behind": content + rng.randbytes(rng.choice((1, 8, 100, 5_000))),
+        f"without {first} to {last}": content[:first] + content[last:],
+        f"{first} to {last} twice": content[:last] + content[first:],
+        "twice": content + content,
+    }
+    what = rng.choice(list(ways))
+    return ways[what], what
+
+
+def _overwritten(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    changed = bytearray(content)
+    kind, count = rng.choice((("bit", 1), ("bit", 1), ("bits", 60), ("bytes", 4), ("zeros", 0), ("head", 0)))
+    place = rng.randrange(len(changed) + 1)
+    if kind == "head":
+        changed[:8] = rng.randbytes(min(8, len(changed)))
+    elif kind == "zeros":
+        size = min(rng.choice((1, 4, 64, 4_096)), len(changed) - place)
+        changed[place : place + size] = bytes(size)
+    for _ in range(rng.randrange(count) + 1 if count and changed else 0):
+        place = rng.randrange(len(changed))
+        changed[place] = rng.randrange(256) if kind == "bytes" else changed[place] ^ 1 << rng.randrange(8)
+    return bytes(changed), f"{kind} at {place}"
+
+
+def damaged_json(document: Any, rng: random.Random) -> tuple[bytes, str]:
+    """JSON text of a document with something wrong in it."""
+    kind = rng.choice(("value",) * 6 + ("missing", "added", "near", "twice", "deep", "whole", "renamed"))
+    document = copy.deepcopy(document)
+    if kind == "whole":
+        value = rng.choice(ODD)
+        return _text(value), f"is {_short(value)}"
+    if kind == "deep":
+        word = rng.choice(("[", '{"a":'))
+        return (word * rng.choice((50, 900, 100_000))).encode(), "deep"
+    places = list(_places(document))
+    if not places:
+        return b"{}", "is {}"
+    # The outer places say more than the ten thousand entries of a vocab.
+    depth = rng.choice(sorted({len(place) for place in places}))
+    place = rng.choice([place for place in places if len(place) == depth])
+    parent = document
+    for key in place[:-1]:
+        parent = parent[key]
+    key, what = place[-1], "/".join(map(str, place))
+    if kind == "missing":
+        del parent[key]
+    elif kind == "renamed" and isinstance(parent, dict):
+        parent[f"{key}x"] = parent.pop(key)
+    elif kind == "twice" and isinstance(parent, dict):
+        return _text(document).replace(b"{", b'{"zz": 1, "zz": 2, ', 1), "a key twice"
+    elif kind == "added" and isinstance(parent, dict):
+        parent["unknown_key"] = rng.choice(ODD)
+    elif kind == "near" and isinstance(parent[key], int):
+        parent[key] += rng.choice((-1, 1, 1 << 20))
+    else:
+        value = parent[key] = rng.choice(ODD)
+        what += f" = {_short(value)}"
+    return _text(document), f"{kind} {what}"
+
+
+def _places(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, entry in entries:
+        yield (*prefix, key)
+        if len(prefix) < 6:
+            yield from _places(entry, (*prefix, key))
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]

@@ -3,19 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from tests.support.counting import Counter
 from tests.support.writers import Writer
 from tests.support.zygote import Done, Zygote
 
 
 class Faults:
-    """Runs writers with faults and says what does not hold; keeps count."""
+    """Runs writers with faults and asserts what must hold; keeps count.
+
+    Attributes:
+        counter: of the test that runs; it counts exit codes and what stood then.
+    """
 
     def __init__(self, zygote: Zygote, root: Path) -> None:
         self._zygote = zygote
         self._root = root
-        self.tried = 0
-        self.states: dict[str, int] = {}
-        self.codes: dict[int | None, int] = {}
+        self.counter = Counter("faults", "none")
 
     def whole(self, writer: Writer) -> Done:
         """A run without a fault."""
@@ -25,8 +28,12 @@ class Faults:
         self._assert_clean(writer, work)
         return done
 
-    def kill(self, writer: Writer, fault: dict[str, Any]) -> None:
-        """A run that is killed: what stood or what is new stands; the next run succeeds and clears up."""
+    def kill(self, writer: Writer, fault: dict[str, Any]) -> int:
+        """A run that is killed: what stood or what is new stands; the next run succeeds and clears up.
+
+        Returns:
+            Its exit code.
+        """
         work, done, state = self._faulty(writer, fault)
         assert done.code is not None, f"a hang after {fault}"
         if fault.get("signal") == 15 and done.code != -15:  # -15: before the command had begun
@@ -39,6 +46,7 @@ class Faults:
         assert again.code == 0 or refused, (fault, again)
         assert writer.state(work) == "new"
         self._assert_clean(writer, work)
+        return done.code
 
     def fill(self, writer: Writer, fault: dict[str, Any]) -> None:
         """A run on a disk that fills up: one sentence, what stood before stands, nothing is left."""
@@ -57,9 +65,7 @@ class Faults:
         done = self._zygote.run(work, *writer.argv(work), fault=fault)
         state = writer.state(work)
         assert state in (before, "new", "partial"), (fault, done, state)
-        self.tried += 1
-        self.codes[done.code] = self.codes.get(done.code, 0) + 1
-        self.states[state] = self.states.get(state, 0) + 1
+        self.counter.add(f"ended with {done.code} and left {state}")
         return work, done, state
 
     def _sentence(self, done: Done) -> bool:
@@ -73,6 +79,3 @@ class Faults:
         assert set(found) <= set(writer.listing()), found
         hidden = [path for path in self._root.rglob("*") if ".trimserve." in path.name]
         assert hidden == []
-
-    def __str__(self) -> str:
-        return f"{self.tried} faults, exit codes {self.codes}, what stood then: {self.states}"

@@ -1,19 +1,32 @@
-"""Served models of every kind, and calls of all their methods, to compare what they give under stress.
+"""Served models of every kind: how each is made, and what is asked of it.
 
 Needs torch and the exporter: import it after `pytest.importorskip("torch")`.
 """
 
 import functools
-import zlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.support.folders import make_vocab
-from tests.support.models import save_model
+from tests.support.model_calls import (
+    Call,
+    embedding_calls,
+    generator_answers,
+    generator_calls,
+    mask_answers,
+    mask_calls,
+    pair_calls,
+    sentence_answers,
+    tagger_calls,
+    translator_answers,
+)
+from tests.support.models import HIDDEN, save_model
+from tests.support.sentence_models import add_modules, save_weights, write_json
 from tests.support.translators import save_translator
 from trimserve.encoder.encoder import Encoder
 from trimserve.generation.generator import Generator
@@ -22,197 +35,128 @@ from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
 from trimserve_export.pipeline import export
 
-# A call of a model gives something that can be compared: floats as their bytes.
-Call = Callable[[Any], Any]
-_PROMPTS = ("the cat sat on the mat", "a", "Grüße, Welt! 🎉 dog", "the dog sat on the cat " * 5, "[MASK] the")
+_ROWS = 37
+_TEMPLATE = "{% for m in messages %}the {{ m['content'] }} WORD {% endfor %}"
 _WIDE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
+_BYTES = {"tokenizer": "byte_level_bpe"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make a model, and what to do with it."""
+    """A kind of model.
 
-    make: Callable[[Path], Path]
-    calls: Callable[[], Mapping[str, Call]]
+    Attributes:
+        model: makes one, from a path and a seed; another seed makes one that answers otherwise.
+        calls: every way to ask it; None where another kind has the same.
+        answers: a few calls that read every file of a folder; None where another kind's folder has the same
+            files.
+        exporter: of its folder.
+        options: of its export.
+        seed: the usual one.
+    """
+
+    model: Callable[[Path, int], Path]
+    calls: Callable[[], Mapping[str, Call]] | None = None
+    answers: Callable[[Any], list[Any]] | None = None
     exporter: str = "auto"
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
-    def export(self, root: Path) -> Path:
+    def export(self, root: Path, seed: int | None = None) -> Path:
         """Make the trimmed folder."""
-        source = resolve_model(self.make(root / "model"))
+        root.mkdir(parents=True, exist_ok=True)
+        source = resolve_model(self.model(root / "model", self.seed if seed is None else seed))
         structural = structural_ids(source)
         others = np.setdiff1d(np.arange(source.vocab_size), structural)
         kept = np.union1d(structural, others[::3])
         vocab = make_vocab(kept.tolist(), source.vocab_size, source.tokenizer_sha256)
-        options = dict(self.options or {})
-        export(source, vocab, root / "trimmed", exporter=self.exporter, progress=False, **options)
+        export(source, vocab, root / "trimmed", exporter=self.exporter, progress=False, **self.options)
         return root / "trimmed"
 
 
-def _floats(values: Any) -> tuple[Any, ...]:
-    array = np.asarray(values)
-    return array.shape, array.dtype.str, zlib.crc32(array.tobytes()), array.tobytes()[:64]
+def _with_template(root: Path, seed: int) -> Path:
+    source = save_model("llama", root, rows=_ROWS, seed=seed)
+    path = source / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    template = _TEMPLATE.replace("WORD", ("mat", "latte")[seed % 2])
+    path.write_text(json.dumps(config | {"chat_template": template}))
+    return source
 
 
-def _generated(results: Any) -> list[Any]:
-    return [(result.ids, result.text, result.stopped, result.cold_mass) for result in results]
-
-
-def _backwards(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """A processor: the larger the id, the less likely, by how long the text is."""
-    return logits - np.float32(0.001 * len(ids)) * np.arange(logits.size, dtype=np.float32)
-
-
-def _abandoned(model: Generator, prompt: str) -> str:
-    """A stream that nobody wants any more: it is left to the garbage collector, within a cycle."""
-    stream = model.stream(prompt, max_new_tokens=24, temperature=0.9, seed=5)
-    cycle: list[Any] = [stream]
-    cycle.append(cycle)
-    # How much comes at a time depends on what other requests have taught.
-    return "".join(piece for _, piece in zip(range(2), stream, strict=False))[:1]
-
-
-def _closed(model: Generator, prompt: str) -> list[str]:
-    stream = model.stream(prompt, max_new_tokens=24, max_block=1)
-    pieces = [piece for _, piece in zip(range(3), stream, strict=False)]
-    stream.close()  # type: ignore[attr-defined]
-    return pieces
-
-
-def _interrupted(model: Generator, prompt: str) -> list[str]:
-    stream = model.stream(prompt, max_new_tokens=24, max_block=1)
-    pieces = [next(stream, "")]
-    try:
-        stream.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
-    except KeyboardInterrupt:
-        pieces.append("interrupted")
-    return pieces
-
-
-def _in_a_batch(model: Generator, **options: Any) -> list[Any]:
-    return _generated(model.generate(list(_PROMPTS[:3]), max_new_tokens=10, **options))
-
-
-_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "exact": {},
-    "exact, not certified": {"certify": False},
-    "exact, short blocks": {"max_block": 4},
-    "compact": {"mode": "compact"},
-    "sampled": {"temperature": 0.8, "top_p": 0.9, "seed": 3},
-    "sampled, filtered": {"temperature": 1.3, "top_k": 40, "min_p": 0.01, "typical_p": 0.9, "seed": 11},
-    "penalised": {"repetition_penalty": 1.3, "presence_penalty": 0.2, "no_repeat_ngram_size": 2},
-    "processed": {"logits_processor": _backwards},
-    "stopped": {"stop": ["e", "t "], "max_new_tokens": 30},
-    "mass": {"mode": "compact", "report_mass": True},
-}
-
-
-def generator_calls(*, beams: bool = True, exact: bool = True, pairs: bool = False) -> dict[str, Call]:
-    """Every way to call a generator; `pairs` where scores need a source."""
-    calls: dict[str, Call] = {}
-
-    def one(prompt: str, options: Mapping[str, Any], model: Generator) -> list[Any]:
-        return _generated(model.generate(prompt, **({"max_new_tokens": 14} | dict(options))))
-
-    every = dict(_OPTIONS) | ({"beams": {"num_beams": 3, "max_new_tokens": 8}} if beams else {})
-    for name, options in every.items():
-        if not exact and ("exact" in name or name == "mass"):
-            continue
-        for number, prompt in enumerate(_PROMPTS):
-            calls[f"{name}, {number}"] = functools.partial(one, prompt, options)
-    for number, prompt in enumerate(_PROMPTS):
-        calls[f"streamed, {number}"] = lambda model, p=prompt: "".join(model.stream(p, max_new_tokens=14))
-        calls[f"abandoned, {number}"] = lambda model, p=prompt: _abandoned(model, p)
-        calls[f"closed, {number}"] = lambda model, p=prompt: _closed(model, p)
-        calls[f"interrupted, {number}"] = lambda model, p=prompt: _interrupted(model, p)
-        if exact and pairs:
-            calls[f"scored, {number}"] = lambda model, p=prompt: [
-                _floats(score.log_probs) for score in model.score([p], [_PROMPTS[0]])
-            ]
-        elif exact:
-            calls[f"scored, {number}"] = lambda model, p=prompt: [
-                _floats(score.log_probs) for score in model.score(p)
-            ]
-    calls["batch"] = _in_a_batch
-    calls["batch, sampled"] = lambda model: _in_a_batch(model, temperature=0.9, seed=2)
-    return calls
-
-
-def encoder_calls(**own: Call) -> dict[str, Call]:
-    """Calls of any encoder, and those of its task."""
-    calls = dict(own)
-    for number in range(len(_PROMPTS)):
-        texts = list(_PROMPTS[number:] + _PROMPTS[:number])
-        calls[f"forward, {number}"] = lambda model, t=texts: [_floats(row) for row in model.forward(t)]
-        calls[f"ids, {number}"] = lambda model, t=texts: [ids.tolist() for ids in model.token_ids(t)]
-    return calls
-
-
-def _embedding_calls() -> dict[str, Call]:
-    own: dict[str, Call] = {
-        "encode": lambda model: _floats(model.encode(list(_PROMPTS))),
-        "encode one": lambda model: _floats(model.encode(_PROMPTS[0])),
-        "encode, prompted": lambda model: _floats(model.encode(list(_PROMPTS), prompt="a cat: ")),
-        "encode, cut": lambda model: _floats(
-            model.encode(["the cat sat " * 60], truncate_dim=4, normalize=True)
-        ),
+def _with_modules(root: Path, seed: int) -> Path:
+    pooling = ("Pooling", {"word_embedding_dimension": HIDDEN, "pooling_mode_mean_tokens": True})
+    dense = {
+        "in_features": HIDDEN,
+        "out_features": 8,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
     }
-    return encoder_calls(**own)
-
-
-def _pair_calls() -> dict[str, Call]:
-    pairs = [(first, second) for first in _PROMPTS[:2] for second in _PROMPTS[2:]]
-    return {
-        "predict": lambda model: _floats(model.predict(pairs)),
-        "rank": lambda model: [tuple(found.values()) for found in model.rank(_PROMPTS[0], list(_PROMPTS))],
-        "classify": lambda model: [[tuple(label.values()) for label in row] for row in model.classify(pairs)],
-    }
-
-
-def _tagger_calls() -> dict[str, Call]:
-    # The tokenizer is lent, with another truncation, while others encode.
-    return encoder_calls(
-        tag=lambda model: repr(model.tag(list(_PROMPTS), ignore_labels=())),
-        **{"tag, joined": lambda model: repr(model.tag(["the cat sat " * 60], aggregation="simple"))},
+    add_modules(
+        save_model("bert_encoder", root, rows=_ROWS, seed=seed), pooling, ("Dense", dense), ("Normalize", {})
     )
+    save_weights(root / "2_Dense", seed, linear_weight=(8, HIDDEN), linear_bias=(8,))
+    words = ("the ", "a cat ")[seed % 2]
+    write_json(root / "config_sentence_transformers.json", {"prompts": {"query": words}})
+    return root
 
 
-def _mask_calls() -> dict[str, Call]:
-    return encoder_calls(
-        fill=lambda model: repr(model.fill_mask(["the [MASK] sat", "[MASK] [MASK]"], top_k=4))
-    )
+def _model(family: str, **options: Any) -> Callable[[Path, int], Path]:
+    return lambda path, seed: save_model(family, path, seed=seed, **options)
 
 
-_BYTES = {"tokenizer": "byte_level_bpe", "seed": 1}
 KINDS: dict[str, Kind] = {
-    "untied": Kind(lambda path: save_model("llama", path, **_BYTES), generator_calls),
-    "tied": Kind(lambda path: save_model("llama_tied", path, **_BYTES), generator_calls),
+    "untied": Kind(_model("llama", **_BYTES), generator_calls, seed=1),
+    "tied": Kind(_model("llama_tied", **_BYTES), generator_calls, seed=1),
     "int4": Kind(
-        lambda path: save_model("qwen3", path, **_BYTES, **_WIDE | {"head_dim": 32}),
+        _model("qwen3", **_BYTES, **_WIDE | {"head_dim": 32}),
         generator_calls,
         options={"quantize": "int4"},
+        seed=1,
     ),
     "no_cold": Kind(
-        lambda path: save_model("gpt2", path, **_BYTES),
+        _model("gpt2", **_BYTES),
         functools.partial(generator_calls, exact=False),
         options={"cold": False},
+        seed=1,
     ),
-    "seq2seq": Kind(lambda path: save_translator("t5", path), functools.partial(generator_calls, pairs=True)),
-    "embeddings": Kind(lambda path: save_model("bert_encoder", path, rows=37), _embedding_calls),
-    "pairs": Kind(lambda path: save_model("bert_classifier", path, rows=37, num_labels=1), _pair_calls),
-    "tagger": Kind(lambda path: save_model("bert_tagger", path, rows=37), _tagger_calls),
-    "masks": Kind(lambda path: save_model("bert", path, rows=37), _mask_calls),
+    "seq2seq": Kind(
+        lambda path, seed: save_translator("t5", path, seed=seed),
+        functools.partial(generator_calls, pairs=True),
+        translator_answers,
+    ),
+    "embeddings": Kind(_model("bert_encoder", rows=_ROWS), embedding_calls),
+    "pairs": Kind(_model("bert_classifier", rows=_ROWS, num_labels=1), pair_calls),
+    "tagger": Kind(_model("bert_tagger", rows=_ROWS), tagger_calls),
+    "masks": Kind(_model("bert", rows=_ROWS), mask_calls, mask_answers),
     # Past and present share their buffers: a graph of onnxruntime-genai's builder.
     "shared_kv": Kind(
-        lambda path: save_model("llama_tied", path, **_BYTES, **_WIDE | {"num_key_value_heads": 1}),
+        _model("llama_tied", **_BYTES, **_WIDE | {"num_key_value_heads": 1}),
         functools.partial(generator_calls, beams=False),
         exporter="genai",
+        seed=1,
     ),
+    "chat": Kind(_with_template, answers=generator_answers),
+    "chat_int4": Kind(_with_template, answers=generator_answers, options={"quantize": "int4"}),
+    "sentence": Kind(_with_modules, answers=sentence_answers),
 }
-# Those that are made without transformers 5.
-USUAL = tuple(name for name, kind in KINDS.items() if kind.exporter == "auto")
+# Those of each library's calls that are made without transformers 5.
+USUAL = tuple(name for name, kind in KINDS.items() if kind.calls and kind.exporter == "auto")
+# One of each combination of files that a folder can have.
+FILES = ("chat", "masks", "seq2seq", "sentence")
 
 
 def open_model(folder: Path, threads: int = 1) -> Encoder | Generator:
     """A model that nobody has used yet."""
     return load(folder, threads=threads)
+
+
+def told(kind: str, model: Encoder | Generator) -> str:
+    """The short answers of a model, as text that can be compared."""
+    ask = KINDS[kind].answers
+    assert ask is not None
+    return repr(ask(model))
+
+
+def answers(kind: str, folder: Path) -> str:
+    """Load a folder and ask it; see `told`."""
+    return told(kind, open_model(folder))

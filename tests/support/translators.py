@@ -27,6 +27,7 @@ from trimserve.folder.opening import list_files
 from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
+from trimserve_export.exporters.choice import is_installed
 from trimserve_export.full_model import export_full
 from trimserve_export.pipeline import export
 
@@ -67,6 +68,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "pegasus": ("PegasusForConditionalGeneration", _BART | {"forced_eos_token_id": 3}),
     "blenderbot": ("BlenderbotForConditionalGeneration", _BART | {"forced_eos_token_id": None}),
     "longt5": ("LongT5ForConditionalGeneration", _T5 | {"local_radius": 4}),
+}
+# Those that optimum-onnx is not asked for.
+LATER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "umt5": (
+        "UMT5ForConditionalGeneration",
+        _T5 | {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
+    ),
+    "blenderbot_small": ("BlenderbotSmallForConditionalGeneration", _BART | {"forced_eos_token_id": None}),
+    "plbart": ("PLBartForConditionalGeneration", _BART | {"forced_eos_token_id": None}),
 }
 
 
@@ -199,7 +209,7 @@ def save_translator(
 
     `bias` is added to the random bias of the logits of some ids.
     """
-    name, settings = FAMILIES[family]
+    name, settings = (FAMILIES | LATER_FAMILIES)[family]
     model_class = getattr(transformers, name)
     known = transformers.GenerationConfig().to_dict()
     # Else transformers loads the family's own tokenizer class, which may change this one.
@@ -227,7 +237,8 @@ def make_translator(
     vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False, cold=cold)
     (root / "full").mkdir()
-    export_full(source, root / "full", TASK, "fp32")
+    exporter = "optimum" if is_installed("optimum") else "transformers"
+    export_full(source, root / "full", TASK, "fp32", exporter=exporter)
     return Translator(model, root / "trimmed", root / "full")
 
 

@@ -1,7 +1,8 @@
 """Commands in processes that die where a test says: one process imports all and forks a child for each.
 
-A fault is one of: `{"kill": n}` and `{"full": n}`, at the n-th time the child changes something under the
-root (from 1; a full disk stays full for whatever makes files), and `{"signal": number, "after": seconds}`.
+A fault is one of: `{"kill": n}`, perhaps with another `"signal"` than SIGKILL, and `{"full": n}`, at the n-th
+time the child changes something under the root (from 1; a full disk stays full for whatever makes files), and
+`{"signal": number, "after": seconds}`.
 """
 
 import errno
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.limits import PATIENCE, limit_this_process
+
 ROOT = Path(__file__).parents[2]
-# Longer is a hang, on cores that nobody else takes.
-LIMIT = 10.0
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _GROWS = ("open", "os.mkdir", "os.link")
 _CHANGES = (*_GROWS, "os.rename", "os.remove", "os.rmdir", "trimserve.exchange", "os.truncate")
@@ -26,7 +27,10 @@ _CHANGES = (*_GROWS, "os.rename", "os.remove", "os.rmdir", "trimserve.exchange",
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended: exit code (minus the signal that killed it, None for a hang), stderr, changes."""
+    """How a command ended: exit code (minus the signal that killed it), stderr, changes.
+
+    A hang, as `limits` has it, has no code.
+    """
 
     code: int | None
     stderr: str
@@ -94,17 +98,17 @@ def _serve(lines: Any, answers: Any) -> None:
 
 
 def _wait(pid: int, start: float, fault: dict[str, Any]) -> int | None:
-    limit = LIMIT * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     due = start + fault["after"] if "after" in fault else None
-    end = start + limit
+    end = start + PATIENCE
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            return None if code == -signal.SIGXCPU else code
         now = time.monotonic()
         if due is not None and now >= due:
             os.kill(pid, fault["signal"])
-            due, end = None, now + limit
+            due, end = None, now + PATIENCE
         if now >= end:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -114,6 +118,7 @@ def _wait(pid: int, start: float, fault: dict[str, Any]) -> int | None:
 
 def _child(job: dict[str, Any], log: Path, count: Path) -> None:
     code = 70
+    limit_this_process()
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         nowhere = os.open(os.devnull, os.O_RDWR)
@@ -144,7 +149,7 @@ def _watch(root: str, fault: dict[str, Any], counter: int) -> None:
         seen += 1
         os.pwrite(counter, seen.to_bytes(8, "little"), 0)
         if seen == fault.get("kill"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), fault.get("signal", signal.SIGKILL))
         at = fault.get("full")
         if (
             at is not None

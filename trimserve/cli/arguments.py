@@ -41,6 +41,13 @@ def add_text_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def named_path(word: str) -> Path:
+    """A path of the command line; nothing at all would mean the current folder."""
+    if not word:
+        raise argparse.ArgumentTypeError("an empty text is no path: name one")
+    return Path(word)
+
+
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `trimserve.profiles.profiling.profile` that the command line gave."""
     return {name: value for name in _OPTIONS if (value := getattr(args, name))}
@@ -109,7 +116,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="a token, or a text whose tokens stay; can be repeated",
     )
-    parser.add_argument("--keep-file", type=Path, metavar="F", help="ids or tokens, one a line, or .json")
+    parser.add_argument("--keep-file", type=named_path, metavar="F", help="ids or tokens a line, or .json")
 
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from trimserve.errors import MismatchError, TrimserveError
+from trimserve.files.held import HeldFile
 from trimserve.foreign import reason
 
 T = TypeVar("T")
@@ -17,11 +18,13 @@ MOST_BYTES = 512 << 20
 AGAIN = "fetch or make it again."
 
 
-def read_json(path: Path, *, advice: str = AGAIN, finite: bool = True, most_bytes: int = MOST_BYTES) -> Any:  # noqa: ANN401 - whatever JSON holds
+def read_json(
+    path: Path | HeldFile, *, advice: str = AGAIN, finite: bool = True, most_bytes: int = MOST_BYTES
+) -> Any:  # noqa: ANN401 - whatever JSON holds
     """Read a JSON file.
 
     Args:
-        path: the file.
+        path: the file, or an opened one.
         advice: what the message says to do next.
         finite: refuse NaN and the infinities, which are not JSON; configs of transformers may have them.
         most_bytes: the largest file that is read.
@@ -30,11 +33,26 @@ def read_json(path: Path, *, advice: str = AGAIN, finite: bool = True, most_byte
         MismatchError: larger, not UTF-8, or see `parse_json`.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        content = file.read(most_bytes + 1)
+    content = read_bounded(path, advice=advice, most_bytes=most_bytes)
+    shown = path.path if isinstance(path, HeldFile) else path
+    return parse_json(content, str(shown), advice=advice, finite=finite)
+
+
+def read_bounded(path: Path | HeldFile, *, advice: str = AGAIN, most_bytes: int = MOST_BYTES) -> bytes:
+    """Read a file that somebody names: it may be a pipe, or a device without an end.
+
+    Raises:
+        MismatchError: it has more bytes than `most_bytes`.
+        OSError: it cannot be read.
+    """
+    if isinstance(path, HeldFile):
+        content, path = path.read(0, most_bytes + 1), path.path
+    else:
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise MismatchError(f"{path} has more than {most_bytes:,} bytes, too many for JSON: {advice}")
-    return parse_json(content, str(path), advice=advice, finite=finite)
+        raise MismatchError(f"{path} has more than {most_bytes:,} bytes, too many for its kind: {advice}")
+    return content
 
 
 def parse_json(

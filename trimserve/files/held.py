@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trimserve.errors import MismatchError, TrimserveError
+from trimserve.files.scratch import scratch_folder
 
 # Up to this size a file is read at once, and needs no descriptor.
 SMALL_BYTES = 64 << 10
@@ -283,11 +284,10 @@ class HeldGraph:
         Raises:
             TrimserveError: there is no room for it.
         """
-        with tempfile.TemporaryDirectory(prefix="trimserve-held-", ignore_cleanup_errors=True) as folder:
-            target = Path(folder)
+        with contextlib.ExitStack() as stack:
             try:
-                self.file.copy_to(target / self.path.name)
-                for file in self._used():
+                target = stack.enter_context(scratch_folder("held"))
+                for file in (self.file, *self._used()):
                     file.copy_to(target / file.path.name)
             except OSError as error:
                 raise TrimserveError(

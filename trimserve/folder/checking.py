@@ -10,6 +10,7 @@ from trimserve.files.held import HeldFile, HeldFolder
 from trimserve.files.verified import REMEMBER_FROM_BYTES, is_remembered, remember
 from trimserve.folder.manifest import FileEntry
 from trimserve.folder.names import MANIFEST_NAME
+from trimserve.process import available_cpus
 
 # full: hash every file. fast: all but those that were hashed before and not written to since. off: sizes.
 Verify = Literal["full", "fast", "off"]
@@ -60,7 +61,7 @@ def check_files(folder: HeldFolder, entries: Mapping[str, FileEntry], verify: Ve
     # Largest first, so that the last thread is not alone with it.
     large.sort(key=lambda pair: -pair[0].size)
     if len(large) > 1:
-        with ThreadPoolExecutor(min(_MOST_THREADS, len(large), _cpus()), "trimserve-hash") as pool:
+        with ThreadPoolExecutor(min(_MOST_THREADS, len(large), available_cpus()), "trimserve-hash") as pool:
             list(pool.map(lambda pair: _check_hash(*pair), large))
     elif large:
         _check_hash(*large[0])
@@ -84,7 +85,3 @@ def _check_hash(file: HeldFile, entry: FileEntry) -> None:
         raise MismatchError(
             f"{file.path} has changed (expected sha256 {entry.sha256[:12]}…, found {found[:12]}…): {_ADVICE}"
         )
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ from msgspec import Meta
 from trimserve.errors import MismatchError, UsageError
 from trimserve.files.artefact import SCHEMA_VERSION
 from trimserve.files.atomic import atomic_path, replace_in_order
-from trimserve.files.checked_json import convert_json, parse_json
+from trimserve.files.checked_json import convert_json, parse_json, read_json
 from trimserve.files.held import HeldFile
 from trimserve.files.model_json import MOST_ROWS
 from trimserve.files.quantized import Quantization
@@ -27,6 +27,7 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 # A manifest is small beside this, with the results of a long verification and a corpus of many files.
 MOST_BYTES = 64 << 20
 _ADVICE = "export the folder again."
+_FINITE = False  # of a row that is not finite, the sketch's bound is infinite
 _Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 _Ids = Annotated[int, Meta(ge=1, le=MOST_ROWS)]
 _Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -152,8 +153,20 @@ class Manifest:
         Raises:
             MismatchError: not JSON, another schema, a missing key, or a path that leaves the folder.
         """
-        # Of a row that is not finite, the sketch's bound is infinite.
-        raw = parse_json(text, origin, advice=_ADVICE, finite=False)
+        return cls._of(parse_json(text, origin, advice=_ADVICE, finite=_FINITE), origin)
+
+    @classmethod
+    def read(cls, file: HeldFile) -> Self:
+        """Read an opened manifest.
+
+        Raises:
+            MismatchError: too large, or see `from_json`.
+        """
+        raw = read_json(file, advice=_ADVICE, finite=_FINITE, most_bytes=MOST_BYTES)
+        return cls._of(raw, str(file.path))
+
+    @classmethod
+    def _of(cls, raw: Any, origin: str) -> Self:  # noqa: ANN401 - whatever JSON holds
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version is None:
             raise MismatchError(f"{origin} is not a manifest this version understands: {_ADVICE}")
@@ -216,24 +229,13 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         UsageError: not a trimmed folder.
-        MismatchError: not UTF-8, or see `Manifest.from_json`.
+        MismatchError: see `Manifest.read`.
     """
     if not is_trimmed(path):
         raise UsageError(
             f"{path} is not a trimmed folder (no {MANIFEST_NAME} in it): make one with `trimserve export`."
         )
-    return parse_manifest(HeldFile(path / MANIFEST_NAME))
-
-
-def parse_manifest(file: HeldFile) -> Manifest:
-    """Read an opened manifest.
-
-    Raises:
-        MismatchError: too large, not UTF-8, or see `Manifest.from_json`.
-    """
-    if file.size > MOST_BYTES:
-        raise MismatchError(f"{file.path} has {file.size:,} bytes, too many for a manifest: {_ADVICE}")
-    return Manifest.from_json(file.read_text(), str(file.path))
+    return Manifest.read(HeldFile(path / MANIFEST_NAME))
 
 
 def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from trimserve.errors import MismatchError
-from trimserve.files.checked_json import parse_json
+from trimserve.files.checked_json import read_json
 from trimserve.files.hashes import sha256_file
 from trimserve.files.held import HeldFile, HeldFolder, HeldGraph
 from trimserve.files.model_json import check_model_object
 from trimserve.folder.checking import Verify, check_files, chosen_verify
-from trimserve.folder.manifest import FileEntry, Manifest, is_trimmed, parse_manifest, read_manifest
+from trimserve.folder.manifest import FileEntry, Manifest, is_trimmed, read_manifest
 from trimserve.folder.names import COLD_NAME, MANIFEST_NAME, TOKENIZER_NAME, VOCAB_NAME, is_inner_folder
 from trimserve.folder.tokenizer_settings import declared_settings
 from trimserve.vocab.file import load_vocab
@@ -91,7 +91,7 @@ class TrimmedFolder:
         if name not in self.manifest.files:
             return {}
         origin, advice = str(self.path / name), "export the folder again."
-        content = parse_json(self.opened(name).read(), origin, advice=advice, finite=False)
+        content = read_json(self.opened(name), advice=advice, finite=False)
         return check_model_object(content, name, origin, advice=advice)
 
     @property
@@ -150,7 +150,7 @@ def open_folder(path: Path, *, verify: str | None = None) -> TrimmedFolder:
 
 
 def _open(path: Path, held: HeldFolder, verify: Verify) -> TrimmedFolder:
-    manifest = parse_manifest(held.file(MANIFEST_NAME))
+    manifest = Manifest.read(held.file(MANIFEST_NAME))
     check_files(held, manifest.files, verify)
     held.close()
     if VOCAB_NAME not in manifest.files:

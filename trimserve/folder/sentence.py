@@ -100,12 +100,6 @@ _MODULES: dict[str, type[Module]] = {
 }
 
 
-def _default(entry: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401 - whatever make_dataclass takes
-    if entry.default_factory is not dataclasses.MISSING:
-        return field(default_factory=entry.default_factory)
-    return field(default=entry.default)
-
-
 @dataclass(frozen=True, slots=True)
 class SentenceSettings:
     """Everything between a text and its embedding or score that is not the graph.

@@ -84,7 +84,6 @@ FIELDS: Final[dict[str, Field]] = {
     ),
     "cache_config": Field("refused", ({},)),
 }
-HONOURED: Final = frozenset(name for name, field in FIELDS.items() if field.role == "honoured")
 # What transformers takes where nothing names a value, as far as that is not "off".
 LIBRARY_TOP_K: Final = 50
 

@@ -10,12 +10,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from trimserve.files.scratch import scratch_folder
 from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.tokenizer_settings import NO_LIMIT, ROLES
 from trimserve.foreign import is_panic, reason
@@ -29,8 +29,8 @@ def ask_transformers(folder: Path, *, trust_remote_code: bool) -> Json:
     """`read_with_transformers`, here or in a process that gives its memory back when it ends."""
     if "transformers" in sys.modules:
         return read_with_transformers(folder, trust_remote_code=trust_remote_code)
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "answer.json"
+    with scratch_folder("tokenizer") as scratch:
+        answer = scratch / "answer.json"
         command = [sys.executable, "-m", __name__, str(folder), str(answer), str(int(trust_remote_code))]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if not answer.is_file():

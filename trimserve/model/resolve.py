@@ -1,9 +1,10 @@
 """From what `-m/--model` names, a folder, a graph, a GGUF file or a hub id, to the model's files."""
 
 import re
+import stat
 from pathlib import Path
 
-from trimserve.errors import UsageError, require
+from trimserve.errors import MismatchError, UsageError, require
 from trimserve.files.hub import fetch_snapshot
 from trimserve.files.inner import inner_path
 from trimserve.files.model_json import read_modules
@@ -34,6 +35,7 @@ def resolve_model(
         UsageError: no such folder, and no such model on the hub or no way to reach it; or a revision of a
             local folder.
         UnsupportedModelError, MismatchError: a GGUF file that is not read; see `open_gguf`.
+        MismatchError: a pipe or a device is in the folder.
         MissingExtraError: a hub id, and huggingface_hub is not installed.
     """
     if isinstance(name, ModelSource):
@@ -42,6 +44,7 @@ def resolve_model(
     if path.exists() and revision is not None:
         raise UsageError(f"{name} is a local path, which has no revisions: leave --revision out.")
     if path.is_dir():
+        _check_entries(path)
         return _in_folder(str(name), None, path)
     if path.suffix == ".gguf" and path.is_file():
         gguf = open_gguf(path)
@@ -74,6 +77,20 @@ def resolve_source(
     if revision is None and not (isinstance(name, str | Path) and Path(name).exists()):
         revision = made_from.revision
     return resolve_model(name, revision=revision)
+
+
+def _check_entries(folder: Path) -> None:
+    """Refuse pipes and devices in a model's folder: whoever opens one by a file's name waits, or never ends.
+
+    They are opened from many places, other libraries' too, so they are looked for once, here.
+    """
+    for entry in (*folder.iterdir(), *folder.glob("*/*")):
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nowhere: whoever needs the file says so
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise MismatchError(f"{entry} is a pipe or a device and no file: put the file itself there.")
 
 
 def _in_folder(name: str, revision: str | None, path: Path) -> ModelSource:

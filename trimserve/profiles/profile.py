@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from trimserve.arguments import AnyPath, checked
 from trimserve.arrays import Counts, Ids
 from trimserve.corpus.files import CorpusSource
 from trimserve.errors import MismatchError
@@ -141,7 +142,8 @@ class Profile:
             return None
         return float(self.mass[self.document_counts == 1].sum())
 
-    def save(self, path: str | Path) -> None:
+    @checked
+    def save(self, path: AnyPath) -> None:
         """Write the profile as one safetensors file, atomically."""
         arrays: dict[str, npt.NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
         optional = {name: getattr(self, name) for name in _OPTIONAL_ARRAYS}
@@ -151,7 +153,8 @@ class Profile:
         save_artefact(Path(path), "profile", arrays, facts | {"tokens": self.tokens})
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    @checked
+    def load(cls, path: AnyPath) -> Self:
         """Read a profile.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
-from trimserve.arguments import Count, checked
+from trimserve.arguments import Threads, checked
 from trimserve.arrays import Counts, Ids
 from trimserve.console import progress as progress_bar
 from trimserve.corpus.corpus import Corpus
@@ -39,7 +39,7 @@ class ProfileOptions(TypedDict, total=False):
     unit: Unit
     skip_bad: bool
     max_line: int
-    workers: Count | None
+    workers: Threads | None
     engine: Where
     shard: str | None
     resume: Profile | None

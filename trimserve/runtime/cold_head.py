@@ -4,11 +4,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta
 
 from trimserve.arrays import Floats, Ids
 from trimserve.concurrency import Once, renew_in_child
@@ -18,13 +17,13 @@ from trimserve.files.held import HeldGraph
 from trimserve.files.model_json import Rows
 from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_HEAD_NAME, COLD_MAX_NAME, COLD_WEIGHTS_NAME
 from trimserve.folder.opening import TrimmedFolder
-from trimserve.runtime.session import available_cpus, open_session
+from trimserve.process import available_cpus
+from trimserve.runtime.session import open_session
 
 # Of a cold graph's metadata: a JSON list, how many cold rows each of its parts holds.
 PARTS_KEY = "trimserve.parts"
 Arrays = list[npt.NDArray[Any]]
 T = TypeVar("T")
-_Size = Annotated[int, Meta(ge=0, le=1 << 32)]
 
 
 class PartedGraph:

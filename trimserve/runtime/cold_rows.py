@@ -6,7 +6,7 @@ rows, and the system may drop them again. Only the asked rows are converted to t
 
 import mmap
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from trimserve.folder.names import COLD_BLOCKS_NAME, COLD_NAME
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.runtime.session import Session
 
-ColdTensor = Literal["embedding", "head", "head_bias"]
 # `Dtype` of a graph (`Manifest.dtype`) -> numpy dtype of its inputs; numpy has no bfloat16, so its bits.
 GRAPH_DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),

@@ -19,6 +19,7 @@ from trimserve.concurrency import Lock, renew_in_child
 from trimserve.errors import MismatchError, UsageError, require
 from trimserve.files.held import HeldGraph
 from trimserve.foreign import foreign
+from trimserve.process import available_cpus
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -310,10 +311,3 @@ def prepacks(*, quantized: bool, low_memory: bool) -> bool:
         "on" if chosen else "off",
     )
     return chosen
-
-
-def available_cpus() -> int:
-    """CPUs this process may run on (cgroup affinity counts where the system tells)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -8,9 +8,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError, UsageError
-from trimserve.files.checked_json import parse_json
+from trimserve.files.checked_json import parse_json, read_bounded
 
 logger = logging.getLogger(__name__)
+
+# A vocab of a million tokens has 20 MB.
+_MOST_BYTES = 64 << 20
 
 _FORMS = (
     "a text file with a token id a line, one with a token or text a line, or a .json file that holds a list "
@@ -42,10 +45,11 @@ def read_keep_file(path: str | Path) -> KeepList:
 
     Raises:
         UsageError: no such file, not UTF-8, or in none of these forms.
+        MismatchError: it is too large, or has no end.
     """
     file = Path(path)
     try:
-        text = file.read_text("utf-8")
+        text = read_bounded(file, advice=f"expected {_FORMS}.", most_bytes=_MOST_BYTES).decode()
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist: expected {_FORMS}.") from error
     except UnicodeDecodeError as error:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ def load_vocab(path: Path | HeldFile) -> VocabMap:
     shown = path.path if isinstance(path, HeldFile) else path
     arrays, facts = load_artefact(path, "vocab")
     told = convert_json(facts, _Facts, f"the metadata of {shown}", advice=_AGAIN)
+    convert_json(told.rule, _Rule, f"the rule of {shown}", advice=_AGAIN)
     # Reasons were an array before they moved to the metadata.
     reason = arrays.get("reason", None if told.reason is None else _digits(told.reason))
     if arrays.keys() - {"reason"} != {"vocab_map"} or reason is None:
@@ -65,6 +66,7 @@ def load_vocab(path: Path | HeldFile) -> VocabMap:
 
 
 _AGAIN = "select the vocab again."
+_Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Digits = Annotated[str, Meta(pattern="^[0-9]*$", max_length=MOST_ROWS)]
 
 
@@ -77,6 +79,36 @@ class _Facts:
     rule: dict[str, Any]
     reason: Digits | None = None
     output: Digits | None = None
+
+
+class _Options(TypedDict, total=False):
+    """Of the options of a rule, those that are read again."""
+
+    multiple_of: Annotated[int, Meta(ge=1)]
+    min_docs: Annotated[int, Meta(ge=0)]
+
+
+class _Corpus(TypedDict):
+    name: str
+    sha256: str
+
+
+class _Rule(TypedDict, total=False):
+    """How the ids were chosen, and what that gave; empty where they were given."""
+
+    options: _Options
+    coverage: float
+    missing_mass: float
+    missing_mass_bound: float
+    reasons: dict[Literal["structural", "profile", "explicit", "fill", "dependency"], _Count]
+    texts: _Count
+    tokens: _Count
+    row_bytes: _Count
+    sources: list[_Corpus]
+    profiles: dict[str, float]
+    output_coverage: float
+    head_rows: _Count
+    head_coverage: float
 
 
 def _digits(text: str) -> npt.NDArray[np.uint8]:

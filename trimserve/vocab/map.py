@@ -9,8 +9,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arguments import kind_of, read_value
 from trimserve.arrays import Ids
-from trimserve.errors import MismatchError, UnknownIdError
+from trimserve.errors import MismatchError, UnknownIdError, UsageError
 from trimserve.files.model_json import MOST_ROWS
 
 _COLD, _OUTSIDE = -1, -2
@@ -66,22 +67,24 @@ class VocabMap:
     _table: Ids = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name, kind in (("vocab_size", int), ("tokenizer_sha256", str)):
+            object.__setattr__(self, name, read_value(name, getattr(self, name), kind_of(kind)))
         if not 0 < self.vocab_size <= MOST_ROWS:
             raise MismatchError(
                 f"a vocab of {self.vocab_size:,} ids cannot be: expected 1 to {MOST_ROWS:,}. Select it again."
             )
-        kept = np.array(self.kept_ids, np.int64)  # a wider type first: int32 would wrap silently
-        reason = np.array(self.reason, np.uint8)
+        kept = _whole_numbers(self.kept_ids, "kept_ids")  # a wider type first: int32 would wrap silently
+        reason = _whole_numbers(self.reason, "reason")
         if kept.ndim != 1 or kept.size == 0 or reason.shape != kept.shape:
             raise MismatchError(
                 "a vocab needs at least one kept id and one reason for each: "
                 f"found kept ids of shape {kept.shape} and reasons of shape {reason.shape}."
             )
-        if int(reason.max()) > max(Reason):
+        if odd := {int(reason.min()), int(reason.max())} - set(range(max(Reason) + 1)):
             raise MismatchError(
-                f"reasons are numbers from 0 to {max(Reason)}, found {int(reason.max())}: select the vocab "
-                "again."
+                f"reasons are numbers from 0 to {max(Reason)}, found {max(odd)}: select the vocab again."
             )
+        reason = reason.astype(np.uint8)
         if kept[0] < 0 or kept[-1] >= self.vocab_size or np.any(np.diff(kept) <= 0):
             raise MismatchError(
                 f"kept ids must increase strictly within 0..{self.vocab_size - 1:,}: found "
@@ -98,7 +101,7 @@ class VocabMap:
             self._set_output_ids(self.output_ids)
 
     def _set_output_ids(self, ids: npt.ArrayLike) -> None:
-        output = np.array(ids, np.int64)
+        output = _whole_numbers(ids, "output_ids")
         if output.ndim != 1 or output.size == 0 or np.any(np.diff(output) <= 0):
             raise MismatchError(
                 f"output ids must increase strictly, found {output.size:,} ids of shape {output.shape}: "
@@ -205,6 +208,7 @@ class VocabMap:
         array = np.asarray(ids)
         if array.size == 0:
             return np.zeros(array.shape, np.int32)
+        _check_whole(array, "token ids")
         try:
             compact: Ids = self._table.take(array)
         except IndexError:
@@ -216,6 +220,8 @@ class VocabMap:
 
 
 def _check_range(ids: npt.NDArray[Any], size: int, what: str) -> None:
+    if ids.size:
+        _check_whole(ids, f"{what}s")
     # Never let -1 through: numpy and ONNX Gather both take it for the last row.
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= size):
         bad = ids[(ids < 0) | (ids >= size)].ravel()[0]
@@ -223,3 +229,19 @@ def _check_range(ids: npt.NDArray[Any], size: int, what: str) -> None:
             f"{what} {bad:,} is outside the model's vocab (0..{size - 1:,}): "
             "was this made with another tokenizer or another model?"
         )
+
+
+def _check_whole(ids: npt.NDArray[Any], what: str) -> None:
+    if ids.dtype.kind not in "iu":
+        raise UsageError(f"{what} should be whole numbers, found {ids.dtype}.")
+
+
+def _whole_numbers(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
+    """A copy as int64; nothing that is no whole number is rounded to one."""
+    try:
+        found = np.array(values)
+    except ValueError:  # rows of several lengths
+        raise UsageError(f"{name} should be a list of whole numbers, found lists in it.") from None
+    if found.size and (found.dtype.kind not in "iu" or found.max() > np.iinfo(np.int64).max):
+        raise UsageError(f"{name} should be a list of whole numbers below 2**63, found {found.dtype}.")
+    return found.astype(np.int64)

@@ -2,18 +2,18 @@
 
 It writes a graph for the prompt and one for each step after it, with the weights twice. The second one,
 traced with several tokens and a cache of any length, takes an empty cache too: it alone is made here, and
-its inputs and outputs get the names and axes that other exporters give them.
+its inputs and outputs get the names and axes that other exporters give them. Encoder-decoders are in
+`transformers_seq2seq`.
 """
 
 import inspect
-import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
@@ -21,8 +21,11 @@ from trimserve.errors import UnsupportedModelError, require
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve_export.checkpoint.tasks import check_task, load_model, task_class
 from trimserve_export.exporters import tracing
+from trimserve_export.exporters.axes import name_axes
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.exporters.rope import rope_by_length
+from trimserve_export.exporters.tracing import write_graph
+from trimserve_export.exporters.transformers_seq2seq import COMPARED, export_pair
 
 QUANTIZES = False
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
@@ -32,7 +35,6 @@ _AXES = {
     "attention_mask": ("batch_size", "total_sequence_length"),
     "past": ("batch_size", None, "past_sequence_length"),
 }
-_SYMBOL = re.compile(r"\b[su]\d+\b")
 _OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
@@ -43,9 +45,10 @@ def check_model(config: PretrainedConfig, task: str) -> None:
         UnsupportedModelError: see above.
     """
     check_task(task)
-    if task == TEXT2TEXT_TASK:
+    if task == TEXT2TEXT_TASK and config.model_type not in COMPARED and config.is_encoder_decoder:
         raise UnsupportedModelError(
-            "transformers' exporter leaves out the encoder of an encoder-decoder: use --exporter optimum."
+            f"of encoder-decoders {_name()} is taken for {', '.join(sorted(COMPARED))}, not for "
+            f"{config.model_type!r} models: use --exporter optimum in its environment, if that exports them."
         )
     if type(config) not in task_class(task, config)._model_mapping:
         raise UnsupportedModelError(
@@ -56,9 +59,6 @@ def check_model(config: PretrainedConfig, task: str) -> None:
 def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     """Export a checkpoint folder to ONNX; see `Exporter`."""
     require("onnxscript", extra="export-next", purpose="export --exporter transformers")
-    exporters = require(
-        "transformers.exporters", extra="export-next", purpose="export --exporter transformers"
-    )
     with tracing.quiet():
         model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
         with (
@@ -66,17 +66,26 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
             torch.no_grad(),
             rope_by_length(model),
         ):
+            if job.task == TEXT2TEXT_TASK:
+                return export_pair(model, output, _trace)
             example = _decoder_example(model) if job.task == GENERATION_TASK else _encoder_example(model)
-            settings = exporters.OnnxConfig(dynamic=True)
-            program, _ = exporters.OnnxExporter().export_program(model, example, config=settings)
+            program = _trace(model, example)
     if "past_key_values" in example:
         _name_caches(program.graph, example)
     _rename(program.graph)
-    RemoveUnusedNodesPass()(program)
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "model.onnx"
-    ir.save(program, path, external_data=f"{path.name}_data")
-    return path
+    return write_graph(program, output / "model.onnx")
+
+
+def _trace(
+    model: torch.nn.Module, example: dict[str, Any], varying: dict[str, Any] | None = None
+) -> ir.Model:
+    """The graph of a module; without `varying`, any axis may vary that the tracer does not find fixed."""
+    exporters = require(
+        "transformers.exporters", extra="export-next", purpose="export --exporter transformers"
+    )
+    settings = exporters.OnnxConfig(dynamic=True, dynamic_shapes=varying)
+    program: ir.Model = exporters.OnnxExporter().export_program(model, example, config=settings)[0]
+    return program
 
 
 def _ids(model: PreTrainedModel, length: int) -> torch.Tensor:
@@ -164,38 +173,15 @@ def _rename(graph: ir.Graph) -> None:
     """Give outputs and axes the names that the serving passes and other runtimes know."""
     kept = [value for value in graph.outputs if value.name in _OUTPUTS or _is_present(value)]
     graph.outputs[:] = kept
-    names = _axis_names(graph)
-    for value in _values(graph):
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(axis, names) for axis in value.shape])
+    name_axes(graph, _axes_of)
 
 
 def _is_present(value: ir.Value) -> bool:
     return str(value.name).startswith("present.")
 
 
-def _axis_names(graph: ir.Graph) -> dict[str, str]:
-    """The tracer's symbol for each axis -> its name."""
-    names: dict[str, str] = {}
-    for value in graph.inputs:
-        kind = "past" if str(value.name).startswith("past_key_values.") else str(value.name)
-        for axis, name in zip(value.shape or (), _AXES.get(kind, ()), strict=False):
-            if isinstance(axis, ir.SymbolicDim) and axis.value is not None and name is not None:
-                names.setdefault(axis.value, name)
-    return names
-
-
-def _renamed(axis: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
-    if isinstance(axis, int) or axis.value is None:
-        return axis if isinstance(axis, int) else None
-    if axis.value.isdecimal():  # a constant that the tracer wrote as a symbol
-        return int(axis.value)
-    return _SYMBOL.sub(lambda found: names.get(found[0], found[0]), axis.value)
-
-
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    made = [value for node in graph.all_nodes() for value in node.outputs]
-    return [*graph.inputs, *made]
+def _axes_of(name: str) -> Sequence[str | None]:
+    return _AXES.get("past" if name.startswith("past_key_values.") else name, ())
 
 
 def _name() -> str:

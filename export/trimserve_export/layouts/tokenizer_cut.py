@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # Files that name tokens, never ids: the same for every vocab.
 UNCHANGED_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-# SentencePiece models would go on speaking of the original ids.
-LEFT_OUT = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 Json = dict[str, Any]
 
 

@@ -4,7 +4,8 @@ optimum-onnx writes an encoder, a decoder for the first token, a decoder for the
 two decoders under an `If`. Only two graphs are needed. The decoder for later tokens also takes an empty past
 and any number of tokens, so it is the decoder. What the first one alone computes, the cross-attention's
 keys and values, depends on the source text alone, so it moves to the end of the encoder and is run once a
-request. Weights that both graphs have, the embedding first of all, are stored once and mapped twice.
+request. Through transformers' exporter just these two graphs are written. Weights that both have, the
+embedding first of all, are stored once and mapped twice.
 """
 
 import hashlib
@@ -55,8 +56,11 @@ def make_seq2seq_servable(
         UnsupportedModelError: a part of a graph is not understood; nothing is written then.
     """
     encoder = read_exported(source / ENCODER_NAME)
-    decoder = read_exported(source / _LATER_NAME)
-    add_cross_attention(encoder, read_exported(source / _FIRST_NAME))
+    if (source / _LATER_NAME).is_file():
+        decoder = read_exported(source / _LATER_NAME)
+        add_cross_attention(encoder, read_exported(source / _FIRST_NAME))
+    else:
+        decoder = read_exported(source / DECODER_NAME)
     apply_passes(encoder, rows=rows, has_head=False)
     apply_passes(decoder, rows=rows, has_head=True)
     if scheme is not None:

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from tests.support.gguf_files import Tensor, Written, random_tensor
 from trimserve.files.gguf import read_gguf
 from trimserve.files.quantized import BlockScheme, dequantize

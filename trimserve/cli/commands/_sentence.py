@@ -141,7 +141,7 @@ def read_pair(line: str) -> tuple[str, str]:
     if line.lstrip().startswith("["):
         try:
             pair = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             pair = None
         if isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
             return pair[0], pair[1]

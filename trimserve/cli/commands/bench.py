@@ -3,10 +3,9 @@
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.cli.arguments import positive
+from trimserve.cli.arguments import named_path, positive
 from trimserve.cli.output import emit
 from trimserve.console import human_bytes, percent, table
 from trimserve.errors import UsageError, require
@@ -22,7 +21,7 @@ _NEW_TOKENS = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the trimmed folder (layout runtime)")
+    parser.add_argument("folder", type=named_path, metavar="DIR", help="the trimmed folder (layout runtime)")
     parser.add_argument(
         "-m", "--model", help="the full model: a folder, GGUF file or hub id (default: the folder's source)"
     )
@@ -48,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from trimserve.folder.opening import open_folder
     from trimserve.loading import check_runnable
     from trimserve.model.resolve import resolve_source
-    from trimserve.runtime.session import available_cpus, providers
+    from trimserve.process import available_cpus
+    from trimserve.runtime.session import providers
 
     begin = time.perf_counter()
     runtime = require("onnxruntime", extra="cpu", purpose="trimserve bench")

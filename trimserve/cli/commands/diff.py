@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.cli.arguments import named_path
 from trimserve.cli.output import emit
 from trimserve.console import percent, table
 from trimserve.errors import UsageError
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("before", metavar="A", help="the earlier profile")
     parser.add_argument("after", metavar="B", help="the later one, of the same model")
-    parser.add_argument("--vocab", type=Path, metavar="V", help="say what it keeps of each profile, too")
+    parser.add_argument("--vocab", type=named_path, metavar="V", help="say what it keeps of each, too")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="how many tokens to list (20)")
     parser.add_argument("-m", "--model", help="where the tokens' texts are found (default: as profiled)")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trimserve.cli.arguments import (
     add_reading_arguments,
     add_selection_arguments,
+    named_path,
     reading_options,
     selection_options,
 )
@@ -31,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m", "--model", required=True, help="folder, GGUF file or hub id of the model to trim"
     )
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("-o", "--output", required=True, type=named_path, help="folder to make")
     base = "the model that a compact checkpoint of fine-tuning was cut from (default: the one it names)"
     parser.add_argument("--base", help=base)
     parser.add_argument(
         "--adapter", metavar="DIR", help="LoRA or another adapter to merge into the model (peft)"
     )
     ids = parser.add_argument_group("kept ids").add_mutually_exclusive_group()
-    ids.add_argument("--vocab", type=Path, metavar="F", help="vocab written by `trimserve select`")
+    ids.add_argument("--vocab", type=named_path, metavar="F", help="vocab written by `trimserve select`")
     ids.add_argument("--profile", nargs="+", metavar="[NAME=]P", help="profiles to select from")
     ids.add_argument("--corpus", nargs="+", metavar="FILE", help="texts to profile and select from")
     read = "how files of --corpus, --held-out and --calibrate are read"

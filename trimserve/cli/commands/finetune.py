@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimserve.cli.arguments import named_path
 from trimserve.cli.output import emit
 from trimserve.errors import MismatchError, UsageError
 
@@ -27,19 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="folder saved inside a partial_vocab block")
+    parser.add_argument("checkpoint", type=named_path, help="folder saved inside a partial_vocab block")
     parser.add_argument("--base", help="the model it was cut from (default: the one the checkpoint names)")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("-o", "--output", required=True, type=named_path, help="folder to make")
     _add_format(parser)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", nargs="+", metavar="FILE", help="training texts: .txt or .jsonl")
     parser.add_argument("-m", "--model", required=True, help="folder or hub id of the model")
-    parser.add_argument("--vocab", required=True, type=Path, metavar="F", help="by `trimserve select`")
+    parser.add_argument("--vocab", required=True, type=named_path, metavar="F", help="by `trimserve select`")
     parser.add_argument("--text-column", metavar="C", help="field of a .jsonl record that holds its text")
     grow = "write a vocab that their ids have joined, instead of failing"
-    parser.add_argument("--grow", type=Path, metavar="NEW", help=grow)
+    parser.add_argument("--grow", type=named_path, metavar="NEW", help=grow)
     _add_format(parser)
 
 

@@ -1,15 +1,17 @@
 """`trimserve merge`: add profiles up."""
 
 import argparse
-from pathlib import Path
 
+from trimserve.cli.arguments import named_path
 from trimserve.cli.output import emit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("profiles", nargs="+", metavar="P", help="profiles of one model")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
+    parser.add_argument(
+        "-o", "--output", required=True, type=named_path, help="profile to make (.safetensors)"
+    )
     parser.add_argument(
         "--weight",
         nargs="+",

@@ -3,10 +3,9 @@
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.cli.arguments import add_reading_arguments, reading_options
+from trimserve.cli.arguments import add_reading_arguments, named_path, reading_options
 from trimserve.cli.output import emit
 from trimserve.cli.rules import Rule, check
 from trimserve.interrupts import exit_code
@@ -26,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m", "--model", required=True, help="folder, GGUF file or hub id whose tokenizer counts"
     )
-    parser.add_argument("-o", "--output", required=True, type=Path, help="profile to write (.safetensors)")
+    parser.add_argument(
+        "-o", "--output", required=True, type=named_path, help="profile to write (.safetensors)"
+    )
     add_reading_arguments(parser)
     parser.add_argument("--workers", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--engine", choices=("local", "ray"), help="where to count (default: local)")

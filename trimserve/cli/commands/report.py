@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.cli.arguments import add_profile_arguments, add_reading_arguments, reading_options
+from trimserve.cli.arguments import add_profile_arguments, add_reading_arguments, named_path, reading_options
 from trimserve.cli.inputs import load_profiles
 from trimserve.cli.output import emit
 from trimserve.errors import UsageError
@@ -21,13 +21,13 @@ _HTML_SUFFIXES = (".html", ".htm")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_profile_arguments(parser)
-    parser.add_argument("-o", "--output", type=Path, help="page to write (.html)")
+    parser.add_argument("-o", "--output", type=named_path, help="page to write (.html)")
     parser.add_argument("-m", "--model", help="where tokenizer and weights are found (default: as profiled)")
     parser.add_argument(
-        "--vocab", type=Path, metavar="V", help="the choice to show (default: coverage 0.999)"
+        "--vocab", type=named_path, metavar="V", help="the choice to show (default: coverage 0.999)"
     )
     parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="a trimmed folder: its vocab, its verification"
+        "--folder", type=named_path, metavar="DIR", help="a trimmed folder: its vocab, its verification"
     )
     held_out = "files of them, or a profile of them (.safetensors)"
     unseen = parser.add_argument_group("texts that were not profiled")

@@ -4,10 +4,9 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimserve.cli.arguments import add_text_arguments
+from trimserve.cli.arguments import add_text_arguments, named_path
 from trimserve.cli.commands._options import GENERATION, OPTIONS, READING, check_options, check_plan
 from trimserve.cli.inputs import encodable_word, read_stdin, read_texts
 from trimserve.cli.output import emit
@@ -25,7 +24,7 @@ STDIN = "-"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; None stands for the model's or the function's own default."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a trimmed folder")
+    parser.add_argument("folder", type=named_path, metavar="DIR", help="a trimmed folder")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="prompts or texts; - or none: from stdin")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one operator")

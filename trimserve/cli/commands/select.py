@@ -1,9 +1,13 @@
 """`trimserve select`: choose the kept ids from profiles."""
 
 import argparse
-from pathlib import Path
 
-from trimserve.cli.arguments import add_profile_arguments, add_selection_arguments, selection_options
+from trimserve.cli.arguments import (
+    add_profile_arguments,
+    add_selection_arguments,
+    named_path,
+    selection_options,
+)
 from trimserve.cli.describe import selection_document, selection_summary
 from trimserve.cli.inputs import load_profiles
 from trimserve.cli.output import emit
@@ -13,7 +17,7 @@ from trimserve.errors import UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_profile_arguments(parser)
-    parser.add_argument("-o", "--output", type=Path, help="vocab to write (.safetensors)")
+    parser.add_argument("-o", "--output", type=named_path, help="vocab to write (.safetensors)")
     parser.add_argument("-m", "--model", help="where tokenizer and weights are found (default: as profiled)")
     parser.add_argument(
         "--dry-run", action="store_true", help="write nothing: say what the choice would cost and bring"

@@ -1,8 +1,8 @@
 """`trimserve verify`: compare a trimmed folder with the full model; exit code 3 where it differs."""
 
 import argparse
-from pathlib import Path
 
+from trimserve.cli.arguments import named_path
 from trimserve.cli.inputs import read_lines
 from trimserve.cli.output import emit
 from trimserve.console import table
@@ -14,7 +14,7 @@ _OUTCOMES = {True: "ok", False: "FAILED", None: "not compared"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the trimmed folder")
+    parser.add_argument("folder", type=named_path, metavar="DIR", help="the trimmed folder")
     parser.add_argument(
         "-m", "--model", help="the full model: a folder, GGUF file or hub id (default: the folder's source)"
     )
