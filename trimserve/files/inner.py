@@ -10,7 +10,8 @@ _LONGEST = 1024
 def inner_path(folder: Path, name: str, origin: str) -> Path:
     """The path of a file or folder that a model's file names.
 
-    Links are followed within the folder, and into the blobs of the hub's cache that the folder belongs to.
+    A link to a file is that file: who made it could have put the file there. Links to folders are followed
+    within the folder, and into the blobs of the hub's cache that the folder belongs to.
 
     Args:
         folder: the model's folder.
@@ -19,7 +20,7 @@ def inner_path(folder: Path, name: str, origin: str) -> Path:
 
     Raises:
         MismatchError: the name is empty or absolute, has a ``..``, a backslash, a drive or a NUL in it, or is
-            a link out of the folder.
+            a link to a folder elsewhere.
     """
     path = PurePosixPath(name)
     windows = PureWindowsPath(name)
@@ -33,8 +34,8 @@ def inner_path(folder: Path, name: str, origin: str) -> Path:
     found = folder / path
     if not _stays(found, folder):
         raise MismatchError(
-            f"{found} is a link out of the folder: put the file itself there, if you know who made "
-            "the folder."
+            f"{found} is a link out of the folder: put what it leads to there itself, if you know who made "
+            "it."
         )
     return found
 
@@ -44,7 +45,7 @@ def _stays(path: Path, folder: Path) -> bool:
         home, real = folder.resolve(), path.resolve()
     except (OSError, RuntimeError):  # links in a circle; Python before 3.13 has a RuntimeError for them
         return False
-    if real.is_relative_to(home):
+    if real.is_file() or real.is_relative_to(home):
         return True
     # The hub's cache: models--owner--name/snapshots/REVISION/… are links into models--owner--name/blobs.
     caches = [above.parent for above in home.parents if above.name == "snapshots"]
