@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Stealing keeps neighbours on one worker, so that a module's fixtures are made once.
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-js test-next test-latest demo bench bench-full plots wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-fuzz test-js test-next test-latest demo bench bench-full plots wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,10 +42,13 @@ lint: $(READY)  ## pages and figures against their rows, ruff, mypy --strict, th
 	$(BIN)/lint-imports
 
 test: $(READY)  ## the whole suite but its slow tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz'
 
 test-slow: $(READY)  ## the slow tests and those that read real data
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'slow or realdata'
+
+test-fuzz: $(READY)  ## hardening with its large counts: 30,000 damages, 200 kills, 4,000 calls from threads (half an hour)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m fuzz tests/hardening
 
 # The transformers 5 environment: what needs no optimum-onnx.
 NEXT := .venv-next
@@ -58,7 +61,7 @@ $(NEXT)/.ready: pyproject.toml constraints-next.txt
 	@touch $(NEXT)/.ready
 
 test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones too
-	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal -m next
+	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'next and not fuzz'
 
 # What a user installs today, without our pins; torch alone is held, as in the other environments.
 LATEST := .venv-latest
@@ -72,7 +75,7 @@ $(LATEST)/.ready: pyproject.toml constraints-latest.txt
 
 test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest versions of every package
 	@$(LATEST)/bin/python -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(transformers|tokenizers|onnx|onnxruntime|onnx-ir|onnxscript|torch|numpy) '
-	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'next and not slow' \
+	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'next and not slow and not fuzz' \
 		tests/export/test_exporters.py tests/export/test_matrix.py tests/export/verify/test_source.py
 
 test-js: $(READY)  ## transformers.js under Node on folders of ours

@@ -311,7 +311,7 @@ def test_wild_arguments_give_a_result_or_a_sentence(generator, encoder, tmp_path
     assert CALLS / 4 < refused < CALLS  # some are right, too
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
 def test_many_wild_arguments_give_a_result_or_a_sentence(generator, encoder, tmp_path):
     tries(SLOW_CALLS, SEED + 1, all_targets(generator, encoder, tmp_path))

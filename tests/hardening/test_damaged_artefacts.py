@@ -151,6 +151,6 @@ def test_damaged_artefacts(artefacts, tmp_path):
     attack(artefacts, TRIED, SEED, tmp_path).check()
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_damaged_artefacts(artefacts, tmp_path):
     attack(artefacts, TRIED_SLOWLY, SEED + 1, tmp_path).check()

@@ -263,7 +263,7 @@ class Fuzz:
         assert self.counter.kinds["counted"] > self.counter.tried // 50
 
 
-@pytest.mark.parametrize("tried", [IN_CI, pytest.param(SLOWLY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tried", [IN_CI, pytest.param(SLOWLY, marks=pytest.mark.fuzz)])
 def test_damaged_files_are_refused_or_counted_whole(tmp_path, tried):
     seed = SEED if tried == IN_CI else SEED + 1
     fuzz, every = Fuzz(tmp_path, "damaged corpora", seed), kinds()
@@ -283,7 +283,7 @@ def _written(folder, kind: Kind) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("tried", [SLICED, pytest.param(SLICED_SLOWLY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tried", [SLICED, pytest.param(SLICED_SLOWLY, marks=pytest.mark.fuzz)])
 def test_slices_and_shards_of_damaged_files_add_up(tmp_path, tried, monkeypatch):
     """The same of files in slices, which workers and shards read: all of it, or one of them says why not."""
     monkeypatch.setattr(slices, "SLICE_BYTES", _SLICE_BYTES)

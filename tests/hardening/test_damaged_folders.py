@@ -128,17 +128,17 @@ def test_damaged_graphs_with_new_hashes_end_no_process_but_their_own(folders, tm
     _graphs(folders, tmp_path, FAST[2])
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_much_damage_is_refused_or_changes_nothing(folders, tmp_path):
     run(Counter(PLAIN, SEED), folders, tmp_path, SLOW[0], rehashed=False, first=100_000)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_much_damage_with_new_hashes_is_refused_or_gives_numbers(folders, tmp_path):
     run(Counter(REHASHED, SEED), folders, tmp_path, SLOW[1], rehashed=True, first=200_000)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_damaged_graphs_with_new_hashes(folders, tmp_path):
     _graphs(folders, tmp_path, SLOW[2], first=300_000)
 

@@ -273,11 +273,11 @@ def test_exports_of_damaged_models(folders, tmp_path):
     attack_exports(folders, WHOLE, SEED, tmp_path).check()
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_damaged_models(folders, tmp_path):
     attack(folders, TRIED_SLOWLY, SEED + 1, tmp_path).check()
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_exports_of_damaged_models(folders, tmp_path):
     attack_exports(folders, WHOLE_SLOWLY, SEED + 1, tmp_path).check()

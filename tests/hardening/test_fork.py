@@ -161,7 +161,7 @@ def test_children_of_a_model_at_work_in_other_threads(served, name):
     fork_at_work(served(name), name, CI_FORKS)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("name", USUAL)
 def test_many_children_of_a_model_at_work_in_other_threads(served, name):
     fork_at_work(served(name), name, SLOW_FORKS // len(USUAL))

@@ -29,7 +29,7 @@ def faults(tmp_path_factory):
         yield made
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("name", NAMES)
 def test_full_from_any_change_on(faults, name, step):
     faults.counter = Counter(f"full disks during {name}", "none")

@@ -82,7 +82,7 @@ def test_changed_files_are_read_or_refused(tmp_path):
     fuzz(CI_COUNT, tmp_path / "m.gguf")
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_changed_files_are_read_or_refused(tmp_path):
     fuzz(SLOW_COUNT, tmp_path / "m.gguf")
 
@@ -171,6 +171,6 @@ def test_models_with_other_metadata_are_read_or_refused(tmp_path):
     fuzz_models(MODEL_CI_COUNT, tmp_path / "m.gguf")
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_models_with_other_metadata_are_read_or_refused(tmp_path):
     fuzz_models(MODEL_SLOW_COUNT, tmp_path / "m.gguf")

@@ -29,7 +29,7 @@ def faults(tmp_path_factory):
         yield made
 
 
-@pytest.mark.parametrize("count", [KILLS, pytest.param(SLOW_KILLS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [KILLS, pytest.param(SLOW_KILLS, marks=pytest.mark.fuzz)])
 def test_random_moments(faults, count):
     faults.counter = Counter("kills at random moments", SEED + count)
     chosen = random.Random(SEED + count)
@@ -51,7 +51,7 @@ def test_each_signal_ends_a_command_in_its_way(faults, kind):
 
 
 # The slow ones are killed at every change; else at the first, some between, and the last, which put in place.
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_change(faults, name, step):
     faults.counter = Counter(f"kills of {name} at its changes", "none")

@@ -374,7 +374,7 @@ def test_any_program_ends_in_a_text_or_a_sentence():
     assert PROGRAMS / 20 < made < PROGRAMS
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_programs_end_in_a_text_or_a_sentence():
     fuzz(SLOW_PROGRAMS, SEED + 1)
 

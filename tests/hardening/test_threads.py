@@ -104,12 +104,12 @@ def test_so_they_do_with_threads_of_the_sessions_own(served):
 @pytest.mark.next
 @pytest.mark.usefixtures("switching")
 @pytest.mark.skipif(not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai")
-@pytest.mark.parametrize("count", [CI_CALLS, pytest.param(SLOW_CALLS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [CI_CALLS, pytest.param(SLOW_CALLS, marks=pytest.mark.fuzz)])
 def test_so_they_do_where_past_and_present_share_buffers(served, count):
     assert mixed_up(served("shared_kv"), "shared_kv", count, threads=2) == []
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.usefixtures("switching")
 @pytest.mark.parametrize("name", USUAL)
 def test_many_calls_from_threads_give_what_they_give_alone(served, name):
