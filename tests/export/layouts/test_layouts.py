@@ -265,7 +265,7 @@ def test_cold_id_without_a_row_is_nan_where_lookups_are_not_checked(tmp_path):
     )
     source = tmp_path / "source.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), source)
-    vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3), 8)
+    vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3, np.uint8), 8)
     (tmp_path / "out").mkdir()
     path = make_drop_in(source, tmp_path / "out", vocab, has_head=False)
     evaluator = ReferenceEvaluator(str(path), new_ops=[UncheckedGather])
@@ -274,7 +274,7 @@ def test_cold_id_without_a_row_is_nan_where_lookups_are_not_checked(tmp_path):
 
 
 def test_table_from_ids_to_rows():
-    vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3), 8)
+    vocab = VocabMap(np.array([2, 3, 6]), np.zeros(3, np.uint8), 8)
     assert id_table(vocab, slots=True).tolist() == [3, 4, 0, 1, 5, 6, 2, 7]
     assert id_table(vocab, slots=False).tolist() == [3, 3, 0, 1, 3, 3, 2, 3]
 
