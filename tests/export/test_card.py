@@ -34,7 +34,9 @@ def front_matter(tmp_path, card: str | None) -> dict:
     source.mkdir()
     if card is not None:
         (source / "README.md").write_text(card, "utf-8")
-    manifest = make_folder(tmp_path / "folder", [0, 2], 5, graphs={"model": "model.onnx"}).manifest
+    manifest = make_folder(
+        tmp_path / "folder", [0, 2], 5, graphs={"model": "model.onnx"}, files={"model.onnx": b"graph"}
+    ).manifest
     manifest = dataclasses.replace(manifest, exporter={"trimserve": "0"})
     text = render_card(manifest, ModelSource("someone/model", None, source), 0)
     opening, found, _ = text.split("---\n", 2)
