@@ -19,7 +19,6 @@ from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.layouts.segmentation import describe_segmentation
-from trimserve_export.serving.quality import Quality
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +158,8 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     before, after = human_bytes(manifest.bytes_before), human_bytes(bytes_after)
     yield "weights", f"{before} in {manifest.dtype} -> {after} in {', '.join(_number_formats(manifest))}"
     if manifest.quality is not None:
+        from trimserve_export.serving.quality import Quality  # needs onnx
+
         yield "quantised", Quality.from_dict(manifest.quality).describe()
     yield "cut", ", ".join(f"`{tensor.name}` (axis {tensor.axis})" for tensor in manifest.cut)
     if COLD_NAME in manifest.files:
