@@ -15,9 +15,8 @@ from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import Quantization
 from trimserve.folder.manifest import FileEntry, Manifest, replace_listed, stored_weight_bytes
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
-from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK, has_vocab_head
 from trimserve.model.source import ModelSource
-from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.layouts.segmentation import describe_segmentation
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from trimserve.files.quantized import Quantization
 from trimserve.files.scratch import scratch_beside
 from trimserve.folder.manifest import Lengths, Manifest
 from trimserve.folder.names import CALIBRATION_NAME, COLD_NAME, VOCAB_NAME
-from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK, has_vocab_head
 from trimserve.model.source import GENAI_NAME
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
@@ -18,7 +18,6 @@ from trimserve_export.checkpoint.head_ids import compact_head
 from trimserve_export.checkpoint.lengths import lengths_of
 from trimserve_export.checkpoint.sentence_files import write_declared
 from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer
-from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
 from trimserve_export.exporters.choice import Choice

@@ -7,9 +7,9 @@ from trimserve.files.quantized import Quantization
 from trimserve.files.scratch import scratch_beside
 from trimserve.folder.names import CALIBRATION_NAME
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.tasks import has_vocab_head
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
-from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.exporters.exporter import GraphJob, load_exporter
 from trimserve_export.from_checkpoint import make_graphs
 from trimserve_export.from_graph.trimmed import serve_full

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from trimserve.errors import UnsupportedModelError, UsageError
 from trimserve.files.quantized import Quantization
-from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK, has_vocab_head
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import ModelClass, load_config
@@ -17,7 +17,7 @@ from trimserve_export.checkpoint.generation_settings import read_generation
 from trimserve_export.checkpoint.head_ids import check_task_of_head
 from trimserve_export.checkpoint.sentence_config import Declared, read_declared, task_of_modules
 from trimserve_export.checkpoint.sentence_modules import is_sentence_transformers
-from trimserve_export.checkpoint.tasks import check_task, has_vocab_head, infer_task, task_class
+from trimserve_export.checkpoint.tasks import check_task, infer_task, task_class
 from trimserve_export.exporters.choice import Choice, choose_exporter
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.layouts.segmentation import Sample

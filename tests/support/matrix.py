@@ -23,7 +23,7 @@ from trimserve.arrays import Ids
 from trimserve.errors import UnsupportedModelError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.opening import TrimmedFolder, open_folder
-from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK, has_vocab_head
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import ModelSource
@@ -33,7 +33,6 @@ from trimserve.runtime.session import open_session
 from trimserve.vocab.map import Reason, VocabMap
 from trimserve_export import full_model as reference
 from trimserve_export.checkpoint.axes import load_config
-from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.exporters import choice
 from trimserve_export.exporters.exporter import EXPORTERS, Exporter, GraphJob, load_exporter
 from trimserve_export.from_graph.trimmed import serve_full

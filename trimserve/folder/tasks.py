@@ -24,3 +24,8 @@ ENCODER_TASKS: tuple[Task, ...] = (
     "token-classification",
     ANSWERING_TASK,
 )
+
+
+def has_vocab_head(task: str) -> bool:
+    """Tell whether a task's graph makes logits over the vocab."""
+    return task in ("fill-mask", *GENERATOR_TASKS)

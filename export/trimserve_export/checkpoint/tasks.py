@@ -10,7 +10,6 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.folder.tasks import (
     ANSWERING_TASK,
     GENERATION_TASK,
-    GENERATOR_TASKS,
     TEXT2TEXT_TASK,
     Task,
 )
@@ -79,11 +78,6 @@ def task_class(task: str, config: PretrainedConfig) -> ModelClass:
     if task == "feature-extraction" and config.model_type in _ENCODERS_OF_PAIRS:
         return encoder
     return TASK_CLASSES[task]
-
-
-def has_vocab_head(task: str) -> bool:
-    """Tell whether a task's graph makes logits over the vocab."""
-    return task in ("fill-mask", *GENERATOR_TASKS)
 
 
 def check_task(task: str) -> None:

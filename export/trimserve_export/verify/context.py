@@ -10,6 +10,7 @@ import onnx_ir as ir
 from trimserve.arrays import Ids
 from trimserve.errors import UnknownIdError, UsageError
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.folder.tasks import has_vocab_head
 from trimserve.generation.config import GenerationConfig
 from trimserve.model.source import ModelSource
 from trimserve.runtime.cold_rows import ColdRows
@@ -17,7 +18,6 @@ from trimserve.runtime.session import open_session
 from trimserve.text.codec import Codec
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.stored import StoredVocab
-from trimserve_export.checkpoint.tasks import has_vocab_head
 from trimserve_export.serving.quantized_embedding import quantized_lookup
 from trimserve_export.verify.plain_run import GraphModel, Model, Seq2SeqModel
 from trimserve_export.verify.rounding import GraphBound, RoundingBound

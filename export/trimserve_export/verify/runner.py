@@ -15,7 +15,7 @@ from trimserve.files.quantized import Quantization
 from trimserve.files.scratch import scratch_folder
 from trimserve.folder.manifest import Manifest, read_manifest, with_verification
 from trimserve.folder.opening import TrimmedFolder, open_folder
-from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
+from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS, has_vocab_head
 from trimserve.interrupts import came
 from trimserve.model.resolve import resolve_source
 from trimserve.model.source import ModelSource
@@ -23,7 +23,7 @@ from trimserve_export.card import CARD_NAME, update_card
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
 from trimserve_export.checkpoint.source_tokenizer import ask_library
 from trimserve_export.checkpoint.stored import StoredVocab, find_stored_vocab, read_specs
-from trimserve_export.checkpoint.tasks import has_vocab_head, task_class
+from trimserve_export.checkpoint.tasks import task_class
 from trimserve_export.full_model import calibration_of, export_full
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import is_static, stored_static

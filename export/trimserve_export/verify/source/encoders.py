@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from trimserve.arrays import Floats
-from trimserve_export.checkpoint.tasks import has_vocab_head
+from trimserve.folder.tasks import has_vocab_head
 from trimserve_export.verify.source.sides import Differs, Numbers, Part, Sides
 
 # How far embeddings and scores of sentence-transformers may lie apart, relative to the largest number.
