@@ -163,7 +163,7 @@ BAD = [
     (["profile", "a.txt", "-m", "model", "-o", "no/p"], 2, "the folder no does not exist"),
     (["profile", "a.txt", "-m", "model", "-o", "a.txt"], 2, "a.txt exists and is not a profile file"),
     (["profile", "a.txt", "-m", "model", "-o", "."], 2, "exists and is not a profile file"),
-    (["profile", "a.txt", "-m", "model", "-o", "p", "--workers", "0"], 2, "workers should be 1 or more"),
+    (["profile", "a.txt", "-m", "model", "-o", "p", "--workers", "0"], 2, "workers should be from 1 to 1024"),
     (["merge", "none", "-o", "m"], 2, "none does not exist"),
     (["merge", "good", "a.txt", "-o", "m"], 1, "a.txt is not a safetensors file"),
     (["merge", "good", "other", "-o", "m"], 1, "different tokenizers"),

@@ -261,7 +261,7 @@ def test_text_with_half_a_surrogate_pair_is_refused(model_folders):
 
 
 def test_workers_must_be_positive(model_folders):
-    with pytest.raises(UsageError, match="workers should be 1 or more"):
+    with pytest.raises(UsageError, match="workers should be from 1 to 1024"):
         profile((), model_folders["wordpiece"], texts=["a"], workers=0)
 
 

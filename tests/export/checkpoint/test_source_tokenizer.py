@@ -177,16 +177,17 @@ def verified(folder, source):
     return check_tokenizer(SimpleNamespace(folder=folder, source=source, texts=TEXTS, codec=Codec(folder)))
 
 
-@pytest.mark.parametrize("setting", ["truncation_side", "model_max_length", "clean_up", "special_tokens"])
-def test_verify_compares_what_the_file_cannot_hold(tmp_path, setting):
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [("truncation_side", "right"), ("model_max_length", None), ("clean_up", False), ("special_tokens", {})],
+)
+def test_verify_compares_what_the_file_cannot_hold(tmp_path, setting, other):
     said = {"truncation_side": "left", "model_max_length": 9, "clean_up_tokenization_spaces": True}
     config = _PLAIN | said | {"bos_token": "<s>"}
     source = ask_library(resolve_model(save_source(tmp_path / "m", "unigram", config)))
     folder = trimmed(tmp_path / "out", source)
     assert verified(folder, source).ok
-    settings = dict(folder.manifest.tokenizer["settings"]) | {
-        setting: None if setting == "model_max_length" else {}
-    }
+    settings = dict(folder.manifest.tokenizer["settings"]) | {setting: other}
     entry = folder.manifest.tokenizer | {"settings": settings}
     found = verified(with_manifest(folder, dataclasses.replace(folder.manifest, tokenizer=entry)), source)
     assert not found.ok
