@@ -21,7 +21,9 @@ class Way:
 
     def ask(self, workers: Mapping[str, harness.Worker], request: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request in this mode to the worker of this folder."""
-        asked = {**request, "mode": self.mode, "certify": self.certify}
+        asked = {**request, "mode": self.mode}
+        if self.mode == "exact":  # only its drafts are checked
+            asked["certify"] = self.certify
         return workers[self.folder].ask(json.dumps(asked))
 
 
