@@ -168,6 +168,10 @@ def test_errors_can_be_caught_as_what_they_are():
 def test_a_signal_ends_a_command_whatever_a_library_makes_of_it(name, code, other):
     program = f"""
 import os, signal, sys, types
+# A shell that starts a job in the background lets it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from trimserve.cli import main as module
 def run(args):
     try:
@@ -182,5 +186,6 @@ module.COMMANDS["stub"] = "does what a test says"
 sys.argv = ["trimserve", "stub"]
 sys.exit(module.main())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (code, "trimserve: interrupted; no file was written.\n")
