@@ -108,7 +108,7 @@ def _meaningless(folder: Path, task: Task, names: list[str], chosen: list[str]) 
 
 
 def check_plan(args: argparse.Namespace, plan: "GenerationPlan") -> None:
-    """Refuse options that the plan of a generation passes over: of sampling where it is greedy, of beams.
+    """Refuse options that the plan of a generation passes over: of sampling where it is greedy.
 
     Raises:
         UsageError: the option and what it needs.
@@ -123,10 +123,6 @@ def check_plan(args: argparse.Namespace, plan: "GenerationPlan") -> None:
         raise UsageError("--temperature above 0 samples and --no-do-sample does not: leave one of them out.")
     if greedy and args.do_sample and args.temperature == 0:
         raise UsageError("--do-sample samples and --temperature 0 does not: leave one of them out.")
-    if plan.beams is None and args.length_penalty is not None:
-        raise UsageError(
-            "--length-penalty is about beams, and there are none: pass --num-beams, or leave it out."
-        )
     least, most = args.min_new_tokens, plan.max_new_tokens
     if least is not None and most is not None and least > most:
         raise UsageError(f"--min-new-tokens {least:,} is more than the {most:,} of --max-new-tokens.")
