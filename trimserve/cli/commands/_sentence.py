@@ -1,6 +1,6 @@
 """What `trimserve run` does with a sentence-transformers folder: embed, search, score pairs, rank."""
 
-import json
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -9,7 +9,8 @@ import numpy as np
 from trimserve.arrays import Floats
 from trimserve.console import progress, table
 from trimserve.encoder.encoder import Encoder
-from trimserve.errors import UsageError
+from trimserve.errors import MismatchError, UsageError
+from trimserve.files.checked_json import parse_json
 from trimserve.text.codec import shorten
 
 _SHOWN_NUMBERS = 4
@@ -139,10 +140,9 @@ def read_pair(line: str) -> tuple[str, str]:
         UsageError: the line is neither.
     """
     if line.lstrip().startswith("["):
-        try:
-            pair = json.loads(line)
-        except (ValueError, RecursionError):
-            pair = None
+        pair = None
+        with contextlib.suppress(MismatchError):
+            pair = parse_json(line, "the pair")
         if isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
             return pair[0], pair[1]
     parts = line.split("\t")
