@@ -11,22 +11,9 @@ pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
 
 from tests.support.counting import Counter
-from tests.support.faults import Faults
-from tests.support.writers import MODULES, make_writers
-from tests.support.zygote import Zygote
+from tests.support.writers import NAMES
 
 pytestmark = [pytest.mark.export, pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX processes")]
-NAMES = ("profile", "merge", "export", "overwrite", "verify", "restore")
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    root = tmp_path_factory.mktemp("full")
-    with Zygote(root, modules=MODULES) as zygote:
-        made = Faults(zygote, root)
-        made.writers = make_writers(root / "in")
-        made.zygote = zygote
-        yield made
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.fuzz)])

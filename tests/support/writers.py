@@ -23,6 +23,8 @@ from trimserve.vocab.file import save_vocab
 
 TEXT = "the cat sat on the mat"
 WIDTH = 12
+# Of the commands that `make_writers` makes.
+NAMES = ("profile", "merge", "export", "overwrite", "verify", "restore")
 # Imported once, before the commands are forked.
 MODULES = (
     "sentence_transformers",
