@@ -20,14 +20,20 @@ help:  ## list the targets
 
 setup: $(READY)  ## make .venv with everything that the other targets need
 
-# Made again when a requirement changes; the stamp keeps every other call quick.
-$(READY): pyproject.toml constraints.txt
+# An environment with the extras EXTRAS, within the constraints file among its prerequisites.
+define set-up
 	@test -n "$(PYTHON)" || { echo "trimserve needs Python >= 3.11: install it, or pass PYTHON=/path/to/python" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "setting up $(VENV) (a few minutes, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,demo]' --group dev
-	@touch $(READY)
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "setting up $(@D) (a few minutes, once)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(filter constraints%,$^) -e '.[$(EXTRAS)]' --group dev
+	@touch $@
+endef
+
+# Made again when a requirement changes; the stamp keeps every other call quick.
+$(READY): EXTRAS := cpu,export,demo
+$(READY): pyproject.toml constraints.txt
+	$(set-up)
 
 fmt: $(READY)  ## format and fix the code
 	$(BIN)/ruff format .
@@ -53,12 +59,9 @@ test-fuzz: $(READY)  ## hardening with its large counts: 30,000 damages, 200 kil
 # The transformers 5 environment: what needs no optimum-onnx.
 NEXT := .venv-next
 
+$(NEXT)/.ready: EXTRAS := export-next
 $(NEXT)/.ready: pyproject.toml constraints-next.txt
-	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
-	@echo "setting up $(NEXT) (a few minutes, once)"
-	@$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-next.txt -e '.[export-next]' --group dev
-	@touch $(NEXT)/.ready
+	$(set-up)
 
 test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones too
 	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'next and not fuzz'
@@ -66,12 +69,9 @@ test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones 
 # What a user installs today, without our pins; torch alone is held, as in the other environments.
 LATEST := .venv-latest
 
+$(LATEST)/.ready: EXTRAS := export-next
 $(LATEST)/.ready: pyproject.toml constraints-latest.txt
-	@test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
-	@echo "setting up $(LATEST) (a few minutes, once)"
-	@$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-latest.txt -e '.[export-next]' --group dev
-	@touch $(LATEST)/.ready
+	$(set-up)
 
 test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest versions of every package
 	@$(LATEST)/bin/python -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(transformers|tokenizers|onnx|onnxruntime|onnx-ir|onnxscript|torch|numpy) '
