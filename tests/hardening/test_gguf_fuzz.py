@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support import tiny_tokenizers
+from tests.support.counting import Counter
 from tests.support.gguf_files import Written, random_tensor
 from tests.support.gguf_models import tokenizer_fields
 from trimserve.errors import TrimserveError
@@ -58,7 +59,7 @@ def changed(content, rng):
 
 def fuzz(count, path):
     content, rng = model(), np.random.default_rng(SEED)
-    read, sentences = 0, []
+    counter = Counter("changed GGUF files", SEED)
     for number in range(count):
         path.write_bytes(changed(content, rng))
         tracemalloc.start()
@@ -66,16 +67,16 @@ def fuzz(count, path):
             found = read_gguf(path)
             for tensor in found.tensors.values():
                 assert tensor.floats(slice(0, 1)).shape == (1, tensor.shape[-1])
-            read += 1
+            counter.add("read")
         except TrimserveError as error:
-            sentences.append(str(error))
+            assert "\n" not in str(error)
+            counter.add("refused")
         finally:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
         assert peak < MOST_BYTES, f"file {number} took {peak:,} bytes"
-    print(f"{count:,} changed GGUF files (seed {SEED}): {read:,} read, {count - read:,} refused")
-    assert not [sentence for sentence in sentences if "\n" in sentence]
-    assert 0 < read < count
+    counter.check()
+    assert 0 < counter.kinds["read"] < count
 
 
 def test_changed_files_are_read_or_refused(tmp_path):
@@ -143,7 +144,7 @@ VALUES = (
 def fuzz_models(count, path):
     """Values of the metadata replaced, left out or added: a model is read, or refused in one sentence."""
     metadata, tensors = llama()
-    rng, read, sentences = np.random.default_rng(SEED), 0, []
+    rng, counter = np.random.default_rng(SEED), Counter("GGUF models with other metadata", SEED)
     for _ in range(count):
         changed = dict(metadata)
         for _ in range(rng.integers(1, 3)):
@@ -159,12 +160,12 @@ def fuzz_models(count, path):
             source.tokenizer().encode("The cat 🎉")
             assert source.vocab_size
             assert source.linear_widths()
-            read += 1
+            counter.add("read")
         except TrimserveError as error:
-            sentences.append(str(error))
-    print(f"{count:,} GGUF models with other metadata (seed {SEED}): {read:,} read, {count - read:,} refused")
-    assert not [sentence for sentence in sentences if "\n" in sentence]
-    assert 0 < read < count
+            assert "\n" not in str(error)
+            counter.add("refused")
+    counter.check()
+    assert 0 < counter.kinds["read"] < count
 
 
 def test_models_with_other_metadata_are_read_or_refused(tmp_path):
