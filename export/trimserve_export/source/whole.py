@@ -27,6 +27,7 @@ def whole_source(
     adapter: str | Path | None = None,
     near: Path | None = None,
     renamed: bool = False,
+    dequantize: bool = True,
     trust_remote_code: bool = False,
 ) -> Iterator[ModelSource]:
     """Give a model as a full one; what has to be made lies in a temporary folder for the block.
@@ -38,6 +39,7 @@ def whole_source(
         adapter: a folder or hub id of an adapter to merge into the model.
         near: the folder to make the temporary one in; the system's by default.
         renamed: also write a checkpoint anew whose tensors have names of a wrapper, for other libraries.
+        dequantize: make floats of a GGUF file; else it stays what it is, unless an adapter is merged.
         trust_remote_code: allow code that the model folder brings.
 
     Raises:
@@ -49,9 +51,8 @@ def whole_source(
         def scratch() -> Path:
             return stack.enter_context(scratch_folder("source", beside))
 
-        own, brought = _parts_of(
-            _dequantized(source, scratch) if source.has_quantized_rows else source, adapter
-        )
+        packed = source.has_quantized_rows and (dequantize or adapter is not None)
+        own, brought = _parts_of(_dequantized(source, scratch) if packed else source, adapter)
         if brought is not None:
             from trimserve_export.source.adapter import merge_adapter
 
