@@ -145,21 +145,20 @@ class Generator:
             UsageError: the folder has no cold head.
             UnknownIdError: a text holds a token that the model has no row for.
         """
-        head = self._cold_head("score")
+        head = self.cold_head("score")
         scorer = Scorer(self._decoder, self.folder.vocab, self._cold, head)
         return [scorer.score(ids) for ids in self.codec.encode([texts] if isinstance(texts, str) else texts)]
 
     def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
         plan = self.plan(options)
-        requests = self._requests(prompts, plan)
+        requests = self.requests(prompts, plan)
         together = self._decoder.takes_batches and not plan.report_mass
         batches = [requests] if together else [[request] for request in requests]
         results: list[Generation] = []
         for batch in batches:
-            readers = {id(request): self._reader(request, plan) for request in batch}
-            checker = None if plan.beams else self._checker(plan)
-            steps = self._search(batch, plan, plan.beams) if plan.beams else self._run(batch, checker)
-            for request, tokens in steps:
+            readers = {id(request): self.reader(request, plan) for request in batch}
+            checker = None if plan.beams else self.checker(plan)
+            for request, tokens in self.run(batch, plan, checker):
                 readers[id(request)].push(request, tokens)
             mass = checker.mean_mass if isinstance(checker, MassMeter) else None
             results += [readers[id(request)].result(request, mass) for request in batch]
@@ -169,10 +168,10 @@ class Generator:
         plan = self.plan(options)
         if plan.beams is not None:
             raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
-        (request,) = self._requests([prompt_ids], plan)
-        reader = self._reader(request, plan)
-        checker = self._checker(plan)
-        for _, tokens in self._run([request], checker):
+        (request,) = self.requests([prompt_ids], plan)
+        reader = self.reader(request, plan)
+        checker = self.checker(plan)
+        for _, tokens in self.run([request], plan, checker):
             if piece := reader.push(request, tokens):
                 yield piece
         if piece := reader.finish():
@@ -190,11 +189,18 @@ class Generator:
         size = self.folder.vocab.vocab_size
         return make_plan(self.config, options, size, can_be_exact=self.can_be_exact)
 
-    def _reader(self, request: Request, plan: GenerationPlan) -> OutputReader:
+    def reader(self, request: Request, plan: GenerationPlan) -> OutputReader:
+        """What turns a request's tokens into text."""
         by_bytes = self.config.library >= 5
         return OutputReader(self.codec, plan.stop, plan.stop_strings, request.prompt, by_bytes=by_bytes)
 
-    def _requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+    def requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+        """One request a prompt, int32 (T,) each.
+
+        Raises:
+            UsageError: a prompt is too long for the model, or leaves no room within `max_length`.
+            UnknownIdError: it holds a token that the model has no row for.
+        """
         started = [ids if ids.size else self.config.first_id(plan.settings) for ids in prompts]
         requests = []
         for place, ids in enumerate(self._servable(started), 1):
@@ -221,9 +227,19 @@ class Generator:
         self.stats.count_cold(servable.cold_tokens)
         return servable.sequences
 
-    def _run(
-        self, requests: Sequence[Request], checker: Checker | None
+    def run(
+        self, requests: Sequence[Request], plan: GenerationPlan, checker: Checker | None
     ) -> Iterator[tuple[Request, list[int]]]:
+        """Generate for requests that share a cache, giving each one's tokens as they come.
+
+        Args:
+            requests: one, or several where the graph takes batches.
+            plan: what they do.
+            checker: see `checker`; None with beams.
+        """
+        if plan.beams is not None:
+            yield from self._search(requests, plan, plan.beams)
+            return
         loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, overlap=self._overlap)
         start = time.perf_counter()
         try:
@@ -237,18 +253,22 @@ class Generator:
     def _search(
         self, requests: Sequence[Request], plan: GenerationPlan, params: BeamParams
     ) -> Iterator[tuple[Request, list[int]]]:
-        head = self._cold_head("exact mode") if plan.mode == "exact" else None
+        head = self.cold_head("exact mode") if plan.mode == "exact" else None
         search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
         start = time.perf_counter()
         search.run(requests)
         self.stats.count(requests, self.folder.vocab.head, [search.timing], time.perf_counter() - start)
         yield from ((request, request.output) for request in requests)
 
-    def _checker(self, plan: GenerationPlan) -> Checker | None:
-        """Who decides which drafts stand; None in compact mode, where all do."""
+    def checker(self, plan: GenerationPlan) -> Checker | None:
+        """Who decides which drafts stand; None in compact mode, where all do.
+
+        Raises:
+            UsageError: the folder has not what it needs.
+        """
         if plan.mode == "compact" and not plan.report_mass:
             return None
-        head = self._cold_head("report_mass" if plan.report_mass else "exact mode")
+        head = self.cold_head("report_mass" if plan.report_mass else "exact mode")
         if head is None:
             return None
         if plan.report_mass:
@@ -268,8 +288,12 @@ class Generator:
         sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
         return ColdCertificate(sketch, head, self.folder.vocab.head)
 
-    def _cold_head(self, purpose: str) -> ColdHead | None:
-        """The cold head, opened once; None where no id is cold."""
+    def cold_head(self, purpose: str) -> ColdHead | None:
+        """The cold head, opened once; None where no id is cold.
+
+        Raises:
+            UsageError: the folder has none; the message says what needs it.
+        """
         if not self.can_be_exact:
             raise UsageError(
                 f"{purpose} needs the cold head, which {self.folder.path} does not have: export it again "

@@ -1,0 +1,80 @@
+"""What advances the requests of an engine, in the engine's thread alone."""
+
+from typing import Protocol, Self
+
+from trimserve.engine.task import Task
+
+
+class Runner(Protocol):
+    """Advances requests.
+
+    Attributes:
+        batching: how sequences run together, and where they do not, why.
+        strict: whether a request's tokens are those it has alone.
+        decode_steps: runs of the graph for decoding.
+        decode_rows: sequences in all of these.
+        kv_used_bytes: keys and values of what runs.
+        kv_bytes: buffers that are held.
+    """
+
+    batching: str
+    strict: bool
+    decode_steps: int
+    decode_rows: int
+    kv_used_bytes: int
+    kv_bytes: int
+
+    def anew(self) -> "Runner":
+        """One like it that has nothing to do; what this one did is forgotten with it."""
+        ...
+
+    @property
+    def live(self) -> list[Task]:
+        """The requests at work."""
+        ...
+
+    def fits(self, task: Task) -> bool:
+        """Whether a request can start now."""
+        ...
+
+    def admit(self, task: Task) -> None:
+        """Start a request that fits."""
+        ...
+
+    def drop(self, task: Task) -> None:
+        """End a request before its time."""
+        ...
+
+    def step(self) -> list[tuple[Task, Exception | None]]:
+        """Do a little for every request; gives those that ended, with their errors."""
+        ...
+
+
+class NoRunner:
+    """A `Runner` for models that generate nothing."""
+
+    def __init__(self) -> None:
+        self.batching = "nothing is generated"
+        self.strict = True
+        self.decode_steps = self.decode_rows = self.kv_used_bytes = self.kv_bytes = 0
+        self.live: list[Task] = []
+
+    def anew(self) -> Self:
+        """See `Runner`."""
+        return self
+
+    def fits(self, task: Task) -> bool:  # noqa: ARG002
+        """See `Runner`."""
+        return False
+
+    def admit(self, task: Task) -> None:
+        """See `Runner`."""
+        raise NotImplementedError
+
+    def drop(self, task: Task) -> None:
+        """See `Runner`."""
+        raise NotImplementedError
+
+    def step(self) -> list[tuple[Task, Exception | None]]:
+        """See `Runner`."""
+        return []
