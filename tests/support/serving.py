@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.limits import PATIENCE
-from tests.support.models import save_model
-from tests.support.served_models import KINDS, Kind
 
 _TEMPLATE = (
     "{% if tools %}tools {{ tools | tojson }}\n{% endif %}"
@@ -26,6 +25,8 @@ _SHAPE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings":
 
 
 def _conversations(root: Path, seed: int) -> Path:
+    from tests.support.models import save_model
+
     source = save_model("llama", root, seed=seed, tokenizer="byte_level_bpe", **_SHAPE)
     path = source / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
@@ -33,14 +34,14 @@ def _conversations(root: Path, seed: int) -> Path:
     return source
 
 
-CHAT = Kind(_conversations, seed=1)
-
-
 def make_folders(root: Path) -> dict[str, Path]:
     """Folders to serve: a generator (and another that may replace it), an embedder, a reranker."""
+    from tests.support.served_models import KINDS, Kind  # needs torch; the processes that ask do not
+
+    chat = Kind(_conversations, seed=1)
     return {
-        "chat": CHAT.export(root / "chat"),
-        "other": CHAT.export(root / "other", seed=2),
+        "chat": chat.export(root / "chat"),
+        "other": chat.export(root / "other", seed=2),
         "embed": KINDS["sentence"].export(root / "embed"),
         "rank": KINDS["pairs"].export(root / "rank"),
     }
@@ -87,7 +88,12 @@ def served(
 ) -> Iterator[Process]:
     """Run `trimserve serve` on a free port."""
     command = [sys.executable, "-m", "trimserve", "serve", *arguments, "--port", "0", "--format", "json"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **(environment or {})}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        **(environment or {}),
+    }
     popen = subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True, env=env)
     try:
         assert popen.stdout is not None

@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 
+from trimserve.decoding.logprobs import TokenLogprob
 from trimserve.engine.engine import Engine
-from trimserve.engine.events import Event, Failed, Finished, Piece, TokenLogprob, Usage
+from trimserve.engine.events import Event, Failed, Finished, Piece, Usage
 from trimserve.engine.handle import Handle
 from trimserve.engine.settings import GenerationRequest
 

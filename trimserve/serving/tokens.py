@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trimserve.engine.events import TokenLogprob
+from trimserve.decoding.logprobs import TokenLogprob
 from trimserve.text.codec import Codec
 from trimserve.text.stop_matcher import TokenBytes
 
