@@ -1,4 +1,4 @@
-"""A request's ids are the same alone and in any batch, whatever joins or leaves, chunked or behind a prefix."""
+"""A request has the same ids alone and in any batch, whatever joins or leaves, in chunks, after a prefix."""
 
 import dataclasses
 
