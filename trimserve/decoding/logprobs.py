@@ -1,7 +1,7 @@
 """Log-probabilities of produced tokens, and of the likeliest ids beside them, under the full vocab."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,24 +30,45 @@ class TokenLogprob:
 
 
 class LogprobMeter:
-    """A `Checker` that leaves the decision to another one, and notes what the model thought of the tokens.
+    """Tells what the full model thinks of tokens, from what they were drafted with."""
+
+    def __init__(self, head: ColdHead | None, kept_ids: Ids) -> None:
+        """Measure with a model.
+
+        Args:
+            head: the cold head; None where every id is kept.
+            kept_ids: of the compact head, int32 (K,).
+        """
+        self._head = head
+        self._kept_ids = kept_ids
+
+    def measure(self, block: Draft, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Log-probabilities of tokens at the first steps of a block, with those of the likeliest ids."""
+        count = len(tokens)
+        if self._head is None or not count:
+            none = np.zeros(0, np.int32)
+            return token_logprobs(block.logits[:count], None, self._kept_ids, none, tokens, top)
+        cold = self._head.logits(block.hidden[:count])
+        return token_logprobs(block.logits[:count], cold, self._kept_ids, self._head.cold_ids, tokens, top)
+
+
+class MeteredChecker:
+    """A `Checker` that leaves the decision to another one, and notes what the model thinks of the tokens.
 
     Attributes:
         found: one entry for each token of the last check, whether its request took it or not.
     """
 
-    def __init__(self, checker: Checker | None, head: ColdHead | None, kept_ids: Ids, top: int) -> None:
+    def __init__(self, checker: Checker | None, meter: LogprobMeter, top: int) -> None:
         """Measure for one request.
 
         Args:
             checker: decides which drafts stand; None where all do.
-            head: the cold head; None where every id is kept.
-            kept_ids: of the compact head, int32 (K,).
+            meter: measures.
             top: how many of the likeliest ids to give.
         """
         self._checker = checker
-        self._head = head
-        self._kept_ids = kept_ids
+        self._meter = meter
         self._top = top
         self.replaces = checker.replaces if checker else False
         self.timing = checker.timing if checker else Timing()
@@ -61,14 +82,10 @@ class LogprobMeter:
 
     def check(self, requests: Sequence[Request], blocks: Sequence[Draft]) -> list[list[int]]:
         """See `Checker`; for one request at a time."""
-        # A check may write into the logits: what its rules ban.
-        logits = [block.logits.copy() for block in blocks]
-        checked = self._checker.check(requests, blocks) if self._checker else [b.tokens for b in blocks]
-        (tokens,), (block,) = checked, blocks
-        count = len(tokens)
-        cold = None if self._head is None else self._head.logits(block.hidden[:count])
-        cold_ids = np.zeros(0, np.int32) if self._head is None else self._head.cold_ids
-        self.found = token_logprobs(logits[0][:count], cold, self._kept_ids, cold_ids, tokens, self._top)
+        # A check may write what its rules ban into the logits.
+        (block,) = (replace(block, logits=block.logits.copy()) for block in blocks)
+        checked = self._checker.check(requests, blocks) if self._checker else [block.tokens]
+        self.found = self._meter.measure(block, checked[0], self._top)
         return checked
 
 

@@ -11,14 +11,16 @@ from typing import TypeVar
 
 from trimserve.concurrency import Lock, renew_in_child
 from trimserve.encoder.encoder import Encoder
+from trimserve.engine.batch import BatchRunner
 from trimserve.engine.errors import EngineClosed
 from trimserve.engine.handle import Handle
 from trimserve.engine.inbox import Call, Inbox
 from trimserve.engine.metrics import EngineMetrics
 from trimserve.engine.preparing import prepare
-from trimserve.engine.runner import NoRunner, Runner
+from trimserve.engine.runner import Runner
 from trimserve.engine.settings import EngineSettings, GenerationRequest
 from trimserve.engine.solo import SoloRunner
+from trimserve.engine.strict import prove
 from trimserve.engine.task import Task
 from trimserve.errors import UsageError
 from trimserve.generation.generator import Generator
@@ -45,7 +47,7 @@ class Engine:
         """Make an engine of a model that was loaded."""
         self.model = model
         self.settings = settings or EngineSettings()
-        self._runner = _runner_for(model)
+        self._runners = _runners_for(model, self.settings)
         self.renew()
         renew_in_child(self)
 
@@ -56,7 +58,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._finished: Counter[str] = Counter()
         self._prompt_tokens = self._cached_tokens = 0
-        self._runner = self._runner.anew()
+        self._runners = [runner.anew() for runner in self._runners]
         # When the interpreter ends, so does the thread: it must not be within ONNX Runtime then.
         self._end = weakref.finalize(self, _end, self._inbox)
 
@@ -71,6 +73,7 @@ class Engine:
         """
         handle = Handle(self._inbox.wake)
         task = prepare(self._generator(), request, handle)
+        self._runner_for(task)
         self._inbox.put_task(task)
         self._ensure_thread()
         return handle
@@ -93,24 +96,24 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         """What it does and has done."""
-        runner, inbox = self._runner, self._inbox
+        runners, inbox = self._runners, self._inbox
         common = {
-            "running": len(runner.live),
+            "running": len(self._live()),
             "waiting": inbox.size,
             "waiting_tokens": inbox.tokens,
             "kv_limit_bytes": self.settings.kv_memory,
             "finished": dict(self._finished),
             "rejected": inbox.rejected,
-            "strict": runner.strict,
-            "batching": runner.batching,
+            "strict": all(runner.strict for runner in runners),
+            "batching": runners[0].batching if runners else "",
         }
         if not isinstance(self.model, Generator):
             return EngineMetrics(**common)  # type: ignore[arg-type] # by name
         stats, reads = self.model.stats, self.model.stats.cold_reads
         return EngineMetrics(
             **common,  # type: ignore[arg-type] # by name
-            kv_used_bytes=runner.kv_used_bytes,
-            kv_bytes=runner.kv_bytes,
+            kv_used_bytes=sum(runner.kv_used_bytes for runner in runners),
+            kv_bytes=sum(runner.kv_bytes for runner in runners),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generation_tokens=stats.tokens,
@@ -120,8 +123,8 @@ class Engine:
             checked_steps=reads.steps,
             certified_steps=reads.certified,
             cold_bytes=reads.bytes,
-            decode_steps=runner.decode_steps,
-            decode_rows=runner.decode_rows,
+            decode_steps=sum(runner.decode_steps for runner in runners),
+            decode_rows=sum(runner.decode_rows for runner in runners),
         )
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -171,7 +174,13 @@ class Engine:
                 self._fail_all(error)
 
     def _has_work(self) -> bool:
-        return bool(self._inbox.size or self._runner.live)
+        return bool(self._inbox.size or self._live())
+
+    def _live(self) -> list[Task]:
+        return [task for runner in self._runners for task in runner.live]
+
+    def _runner_for(self, task: Task) -> Runner:
+        return next(runner for runner in self._runners if runner.takes(task))
 
     def _waits(self) -> bool:
         """Wait for work; tells whether the thread goes on."""
@@ -188,10 +197,11 @@ class Engine:
         """End what was cancelled or ran out of time, at work or not."""
         now = time.monotonic()
         aborted = self._inbox.aborted
-        for task in list(self._runner.live):
-            if aborted or task.due(now) is not None:
-                self._runner.drop(task)
-                self._finish(task, None)
+        for runner in self._runners:
+            for task in runner.live:
+                if aborted or task.due(now) is not None:
+                    runner.drop(task)
+                    self._finish(task, None)
         for task in self._inbox.take_if(lambda task: aborted or task.due(now) is not None):
             self._finish(task, None)
 
@@ -209,13 +219,14 @@ class Engine:
         self._inbox.ended()
 
     def _admit(self) -> None:
-        while (task := self._inbox.next_task(self._runner.fits)) is not None:
+        while (task := self._inbox.next_task(lambda task: self._runner_for(task).fits(task))) is not None:
             task.start()
-            self._runner.admit(task)
+            self._runner_for(task).admit(task)
 
     def _step(self) -> None:
-        for task, error in self._runner.step():
-            self._finish(task, error)
+        for runner in self._runners:
+            for task, error in runner.step():
+                self._finish(task, error)
 
     def _finish(self, task: Task, error: Exception | None) -> None:
         self._prompt_tokens += task.prompt_tokens
@@ -227,19 +238,23 @@ class Engine:
             return
         head_vocab = self._generator().folder.vocab.head
         reason = None if task.request.finished else task.due(time.monotonic()) or "cancelled"
-        finished = task.finish(head_vocab, strict=self._runner.strict, reason=reason)
+        finished = task.finish(head_vocab, strict=self._runner_for(task).strict, reason=reason)
         self._finished[finished.reason] += 1
 
     def _fail_all(self, error: Exception) -> None:
-        for task in list(self._runner.live):
+        for task in self._live():
             self._finish(task, error)
-        self._runner = self._runner.anew()
+        self._runners = [runner.anew() for runner in self._runners]
 
 
-def _runner_for(model: Generator | Encoder) -> Runner:
+def _runners_for(model: Generator | Encoder, settings: EngineSettings) -> list[Runner]:
+    """What runs a model's requests; each takes those that the ones before it do not."""
     if not isinstance(model, Generator):
-        return NoRunner()
-    return SoloRunner(model, "this engine makes no batches yet")
+        return []
+    found = model.decoder.no_rows_because or prove(model, settings)
+    if isinstance(found, str):
+        return [SoloRunner(model, found)]
+    return [BatchRunner(model, settings, found), SoloRunner(model, "beams, or the mass of cold ids")]
 
 
 def _end(inbox: Inbox) -> None:

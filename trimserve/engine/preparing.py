@@ -2,12 +2,12 @@
 
 import time
 
-from trimserve.decoding.logprobs import LogprobMeter
 from trimserve.engine.handle import Handle
 from trimserve.engine.settings import GenerationRequest
 from trimserve.engine.task import Task
 from trimserve.errors import UsageError
 from trimserve.generation.generator import Generator
+from trimserve.generation.plan import GenerationPlan
 
 
 def prepare(generator: Generator, asked: GenerationRequest, handle: Handle) -> Task:
@@ -19,16 +19,20 @@ def prepare(generator: Generator, asked: GenerationRequest, handle: Handle) -> T
     """
     plan = generator.plan(asked.options)  # type: ignore[arg-type] # checked there
     (request,) = generator.requests([asked.prompt], plan)
-    checker = None if plan.beams else generator.checker(plan)
-    meter = None
-    if asked.top_logprobs is not None:
-        if plan.beams:
-            raise UsageError("top_logprobs means nothing to a beam search: leave it out, or use num_beams=1.")
-        if asked.top_logprobs < 0:
-            raise UsageError(f"top_logprobs should be 0 or more, found {asked.top_logprobs}.")
-        head = generator.cold_head("top_logprobs")
-        kept = generator.folder.vocab.head.kept_ids
-        meter = checker = LogprobMeter(checker, head, kept, asked.top_logprobs)
+    _check_logprobs(asked.top_logprobs, plan)
+    for wanted, purpose in (
+        (plan.mode == "exact", "exact mode"),
+        (plan.report_mass, "report_mass"),
+        (asked.top_logprobs is not None, "top_logprobs"),
+    ):
+        if wanted:
+            generator.cold_head(purpose)
     deadline = None if asked.timeout is None else time.monotonic() + asked.timeout
-    reader = generator.reader(request, plan)
-    return Task(handle, plan, request, reader, checker, meter, deadline)
+    return Task(handle, plan, request, generator.reader(request, plan), asked.top_logprobs, deadline)
+
+
+def _check_logprobs(top: int | None, plan: GenerationPlan) -> None:
+    if top is not None and plan.beams:
+        raise UsageError("top_logprobs means nothing to a beam search: leave it out, or use num_beams=1.")
+    if top is not None and top < 0:
+        raise UsageError(f"top_logprobs should be 0 or more, found {top}.")

@@ -1,6 +1,6 @@
 """What advances the requests of an engine, in the engine's thread alone."""
 
-from typing import Protocol, Self
+from typing import Protocol
 
 from trimserve.engine.task import Task
 
@@ -21,8 +21,16 @@ class Runner(Protocol):
     strict: bool
     decode_steps: int
     decode_rows: int
-    kv_used_bytes: int
-    kv_bytes: int
+
+    @property
+    def kv_used_bytes(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def kv_bytes(self) -> int:
+        """See above."""
+        ...
 
     def anew(self) -> "Runner":
         """One like it that has nothing to do; what this one did is forgotten with it."""
@@ -33,8 +41,16 @@ class Runner(Protocol):
         """The requests at work."""
         ...
 
+    def takes(self, task: Task) -> bool:
+        """Whether it is for requests of this kind.
+
+        Raises:
+            UsageError: it is, and this one is too large for it.
+        """
+        ...
+
     def fits(self, task: Task) -> bool:
-        """Whether a request can start now."""
+        """Whether a request that it takes can start now."""
         ...
 
     def admit(self, task: Task) -> None:
@@ -48,33 +64,3 @@ class Runner(Protocol):
     def step(self) -> list[tuple[Task, Exception | None]]:
         """Do a little for every request; gives those that ended, with their errors."""
         ...
-
-
-class NoRunner:
-    """A `Runner` for models that generate nothing."""
-
-    def __init__(self) -> None:
-        self.batching = "nothing is generated"
-        self.strict = True
-        self.decode_steps = self.decode_rows = self.kv_used_bytes = self.kv_bytes = 0
-        self.live: list[Task] = []
-
-    def anew(self) -> Self:
-        """See `Runner`."""
-        return self
-
-    def fits(self, task: Task) -> bool:  # noqa: ARG002
-        """See `Runner`."""
-        return False
-
-    def admit(self, task: Task) -> None:
-        """See `Runner`."""
-        raise NotImplementedError
-
-    def drop(self, task: Task) -> None:
-        """See `Runner`."""
-        raise NotImplementedError
-
-    def step(self) -> list[tuple[Task, Exception | None]]:
-        """See `Runner`."""
-        return []

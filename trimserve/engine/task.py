@@ -1,12 +1,12 @@
 """One request on its way through the engine: from the queue to its last event."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from trimserve.decoding.logprobs import LogprobMeter, TokenLogprob
-from trimserve.decoding.loop import Checker
+from trimserve.decoding.logprobs import TokenLogprob
 from trimserve.decoding.request import Request
 from trimserve.engine.events import Failed, Finished, Piece, Reason, Usage
 from trimserve.engine.handle import Handle
@@ -24,8 +24,7 @@ class Task:
         plan: what was asked for.
         request: its tokens.
         reader: makes text of them.
-        checker: decides which drafts stand, where it runs alone; None where all do.
-        meter: the same, where log-probabilities are asked for.
+        top_logprobs: see `GenerationRequest`.
         deadline: on the clock of `time.monotonic`, or None.
         cached_tokens: prompt tokens that were not fed again.
     """
@@ -34,8 +33,7 @@ class Task:
     plan: GenerationPlan
     request: Request
     reader: OutputReader
-    checker: Checker | None = None
-    meter: LogprobMeter | None = None
+    top_logprobs: int | None = None
     deadline: float | None = None
     cached_tokens: int = 0
     submitted: float = field(default_factory=time.monotonic)
@@ -58,19 +56,20 @@ class Task:
             return "cancelled"
         return "timeout" if self.deadline is not None and now >= self.deadline else None
 
-    def push(self, tokens: list[int]) -> int:
-        """Take checked tokens that its request took, and tell the client; gives how many stay."""
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """Tell the client of checked tokens that its request took.
+
+        Args:
+            tokens: the last ones of its output.
+            logprobs: of these and maybe more.
+        """
         self._last = time.monotonic()
         self._first = self._first or self._last
         before = len(self.request.output) - len(tokens)
         text = self.reader.push(self.request, tokens)
         stay = tuple(self.request.output[before:])
         if stay:
-            logprobs: tuple[TokenLogprob, ...] = ()
-            if self.meter is not None:
-                logprobs = tuple(self.meter.found[: len(stay)])
-            self.handle.put(Piece(stay, text, logprobs))
-        return len(stay)
+            self.handle.put(Piece(stay, text, tuple(logprobs[: len(stay)])))
 
     def finish(self, head_vocab: VocabMap, *, strict: bool, reason: Reason | None = None) -> Finished:
         """Give the client the last event.

@@ -68,8 +68,18 @@ class Generator:
         row_bytes = cold.head_nbytes // max(cold.head_cold_ids.size, 1)
         reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=row_bytes)
         self.stats = GeneratorStats(cold_reads=reads, head_share=decoder.head_share)
-        # By the longest block, and whether checks have the certificate, which makes them cheaper.
+        # By the longest block, and whether checks may use the certificate, which makes them cheaper.
         self._learned: dict[tuple[int, bool], LearnedCosts] = {}
+
+    @property
+    def decoder(self) -> Decoder:
+        """The graph that generates."""
+        return self._decoder
+
+    @property
+    def cold(self) -> ColdRows:
+        """Rows of the cold ids."""
+        return self._cold
 
     @property
     def can_be_exact(self) -> bool:
@@ -273,11 +283,26 @@ class Generator:
             return None
         if plan.report_mass:
             return MassMeter(head)
-        shared = self._certificate.get(lambda: self._make_certificate(head)) if plan.certify else None
+        learned = self._learned.setdefault((plan.max_block, plan.certify), LearnedCosts())
+        block = DraftLength(plan.max_block, overlap=self._overlap, learned=learned)
+        return self.exact_checker(block, certify=plan.certify)
+
+    def exact_checker(self, block: DraftLength, *, certify: bool = True) -> ExactChecker | None:
+        """Who decides in exact mode which drafts stand; None where no id is cold.
+
+        Args:
+            block: how many tokens are drafted.
+            certify: prove what can be proven without the cold rows.
+
+        Raises:
+            UsageError: the folder has no cold head.
+        """
+        head = self.cold_head("exact mode")
+        if head is None:
+            return None
+        shared = self._certificate.get(lambda: self._make_certificate(head)) if certify else None
         reads = self.stats.cold_reads.nothing_yet()
         certificate = None if shared is None else shared.counting(reads)
-        learned = self._learned.setdefault((plan.max_block, shared is not None), LearnedCosts())
-        block = DraftLength(plan.max_block, overlap=self._overlap, learned=learned)
         return ExactChecker(head, self.folder.vocab.head, block, certificate, reads)
 
     def _make_certificate(self, head: ColdHead) -> ColdCertificate | None:
