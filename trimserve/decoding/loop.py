@@ -15,7 +15,7 @@ import numpy as np
 from trimserve.arrays import Floats
 from trimserve.decoding.columns import Columns
 from trimserve.decoding.feeder import Feeder
-from trimserve.decoding.request import Draft, Request
+from trimserve.decoding.request import Draft, Request, note_block
 from trimserve.decoding.slots import DraftSlots
 from trimserve.decoding.stats import ColdReads, Timing
 from trimserve.errors import NoTokenError
@@ -91,7 +91,7 @@ class GenerationLoop:
             drop, keep = [], []
             for index, (request, block, tokens) in enumerate(zip(live, blocks, checked, strict=True)):
                 taken = request.accept(tokens)
-                self._note(request, block, taken)
+                note_block(request, block, taken, self._kept)
                 yield request, taken
                 # Of the last token taken nothing is in the cache yet; of the drafts after it everything.
                 drop.append(len(block.tokens) - len(taken))
@@ -172,14 +172,6 @@ class GenerationLoop:
             step = self._feeder.feed(cache, [tokens[-1] for tokens in drafted])
             ahead = self._draft(requests, cache, step, blocks)
             return checked.result(), ahead
-
-    def _note(self, request: Request, block: Draft, taken: Sequence[int]) -> None:
-        request.drafted += len(block.tokens)
-        request.rejected += taken != block.tokens[: len(taken)]
-        if request.slots is not None:
-            for token in taken:
-                if not self._kept.has(token):
-                    request.slots.use(token)
 
 
 def _joined(steps: Sequence[Floats]) -> Floats:

@@ -19,6 +19,7 @@ from trimserve.runtime.after_head import read_after_head
 from trimserve.runtime.cold_rows import COLD_INPUT, cold_widths
 from trimserve.runtime.contract import CROSS, PAST, PRESENT, is_state
 from trimserve.runtime.kv_cache import GrowingCache, KVCache, KVLayout, SharedCache
+from trimserve.runtime.kv_rows import KVRows
 from trimserve.runtime.session import Session
 from trimserve.runtime.state_cache import StateCache, StateLayout
 
@@ -134,6 +135,21 @@ class Decoder:
             return cache
         return StateCache(cache, self._layout, self._states, batch)
 
+    def rows(self, most: int) -> KVRows:
+        """Buffers for so many sequences of unequal length that decode together; see `no_rows_because`."""
+        return KVRows(self._layout, most)
+
+    @property
+    def no_rows_because(self) -> str | None:
+        """Why sequences cannot share the buffers of `rows`; None where they can."""
+        if not self._shares_buffers:
+            return (
+                "this graph returns its whole cache at every step (only GroupQueryAttention writes in place)"
+            )
+        if self.unchanged is not None:
+            return "this model's positions depend on a text's length"
+        return None if self.device == "cpu" else f"the cache is on {self.device}"
+
     def start(self, sources: Sequence[Ids | None]) -> KVCache:
         """A cache for as many sequences as sources, of which a model without an encoder reads none."""
         return self.empty_cache(len(sources))
@@ -179,7 +195,7 @@ class Decoder:
         """
         past = cache.lengths if self.takes_positions else None
         new = np.ones_like(ids) if mask is None else mask
-        cache.mask = np.concatenate([cache.mask, new], axis=1)
+        cache.append(new)
         on_cpu = self._layout.on_cpu
         inputs = {"input_ids": on_cpu(ids), "logits_to_keep": self._keep(keep)}
         inputs |= self._rows(cold_rows)
