@@ -58,7 +58,7 @@ def check_model(config: PretrainedConfig, task: str) -> None:
 
 def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     """Export a checkpoint folder to ONNX; see `Exporter`."""
-    require("onnxscript", extra="export-next", purpose="export --exporter transformers")
+    require("onnxscript", extra="export", purpose="export --exporter transformers")
     with tracing.quiet():
         model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
         with (
@@ -80,9 +80,7 @@ def _trace(
     model: torch.nn.Module, example: dict[str, Any], varying: dict[str, Any] | None = None
 ) -> ir.Model:
     """The graph of a module; without `varying`, any axis may vary that the tracer does not find fixed."""
-    exporters = require(
-        "transformers.exporters", extra="export-next", purpose="export --exporter transformers"
-    )
+    exporters = require("transformers.exporters", extra="export", purpose="export --exporter transformers")
     settings = exporters.OnnxConfig(dynamic=True, dynamic_shapes=varying)
     program: ir.Model = exporters.OnnxExporter().export_program(model, example, config=settings)[0]
     return program
@@ -137,7 +135,7 @@ def _name_caches(graph: ir.Graph, example: dict[str, Any]) -> None:
     if len(fed) != len(leaves):
         raise UnsupportedModelError(
             f"{_name()} gives the graph {len(fed)} inputs for a cache of {len(leaves)} tensors: use another "
-            "exporter, or the version of transformers in constraints-next.txt."
+            "exporter, or the version of transformers in constraints.txt."
         )
     for value, leaf in zip(fed, leaves, strict=True):
         if (name := known.get(id(leaf))) is None:
