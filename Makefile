@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Stealing keeps neighbours on one worker, so that a module's fixtures are made once.
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-fuzz test-js test-next test-latest demo bench bench-full plots wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-fuzz test-js test-optimum test-latest demo bench bench-full plots wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,26 +56,26 @@ test-slow: $(READY)  ## the slow tests and those that read real data
 test-fuzz: $(READY)  ## hardening with its large counts: 30,000 damages, 200 kills, 4,000 calls from threads (half an hour)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m fuzz tests/hardening
 
-# The transformers 5 environment: what needs no optimum-onnx.
-NEXT := .venv-next
+# optimum-onnx, which needs transformers 4.57, and nothing of the builder.
+OPTIMUM := .venv-optimum
 
-$(NEXT)/.ready: EXTRAS := export-next
-$(NEXT)/.ready: pyproject.toml constraints-next.txt
+$(OPTIMUM)/.ready: EXTRAS := cpu,export-optimum
+$(OPTIMUM)/.ready: pyproject.toml constraints-optimum.txt
 	$(set-up)
 
-test-next: $(NEXT)/.ready  ## the tests that run with transformers 5, slow ones too
-	$(NEXT)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'next and not fuzz'
+test-optimum: $(OPTIMUM)/.ready  ## what only optimum-onnx exports, and a sample of the rest beside it
+	$(OPTIMUM)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'optimum and not fuzz'
 
 # What a user installs today, without our pins; torch alone is held, as in the other environments.
 LATEST := .venv-latest
 
-$(LATEST)/.ready: EXTRAS := export-next
+$(LATEST)/.ready: EXTRAS := cpu,export
 $(LATEST)/.ready: pyproject.toml constraints-latest.txt
 	$(set-up)
 
 test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest versions of every package
 	@$(LATEST)/bin/python -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(transformers|tokenizers|onnx|onnxruntime|onnx-ir|onnxscript|torch|numpy) '
-	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'next and not slow and not fuzz' \
+	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz' \
 		tests/export/test_exporters.py tests/export/test_matrix.py tests/export/verify/test_source.py
 
 test-js: $(READY)  ## transformers.js under Node on folders of ours
@@ -101,4 +101,4 @@ wheel-check: $(READY)  ## install the built wheel in a clean environment and cal
 	.ci/check-wheel $(BIN)/python
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(NEXT) $(LATEST) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPTIMUM) $(LATEST) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,16 @@
 """Fixtures for every test module; makers of tiny tokenizers are in `tests.support.tiny_tokenizers`."""
 
+import os
+import shutil
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from bench.realdata import VARIABLE, data_folder
+from tests.support import legs, traces
 from tests.support.counting import shown as counted
 from tests.support.realdata import hide, shown, unmarked
 from tests.support.tiny_tokenizers import KINDS, save_model_folder
@@ -19,15 +23,40 @@ settings.load_profile("trimserve")
 collect_ignore = ["support"]
 
 
-def pytest_configure() -> None:
-    """Hide the real data, so that what a test needs is the same on every machine."""
+def is_there(package: str) -> bool:
+    """Whether a package can be imported; a test hides some by an error in place of their absence."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the real data, so that what a test needs is the same on every machine; store what is traced."""
     hide()
+    if traces.VARIABLE not in os.environ:
+        store = traces.make_store()
+        config.add_cleanup(lambda: shutil.rmtree(store, ignore_errors=True))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Export the same model once."""
+    if item.get_closest_marker("export") and is_there("torch"):
+        traces.remember_traces()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a test that asks for the data and says so nowhere."""
+    """Refuse a test that asks for the data and says so nowhere; skip what needs optimum-onnx without it."""
     if wrong := unmarked(items):
         raise pytest.UsageError(f"uses data_dir without the mark realdata: {', '.join(wrong)}")
+    for item in items:
+        legs.mark(item)
+    if not is_there("optimum"):
+        skip = pytest.mark.skip(reason="needs optimum-onnx (make test-optimum)")
+        for item in items:
+            if any(mark.kwargs.get("only") for mark in item.iter_markers("optimum")):
+                item.add_marker(skip)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -76,6 +105,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def traced_anew():
+    """Have every model traced: the test changes how that is done."""
+    traces.forgetful.append("test")
+    yield
+    traces.forgetful.pop()
 
 
 @pytest.fixture(scope="session")

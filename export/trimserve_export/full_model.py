@@ -26,7 +26,7 @@ def export_full(  # noqa: PLR0913 - what a folder was made with
     dtype: str,
     scheme: Quantization | None = None,
     *,
-    exporter: str = "optimum",
+    exporter: str = "transformers",
     device: str = "cpu",
     layout: str = "runtime",
     calibration: Calibration | None = None,

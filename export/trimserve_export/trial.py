@@ -13,7 +13,7 @@ from trimserve.loading import load
 from trimserve.runtime.decoder import Decoder
 from trimserve.runtime.session import open_session
 
-_ADVICE = "use another exporter, or the versions of constraints.txt or constraints-next.txt."
+_ADVICE = "use another exporter, or the versions of constraints.txt."
 
 
 def try_folder(folder: Path, manifest: Manifest, *, device: str) -> None:

@@ -53,7 +53,7 @@ def encoder_of(reranker, tmp_path):
     return lambda source, name="trimmed": redeclared(source, reranker[1].folder.path, tmp_path / name)
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_scores_of_pairs(reranker):
     source, encoder = reranker
     model = library(source, "CrossEncoder")

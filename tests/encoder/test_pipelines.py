@@ -15,7 +15,7 @@ from trimserve.loading import load  # noqa: E402
 from trimserve.model.resolve import resolve_model  # noqa: E402
 from trimserve_export.pipeline import export  # noqa: E402
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 TEXTS = ("the cat sat on the mat.", "a latte on the log!", "un dog?", "The cats  told the dog")

@@ -26,7 +26,7 @@ from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
 from trimserve_export.checkpoint.sentence_config import read_declared, task_of_modules
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 MEAN = ("Pooling", {"embedding_dimension": HIDDEN, "pooling_mode": "mean"})
 DENSE = {"in_features": HIDDEN, "out_features": 8, "bias": True}
 

@@ -277,7 +277,7 @@ def test_what_the_library_saves_today(plain, folder, encoder_of, tmp_path):
     check(tmp_path / "saved", encoder, plain[1], prompt_name="query")
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_a_whole_export_in_the_old_layout(tmp_path):
     inner = tmp_path / "model" / "0_Transformer"
     save_model("bert_encoder", inner, rows=V)

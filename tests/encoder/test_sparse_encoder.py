@@ -37,7 +37,7 @@ def dense(model, texts, **options):
     return model.encode(texts, **options).to_dense().numpy()
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_vectors_are_the_librarys(tmp_path):
     source = sparse_folder(tmp_path / "model", {"pooling_strategy": "max", "activation_function": "relu"})
     encoder, model = trimmed(source, tmp_path / "trimmed"), library(source, "SparseEncoder")

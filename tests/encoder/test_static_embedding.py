@@ -30,7 +30,7 @@ from trimserve_export.inspection import ModelFacts, inspect
 from trimserve_export.pipeline import export
 from trimserve_export.verify import verify
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 WIDTH = 12
 
 

@@ -13,7 +13,7 @@ from trimserve.engine import Engine, EngineSettings
 from trimserve.engine.table import RowTable
 from trimserve.loading import load
 
-pytestmark = [pytest.mark.next, needs_transformers_5]
+pytestmark = [pytest.mark.export, needs_transformers_5]
 SETTINGS = EngineSettings(max_rows=6, chunk=7)
 
 

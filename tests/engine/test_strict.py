@@ -15,7 +15,7 @@ from trimserve.errors import UsageError
 from trimserve.loading import load
 from trimserve.runtime.decoder import Decoder
 
-pytestmark = [pytest.mark.next, needs_transformers_5]
+pytestmark = [pytest.mark.export, needs_transformers_5]
 SETTINGS = EngineSettings(max_rows=4)
 
 

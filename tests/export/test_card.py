@@ -13,7 +13,7 @@ from tests.support.folders import make_folder
 from trimserve.model.source import ModelSource
 from trimserve_export.card import render_card
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 BODY = """
 # A model

@@ -12,7 +12,7 @@ from tests.support.decoders import DECODERS, MULTIMODAL, compare, make_pair, sav
 from tests.support.models import needs_transformers_5
 from trimserve_export.verify import verify
 
-pytestmark = [pytest.mark.export, pytest.mark.next, needs_transformers_5]
+pytestmark = [pytest.mark.export, needs_transformers_5]
 # Each has something that no other test has: a state a layer; a language model inside another one.
 _QUICK = {"lfm2"}
 _QUICK_INSIDE = {"mistral3"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("optimum")
+pytest.importorskip("torch")
 
 import torch
 import transformers
@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from tests.support.exports import KEPT, V, open_graph, read_float32, run
 from tests.support.folders import make_vocab
-from tests.support.models import FAMILIES, save_model
+from tests.support.models import FAMILIES, PLAIN_EXPORTER, save_model
 from tests.support.rounding import FLOAT16, assert_within, model_bound, product_bound
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.files.hashes import sha256_file
@@ -25,9 +25,9 @@ from trimserve.vocab.file import load_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export import card, export, from_checkpoint
 from trimserve_export.checkpoint.tasks import infer_task
-from trimserve_export.exporters import optimum
+from trimserve_export.exporters.exporter import load_exporter
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +52,20 @@ def test_folder_is_complete_and_says_what_it_is(bert, vocab, tmp_path):
     assert [(cut.name, cut.rows_before, cut.rows_after) for cut in manifest.cut] == [
         ("embeddings.word_embeddings.weight", V, len(KEPT))
     ]
-    assert manifest.exporter.keys() >= {"trimserve", "optimum-onnx", "transformers", "torch"}
+    assert manifest.exporter.keys() >= {"trimserve", "name", "transformers", "torch"}
+    assert manifest.exporter["name"] == PLAIN_EXPORTER
     assert {path.name for path in folder.path.iterdir()} == result.files.keys()
     assert {name: (folder.path / name).stat().st_size for name in result.files} == result.files
     np.testing.assert_array_equal(load_vocab(folder.path / "vocab_map.safetensors").kept_ids, KEPT)
 
 
+@pytest.mark.optimum(only=True)
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "bert"])
 def test_large_models_skip_the_exporters_clean_up_and_are_the_same(family, vocab, tmp_path, monkeypatch):
     """Above 2 GiB optimum-onnx cannot tie weights: our passes do."""
     model = save_model(family, tmp_path / "model", rows=V)
     export(model, vocab, tmp_path / "small")
-    monkeypatch.setattr(optimum, "_MAX_POST_PROCESSED_BYTES", 0)
+    monkeypatch.setattr(load_exporter("optimum"), "_MAX_POST_PROCESSED_BYTES", 0)
     export(model, vocab, tmp_path / "large")
     sizes = [(tmp_path / name / "model.onnx_data").stat().st_size for name in ("small", "large")]
     assert sizes[0] == sizes[1]
@@ -285,6 +287,7 @@ def test_a_model_that_was_trimmed_already_is_refused(bert, vocab, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["once"]
 
 
+@pytest.mark.optimum(only=True)
 def test_model_that_the_exporter_refuses(vocab, tmp_path):
     # optimum-onnx takes all heads of Phi for key-value heads.
     model = save_model("phi", tmp_path / "model", rows=V, num_key_value_heads=1)
@@ -305,7 +308,7 @@ def test_pad_id_that_a_classifier_needs_has_to_stay(tmp_path):
 @pytest.mark.parametrize(
     ("module", "step"),
     [
-        (optimum, "onnx_export_from_model"),
+        (load_exporter(PLAIN_EXPORTER), "export_checkpoint"),
         (from_checkpoint, "make_servable"),
         (from_checkpoint, "save_vocab"),
         (card, "render_card"),
@@ -366,9 +369,10 @@ def test_source_is_never_changed(bert, vocab, tmp_path):
     assert {path.name: sha256_file(path) for path in bert.iterdir()} == before
 
 
+@pytest.mark.optimum(only=True)
 def test_missing_accelerate_is_asked_for(bert, vocab, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ImportError, match=r"needs accelerate.*trimserve\[export\]"):
+    with pytest.raises(ImportError, match=r"needs accelerate.*trimserve\[export-optimum\]"):
         export(bert, vocab, tmp_path / "out")

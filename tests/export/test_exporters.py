@@ -1,6 +1,6 @@
 """Exporters: which one is taken, what their graphs are, and onnxruntime-genai on what is made of its own.
 
-What needs transformers 5 runs in its environment (`make test-next`); test_matrix.py compares trimmed graphs.
+What each needs skips where it is not installed; test_matrix.py compares trimmed graphs.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from trimserve_export.layouts.writing import write_layout_graph
 from trimserve_export.serving.quantize import quantization_of
 from trimserve_export.verify import verify
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 needs_genai = pytest.mark.skipif(
     not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai"
 )
@@ -78,7 +78,7 @@ def installed(monkeypatch):
 @pytest.mark.parametrize(
     ("there", "family", "device", "chosen"),
     [
-        (("optimum", "genai", "transformers"), "llama", "cpu", "optimum"),
+        (("optimum",), "llama", "cpu", "optimum"),
         (("genai", "transformers"), "llama", "cpu", "genai"),
         (("genai", "transformers"), "bert", "cpu", "transformers"),
         (("optimum", "genai"), "llama", "cuda", "genai"),
@@ -89,6 +89,14 @@ def test_auto_takes_what_is_installed_and_exports_the_model(installed, there, fa
     found = choose_exporter("auto", config_of(family), GraphJob(GENERATE, device=device))
     assert found.name == chosen
     assert found.reason
+
+
+def test_auto_leaves_half_precision_on_a_cpu_to_who_makes_it(installed):
+    installed("genai", "transformers")
+    for dtype in ("fp16", "bf16"):
+        assert choose_exporter("auto", config_of("llama"), GraphJob(GENERATE, dtype)).name == "transformers"
+        on_device = GraphJob(GENERATE, dtype, device="cuda")
+        assert choose_exporter("auto", config_of("llama"), on_device).name == "genai"
 
 
 def test_auto_says_what_another_exporter_lacks(installed):

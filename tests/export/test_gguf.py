@@ -17,16 +17,16 @@ import transformers  # noqa: E402
 
 import trimserve  # noqa: E402
 from tests.support.gguf_decoders import CASES, LAYERS, PROMPT, fields, make_model  # noqa: E402
+from tests.support.models import PLAIN_EXPORTER  # noqa: E402
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError  # noqa: E402
 from trimserve.files.quantized import dequantize  # noqa: E402
 from trimserve.model.resolve import resolve_model  # noqa: E402
 from trimserve.text.chat import render_chat  # noqa: E402
 from trimserve.vocab.map import VocabMap  # noqa: E402
-from trimserve_export.exporters.choice import is_installed  # noqa: E402
 from trimserve_export.serving.quantize import scheme_of  # noqa: E402
 from trimserve_export.source.whole import whole_source  # noqa: E402
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 
 def rope_factors(config):
@@ -126,13 +126,12 @@ def test_a_gguf_file_becomes_a_folder_that_generates_the_same(case, tmp_path):
 @pytest.mark.parametrize(("kind", "name"), [("Q8_0", "int8"), ("Q4_0", "int4")])
 def test_blocks_are_kept_by_quantize(kind, name, tmp_path):
     """Every matrix of the graph, dequantised, is one of the file, dequantised, to the bit."""
-    exporter = next(name for name in ("optimum", "transformers") if is_installed(name))
     path = write("llama", make_model("llama"), tmp_path / "m.gguf", kind=kind)
     source = resolve_model(path)
     kept = np.arange(0, 300, 2, dtype=np.int32)
     vocab = VocabMap(kept, np.zeros(len(kept), np.uint8), source.vocab_size, source.tokenizer_sha256)
     out = trimserve.export(
-        path, vocab, tmp_path / "out", quantize=name, exporter=exporter, progress=False
+        path, vocab, tmp_path / "out", quantize=name, exporter=PLAIN_EXPORTER, progress=False
     ).path
     stored = [made.numbers() + 0.0 for made in source.gguf.tensors.values() if len(made.shape) == 2]
     expected = {matrix.tobytes() for matrix in stored} | {

@@ -17,7 +17,7 @@ import trimserve  # noqa: E402
 from trimserve.model.resolve import resolve_model  # noqa: E402
 from trimserve.selection.select_ids import select  # noqa: E402
 
-pytestmark = [pytest.mark.realmodel, pytest.mark.export, pytest.mark.next]
+pytestmark = [pytest.mark.realmodel, pytest.mark.export]
 
 PROMPTS = (
     "What is the capital of France?",

@@ -30,7 +30,7 @@ from trimserve_export.exporters.choice import is_installed
 from trimserve_export.exporters.exporter import EXPORTERS, GraphJob, load_exporter
 from trimserve_export.verify.plain_run import GraphModel
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 LIMIT, LONGEST = 16, 64
 # Logits of these models are of size 10; fp32 sums in another order differ by 1e-5 of that.
@@ -229,6 +229,7 @@ def test_the_manifest_says_where_positions_change(made):
     assert {lengths.longest for lengths in found.values()} == {LONGEST}
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_constant_trace_is_found_by_these_tests(tmp_path, monkeypatch):
     """Without the frequencies in the graph the numbers above are wrong: the comparison can fail."""
     exporter = load_exporter("optimum" if is_installed("optimum") else "transformers")
@@ -240,6 +241,7 @@ def test_a_constant_trace_is_found_by_these_tests(tmp_path, monkeypatch):
         test_logits_are_transformers_on_both_sides_of_each_limit(case)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_code_of_its_own_that_follows_the_length_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(rope, "_follows_length", lambda _module: False)
     with pytest.raises(UnsupportedModelError, match=r"beyond 16 tokens \(dynamic\) in code of its own"):
@@ -247,6 +249,7 @@ def test_code_of_its_own_that_follows_the_length_is_refused(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("constant", [False, True])
 def test_a_graph_of_others_is_limited_to_where_it_is_right(tmp_path, monkeypatch, constant):
     """By whether it compares lengths with the one where its config says that the frequencies change."""

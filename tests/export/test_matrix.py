@@ -24,7 +24,7 @@ from trimserve.folder.opening import open_folder
 from trimserve_export.exporters.choice import is_installed
 from trimserve_export.exporters.exporter import EXPORTERS
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 RECORDED = {
     name: outcome

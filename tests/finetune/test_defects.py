@@ -18,7 +18,7 @@ from tests.support.finetuning import COLD, KEPT, VOCAB, K, V, make_batch, make_m
 from tests.support.folders import make_vocab
 from trimserve.finetune import partial_vocab
 
-pytestmark = [pytest.mark.export, pytest.mark.next, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
 
 def test_defect_1_padding_ids():

@@ -36,7 +36,7 @@ from trimserve.errors import (
 )
 from trimserve.finetune import cut_vocab, partial_vocab
 
-pytestmark = [pytest.mark.export, pytest.mark.next, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 50
 

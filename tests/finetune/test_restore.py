@@ -36,7 +36,7 @@ from trimserve.model.resolve import resolve_model
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import Reason, VocabMap
 
-pytestmark = [pytest.mark.export, pytest.mark.next, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
 # family -> what its folder is made with.
 FAMILIES = {

@@ -28,7 +28,7 @@ from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.finetune import load_reversible, make_reversible, reversible
 from trimserve_export.finetune.reversible.digits import Scale, snap
 
-pytestmark = [pytest.mark.export, pytest.mark.next, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
 VARIANTS = (1, 2, 3)
 

@@ -34,7 +34,7 @@ from trimserve_export.exporters.exporter import GraphJob, load_exporter
 from trimserve_export.exporters.transformers_seq2seq import COMPARED
 from trimserve_export.verify import verify
 
-pytestmark = [pytest.mark.export, pytest.mark.next, needs_transformers_5]
+pytestmark = [pytest.mark.export, needs_transformers_5]
 
 # Of unequal lengths, one longer than what is traced.
 TEXTS = ["the cat sat on the mat", "dog", "a cat ? un latte on a dog .", "lo", "a cat sat on a dog ? " * 3]
@@ -145,7 +145,7 @@ def test_what_export_makes_is_verified(tmp_path, family, options):
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_auto_takes_it_beside_transformers_5(tmp_path, family):
+def test_auto_takes_it(tmp_path, family):
     config = load_config(save_translator(family, tmp_path / "model"))
     assert choose_exporter("auto", config, GraphJob(TASK)).name == "transformers"
 

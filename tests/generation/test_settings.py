@@ -27,7 +27,7 @@ from trimserve.text.stop_matcher import StopMatcher  # noqa: E402
 from trimserve_export.checkpoint.generation_settings import known_fields, read_generation  # noqa: E402
 from trimserve_export.pipeline import export  # noqa: E402
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 PROMPTS = ("the cat sat on the mat", "a dog and a cat. the dog")
 TOKENS = 24

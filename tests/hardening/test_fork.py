@@ -106,7 +106,7 @@ def test_a_child_of_a_process_that_asks_for_the_tokenizers_threads(served, name,
     test_a_child_of_a_used_model(served, name, 2)
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 @pytest.mark.skipif(not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_child_of_a_model_with_shared_buffers(served, threads):

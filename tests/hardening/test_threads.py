@@ -101,7 +101,7 @@ def test_so_they_do_with_threads_of_the_sessions_own(served):
     assert mixed_up(served("untied"), "untied", CI_CALLS, threads=2) == []
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 @pytest.mark.usefixtures("switching")
 @pytest.mark.skipif(not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai")
 @pytest.mark.parametrize("count", [CI_CALLS, pytest.param(SLOW_CALLS, marks=pytest.mark.fuzz)])

@@ -207,7 +207,7 @@ def test_tokens_and_back(server, chat_model):
     assert chat["tokens"] == chat_model.chat_ids(MESSAGES).tolist()
 
 
-def test_models(client, folders):
+def test_models(client):
     cards = {card.id: card for card in client.models.list()}
     assert list(cards) == ["chat", "embed", "rank"]
     assert cards["chat"].max_model_len == 2048

@@ -100,7 +100,10 @@ class Exports:
         export(source, make_vocab(KEPT, V), root / "trimmed")
         folder = open_folder(root / "trimmed")
         (root / "full").mkdir()
-        full = export_full(resolve_model(source), root / "full", folder.manifest.task, "fp32")
+        exporter = folder.manifest.exporter["name"]
+        full = export_full(
+            resolve_model(source), root / "full", folder.manifest.task, "fp32", exporter=exporter
+        )
         return Exported(family, source, folder, full)
 
 

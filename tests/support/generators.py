@@ -77,8 +77,10 @@ def make_pair(
     export(source, vocab, root / "trimmed", quantize=quantize, vocab_bits=vocab_bits, progress=False)
     (root / "full").mkdir()
     scheme = quantization_of(quantize, vocab_bits) if quantize else None
-    full = export_full(source, root / "full", GENERATE, "fp32", scheme)
-    return Pair(open_generator(root / "trimmed"), model_path, full)
+    generator = open_generator(root / "trimmed")
+    exporter = generator.folder.manifest.exporter["name"]
+    full = export_full(source, root / "full", GENERATE, "fp32", scheme, exporter=exporter)
+    return Pair(generator, model_path, full)
 
 
 def greedy_by_torch(model: transformers.PreTrainedModel, ids: np.ndarray, tokens: int) -> list[int]:

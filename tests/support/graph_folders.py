@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from onnxruntime.quantization import quant_utils
 
-from tests.support.models import FAMILIES, save_model
+from tests.support.models import FAMILIES, PLAIN_EXPORTER, save_model
 from trimserve.folder.manifest import read_manifest, write_manifest
 from trimserve.folder.opening import list_files
 from trimserve.model.resolve import resolve_model
@@ -22,9 +22,9 @@ TEXTS = ["the cat sat on the mat", "a", "Grüße, Welt! 🎉", "数学 ábc\n\nd
 
 def save_graph(root, family: str, kind: str, **options):
     """A folder as another tool would leave it: a graph, perhaps quantised, a tokenizer and configs."""
-    optimum = load_exporter("optimum")
     source = save_model(family, root / "checkpoint", **options)
-    graph = optimum.export_checkpoint(source, root / "onnx", GraphJob(FAMILIES[family].task))
+    exporter = load_exporter(PLAIN_EXPORTER)
+    graph = exporter.export_checkpoint(source, root / "onnx", GraphJob(FAMILIES[family].task))
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
         if (source / name).is_file():
             shutil.copy(source / name, root / "onnx" / name)

@@ -129,3 +129,5 @@ def with_random_weights(model: transformers.PreTrainedModel, seed: int) -> trans
 
 
 needs_transformers_5 = pytest.mark.skipif(not is_installed("transformers"), reason="needs transformers 5")
+# Of one graph, as the exporter of this environment makes it, for tests in which any will do.
+PLAIN_EXPORTER = "optimum" if is_installed("optimum") else "transformers"

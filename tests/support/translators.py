@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from tests.support.folders import make_vocab
-from tests.support.models import with_random_weights
+from tests.support.models import PLAIN_EXPORTER, with_random_weights
 from tests.support.tiny_tokenizers import KINDS
 from trimserve.decoding.columns import Columns, History
 from trimserve.decoding.sampling import SamplingParams, choose
@@ -27,7 +27,6 @@ from trimserve.folder.opening import list_files
 from trimserve.generation.text2text import Text2TextGenerator
 from trimserve.loading import load
 from trimserve.model.resolve import resolve_model
-from trimserve_export.exporters.choice import is_installed
 from trimserve_export.full_model import export_full
 from trimserve_export.pipeline import export
 
@@ -97,7 +96,7 @@ class Translator:
     @cached_property
     def onnx(self) -> Path:
         """The model as optimum-onnx exports it: an encoder, two decoders and the two merged."""
-        # Here, as the rest of this module is also imported beside transformers 5, which optimum-onnx refuses.
+        # Here, as the rest of this module is imported beside transformers 5, which optimum-onnx refuses.
         from optimum.exporters.onnx import onnx_export_from_model
 
         from trimserve_export.exporters.optimum import quiet
@@ -237,8 +236,7 @@ def make_translator(
     vocab = make_vocab(kept, source.vocab_size, source.tokenizer_sha256)
     export(source, vocab, root / "trimmed", progress=False, cold=cold)
     (root / "full").mkdir()
-    exporter = "optimum" if is_installed("optimum") else "transformers"
-    export_full(source, root / "full", TASK, "fp32", exporter=exporter)
+    export_full(source, root / "full", TASK, "fp32", exporter=PLAIN_EXPORTER)
     return Translator(model, root / "trimmed", root / "full")
 
 

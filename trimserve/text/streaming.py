@@ -84,7 +84,7 @@ class StreamDecoder:
     def _trailing_bytes(self, ids: Sequence[int]) -> int:
         if not self._byte_runs:
             return 0
-        tokens = (self._tokenizer.id_to_token(id_) for id_ in reversed(ids))
+        tokens = (self._tokenizer.id_to_token(id_) or "" for id_ in reversed(ids))
         return next((n for n, token in enumerate(tokens) if not is_byte_token(token)), len(ids))
 
     def _is_visible(self, id_: int) -> bool:

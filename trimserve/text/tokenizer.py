@@ -113,7 +113,7 @@ def newline_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def _spelling(tokenizer: Tokenizer, id_: int) -> str:
-    token: str = tokenizer.id_to_token(id_)
+    token: str = tokenizer.id_to_token(id_) or ""
     # Decoders strip at the ends, so a lone newline may decode to nothing: look at the piece as well.
     return token.replace("Ċ", "\n").replace("<0x0A>", "\n")
 

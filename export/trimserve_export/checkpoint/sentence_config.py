@@ -342,7 +342,7 @@ def _limit(source: ModelSource, config: PretrainedConfig | None) -> int | None:
 
 def _feeds_type_ids(source: ModelSource, *, pairs: bool) -> bool:
     """Whether the tokenizer's type ids reach the model: transformers drops those of some classes."""
-    encodings = [source.tokenizer().encode("a", *(["b"] if pairs else []))]
+    encodings = [source.tokenizer().encode("a", "b" if pairs else None)]
     if not any(type_id for encoding in encodings for type_id in encoding.type_ids):
         return True  # zeros either way
     try:
@@ -399,5 +399,6 @@ def _labels(
         if isinstance(module, Dense) and module.output == SCORES:
             return int(tensors[f"{index}.weight"].shape[0])
     if config is not None:
-        return int(config.num_labels)
+        labels: Any = config.num_labels
+        return int(labels)
     return len(source.config.get("id2label") or range(int(source.config.get("num_labels", 2))))

@@ -48,9 +48,12 @@ def choose_exporter(asked: str, config: "PretrainedConfig", job: GraphJob) -> Ch
         return Choice(asked, "asked for", exporter)
     installed = [name for name in EXPORTERS if is_installed(name)]
     if not installed:
-        _require("optimum")
-    # Graphs for one device, which the builder alone makes.
-    candidates = [name for name in installed if job.device == "cpu" or name == "genai"]
+        _require("transformers")
+    # Graphs for one device, which the builder alone makes; for the CPU it makes fp32 alone.
+    possible = {"genai"} if job.device != "cpu" else set(EXPORTERS)
+    if (job.device, job.dtype) in (("cpu", "fp16"), ("cpu", "bf16")):
+        possible.remove("genai")
+    candidates = [name for name in installed if name in possible]
     refusals = []
     for name in candidates:
         exporter = load_exporter(name)
@@ -60,7 +63,7 @@ def choose_exporter(asked: str, config: "PretrainedConfig", job: GraphJob) -> Ch
             refusals.append(str(error))
         else:
             return Choice(name, _reason(name, refusals), exporter)
-    missing = f"no installed exporter makes graphs for {job.device}: install trimserve[export-next]."
+    missing = f"no installed exporter makes graphs for {job.device}: install trimserve[export]."
     raise UnsupportedModelError(" ".join(refusals) or missing)
 
 
@@ -75,9 +78,9 @@ def _reason(name: str, refusals: list[str]) -> str:
 
 
 _REASONS = {
-    "optimum": "installed, and its graphs take batches of any texts",
+    "optimum": "the one that is installed",
     "genai": "fused attention, and loads in onnxruntime-genai, too",
-    "transformers": "the one that is left",
+    "transformers": "the model's own code, traced",
 }
 
 
@@ -103,9 +106,9 @@ _INSTALLED: dict[str, Callable[[], bool]] = {
     "transformers": _has_exporter_of_transformers,
 }
 _NEEDS = {
-    "optimum": ("optimum-onnx", "export"),
-    "genai": ("transformers 5 and onnxruntime-genai", "export-next"),
-    "transformers": ("transformers 5 and onnxscript", "export-next"),
+    "optimum": ("optimum-onnx and transformers 4.57", "export-optimum"),
+    "genai": ("transformers 5 and onnxruntime-genai", "export"),
+    "transformers": ("transformers 5 and onnxscript", "export"),
 }
 
 

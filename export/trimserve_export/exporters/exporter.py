@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # In the order in which `auto` tries them.
-EXPORTERS = ("optimum", "genai", "transformers")
+EXPORTERS = ("genai", "transformers", "optimum")
 DEVICES = ("cpu", "cuda", "webgpu")
 
 

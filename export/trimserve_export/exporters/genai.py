@@ -155,14 +155,14 @@ def _builder() -> Any:  # noqa: ANN401 - onnxruntime-genai has no types
     Raises:
         MissingExtraError: it, or transformers 5, is not installed.
     """
-    require("onnxruntime_genai", extra="export-next", purpose=_PURPOSE)
+    require("onnxruntime_genai", extra="export", purpose=_PURPOSE)
     with _quantizer_silenced():
         try:
-            return require("onnxruntime_genai.models.builder", extra="export-next", purpose=_PURPOSE)
+            return require("onnxruntime_genai.models.builder", extra="export", purpose=_PURPOSE)
         except ImportError as error:
             raise UnsupportedModelError(
                 f"{_name()} needs transformers 5, found {version('transformers')}: use an environment with "
-                "trimserve[export-next]."
+                "trimserve[export]."
             ) from error
 
 

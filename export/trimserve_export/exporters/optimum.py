@@ -58,7 +58,7 @@ def check_job(job: GraphJob) -> None:
 
 def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     """Export a checkpoint folder to ONNX; see `Exporter`."""
-    require("accelerate", extra="export", purpose="exporting tied weights once")
+    require("accelerate", extra="export-optimum", purpose="exporting tied weights once")
     seq2seq = job.task == TEXT2TEXT_TASK
     with quiet():
         model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)

@@ -64,7 +64,7 @@ def check_job(job: GraphJob) -> None:
 
 def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     """Export a checkpoint folder to ONNX; see `Exporter`."""
-    require("onnxscript", extra="export-next", purpose="export --exporter transformers")
+    require("onnxscript", extra="export", purpose="export --exporter transformers")
     with tracing.quiet():
         model = load_model(folder, job.task, job.dtype, trust_remote_code=job.trust_remote_code)
         with (
@@ -87,9 +87,7 @@ def _trace(
     model: torch.nn.Module, example: dict[str, Any], varying: dict[str, Any] | None = None
 ) -> ir.Model:
     """The graph of a module; without `varying`, any axis may vary that the tracer does not find fixed."""
-    exporters = require(
-        "transformers.exporters", extra="export-next", purpose="export --exporter transformers"
-    )
+    exporters = require("transformers.exporters", extra="export", purpose="export --exporter transformers")
     settings = exporters.OnnxConfig(dynamic=True, dynamic_shapes=varying)
     program: ir.Model = exporters.OnnxExporter().export_program(model, example, config=settings)[0]
     return program
@@ -143,7 +141,7 @@ def _name_caches(graph: ir.Graph, example: dict[str, Any]) -> None:
     if len(fed) != len(leaves):
         raise UnsupportedModelError(
             f"{_name()} gives the graph {len(fed)} inputs for a cache of {len(leaves)} tensors: use another "
-            "exporter, or the version of transformers in constraints-next.txt."
+            "exporter, or the version of transformers in constraints.txt."
         )
     # torch takes the cache that the graph gives apart like the one that it is fed.
     given = [value for value in graph.outputs if value.name not in _OUTPUTS]

@@ -121,7 +121,7 @@ def _load(
     if task in _LABELLED and labels and config.num_labels != labels[-1]:
         config.num_labels = labels[-1]
     with transformers_border(f"cannot load {base.name} for {task}", error=MismatchError):
-        model, report = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             base.path,
             config=config,
             dtype="auto",
@@ -130,6 +130,7 @@ def _load(
             output_loading_info=True,
             ignore_mismatched_sizes=bool(labels),
         )
+    model, report = loaded
     brought = {name.removeprefix(_PREFIX) for name in stored}
     made_anew = [name for name in report["missing_keys"] if "pooler" not in name and name not in brought]
     if made_anew:

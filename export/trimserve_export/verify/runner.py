@@ -127,7 +127,7 @@ def _export_full(source: ModelSource, folder: TrimmedFolder, scratch: Path) -> P
         manifest.task,
         manifest.dtype,
         scheme,
-        exporter=made_by.get("name", "optimum"),
+        exporter=made_by.get("name", "transformers"),
         device=made_by.get("device", "cpu"),
         layout=manifest.layout,
         calibration=calibration_of(folder),

@@ -10,7 +10,7 @@ from tests.support.models import FAMILIES
 from trimserve.errors import TrimserveError, UnsupportedModelError
 from trimserve_export.checkpoint.axes import architecture_class, find_vocab_axes, load_config
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 V = 37
 

@@ -11,7 +11,7 @@ import transformers
 from tests.support.folders import make_vocab
 from trimserve_export.checkpoint.configs import compact_config, write_compact_configs
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 # token id -> compact id: 2 -> 0, 5 -> 1, 9 -> 2, 30 -> 3
 VOCAB = make_vocab([2, 5, 9, 30], 37)

@@ -22,7 +22,7 @@ from trimserve_export.checkpoint.trim import trim_checkpoint
 from trimserve_export.layouts.closure import close_vocab
 from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 MODELS = {
     "llama": (

@@ -23,7 +23,7 @@ from trimserve_export.checkpoint.configs import PER_LAYER_KEY, compact_rows
 from trimserve_export.checkpoint.trim import trim_checkpoint
 from trimserve_export.verify import verify
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 TEXTS = ["the cat sat on the mat", "Grüße, Welt! 🎉"]
 

@@ -40,7 +40,7 @@ from trimserve_export.checkpoint.source_tokenizer import (
 from trimserve_export.checkpoint.trim import check_vocab
 from trimserve_export.verify.checks.rows import check_tokenizer
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 TRANSFORMERS = int(transformers.__version__.partition(".")[0])
 TEXTS = [

@@ -23,7 +23,7 @@ from trimserve.model.resolve import resolve_model
 from trimserve_export.checkpoint.stored import stored_vocab
 from trimserve_export.checkpoint.trim import stream_tensors, trim_checkpoint
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 V = 37
 KEPT = (0, 1, 2, 3, 4, 5, 7, 8, 20, 30, 36)

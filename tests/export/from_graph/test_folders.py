@@ -32,7 +32,7 @@ from trimserve_export.from_graph.trimmed import trim_to_folder
 from trimserve_export.trimming.parts import find_parts, one_variant
 from trimserve_export.verify import verify
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 TEXTS = ["the cat sat on the mat", "dog", "lo"]
 
@@ -183,6 +183,7 @@ def test_checkpoints_have_neither_links_nor_variants(translators, tmp_path):
 @pytest.fixture(scope="module", params=["t5", "bart"])
 def seq2seq(request, translators):
     """An encoder-decoder as optimum-onnx leaves it, and the same made from its checkpoint."""
+    pytest.importorskip("optimum.exporters.onnx", reason="needs optimum-onnx (make test-optimum)")
     made = translators(request.param)
     return made, made.onnx
 

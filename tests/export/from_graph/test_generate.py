@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("optimum")
+pytest.importorskip("torch")
 
 import trimserve
 from tests.support.exports import open_graph
@@ -21,7 +21,7 @@ from trimserve.vocab.map import VocabMap
 from trimserve_export import export
 from trimserve_export.from_graph.trimmed import serve_full
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 
 @pytest.mark.parametrize(

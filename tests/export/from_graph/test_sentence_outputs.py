@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
-pytest.importorskip("optimum.exporters.onnx")
+pytest.importorskip("optimum.exporters.onnx", reason="needs optimum-onnx (make test-optimum)")
 
 import onnx
 
@@ -25,7 +25,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve_export.exporters import tracing
 from trimserve_export.verify import verify
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 
 @pytest.fixture(scope="module")

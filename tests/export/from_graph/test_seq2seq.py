@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("optimum")
+pytest.importorskip("optimum.exporters.onnx", reason="needs optimum-onnx (make test-optimum)")
 
 import onnx_ir as ir
 import transformers
@@ -14,7 +14,7 @@ from tests.support.folders import make_vocab
 from trimserve_export.exporters.optimum import quiet
 from trimserve_export.trimming import load_graph, trim_graph
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.optimum]
 
 V = 37
 KEPT = (0, 1, 2, 5, 7, 8, 20, 29, 30, 35, 36)

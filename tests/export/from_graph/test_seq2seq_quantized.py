@@ -22,7 +22,7 @@ from trimserve.model.resolve import resolve_model
 from trimserve_export import export
 from trimserve_export.verify import verify
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.optimum(only=True)]
 
 TEXTS = ["the cat sat on the mat", "dog", "a cat ? un latte on a dog .", "lo"]
 TOKENS = 20

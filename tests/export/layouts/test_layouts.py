@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("optimum")
+pytest.importorskip("torch")
 
 import onnx
 import onnx_ir as ir
@@ -21,10 +21,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForFeatureExtraction, ORTModelForMaskedLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from tests.support.models import save_model
+from tests.support.models import PLAIN_EXPORTER, save_model
 from tests.support.rounding import assert_within, change_of_outputs, model_bound
 from tests.support.tiny_tokenizers import CHAT_TEMPLATE, TEXT
 from trimserve.errors import UnsupportedModelError, UsageError
@@ -36,8 +35,8 @@ from trimserve.profiles.profiling import profile
 from trimserve.selection.select_ids import select
 from trimserve.vocab.map import VocabMap
 from trimserve_export import export
-from trimserve_export.exporters import optimum
-from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.exporters.choice import is_installed
+from trimserve_export.exporters.exporter import GraphJob, load_exporter
 from trimserve_export.layouts.drop_in import LOOKUP_NAME, id_table, make_drop_in
 from trimserve_export.layouts.segmentation import Sample
 from trimserve_export.verify import verify
@@ -132,11 +131,18 @@ def test_checkpoint_of_layout_tokenizer_in_transformers(folders, full, model):
     check_same_generation(folder, loaded, full, model)
 
 
+def in_optimum(loader: str, folder: Path, **options):
+    """A folder as a class of optimum loads it."""
+    import optimum.onnxruntime
+
+    return getattr(optimum.onnxruntime, loader).from_pretrained(folder, **options)
+
+
+@pytest.mark.optimum(only=True)
 def test_graph_of_layout_tokenizer_in_optimum(folders, full, model):
     folder = folders / "tokenizer"
-    check_same_generation(
-        folder, ORTModelForCausalLM.from_pretrained(folder, use_io_binding=False), full, model
-    )
+    loaded = in_optimum("ORTModelForCausalLM", folder, use_io_binding=False)
+    check_same_generation(folder, loaded, full, model)
 
 
 def test_layout_tokenizer_has_the_exporters_interface(folders):
@@ -200,11 +206,12 @@ def logits_of(folder, ids) -> np.ndarray:
     return session.run(None, {name: feeds[name] for name in names & feeds.keys()})[0]
 
 
+@pytest.mark.optimum(only=True)
 def test_drop_in_generates_in_optimum_with_the_original_tokenizer(folders, full, model, vocab):
     folder = folders / "graph"
     for name in ("tokenizer.json", "config.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (model / name).read_bytes()
-    loaded = ORTModelForCausalLM.from_pretrained(folder, use_io_binding=False)
+    loaded = in_optimum("ORTModelForCausalLM", folder, use_io_binding=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cold = 0
     for prompt in (*PROMPTS, "unseen Ωmega 🦊 latte"):
@@ -347,7 +354,7 @@ def variants(model, tmp_path_factory) -> Path:
     """One model in four precisions, laid out for transformers.js; the weights of one lie beside its graph."""
     folder = tmp_path_factory.mktemp("variants") / "model"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    exported = optimum.export_checkpoint(
+    exported = load_exporter(PLAIN_EXPORTER).export_checkpoint(
         resolve_model(model).path, folder / "onnx", GraphJob("text-generation-with-past")
     )
     blocks = MatMulNBitsQuantizer(str(exported), block_size=16, is_symmetric=True)
@@ -404,11 +411,12 @@ def test_transformers_js_loads_each_variant(variants, counted, vocab, full, mode
 @pytest.mark.parametrize(
     ("family", "tokenizer", "loader"),
     [
-        ("bert", "wordpiece", ORTModelForMaskedLM),
-        ("bert_encoder", "wordpiece", ORTModelForFeatureExtraction),
-        ("xlm_roberta", "unigram", ORTModelForMaskedLM),  # counts positions from the pad id
+        ("bert", "wordpiece", "ORTModelForMaskedLM"),
+        ("bert_encoder", "wordpiece", "ORTModelForFeatureExtraction"),
+        ("xlm_roberta", "unigram", "ORTModelForMaskedLM"),  # counts positions from the pad id
     ],
 )
+@pytest.mark.optimum
 @pytest.mark.parametrize("layout", ["tokenizer", "graph"])
 def test_encoders(tmp_path, family, tokenizer, loader, layout):
     path = save_model(family, tmp_path / "model", tokenizer=tokenizer)
@@ -422,12 +430,16 @@ def test_encoders(tmp_path, family, tokenizer, loader, layout):
     text = "the cat sat" if layout == "tokenizer" else "the cat un dog tte l"
     ids = np.array(source.tokenizer().encode(text).ids)
     fed = vocab.to_compact(ids) if layout == "tokenizer" else ids
-    loaded = loader.from_pretrained(tmp_path / "out")
-    inputs = {
-        "input_ids": torch.tensor(fed[None]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
-    }
-    found = loaded(**inputs)[0].numpy()
+    inputs = {"input_ids": fed[None].astype(np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    session = open_session(tmp_path / "out")
+    known = {value.name for value in session.get_inputs()}
+    if "token_type_ids" in known:
+        inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+    found = session.run(None, inputs)[0]
+    if is_installed("optimum"):
+        tensors = {name: torch.tensor(value) for name, value in inputs.items()}
+        by_optimum = in_optimum(loader, tmp_path / "out")(**tensors)[0].numpy()
+        np.testing.assert_array_equal(by_optimum, found)
     expected, bound = full_output(path, family, ids)
     if layout == "graph":
         assert (~vocab.is_kept(ids)).any()

@@ -25,7 +25,7 @@ from trimserve_export.layouts.closure import CLOSED_KEY, MergeTrees, close_vocab
 from trimserve_export.layouts.segmentation import Sample, compare_segmentation
 from trimserve_export.layouts.tokenizer_cut import cut_tokenizer, write_cut_tokenizer
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 # The vocab is selected from the first sentences; the others bring words, an emoji and a script never seen.
 SEEN = "The cat sat on the mat. The dog sat on the log; a cat and a dog sat."

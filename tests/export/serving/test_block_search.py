@@ -9,7 +9,7 @@ from trimserve.files.quantized import BlockScheme, dequantize
 from trimserve_export.serving.block_search import SearchedBlocks, search_blocks
 from trimserve_export.serving.quantize import quantize_rows
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 SCHEME = BlockScheme(4, zero_points=True)
 RANDOM = np.random.default_rng(3)

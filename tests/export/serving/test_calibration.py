@@ -29,7 +29,7 @@ from trimserve_export.serving.calibration import Calibration
 from trimserve_export.serving.quality import Quality, measure_quality
 from trimserve_export.verify import verify
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 TEXTS = [
     f"the cat {number} sat on the mat and the dog lay by it, all day long\n" * 10 for number in range(40)

@@ -163,6 +163,7 @@ def test_a_size_that_may_be_nothing_is_not_divided_by(tmp_path):
     assert "Concat" in fixed(body, tmp_path)
 
 
+@pytest.mark.optimum(only=True)  # its traces are the ones with the shape arithmetic
 @pytest.mark.parametrize("family", ["llama_tied", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_no_bit_changes_in_a_family(family, exported, tmp_path, monkeypatch):
     made = exported(family)

@@ -10,7 +10,7 @@ from trimserve_export.serving.lattice import on_lattice
 from trimserve_export.serving.quantize import quantize_rows
 
 SCHEMES = {"int4": BlockScheme(4), "int8": BlockScheme(8)}
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 
 def q8_0(rows):

@@ -30,7 +30,7 @@ from trimserve.model.resolve import resolve_model  # noqa: E402
 from trimserve.selection.select_ids import select  # noqa: E402
 from trimserve.vocab.file import load_vocab  # noqa: E402
 
-pytestmark = [pytest.mark.export, pytest.mark.next]
+pytestmark = pytest.mark.export
 
 TEMPLATE = tiny_tokenizers.CHAT_TEMPLATE
 FORMATS = {

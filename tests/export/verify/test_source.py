@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from tests.support.folders import make_vocab
-from tests.support.models import FAMILIES, save_model
+from tests.support.models import FAMILIES, PLAIN_EXPORTER, save_model
 from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError
 from trimserve.files.hashes import sha256_file
@@ -94,7 +94,7 @@ def generator(made, tmp_path) -> tuple[Path, Path]:
     return model, Path(shutil.copytree(trimmed, tmp_path / "trimmed"))
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_a_generator_is_compared_in_transformers(generator):
     model, trimmed = generator
     found = check(trimmed, model)
@@ -121,7 +121,7 @@ def test_another_generation_setting_is_found(generator, capsys):
     assert "source" in [entry["name"] for entry in document["checks"] if entry["ok"] is False]
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_frequencies_that_change_at_another_length_are_found(generator):
     model, trimmed = generator
     graph = ir.load(trimmed / "model.onnx")
@@ -146,7 +146,7 @@ def test_frequencies_that_change_at_another_length_are_found(generator):
     assert "the bound is" in found.detail
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_another_tokenizer_is_found(generator):
     """Every other comparison goes through the folder's own tokenizer, on both sides."""
     model, trimmed = generator
@@ -196,8 +196,7 @@ def test_other_layouts_are_compared_by_the_full_graph(made, tmp_path, layout):
 def test_a_graph_without_a_checkpoint_is_not_comparable(made, tmp_path, capsys):
     model, _ = made("qwen3")
     source = tmp_path / "source"
-    name = next(name for name in ("optimum", "transformers") if is_installed(name))
-    load_exporter(name).export_checkpoint(model, source, GraphJob(FAMILIES["qwen3"].task))
+    load_exporter(PLAIN_EXPORTER).export_checkpoint(model, source, GraphJob(FAMILIES["qwen3"].task))
     for path in model.glob("*.json"):
         shutil.copyfile(path, source / path.name)
     trimmed = trim(source, tmp_path / "out")
@@ -234,7 +233,7 @@ def sentence(tmp_path_factory) -> tuple[Path, Path]:
     return model, trim(model, root / "trimmed")
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_embeddings_are_compared_in_sentence_transformers(sentence):
     model, trimmed = sentence
     found = check(trimmed, model)
@@ -243,7 +242,7 @@ def test_embeddings_are_compared_in_sentence_transformers(sentence):
     assert "texts of 31, 32, 33" in found.detail
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_another_pooling_is_found(sentence, tmp_path):
     model, trimmed = sentence
     trimmed = Path(shutil.copytree(trimmed, tmp_path / "trimmed"))
@@ -286,7 +285,7 @@ def test_another_setting_of_sentence_transformers_is_found(sentence, tmp_path, s
     assert check(trimmed, model).ok is False
 
 
-@pytest.mark.next
+@pytest.mark.optimum
 def test_sentence_transformers_missing_is_one_line_that_names_pip(sentence, monkeypatch, capsys):
     model, trimmed = sentence
     monkeypatch.setattr(original, "_has_sentence_library", lambda: False)

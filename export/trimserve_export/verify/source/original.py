@@ -64,7 +64,7 @@ class Original:
         if self._modules():
             return self.sentence_model.tokenizer
         with tracing.quiet():
-            return AutoTokenizer.from_pretrained(self._transformer)  # type: ignore[no-untyped-call]
+            return AutoTokenizer.from_pretrained(self._transformer)  # type: ignore[no-untyped-call, unused-ignore]
 
     @cached_property
     def model(self) -> PreTrainedModel:
