@@ -64,6 +64,7 @@ def load(
     if folder.manifest.task not in GENERATOR_TASKS:
         return Encoder(folder, sessions["model"], codec, cold)
     # An encoder's process needs none of these.
+    from trimserve.engine.clients import EngineClients
     from trimserve.generation.generator import Generator
     from trimserve.generation.text2text import Text2TextGenerator
     from trimserve.runtime.decoder import Decoder
@@ -71,9 +72,9 @@ def load(
 
     if folder.manifest.task == GENERATION_TASK:
         decoder = Decoder(sessions["model"], device=device, lengths=folder.manifest.lengths)
-        return Generator(folder, decoder, codec, cold, threads=threads)
+        return Generator(folder, decoder, codec, cold, threads=threads, clients=EngineClients)
     pair = Seq2seqDecoder(sessions["encoder"], sessions["decoder"], codec, cold, device=device)
-    return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
+    return Text2TextGenerator(folder, pair, codec, cold, threads=threads, clients=EngineClients)
 
 
 def _check_graphs(folder: TrimmedFolder, sessions: dict[str, Session]) -> None:

@@ -1,6 +1,7 @@
 """The engine as its clients see it: events, cancelling, limits, the end."""
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -143,3 +144,36 @@ def test_other_work_is_done_between_steps(engine, model):
     failed = engine.call(lambda _: 1 // 0)
     assert isinstance(failed.exception(60), ZeroDivisionError)
     assert len(running.result().ids) == 40
+
+
+def test_async_calls_give_what_the_usual_ones_do(model):
+    async def ask_all():
+        results = await asyncio.gather(*(model.agenerate(PROMPT, max_new_tokens=n) for n in (3, 9, 12)))
+        pieces = [piece async for piece in model.astream(PROMPT, max_new_tokens=12)]
+        return [result[0].ids for result in results], "".join(pieces)
+
+    ids, text = asyncio.run(ask_all())
+    (expected,) = model.generate(PROMPT, max_new_tokens=12)
+    assert ids == [expected.ids[:3], expected.ids[:9], expected.ids]
+    assert text == expected.text
+
+
+def test_an_async_caller_that_leaves_ends_its_request(model):
+    async def leave():
+        async with contextlib.aclosing(model.astream(PROMPT, max_new_tokens=40, min_new_tokens=40)) as pieces:
+            async for _ in pieces:
+                break
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(model.agenerate([PROMPT] * 9, max_new_tokens=40, min_new_tokens=40), 0.01)
+
+    before = model.stats.tokens
+    asyncio.run(leave())
+    clients = model._clients.get(None)
+    assert clients._engine.drain(60)
+    assert clients._engine.metrics().finished["cancelled"] == 10
+    assert model.stats.tokens < before + 400
+
+
+def test_an_option_that_is_wrong_is_refused_before_anything_is_awaited(model):
+    with pytest.raises(UsageError, match="temperature"):
+        model.agenerate(PROMPT, temperature=-1)

@@ -42,7 +42,7 @@ def test_a_replay_gives_what_each_request_gets_alone(engine, asked):
     # Else it would prove nothing.
     assert metrics.decode_rows > 1.5 * metrics.decode_steps
     assert metrics.cached_tokens > 100
-    assert metrics.batching == "batches"
+    assert metrics.batching == "batches of up to 6 rows"
     assert metrics.kv_used_bytes == metrics.running == 0
 
 

@@ -57,10 +57,9 @@ class BatchRunner:
         self._feeder = Feeder(generator.decoder, vocab, generator.cold)
         self._decider = Decider(generator)
         self._fill = int(vocab.kept_ids[0])  # fed where nobody reads what comes of it
-        most = settings.max_rows
         self._table = RowTable(
-            generator.decoder.rows(max(most, proof.least_rows)),
-            most=most,
+            generator.decoder.rows(max(proof.most_rows, proof.least_rows)),
+            most=proof.most_rows,
             budget=settings.kv_memory,
             reuses=proof.reuses_prefixes,
         )
