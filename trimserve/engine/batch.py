@@ -48,6 +48,8 @@ class BatchRunner:
         self.strict = proof.is_strict
         self.batching = proof.batching
         self.decode_steps = self.decode_rows = 0
+        # Numbers of their own, because other threads read them while rows move.
+        self.kv_used_bytes = self.kv_bytes = 0
         self._generator = generator
         self._settings = settings
         self._proof = proof
@@ -78,16 +80,6 @@ class BatchRunner:
     def live(self) -> list[Task]:
         """What it works on."""
         return [*self._table.tasks, *([self._reading] if self._reading else [])]
-
-    @property
-    def kv_used_bytes(self) -> int:
-        """See `EngineMetrics`."""
-        return self._table.used_bytes
-
-    @property
-    def kv_bytes(self) -> int:
-        """See `EngineMetrics`."""
-        return self._table.held_bytes
 
     def takes(self, task: Task) -> bool:
         """Whether a request can be one of a batch.
@@ -123,7 +115,11 @@ class BatchRunner:
             places[self._table.place_of(task)] = places[-1]
             self._logits, self._hidden = self._logits[places[:-1]], self._hidden[places[:-1]]
         self._table.release(task)
+        self._note_memory()
         self._count(task)
+
+    def _note_memory(self) -> None:
+        self.kv_used_bytes, self.kv_bytes = self._table.used_bytes, self._table.held_bytes
 
     def step(self) -> Ended:
         """See the module's docstring."""
@@ -135,6 +131,7 @@ class BatchRunner:
             self.drop(task)
         if self._table.live:
             self._feed([task.request.output[-1] for task in self._table.tasks])
+        self._note_memory()
         self._seconds += time.perf_counter() - start
         return ended
 
