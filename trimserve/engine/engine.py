@@ -28,6 +28,9 @@ from trimserve.generation.generator import Generator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_THREAD = "trimserve-engine"
+# How long the end of the interpreter waits for a step.
+_ENDING_SECONDS = 30.0
 # An idle thread ends after so many seconds, and another one starts with the next request.
 _IDLE_SECONDS = 5.0
 # Callers of an encoder at the same time: so many texts at least can share a batch.
@@ -54,6 +57,7 @@ class Engine:
         self._texts = (
             TextBatches(model.graph, strict=self.settings.strict) if isinstance(model, Encoder) else None
         )
+        self._end: weakref.finalize[..., Engine] | None = None
         self.renew()
         renew_in_child(self)
 
@@ -61,7 +65,7 @@ class Engine:
         """Start empty: in a forked child neither the thread nor the clients are there; see `Renewable`."""
         self._starting = Lock()
         self._inbox = Inbox(self.settings)
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []  # the one that works, if any
         self._finished: Counter[str] = Counter()
         self._prompt_tokens = self._cached_tokens = self._running = 0
         self._runners = [runner.anew() for runner in self._runners]
@@ -71,7 +75,9 @@ class Engine:
             self._texts = self._texts.anew(self._wake)
             self._callers = ThreadPoolExecutor(_CALLERS, "trimserve-caller")
         # When the interpreter ends, so does the thread: it must not be within ONNX Runtime then.
-        self._end = weakref.finalize(self, _end, self._inbox)
+        if self._end is not None:
+            self._end.detach()
+        self._end = weakref.finalize(self, _end, self._inbox, self._threads)
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request; does not wait.
@@ -164,8 +170,10 @@ class Engine:
 
     def close(self) -> None:
         """Take nothing more, cancel what waits and runs, and wait for the thread."""
-        self._end()
+        self._inbox.abort(_CLOSED)
         self._join(None)
+        if self._callers is not None:
+            self._callers.shutdown()
 
     def _generator(self) -> Generator:
         if not isinstance(self.model, Generator):
@@ -173,17 +181,17 @@ class Engine:
         return self.model
 
     def _join(self, timeout: float | None) -> bool:
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        with self._starting:
+            working = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in working:
             thread.join(timeout)
-            return not thread.is_alive()
-        return True
+        return not any(thread.is_alive() for thread in working)
 
     def _ensure_thread(self) -> None:
         with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="trimserve-engine", daemon=True)
-                self._thread.start()
+            if not self._threads:
+                self._threads.append(threading.Thread(target=self._work, name=_THREAD, daemon=True))
+                self._threads[0].start()
 
     def _work(self) -> None:
         while self._can_go_on() or self._waits():
@@ -220,7 +228,7 @@ class Engine:
         with self._starting:
             # Who submits from now on starts another thread.
             if not self._has_work():
-                self._thread = None
+                self._threads.clear()
                 return False
         return True
 
@@ -260,7 +268,12 @@ class Engine:
     def _admit(self) -> None:
         while (task := self._inbox.next_task(lambda task: self._runner_for(task).fits(task))) is not None:
             task.start()
-            self._runner_for(task).admit(task)
+            try:
+                self._runner_for(task).admit(task)
+            except Exception as error:
+                # Not at work yet, and no longer in the queue.
+                self._finish(task, error)
+                raise
 
     def _step(self) -> None:
         if self._texts is not None:
@@ -305,5 +318,8 @@ def _runners_for(model: Generator | Encoder, settings: EngineSettings) -> list[R
     return [BatchRunner(model, settings, found), SoloRunner(model, "beams, or the mass of cold ids")]
 
 
-def _end(inbox: Inbox) -> None:
+def _end(inbox: Inbox, threads: list[threading.Thread]) -> None:
     inbox.abort(_CLOSED)
+    for thread in threads.copy():
+        if thread is not threading.current_thread():
+            thread.join(_ENDING_SECONDS)
