@@ -52,6 +52,7 @@ FACES = {
     "trimserve.corpus": "Corpus",
     "trimserve.counting": "count_corpus",
     "trimserve.encoder": "Encoder",
+    "trimserve.engine": "Engine",
     "trimserve.exact": "ExactChecker",
     "trimserve.finetune": "restore",
     "trimserve.folder": "TrimmedFolder",

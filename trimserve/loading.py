@@ -15,6 +15,7 @@ from trimserve.runtime.session import Session, open_session, prepacks
 from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
+    from trimserve.generation.clients import AsyncClients
     from trimserve.generation.generator import Generator
 
 
@@ -71,9 +72,16 @@ def load(
 
     if folder.manifest.task == GENERATION_TASK:
         decoder = Decoder(sessions["model"], device=device, lengths=folder.manifest.lengths)
-        return Generator(folder, decoder, codec, cold, threads=threads)
+        return Generator(folder, decoder, codec, cold, threads=threads, clients=_async_clients)
     pair = Seq2seqDecoder(sessions["encoder"], sessions["decoder"], codec, cold, device=device)
-    return Text2TextGenerator(folder, pair, codec, cold, threads=threads)
+    return Text2TextGenerator(folder, pair, codec, cold, threads=threads, clients=_async_clients)
+
+
+def _async_clients(generator: "Generator") -> "AsyncClients":
+    # Whoever calls nothing of async code does without it.
+    from trimserve.engine.clients import EngineClients
+
+    return EngineClients(generator)
 
 
 def _check_graphs(folder: TrimmedFolder, sessions: dict[str, Session]) -> None:

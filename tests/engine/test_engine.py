@@ -1,6 +1,10 @@
 """The engine as its clients see it: events, cancelling, limits, the end."""
 
 import asyncio
+import contextlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -143,3 +147,65 @@ def test_other_work_is_done_between_steps(engine, model):
     failed = engine.call(lambda _: 1 // 0)
     assert isinstance(failed.exception(60), ZeroDivisionError)
     assert len(running.result().ids) == 40
+
+
+def test_async_calls_give_what_the_usual_ones_do(model):
+    async def ask_all():
+        results = await asyncio.gather(*(model.agenerate(PROMPT, max_new_tokens=n) for n in (3, 9, 12)))
+        pieces = [piece async for piece in model.astream(PROMPT, max_new_tokens=12)]
+        return [result[0].ids for result in results], "".join(pieces)
+
+    ids, text = asyncio.run(ask_all())
+    (expected,) = model.generate(PROMPT, max_new_tokens=12)
+    assert ids == [expected.ids[:3], expected.ids[:9], expected.ids]
+    assert text == expected.text
+
+
+def test_an_async_caller_that_leaves_ends_its_request(model):
+    async def leave():
+        async with contextlib.aclosing(model.astream(PROMPT, max_new_tokens=40, min_new_tokens=40)) as pieces:
+            async for _ in pieces:
+                break
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(model.agenerate([PROMPT] * 9, max_new_tokens=40, min_new_tokens=40), 0.01)
+
+    before = model.stats.tokens
+    asyncio.run(leave())
+    clients = model._clients.get(None)
+    assert clients._engine.drain(60)
+    assert clients._engine.metrics().finished["cancelled"] == 10
+    assert model.stats.tokens < before + 400
+
+
+def test_an_option_that_is_wrong_is_refused_before_anything_is_awaited(model):
+    with pytest.raises(UsageError, match="temperature"):
+        model.agenerate(PROMPT, temperature=-1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_an_engine_of_its_own_that_starts_empty(engine, model):
+    expected = model.generate(PROMPT, max_new_tokens=12)[0].ids
+    running = [engine.submit(ask(model, max_new_tokens=40, min_new_tokens=40)) for _ in range(3)]
+    child = os.fork()
+    if not child:
+        try:
+            right = not engine.metrics().running and engine.submit(ask(model)).result().ids == expected
+            os._exit(0 if right else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [len(handle.result().ids) for handle in running] == [40] * 3
+
+
+def test_the_interpreter_ends_while_requests_run(model):
+    code = f"""
+import trimserve, numpy as np
+from trimserve.engine import Engine, GenerationRequest
+engine = Engine(trimserve.load({str(model.folder.path)!r}, threads=1))
+for _ in range(20):
+    handle = engine.submit(GenerationRequest(np.arange(20, 30, dtype=np.int32), {{"max_new_tokens": 40}}))
+next(handle.events())
+print("over")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")

@@ -42,8 +42,19 @@ def test_a_replay_gives_what_each_request_gets_alone(engine, asked):
     # Else it would prove nothing.
     assert metrics.decode_rows > 1.5 * metrics.decode_steps
     assert metrics.cached_tokens > 100
-    assert metrics.batching == "batches"
+    assert metrics.batching == "batches of up to 6 rows"
     assert metrics.kv_used_bytes == metrics.running == 0
+
+
+def test_weights_that_are_not_packed_give_the_same_ids_alone_and_together(served, asked):
+    # Without packed copies a product of one row has other last bits than one of several.
+    requests, _ = asked
+    requests = [dataclasses.replace(request, cancelled=False) for request in requests[:20]]
+    engine = Engine(load(served("shared_kv"), threads=1, low_memory=True), SETTINGS)
+    by_themselves = [replay(engine, [request], 0)[0] for request in requests]
+    ends = replay(engine, requests, 0)
+    assert [end.generation.ids for end in ends] == [end.generation.ids for end in by_themselves]
+    engine.close()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 
 from tests.support.models import needs_transformers_5
 from trimserve.engine import Engine, EngineSettings, GenerationRequest
-from trimserve.engine.strict import prove
+from trimserve.engine.strict import prove, worthwhile_rows
 from trimserve.errors import UsageError
 from trimserve.loading import load
 from trimserve.runtime.decoder import Decoder
@@ -47,7 +47,7 @@ def test_a_step_of_one_row_with_other_bits_is_never_made(monkeypatch, model):
     proof = prove(model, SETTINGS)
     # A text of one token is read by such a step, alone and in a batch.
     assert (proof.is_strict, proof.least_rows) == (True, 2)
-    assert proof.batching == "batches, of 2 rows at least"
+    assert proof.batching == "batches of up to 4 rows, of 2 at least"
     engine = Engine(model, SETTINGS)
     handle = engine.submit(GenerationRequest(np.array([5, 6, 7], np.int32), {"max_new_tokens": 4}))
     assert len(handle.result().ids) == 4
@@ -63,16 +63,23 @@ def test_other_bits_in_a_batch_make_it_run_one_by_one_and_say_so(monkeypatch, mo
     assert engine.metrics().strict
     engine.close()
     engine = Engine(model, dataclasses.replace(SETTINGS, strict=False))
-    assert engine.metrics().batching == "batches, with other last bits than alone"
+    assert engine.metrics().batching == "batches of up to 4 rows, with other last bits than alone"
     *_, end = engine.submit(GenerationRequest(np.array([5], np.int32), {"max_new_tokens": 1})).events()
     assert not end.strict
     engine.close()
 
 
 def test_other_bits_in_chunks_make_it_read_prompts_whole(monkeypatch, model):
-    disturb(monkeypatch, lambda ids: ids.shape == (1, 5))
+    disturb(monkeypatch, lambda ids: ids.shape == (1, 76))  # the last part of the longest text
     proof = prove(model, SETTINGS)
     assert (proof.is_strict, proof.chunks, proof.reuses_prefixes) == (True, False, False)
+
+
+def test_rows_are_worth_it_while_a_batch_gives_more_tokens_a_second():
+    # As measured with an fp32 product and with an int4 one: 32 rows at the price of 6, and of 20.
+    assert worthwhile_rows({1: 61, 2: 60, 4: 57, 8: 109, 16: 172, 32: 346}) == 16
+    assert worthwhile_rows({1: 17, 2: 30, 4: 47, 8: 93, 16: 172, 32: 339}) == 4
+    assert worthwhile_rows({1: 10, 2: 20, 4: 40}) == 1
 
 
 def test_only_what_a_prompt_has_left_is_reused_never_what_an_answer_has(model):

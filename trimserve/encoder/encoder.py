@@ -1,6 +1,8 @@
 """Encoder: texts to embeddings, scores or head outputs, for a trimmed folder of an encoder model."""
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +10,7 @@ import numpy.typing as npt
 from trimserve.arguments import Count, checked
 from trimserve.arrays import Floats, Ids
 from trimserve.encoder.cross_encoder import Pair, RankedDocument, ranked, scored_pairs, to_scores
-from trimserve.encoder.graph import EncoderGraph, GraphOutput
+from trimserve.encoder.graph import Batches, EncoderGraph, GraphOutput
 from trimserve.encoder.modules import SentenceModules
 from trimserve.encoder.pooling import normalize_rows
 from trimserve.encoder.similarity import similarity, similarity_pairwise
@@ -63,6 +65,18 @@ class Encoder(TaskMethods):
         if self.task != EMBEDDING_TASK:
             return self._graph.width()
         return int(self._embed_nothing(normalize=False).shape[1])
+
+    @property
+    def graph(self) -> EncoderGraph:
+        """The graph that its texts are fed to."""
+        return self._graph
+
+    def sharing(self, batches: Batches) -> Self:
+        """The same model, whose texts are fed in batches with those of other callers."""
+        mine = copy.copy(self)
+        mine._graph = copy.copy(self._graph)
+        mine._graph.batches = batches
+        return mine
 
     @checked
     def encode(

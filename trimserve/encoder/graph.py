@@ -8,7 +8,7 @@ shape can make the runtime add in another order.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,14 @@ class GraphOutput:
     hidden: Floats | None
 
 
+class Batches(Protocol):
+    """Makes batches of the texts of several callers."""
+
+    def run(self, encoded: Sequence[Encoded], result: str) -> Iterator[GraphOutput]:
+        """What the graph says of each text that has tokens, a text at a time, in any order."""
+        ...
+
+
 class EncoderGraph:
     """A trimmed encoder's graph behind its original tokenizer.
 
@@ -91,6 +99,7 @@ class EncoderGraph:
         stats: see `EncoderStats`.
         cold: rows of the cold ids.
         result: the graph's output that `forward` gives.
+        batches: makes the batches, where callers share them; None where each call makes its own.
     """
 
     def __init__(
@@ -109,6 +118,7 @@ class EncoderGraph:
         self.folder = folder
         self.codec = codec
         self.task = folder.manifest.task
+        self.batches: Batches | None = None
         self.max_tokens = longest_input(folder)
         self.stats = EncoderStats()
         self._unchanged = (folder.manifest.lengths or Lengths()).unchanged
@@ -160,22 +170,31 @@ class EncoderGraph:
             cold_tokens=split,
             truncated=sum(text.truncated for text in encoded),
         )
+        if self.batches is not None:
+            yield from self.batches.run(encoded, result or self.result)
+            return
         order = np.argsort(-lengths, kind="stable")[: int(np.count_nonzero(lengths))]
         while order.size:
-            # The longest text comes first and sets the width of its batch.
-            longest = int(lengths[order[0]])
-            fits = min(batch_size, max(1, self._batch_tokens // longest))
-            # Nothing would tell padding from tokens; or positions depend on the length, and a graph has one
-            # for the whole batch.
-            unmasked = "attention_mask" not in self._inputs
-            if unmasked or (self._unchanged is not None and longest > self._unchanged):
-                fits = min(fits, int(np.count_nonzero(lengths[order] == longest)))
-            yield self._run_batch(order[:fits], encoded, result or self.result)
+            fits = min(batch_size, self.together(lengths[order]))
+            yield self.run_batch(order[:fits], encoded, result or self.result)
             order = order[fits:]
 
-    def _run_batch(
+    def together(self, lengths: npt.NDArray[np.int64]) -> int:
+        """How many texts are one batch at most, of lengths (n,), the longest first; 1 or more."""
+        # The longest text sets the width of its batch.
+        longest = int(lengths[0])
+        fits = max(1, self._batch_tokens // longest)
+        # Nothing would tell padding from tokens; or positions depend on the length, and a graph has one for
+        # the whole batch.
+        unmasked = "attention_mask" not in self._inputs
+        if unmasked or (self._unchanged is not None and longest > self._unchanged):
+            fits = min(fits, int(np.count_nonzero(lengths == longest)))
+        return min(fits, len(lengths))
+
+    def run_batch(
         self, chosen: npt.NDArray[np.int64], encoded: Sequence[Encoded], result: str
     ) -> GraphOutput:
+        """Feed some texts, int64 (B,), of those encoded as one batch, and give an output of the graph."""
         batch = self.codec.slots([encoded[text].ids for text in chosen])
         self.stats.count(cold_tokens=batch.cold_tokens)
         feeds: dict[str, npt.NDArray[Any]] = {

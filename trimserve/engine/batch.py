@@ -48,6 +48,8 @@ class BatchRunner:
         self.strict = proof.is_strict
         self.batching = proof.batching
         self.decode_steps = self.decode_rows = 0
+        # Numbers of their own, because other threads read them while rows move.
+        self.kv_used_bytes = self.kv_bytes = 0
         self._generator = generator
         self._settings = settings
         self._proof = proof
@@ -57,10 +59,9 @@ class BatchRunner:
         self._feeder = Feeder(generator.decoder, vocab, generator.cold)
         self._decider = Decider(generator)
         self._fill = int(vocab.kept_ids[0])  # fed where nobody reads what comes of it
-        most = settings.max_rows
         self._table = RowTable(
-            generator.decoder.rows(max(most, proof.least_rows)),
-            most=most,
+            generator.decoder.rows(max(proof.most_rows, proof.least_rows)),
+            most=proof.most_rows,
             budget=settings.kv_memory,
             reuses=proof.reuses_prefixes,
         )
@@ -79,16 +80,6 @@ class BatchRunner:
     def live(self) -> list[Task]:
         """What it works on."""
         return [*self._table.tasks, *([self._reading] if self._reading else [])]
-
-    @property
-    def kv_used_bytes(self) -> int:
-        """See `EngineMetrics`."""
-        return self._table.used_bytes
-
-    @property
-    def kv_bytes(self) -> int:
-        """See `EngineMetrics`."""
-        return self._table.held_bytes
 
     def takes(self, task: Task) -> bool:
         """Whether a request can be one of a batch.
@@ -124,7 +115,11 @@ class BatchRunner:
             places[self._table.place_of(task)] = places[-1]
             self._logits, self._hidden = self._logits[places[:-1]], self._hidden[places[:-1]]
         self._table.release(task)
+        self._note_memory()
         self._count(task)
+
+    def _note_memory(self) -> None:
+        self.kv_used_bytes, self.kv_bytes = self._table.used_bytes, self._table.held_bytes
 
     def step(self) -> Ended:
         """See the module's docstring."""
@@ -136,6 +131,7 @@ class BatchRunner:
             self.drop(task)
         if self._table.live:
             self._feed([task.request.output[-1] for task in self._table.tasks])
+        self._note_memory()
         self._seconds += time.perf_counter() - start
         return ended
 

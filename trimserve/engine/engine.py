@@ -6,7 +6,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from trimserve.concurrency import Lock, renew_in_child
@@ -22,13 +22,19 @@ from trimserve.engine.settings import EngineSettings, GenerationRequest
 from trimserve.engine.solo import SoloRunner
 from trimserve.engine.strict import prove
 from trimserve.engine.task import Task
+from trimserve.engine.texts import TextBatches
 from trimserve.errors import UsageError
 from trimserve.generation.generator import Generator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_THREAD = "trimserve-engine"
+# How long the end of the interpreter waits for a step.
+_ENDING_SECONDS = 30.0
 # An idle thread ends after so many seconds, and another one starts with the next request.
 _IDLE_SECONDS = 5.0
+# Callers of an encoder at the same time: so many texts at least can share a batch.
+_CALLERS = 32
 _CLOSED = "this engine is closed: open another one."
 _DRAINING = "this engine finishes what it has and takes no more requests: ask another one, or later."
 
@@ -48,6 +54,10 @@ class Engine:
         self.model = model
         self.settings = settings or EngineSettings()
         self._runners = _runners_for(model, self.settings)
+        self._texts = (
+            TextBatches(model.graph, strict=self.settings.strict) if isinstance(model, Encoder) else None
+        )
+        self._end: weakref.finalize[..., Engine] | None = None
         self.renew()
         renew_in_child(self)
 
@@ -55,12 +65,19 @@ class Engine:
         """Start empty: in a forked child neither the thread nor the clients are there; see `Renewable`."""
         self._starting = Lock()
         self._inbox = Inbox(self.settings)
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []  # the one that works, if any
         self._finished: Counter[str] = Counter()
-        self._prompt_tokens = self._cached_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._running = 0
         self._runners = [runner.anew() for runner in self._runners]
+        self._callers: ThreadPoolExecutor | None = None
+        if self._texts is not None:
+            # Each caller of an encoder waits in a thread of its own; their texts meet in `TextBatches`.
+            self._texts = self._texts.anew(self._wake)
+            self._callers = ThreadPoolExecutor(_CALLERS, "trimserve-caller")
         # When the interpreter ends, so does the thread: it must not be within ONNX Runtime then.
-        self._end = weakref.finalize(self, _end, self._inbox)
+        if self._end is not None:
+            self._end.detach()
+        self._end = weakref.finalize(self, _end, self._inbox, self._threads)
 
     def submit(self, request: GenerationRequest) -> Handle:
         """Queue a request; does not wait.
@@ -79,7 +96,10 @@ class Engine:
         return handle
 
     def call(self, function: Callable[[Generator | Encoder], T], tokens: int = 0) -> "Future[T]":
-        """Have the engine's thread do anything else with the model, between two steps.
+        """Do anything else with the model: embeddings, scores.
+
+        A function of a `Generator` runs in the engine's thread, between two steps. Functions of an `Encoder`
+        run beside each other, and their texts share batches.
 
         Args:
             function: of the model.
@@ -98,7 +118,7 @@ class Engine:
         """What it does and has done."""
         runners, inbox = self._runners, self._inbox
         common = {
-            "running": len(self._live()),
+            "running": self._running,
             "waiting": inbox.size,
             "waiting_tokens": inbox.tokens,
             "kv_limit_bytes": self.settings.kv_memory,
@@ -107,8 +127,17 @@ class Engine:
             "strict": all(runner.strict for runner in runners),
             "batching": runners[0].batching if runners else "",
         }
+        if self._texts is not None:
+            texts, done = self._texts, self.model.stats
+            return EngineMetrics(
+                **common | {"strict": texts.strict, "batching": texts.batching},  # type: ignore[arg-type]
+                prompt_tokens=done.tokens,
+                cold_tokens=done.cold_tokens,
+                decode_steps=texts.runs,
+                decode_rows=texts.texts,
+            )
         if not isinstance(self.model, Generator):
-            return EngineMetrics(**common)  # type: ignore[arg-type] # by name
+            raise TypeError("neither a Generator nor an Encoder")
         stats, reads = self.model.stats, self.model.stats.cold_reads
         return EngineMetrics(
             **common,  # type: ignore[arg-type] # by name
@@ -141,8 +170,10 @@ class Engine:
 
     def close(self) -> None:
         """Take nothing more, cancel what waits and runs, and wait for the thread."""
-        self._end()
+        self._inbox.abort(_CLOSED)
         self._join(None)
+        if self._callers is not None:
+            self._callers.shutdown()
 
     def _generator(self) -> Generator:
         if not isinstance(self.model, Generator):
@@ -150,20 +181,20 @@ class Engine:
         return self.model
 
     def _join(self, timeout: float | None) -> bool:
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        with self._starting:
+            working = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in working:
             thread.join(timeout)
-            return not thread.is_alive()
-        return True
+        return not any(thread.is_alive() for thread in working)
 
     def _ensure_thread(self) -> None:
         with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="trimserve-engine", daemon=True)
-                self._thread.start()
+            if not self._threads:
+                self._threads.append(threading.Thread(target=self._work, name=_THREAD, daemon=True))
+                self._threads[0].start()
 
     def _work(self) -> None:
-        while self._has_work() or self._waits():
+        while self._can_go_on() or self._waits():
             try:
                 self._sweep()
                 self._call()
@@ -173,8 +204,16 @@ class Engine:
                 logger.exception("the engine's step failed")
                 self._fail_all(error)
 
+    def _can_go_on(self) -> bool:
+        return bool(self._inbox.size or self._live() or (self._texts and self._texts.size))
+
     def _has_work(self) -> bool:
-        return bool(self._inbox.size or self._live())
+        return self._can_go_on() or self._running > 0
+
+    def _wake(self) -> None:
+        """Have the thread look around; start it if it ended meanwhile."""
+        self._inbox.wake()
+        self._ensure_thread()
 
     def _live(self) -> list[Task]:
         return [task for runner in self._runners for task in runner.live]
@@ -184,12 +223,12 @@ class Engine:
 
     def _waits(self) -> bool:
         """Wait for work; tells whether the thread goes on."""
-        if not self._inbox.is_closed:
+        if self._running or not self._inbox.is_closed:
             self._inbox.wait(_IDLE_SECONDS)
         with self._starting:
             # Who submits from now on starts another thread.
             if not self._has_work():
-                self._thread = None
+                self._threads.clear()
                 return False
         return True
 
@@ -211,22 +250,42 @@ class Engine:
             return
         if self._inbox.aborted:
             call.future.set_exception(EngineClosed(_CLOSED))
-            return
-        try:
-            call.future.set_result(call.function(self.model))
-        except BaseException as error:
-            call.future.set_exception(error)
+        elif self._callers is None or self._texts is None or not isinstance(self.model, Encoder):
+            call.run(self.model)
+            self._inbox.ended()
+        else:
+            with self._starting:
+                self._running += 1
+            self._callers.submit(self._call_beside, call, self.model.sharing(self._texts))
+
+    def _call_beside(self, call: Call, model: Encoder) -> None:
+        call.run(model)
+        with self._starting:
+            self._running -= 1
         self._inbox.ended()
+        self._inbox.wake()
 
     def _admit(self) -> None:
         while (task := self._inbox.next_task(lambda task: self._runner_for(task).fits(task))) is not None:
             task.start()
-            self._runner_for(task).admit(task)
+            try:
+                self._runner_for(task).admit(task)
+            except Exception as error:
+                # Not at work yet, and no longer in the queue.
+                self._finish(task, error)
+                raise
 
     def _step(self) -> None:
+        if self._texts is not None:
+            if self._inbox.aborted:
+                self._texts.fail(EngineClosed(_CLOSED))
+            self._texts.step()
+            return
+        self._running = len(self._live())
         for runner in self._runners:
             for task, error in runner.step():
                 self._finish(task, error)
+        self._running = len(self._live())
 
     def _finish(self, task: Task, error: Exception | None) -> None:
         self._prompt_tokens += task.prompt_tokens
@@ -245,6 +304,8 @@ class Engine:
         for task in self._live():
             self._finish(task, error)
         self._runners = [runner.anew() for runner in self._runners]
+        if self._texts is not None:
+            self._texts.fail(error)
 
 
 def _runners_for(model: Generator | Encoder, settings: EngineSettings) -> list[Runner]:
@@ -257,5 +318,8 @@ def _runners_for(model: Generator | Encoder, settings: EngineSettings) -> list[R
     return [BatchRunner(model, settings, found), SoloRunner(model, "beams, or the mass of cold ids")]
 
 
-def _end(inbox: Inbox) -> None:
+def _end(inbox: Inbox, threads: list[threading.Thread]) -> None:
     inbox.abort(_CLOSED)
+    for thread in threads.copy():
+        if thread is not threading.current_thread():
+            thread.join(_ENDING_SECONDS)

@@ -2,7 +2,7 @@
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from trimserve.engine.events import Event, Failed, Finished
 from trimserve.generation.output import Generation
@@ -53,7 +53,7 @@ class Handle:
             if not ended:
                 self.cancel()
 
-    async def aevents(self) -> AsyncIterator[Event]:
+    async def aevents(self) -> AsyncGenerator[Event]:
         """The same for async code: the event loop goes on while the engine works."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()

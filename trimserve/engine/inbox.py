@@ -27,6 +27,13 @@ class Call:
     tokens: int
     future: "Future[Any]" = field(default_factory=Future)
 
+    def run(self, model: Any) -> None:  # noqa: ANN401 - whatever the function is of
+        """Do it, and hand over what comes of it."""
+        try:
+            self.future.set_result(self.function(model))
+        except BaseException as error:
+            self.future.set_exception(error)
+
 
 class Inbox:
     """What waits for the engine, in the order in which it came. From any thread.
@@ -108,6 +115,11 @@ class Inbox:
         """Close, and have the engine end what waits and runs."""
         self.aborted = True
         self.close(why)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether other work waits."""
+        return bool(self._calls)
 
     @property
     def is_closed(self) -> bool:

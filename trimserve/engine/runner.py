@@ -21,16 +21,8 @@ class Runner(Protocol):
     strict: bool
     decode_steps: int
     decode_rows: int
-
-    @property
-    def kv_used_bytes(self) -> int:
-        """See above."""
-        ...
-
-    @property
-    def kv_bytes(self) -> int:
-        """See above."""
-        ...
+    kv_used_bytes: int
+    kv_bytes: int
 
     def anew(self) -> "Runner":
         """One like it that has nothing to do; what this one did is forgotten with it."""

@@ -18,7 +18,8 @@ class EngineSettings:
         max_queued_requests: requests that wait, at most; those at work do not count.
         max_queued_tokens: prompt tokens of those that wait, at most; a lone request may have more.
         kv_memory: bytes of keys and values, at most.
-        max_rows: sequences that are generated at the same time, at most.
+        max_rows: sequences that are generated at the same time, at most; None for as many as pay, by the time
+            of steps measured when the engine is opened, and 32 at most.
         chunk: prompt tokens fed between two steps of the others, at most; 2 or more.
         strict: batch only where a request's tokens are the same, bit for bit of the logits, as alone; without
             it batches are made wherever the graph takes them, and the answers say that they were.
@@ -27,14 +28,14 @@ class EngineSettings:
     max_queued_requests: int = 512
     max_queued_tokens: int = 1 << 20
     kv_memory: int = _GIB
-    max_rows: int = 32
+    max_rows: int | None = None
     chunk: int = 256
     strict: bool = True
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             found = getattr(self, name)
-            if found < least:
+            if found is not None and found < least:
                 raise UsageError(f"{name} should be {least:,} or more, found {found:,}.")
 
 

@@ -163,7 +163,7 @@ class RowTable:
     def pad(self, count: int) -> None:
         """Have so many rows at least, the last of them with room for a token that nobody reads."""
         if self._kv.count < count:
-            self._grow(self._kv.capacity)
+            self._resize(count, self._kv.capacity)
         for place in range(self.live, count):
             row = self._rows[place]
             if row.task is None and self._kv.lengths[place]:

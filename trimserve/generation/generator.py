@@ -1,7 +1,8 @@
 """Generator: text in, text out, for a trimmed folder of a causal language model."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from types import MappingProxyType
 from typing import Unpack
 
@@ -20,6 +21,7 @@ from trimserve.exact.draft_length import DraftLength, LearnedCosts
 from trimserve.exact.sketch import Sketch, can_be_certified
 from trimserve.folder.names import COLD_MAX_NAME
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.generation.clients import AsyncClients, MakeClients
 from trimserve.generation.config import GenerationConfig
 from trimserve.generation.options import GenerationOptions
 from trimserve.generation.output import Generation, OutputReader
@@ -53,6 +55,7 @@ class Generator:
         *,
         threads: int | None = None,
         overlap: bool | None = None,
+        clients: MakeClients | None = None,
     ) -> None:
         self.folder = folder
         self.codec = codec
@@ -68,6 +71,8 @@ class Generator:
         row_bytes = cold.head_nbytes // max(cold.head_cold_ids.size, 1)
         reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=row_bytes)
         self.stats = GeneratorStats(cold_reads=reads, head_share=decoder.head_share)
+        self._make_clients = clients
+        self._clients: Once[AsyncClients] = Once()
         # By the longest block, and whether checks may use the certificate, which makes them cheaper.
         self._learned: dict[tuple[int, bool], LearnedCosts] = {}
 
@@ -135,6 +140,48 @@ class Generator:
     def stream_chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Iterator[str]:
         """Like `chat`, giving text as soon as it is certain."""
         yield from self._stream(self.chat_ids(messages), options)
+
+    @checked
+    async def agenerate(
+        self, prompts: str | Sequence[str], **options: Unpack[GenerationOptions]
+    ) -> list[Generation]:
+        """Like `generate`, for async code: the event loop goes on, and calls run beside each other.
+
+        Where the graph takes it they share its steps; each has the tokens that it has alone (docs/engine.md).
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return await self._async_clients().generate(self.codec.encode(texts), options)
+
+    @checked
+    async def astream(self, prompt: str, **options: Unpack[GenerationOptions]) -> AsyncGenerator[str]:
+        """Like `stream`, for async code; a caller that leaves ends the request."""
+        (ids,) = self.codec.encode([prompt])
+        async with aclosing(self._async_clients().stream(ids, options)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    @checked
+    async def achat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> Generation:
+        """Like `chat`, for async code."""
+        (result,) = await self._async_clients().generate([self.chat_ids(messages)], options)
+        return result
+
+    @checked
+    async def astream_chat(
+        self, messages: Sequence[Message], **options: Unpack[GenerationOptions]
+    ) -> AsyncGenerator[str]:
+        """Like `stream_chat`, for async code."""
+        async with aclosing(self._async_clients().stream(self.chat_ids(messages), options)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _async_clients(self) -> AsyncClients:
+        make = self._make_clients
+        if make is None:
+            raise UsageError(
+                f"{self.folder.path} was not opened for async code: open it with trimserve.load."
+            )
+        return self._clients.get(lambda: make(self))
 
     @checked
     def chat_ids(self, messages: Sequence[Message]) -> Ids:

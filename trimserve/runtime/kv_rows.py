@@ -59,7 +59,8 @@ class KVRows:
         """
         if rows > self._most:
             raise ValueError(f"{rows} rows were asked for, and {self._most} are the most")
-        old, self._arrays = self._arrays or [None] * len(self._layout.shapes), []
+        old: list[Array | None] = [*self._arrays] or [None] * len(self._layout.shapes)
+        self._arrays = []
         self._views.clear()
         for index, (heads, size) in enumerate(self._layout.shapes):
             made = np.zeros((rows, heads, capacity, size), self._layout.dtype)
