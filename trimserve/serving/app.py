@@ -32,7 +32,7 @@ from trimserve.serving.http import GoneError, json_response
 from trimserve.serving.keys import Keys
 from trimserve.serving.metrics import Metrics
 from trimserve.serving.models import Models
-from trimserve.serving.openapi import describe
+from trimserve.serving.openapi import PATHS, describe
 from trimserve.serving.problems import ApiError, as_api_error
 from trimserve.serving.settings import ServerSettings
 from trimserve.serving.tokenizing import answer_detokenize, answer_tokenize, longest
@@ -228,9 +228,9 @@ class _Door:
                 )
                 await _answered(refusal)(scope, receive, counted)
         finally:
-            # The path as it is routed: names that somebody makes up are one.
-            route = scope["path"] if "endpoint" in scope else "other"
-            self._metrics.count_answer(route, status)
+            # What somebody makes up is one label.
+            path = scope["path"]
+            self._metrics.count_answer(path if path in PATHS else "other", status)
 
 
 def _authorization(scope: Scope) -> str | None:

@@ -13,6 +13,7 @@ from trimserve.generation.generator import Generator
 from trimserve.serving.answers import Answer
 from trimserve.serving.choices import Choices, finish_reason
 from trimserve.serving.fields import CompletionRequest
+from trimserve.serving.grammars import asked_grammar
 from trimserve.serving.inputs import read_inputs
 from trimserve.serving.metrics import Metrics
 from trimserve.serving.models import ServedModel
@@ -108,7 +109,8 @@ async def answer_completion(
     limit = answer_limit(fields.max_tokens, model, min(_DEFAULT_TOKENS, settings.max_tokens))
     options = generation_options(fields, model, max_tokens=limit)
     prompts, texts = await served.in_thread(read_prompts, model, fields, settings.max_inputs)
-    requests = engine_requests(fields, prompts, options, fields.logprobs)
+    mask = await served.in_thread(served.mask, asked_grammar(fields))
+    requests = engine_requests(fields, prompts, options, fields.logprobs, mask)
     return await CompletionChoices(served, fields, prompts, requests, echoes=texts).respond(
         request, metrics, closing
     )

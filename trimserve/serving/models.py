@@ -19,6 +19,8 @@ from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.generation.generator import Generator
 from trimserve.loading import load
+from trimserve.serving.grammars import Grammars
+from trimserve.serving.options import Mask
 from trimserve.serving.problems import ApiError
 from trimserve.serving.settings import ServerSettings
 from trimserve.serving.tokens import TokenTexts
@@ -106,6 +108,23 @@ class ServedModel:
     def texts(self) -> TokenTexts:
         """The texts of its tokens."""
         return TokenTexts(self.model.codec)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.generator("a grammar"))
+
+    def mask(self, asked: tuple[str, str] | None) -> Mask | None:
+        """Makes the masks of a grammar, given with its field's name, after checking it; takes a while.
+
+        Raises:
+            ApiError: 400, it is no grammar.
+        """
+        if asked is None:
+            return None
+        grammar, param = asked
+        grammars = self._grammars
+        grammars.mask(grammar, param)
+        return lambda: grammars.mask(grammar, param)
 
     def generator(self, route: str) -> Generator:
         """The model, where it generates.
