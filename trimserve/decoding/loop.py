@@ -4,6 +4,7 @@ Compact mode is the same loop with blocks of one token and nobody to check them.
 decoder the check runs on the CPU in another thread while the device drafts on (`overlap`).
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,7 +118,7 @@ class GenerationLoop:
         """Draft a block from `step` on; `flying` are blocks drafted before it that are being checked."""
         before = [block.tokens for block in flying] or [[] for _ in requests]
         size = self._checker.draft_length if self._checker else 1
-        size = min(size, _tokens_left(requests) - len(before[0]))
+        size = min(size, _tokens_left(requests) - len(before[0]), self._most_drafts)
         drafts: list[list[int]] = [[] for _ in requests]
         steps = [step]
         model_seconds = self.timing.model
@@ -135,6 +136,14 @@ class GenerationLoop:
         hidden = _joined([s.hidden[:, -1:] for s in steps])
         step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
         return [Draft(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
+
+    @property
+    def _most_drafts(self) -> int:
+        """Drafts of a block that can be taken back: the last is not fed; with overlap there are two."""
+        reach = self._decoder.reach
+        if reach is None:
+            return sys.maxsize
+        return max(1, (reach + 1) // 2 if self._overlap else reach + 1)
 
     def _draft_token(self, request: Request, logits: Floats, hidden: Floats, past: Sequence[int]) -> int:
         try:
