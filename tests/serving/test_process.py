@@ -159,7 +159,7 @@ def test_a_replaced_folder_is_served_without_a_gap(folders, tmp_path):
 
 def test_sigterm_lets_what_runs_finish(folders):
     ids = load(folders["chat"], threads=1).stop_ids
-    with served([f"--name=chat={folders['chat']}"]) as server:
+    with served([f"--name=chat={folders['chat']}", "--shutdown-timeout", str(PATIENCE)]) as server:
         stream = client_of(server).completions.create(
             model="chat",
             prompt="the cat",
@@ -174,6 +174,18 @@ def test_sigterm_lets_what_runs_finish(folders):
         rest = [chunk.choices[0] for chunk in stream]
         assert rest[-1].finish_reason == "length"
         assert sum(len(choice.token_ids or []) for choice in rest[:-1]) >= 900
+        assert server.popen.wait(PATIENCE) == 0
+
+
+def test_the_end_of_the_time_is_said_in_the_stream(folders):
+    with served([f"--name=chat={folders['chat']}", "--shutdown-timeout", "0"]) as server:
+        stream = client_of(server).completions.create(
+            model="chat", prompt="the cat", max_tokens=1900, n=8, temperature=1, stream=True
+        )
+        next(stream)
+        server.popen.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stopped before"):
+            list(stream)
         assert server.popen.wait(PATIENCE) == 0
 
 

@@ -13,12 +13,11 @@ from trimserve.engine.events import Finished, Piece
 from trimserve.errors import UsageError
 from trimserve.generation.generator import Generator
 from trimserve.serving.answers import Answer
-from trimserve.serving.choices import Choices, finish_reason
+from trimserve.serving.choices import Choices, Count, finish_reason
 from trimserve.serving.fields import ChatRequest
 from trimserve.serving.grammars import asked_grammar, lark_grammar
-from trimserve.serving.metrics import Metrics
 from trimserve.serving.models import ServedModel
-from trimserve.serving.options import answer_limit, engine_requests, generation_options
+from trimserve.serving.options import answer_limit, check_lengths, engine_requests, generation_options
 from trimserve.serving.problems import ApiError, bad_field
 from trimserve.serving.settings import ServerSettings
 from trimserve.serving.tools import Toolbox
@@ -97,7 +96,7 @@ async def answer_chat(
     fields: ChatRequest,
     served: ServedModel,
     settings: ServerSettings,
-    metrics: Metrics,
+    count: Count,
     closing: AsyncExitStack,
 ) -> Response:
     """Answer a conversation.
@@ -123,12 +122,13 @@ async def answer_chat(
     if toolbox is not None:
         variables["tools"] = list(toolbox.tools)
     prompts = [await served.in_thread(chat_ids, model, fields.messages, variables)]
-    mask = await served.in_thread(served.mask, _grammar(fields, toolbox))
+    check_lengths(prompts, model, "messages")
+    mask = await served.mask(_grammar(fields, toolbox))
     top = (fields.top_logprobs or 0) if fields.logprobs else None
     choices = ChatChoices(
         served, fields, prompts, engine_requests(fields, prompts, options, top, mask), toolbox=toolbox
     )
-    return await choices.respond(request, metrics, closing)
+    return await choices.respond(request, count, closing)
 
 
 def _grammar(fields: ChatRequest, toolbox: Toolbox | None) -> tuple[str, str] | None:

@@ -22,6 +22,7 @@ from trimserve.loading import load
 from trimserve.serving.grammars import Grammars
 from trimserve.serving.options import Mask
 from trimserve.serving.problems import ApiError
+from trimserve.serving.recording import Recorder, check_recording
 from trimserve.serving.settings import ServerSettings
 from trimserve.serving.tokens import TokenTexts
 from trimserve.version import __version__
@@ -30,6 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
+_RECORD_SECONDS = 60.0
 _RETRY_SECONDS = 5
 
 
@@ -113,8 +115,8 @@ class ServedModel:
     def _grammars(self) -> Grammars:
         return Grammars(self.generator("a grammar"))
 
-    def mask(self, asked: tuple[str, str] | None) -> Mask | None:
-        """Makes the masks of a grammar, given with its field's name, after checking it; takes a while.
+    async def mask(self, asked: tuple[str, str] | None) -> Mask | None:
+        """Makes the masks of a grammar, given with its field's name, after checking it.
 
         Raises:
             ApiError: 400, it is no grammar.
@@ -122,9 +124,8 @@ class ServedModel:
         if asked is None:
             return None
         grammar, param = asked
-        grammars = self._grammars
-        grammars.mask(grammar, param)
-        return lambda: grammars.mask(grammar, param)
+        await self.in_thread(self._grammars.mask, grammar, param)
+        return lambda: self._grammars.mask(grammar, param)
 
     def generator(self, route: str) -> Generator:
         """The model, where it generates.
@@ -155,11 +156,15 @@ class Models:
 
     Attributes:
         draining: whether the server ends: no more requests are taken.
+        recorder: counts served token ids, where that is asked for.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._served: dict[str, ServedModel] = {}
+        record = settings.record_profile
+        check_recording(record, len(settings.folders))
+        self.recorder = None if record is None else Recorder(record, settings.record_min_docs)
         self._retiring: list[asyncio.Task[None]] = []
         self.draining = False
 
@@ -214,6 +219,15 @@ class Models:
             self._served[name] = await asyncio.to_thread(self._open, name)
             _log.info("%s is served from %s", name, self._settings.folders[name])
 
+    async def record(self) -> None:
+        """Write what was recorded now and then, for ever; a full disk is logged and tried again."""
+        while self.recorder is not None:
+            await asyncio.sleep(_RECORD_SECONDS)
+            try:
+                await self.recorder.save()
+            except (TrimserveError, OSError) as error:
+                _log.error("the live profile cannot be written: %s", error)
+
     async def watch(self) -> None:
         """Look for replaced folders, for ever; what cannot be opened is logged, and the old one stays."""
         failed: dict[str, tuple[int, ...]] = {}
@@ -246,6 +260,8 @@ class Models:
         limits = EngineSettings(
             max_queued_requests=settings.max_queue, max_queued_tokens=settings.max_queue_tokens
         )
+        if self.recorder is not None:
+            self.recorder.begin(model.folder, model.codec)
         return ServedModel(name, Engine(model, limits), stamp)
 
     async def drain(self) -> bool:
@@ -255,7 +271,9 @@ class Models:
         return all(await asyncio.gather(*waits))
 
     async def close(self) -> None:
-        """End all engines."""
+        """End all engines, and write what was recorded."""
+        if self.recorder is not None:
+            await self.recorder.save()
         for served in self._served.values():
             await asyncio.to_thread(served.engine.close)
 

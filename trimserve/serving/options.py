@@ -101,6 +101,22 @@ def engine_requests(
     return found
 
 
+def check_lengths(prompts: Sequence[Ids], model: Generator, param: str) -> None:
+    """Refuse what the model cannot read, with the code that clients know.
+
+    Raises:
+        ApiError: 400, a prompt has more tokens than the model reads.
+    """
+    context = model.config.context
+    longest = max((prompt.size for prompt in prompts), default=0)
+    if context is not None and longest > context:
+        raise bad_field(
+            param,
+            f"{param} has {longest:,} tokens, this model reads {context:,} at most: shorten it.",
+            "context_length_exceeded",
+        )
+
+
 def answer_limit(asked: int | None, model: Generator, default: int) -> int:
     """Most tokens of an answer: what is asked for, else what the folder says, else the server's default."""
     if asked is not None:
