@@ -140,7 +140,7 @@ def test_logprobs_are_the_full_models(client, chat_model):
     from trimserve.decoding.scoring import Scorer
 
     scorer = Scorer(
-        chat_model._decoder, chat_model.folder.vocab, chat_model._cold, chat_model._cold_head("score")
+        chat_model.decoder, chat_model.folder.vocab, chat_model.cold, chat_model.cold_head("score")
     )
     expected = scorer.score(whole).log_probs[prompt.size - 1 :]
     found = np.array(choice.logprobs.token_logprobs)

@@ -1,5 +1,6 @@
 """A server's life: loading, many clients, clients that go, folders that are replaced, the end."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -16,11 +17,14 @@ pytest.importorskip("openai")
 pytest.importorskip("torch")
 pytest.importorskip("uvicorn")
 
+import httpx
 import openai
 
 from tests.support.limits import PATIENCE
 from tests.support.serving import served
 from trimserve.loading import load
+from trimserve.serving.app import create_app
+from trimserve.serving.settings import make_settings
 
 pytestmark = pytest.mark.export
 MESSAGES = [{"role": "user", "content": "the cat"}]
@@ -153,27 +157,55 @@ def test_a_replaced_folder_is_served_without_a_gap(folders, tmp_path):
         assert server.get("/ready")[0] == 200
 
 
-def test_sigterm_drains(folders):
-    with served([f"--name=chat={folders['chat']}"]) as server:
+def test_sigterm_lets_what_runs_finish(folders):
+    ids = load(folders["chat"], threads=1).stop_ids
+    with served([f"--name=chat={folders['chat']}", "--shutdown-timeout", str(PATIENCE)]) as server:
         stream = client_of(server).completions.create(
             model="chat",
             prompt="the cat",
-            max_tokens=300,
+            max_tokens=1000,
             temperature=0,
             stream=True,
-            logit_bias={str(id_): -100 for id_ in load(folders["chat"], threads=1).stop_ids},
+            logit_bias={str(id_): -100 for id_ in ids},
+            extra_body={"return_token_ids": True},
         )
-        first = next(stream)
+        next(stream)
         server.popen.send_signal(signal.SIGTERM)
-        eventually(lambda: server.get("/ready")[0] == 503)
-        assert server.get("/health")[0] == 200
-        with pytest.raises(openai.APIStatusError) as caught:
-            client_of(server).completions.create(model="chat", prompt="a", max_tokens=1)
-        assert caught.value.status_code == 503
-        rest = list(stream)
-        assert rest[-1].choices[0].finish_reason == "length"
-        assert first.choices[0].text + "".join(chunk.choices[0].text for chunk in rest)
+        rest = [chunk.choices[0] for chunk in stream]
+        assert rest[-1].finish_reason == "length"
+        assert sum(len(choice.token_ids or []) for choice in rest[:-1]) >= 900
         assert server.popen.wait(PATIENCE) == 0
+
+
+def test_the_end_of_the_time_is_said_in_the_stream(folders):
+    with served([f"--name=chat={folders['chat']}", "--shutdown-timeout", "0"]) as server:
+        stream = client_of(server).completions.create(
+            model="chat", prompt="the cat", max_tokens=1900, n=8, temperature=1, stream=True
+        )
+        next(stream)
+        server.popen.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stopped before"):
+            list(stream)
+        assert server.popen.wait(PATIENCE) == 0
+
+
+def test_a_server_that_drains_or_loads_refuses(folders):
+    app = create_app(make_settings(folders={"chat": folders["chat"]}))
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            body = {"messages": MESSAGES}
+            found = [await client.get("/health"), await client.get("/ready")]
+            return [*found, await client.post("/v1/chat/completions", json=body)]
+
+    for code in ("loading", "draining"):
+        health, ready, refused = asyncio.run(ask())
+        assert (health.status_code, ready.status_code, refused.status_code) == (200, 503, 503)
+        assert ready.json() == {"status": code}
+        assert refused.json()["error"]["code"] == code
+        assert int(refused.headers["retry-after"]) >= 1
+        app.models.draining = True
 
 
 def test_loading_and_folders_that_do_not_open(folders, tmp_path):

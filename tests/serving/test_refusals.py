@@ -103,7 +103,7 @@ def test_what_is_no_object_of_json(server, body):
 def test_a_long_prompt_is_refused(server):
     body = {"model": "chat", "prompt": "a dog runs " * 3000, "max_tokens": 1}
     status, error, _ = ask(server.url, "/v1/completions", body)
-    assert status == 400
+    assert (status, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
     assert "2,048" in error["message"]
 
 

@@ -18,7 +18,8 @@ from tests.support.limits import PATIENCE
 _TEMPLATE = (
     "{% if tools %}tools {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}<{{ m.role }}> {{ m.content }}"
-    "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}\n{% endfor %}"
+    "{% for call in m.tool_calls %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 _SHAPE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 2048}

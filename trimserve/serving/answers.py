@@ -7,9 +7,10 @@ from types import TracebackType
 
 from trimserve.decoding.logprobs import TokenLogprob
 from trimserve.engine.engine import Engine
-from trimserve.engine.events import Event, Failed, Finished, Piece, Usage
+from trimserve.engine.events import Event, Failed, Finished, Piece
 from trimserve.engine.handle import Handle
 from trimserve.engine.settings import GenerationRequest
+from trimserve.serving.problems import ApiError
 
 
 class Answers(AbstractAsyncContextManager["Answers"]):
@@ -20,14 +21,14 @@ class Answers(AbstractAsyncContextManager["Answers"]):
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[GenerationRequest], count: Callable[[Usage], None]
+        self, engine: Engine, requests: Sequence[GenerationRequest], count: Callable[[int, Finished], None]
     ) -> None:
         """Submit requests, all or none.
 
         Args:
             engine: does them.
             requests: one an answer.
-            count: is told what each finished answer took.
+            count: is told each finished answer, with its number.
 
         Raises:
             UsageError: one of them cannot be honoured.
@@ -72,8 +73,12 @@ class Answers(AbstractAsyncContextManager["Answers"]):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished):
+                if event.reason == "cancelled":  # by the server: a client that goes is not told
+                    raise ApiError(
+                        503, "the server was stopped before the answer was whole: ask another one."
+                    )
                 open_answers -= 1
-                self._count(event.usage)
+                self._count(index, event)
             yield index, event
 
     async def _read(self, index: int, handle: Handle) -> None:

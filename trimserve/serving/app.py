@@ -12,10 +12,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trimserve.arrays import Ids
 from trimserve.engine.errors import EngineClosed, QueueFull
+from trimserve.engine.events import Finished
 from trimserve.errors import TrimserveError
 from trimserve.serving.bodies import parse_fields, read_body
 from trimserve.serving.chat import answer_chat
+from trimserve.serving.choices import Count
 from trimserve.serving.completions import answer_completion
 from trimserve.serving.encoding import answer_embeddings, answer_rerank, answer_score
 from trimserve.serving.fields import (
@@ -31,8 +34,8 @@ from trimserve.serving.fields import (
 from trimserve.serving.http import GoneError, json_response
 from trimserve.serving.keys import Keys
 from trimserve.serving.metrics import Metrics
-from trimserve.serving.models import Models
-from trimserve.serving.openapi import describe
+from trimserve.serving.models import Models, ServedModel
+from trimserve.serving.openapi import PATHS, describe
 from trimserve.serving.problems import ApiError, as_api_error
 from trimserve.serving.settings import ServerSettings
 from trimserve.serving.tokenizing import answer_detokenize, answer_tokenize, longest
@@ -99,8 +102,10 @@ class App:
                 raise
             self._on_failure(error)
             return
+        chores = [self.models.record()]
         if self._settings.reload:
-            await self.models.watch()
+            chores.append(self.models.watch())
+        await asyncio.gather(*chores)
 
     def _routes(self) -> list[BaseRoute]:
         settings, models = self._settings, self.models
@@ -125,20 +130,22 @@ class App:
                 "/v1/chat/completions",
                 ChatRequest,
                 lambda request, fields, served, closing: answer_chat(
-                    request, fields, served, settings, self._metrics, closing
+                    request, fields, served, settings, self._count(served), closing
                 ),
             ),
             post(
                 "/v1/completions",
                 CompletionRequest,
                 lambda request, fields, served, closing: answer_completion(
-                    request, fields, served, settings, self._metrics, closing
+                    request, fields, served, settings, self._count(served), closing
                 ),
             ),
             post(
                 "/v1/embeddings",
                 EmbeddingRequest,
-                lambda request, fields, served, _: answer_embeddings(request, fields, served, settings),
+                lambda request, fields, served, _: answer_embeddings(
+                    request, fields, served, settings, self.models.recorder
+                ),
             ),
             post(
                 "/v1/rerank",
@@ -157,6 +164,16 @@ class App:
                 lambda _, fields, served, __: answer_detokenize(fields, served),
             ),
         ]
+
+    def _count(self, served: ServedModel) -> Count:
+        """What is counted of each finished answer."""
+
+        def count(prompt: Ids, end: Finished) -> None:
+            self._metrics.count_generation(served.name, end.usage)
+            if self.models.recorder is not None:
+                self.models.recorder.add(prompt, end.generation.ids)
+
+        return count
 
     async def _health(self, _: Request) -> Response:
         return json_response({"status": "ok"})
@@ -228,9 +245,9 @@ class _Door:
                 )
                 await _answered(refusal)(scope, receive, counted)
         finally:
-            # The path as it is routed: names that somebody makes up are one.
-            route = scope["path"] if "endpoint" in scope else "other"
-            self._metrics.count_answer(route, status)
+            # What somebody makes up is one label.
+            path = scope["path"]
+            self._metrics.count_answer(path if path in PATHS else "other", status)
 
 
 def _authorization(scope: Scope) -> str | None:

@@ -13,13 +13,14 @@ from trimserve.engine.events import Finished, Piece
 from trimserve.errors import UsageError
 from trimserve.generation.generator import Generator
 from trimserve.serving.answers import Answer
-from trimserve.serving.choices import Choices, finish_reason
+from trimserve.serving.choices import Choices, Count, finish_reason
 from trimserve.serving.fields import ChatRequest
-from trimserve.serving.metrics import Metrics
+from trimserve.serving.grammars import asked_grammar, lark_grammar
 from trimserve.serving.models import ServedModel
-from trimserve.serving.options import answer_limit, engine_requests, generation_options
+from trimserve.serving.options import answer_limit, check_lengths, engine_requests, generation_options
 from trimserve.serving.problems import ApiError, bad_field
 from trimserve.serving.settings import ServerSettings
+from trimserve.serving.tools import Toolbox
 from trimserve.text.chat import chat_templates, render_chat
 
 ROUTE = "/v1/chat/completions"
@@ -33,13 +34,32 @@ class ChatChoices(Choices):
     chunk_object = "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
+    def __init__(self, *args: Any, toolbox: Toolbox | None) -> None:  # noqa: ANN401 - those of Choices
+        """Begin; calls of the toolbox's tools are read from the answers, when these are whole."""
+        super().__init__(*args)
+        self._toolbox = toolbox
+
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:  # noqa: ARG002 - of some shapes
         """A finished choice."""
         end = answer.end
         logprobs = self.served.texts.chat_logprobs(answer.logprobs) if self.fields.logprobs else None
         ids = {"token_ids": list(end.generation.ids)} if self.fields.return_token_ids else {}
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"message": message, "logprobs": logprobs, "finish_reason": finish_reason(end), **ids}
+        text, calls = self._read(answer.text, end.generation.ids)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        reason = "tool_calls" if calls else finish_reason(end)
+        return {"message": message, "logprobs": logprobs, "finish_reason": reason, **ids}
+
+    def _read(self, text: str, ids: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
+        """An answer's text without its calls, and these."""
+        if self._toolbox is None:
+            return text, []
+        model = self.served.generator(ROUTE)
+        ends = len(ids) - 1 if ids and ids[-1] in model.stop_ids else len(ids)
+        # The marks around calls are special tokens for some families.
+        plain, calls = self._toolbox.read(model.codec.decode(list(ids[:ends]), skip_special_tokens=False))
+        return (plain, calls) if calls else (text, [])
 
     def opening(self, index: int) -> dict[str, Any]:  # noqa: ARG002
         """Who speaks."""
@@ -48,12 +68,19 @@ class ChatChoices(Choices):
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:  # noqa: ARG002
         """More of the text."""
         extra: dict[str, Any] = {"token_ids": list(piece.ids)} if self.fields.return_token_ids else {}
+        text = piece.text if self._toolbox is None else ""
         if self.fields.logprobs:
             extra["logprobs"] = self.served.texts.chat_logprobs(piece.logprobs)
-        return _delta({"content": piece.text}, **extra) if piece.text or extra else None
+        return _delta({"content": text}, **extra) if text or extra else None
 
     def ending(self, index: int, end: Finished) -> dict[str, Any]:  # noqa: ARG002
-        """The text's rest, and why it ended."""
+        """The text's rest, and why it ended; all of it where it may have held calls."""
+        if self._toolbox is not None:
+            text, calls = self._read(end.generation.text, end.generation.ids)
+            delta: dict[str, Any] = {"content": text} if text else {}
+            if calls:
+                delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
+            return _delta(delta, reason="tool_calls" if calls else finish_reason(end))
         return _delta({"content": end.text} if end.text else {}, reason=finish_reason(end))
 
     def _of_prompt(self) -> dict[str, Any]:
@@ -69,7 +96,7 @@ async def answer_chat(
     fields: ChatRequest,
     served: ServedModel,
     settings: ServerSettings,
-    metrics: Metrics,
+    count: Count,
     closing: AsyncExitStack,
 ) -> Response:
     """Answer a conversation.
@@ -86,10 +113,33 @@ async def answer_chat(
         )
     limit = answer_limit(_max_tokens(fields), model, settings.max_tokens)
     options = generation_options(fields, model, max_tokens=limit)
-    prompts = [await served.in_thread(chat_ids, model, fields.messages, fields.chat_template_kwargs or {})]
+    toolbox = Toolbox.of(fields, model.folder)
+    variables = dict(fields.chat_template_kwargs or {})
+    if "tools" in variables:
+        raise bad_field(
+            "chat_template_kwargs", "chat_template_kwargs must not hold tools: send them as tools."
+        )
+    if toolbox is not None:
+        variables["tools"] = list(toolbox.tools)
+    prompts = [await served.in_thread(chat_ids, model, fields.messages, variables)]
+    check_lengths(prompts, model, "messages")
+    mask = await served.mask(_grammar(fields, toolbox))
     top = (fields.top_logprobs or 0) if fields.logprobs else None
-    choices = ChatChoices(served, fields, prompts, engine_requests(fields, prompts, options, top))
-    return await choices.respond(request, metrics, closing)
+    choices = ChatChoices(
+        served, fields, prompts, engine_requests(fields, prompts, options, top, mask), toolbox=toolbox
+    )
+    return await choices.respond(request, count, closing)
+
+
+def _grammar(fields: ChatRequest, toolbox: Toolbox | None) -> tuple[str, str] | None:
+    """The grammar of the answer and its field: a format that was asked for, or a forced call."""
+    asked = asked_grammar(fields)
+    forced = toolbox.grammar() if toolbox is not None else None
+    if forced is None:
+        return asked
+    if asked is not None:
+        raise bad_field("tool_choice", f"a forced call leaves no room for {asked[1]}: give one of them.")
+    return lark_grammar(forced), "tools"
 
 
 def _max_tokens(fields: ChatRequest) -> int | None:

@@ -1,11 +1,10 @@
 """What chats and completions share: the way from a checked request to its answer, whole or as a stream."""
 
 import contextlib
-import functools
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, ClassVar
 
 from starlette.requests import Request
@@ -18,9 +17,10 @@ from trimserve.errors import TrimserveError
 from trimserve.serving.answers import Answer, Answers, collect
 from trimserve.serving.fields import Sampling
 from trimserve.serving.http import DONE, EventStream, event, json_response, unless_gone
-from trimserve.serving.metrics import Metrics
 from trimserve.serving.models import ServedModel
 from trimserve.serving.problems import ApiError, as_api_error
+
+Count = Callable[[Ids, Finished], None]
 
 
 class Choices(ABC):
@@ -70,18 +70,17 @@ class Choices(ABC):
         """The prompt of a choice, token ids."""
         return self.prompts[index // self.fields.n]
 
-    async def respond(
-        self, request: Request, metrics: Metrics, closing: contextlib.AsyncExitStack
-    ) -> Response:
+    async def respond(self, request: Request, count: Count, closing: contextlib.AsyncExitStack) -> Response:
         """Answer a request.
 
         Args:
             request: whose client may go.
-            metrics: what was done is counted there.
+            count: is told each finished answer, with its prompt.
             closing: what is given back at the end; a stream takes it over.
         """
-        count = functools.partial(metrics.count_generation, self.served.name)
-        answers = await closing.enter_async_context(Answers(self.served.engine, self.requests, count))
+        answers = await closing.enter_async_context(
+            Answers(self.served.engine, self.requests, lambda index, end: count(self.prompt_of(index), end))
+        )
         headers = self._headers()
         if self.fields.stream:
             return EventStream(self._events(answers), headers, closing.pop_all())
@@ -129,8 +128,8 @@ class Choices(ABC):
         try:
             async for part in self._chunks(answers):
                 yield event(part)
-        except TrimserveError as error:  # the status has been sent: the stream says it
-            yield event(as_api_error(error).body)
+        except (ApiError, TrimserveError) as error:  # the status has been sent: the stream says it
+            yield event((error if isinstance(error, ApiError) else as_api_error(error)).body)
         except Exception as error:
             yield event(ApiError(500, f"the server failed: {type(error).__name__}.").body)
             raise

@@ -11,12 +11,12 @@ from trimserve.arrays import Ids
 from trimserve.engine.events import Finished, Piece
 from trimserve.generation.generator import Generator
 from trimserve.serving.answers import Answer
-from trimserve.serving.choices import Choices, finish_reason
+from trimserve.serving.choices import Choices, Count, finish_reason
 from trimserve.serving.fields import CompletionRequest
+from trimserve.serving.grammars import asked_grammar
 from trimserve.serving.inputs import read_inputs
-from trimserve.serving.metrics import Metrics
 from trimserve.serving.models import ServedModel
-from trimserve.serving.options import answer_limit, engine_requests, generation_options
+from trimserve.serving.options import answer_limit, check_lengths, engine_requests, generation_options
 from trimserve.serving.problems import bad_field
 from trimserve.serving.settings import ServerSettings
 
@@ -90,7 +90,7 @@ async def answer_completion(
     fields: CompletionRequest,
     served: ServedModel,
     settings: ServerSettings,
-    metrics: Metrics,
+    count: Count,
     closing: AsyncExitStack,
 ) -> Response:
     """Let the model go on from each prompt.
@@ -108,9 +108,11 @@ async def answer_completion(
     limit = answer_limit(fields.max_tokens, model, min(_DEFAULT_TOKENS, settings.max_tokens))
     options = generation_options(fields, model, max_tokens=limit)
     prompts, texts = await served.in_thread(read_prompts, model, fields, settings.max_inputs)
-    requests = engine_requests(fields, prompts, options, fields.logprobs)
+    check_lengths(prompts, model, "prompt")
+    mask = await served.mask(asked_grammar(fields))
+    requests = engine_requests(fields, prompts, options, fields.logprobs, mask)
     return await CompletionChoices(served, fields, prompts, requests, echoes=texts).respond(
-        request, metrics, closing
+        request, count, closing
     )
 
 

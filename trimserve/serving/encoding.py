@@ -17,11 +17,16 @@ from trimserve.serving.http import json_response, unless_gone
 from trimserve.serving.inputs import Inputs, read_inputs
 from trimserve.serving.models import ServedModel
 from trimserve.serving.problems import bad_field
+from trimserve.serving.recording import Recorder
 from trimserve.serving.settings import ServerSettings
 
 
 async def answer_embeddings(
-    request: Request, fields: EmbeddingRequest, served: ServedModel, settings: ServerSettings
+    request: Request,
+    fields: EmbeddingRequest,
+    served: ServedModel,
+    settings: ServerSettings,
+    recorder: Recorder | None,
 ) -> Response:
     """Embed texts, or token ids as they are.
 
@@ -46,6 +51,9 @@ async def answer_embeddings(
         return model.encode(texts, prompt=prompt, truncate_dim=fields.dimensions)
 
     embeddings = await unless_gone(request, served.run(work, tokens))
+    if recorder is not None:
+        for sequence in sequences:
+            recorder.add(sequence)
     shown = [_shown(row, fields.encoding_format) for row in embeddings]
     data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(shown)]
     return json_response({"object": "list", "data": data, "model": served.name, "usage": _usage(tokens)})

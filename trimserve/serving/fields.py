@@ -55,6 +55,8 @@ class Sampling(Fields, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     user: str | None = None
 
 
@@ -66,6 +68,9 @@ class ChatRequest(Sampling, kw_only=True):
     max_completion_tokens: OneOrMore | None = None
     logprobs: bool = False
     top_logprobs: Top | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -165,10 +170,6 @@ _CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     "continue_final_message": (False,),
     "documents": (),
     "chat_template": (),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
 }
 NOT_HONOURED: Final[Mapping[type[Fields], Mapping[str, tuple[Any, ...]]]] = {
     ChatRequest: {**_GENERATION, **_CHAT},

@@ -19,7 +19,10 @@ from trimserve.folder.names import MANIFEST_NAME
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.generation.generator import Generator
 from trimserve.loading import load
+from trimserve.serving.grammars import Grammars
+from trimserve.serving.options import Mask
 from trimserve.serving.problems import ApiError
+from trimserve.serving.recording import Recorder, check_recording
 from trimserve.serving.settings import ServerSettings
 from trimserve.serving.tokens import TokenTexts
 from trimserve.version import __version__
@@ -28,6 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
+_RECORD_SECONDS = 60.0
 _RETRY_SECONDS = 5
 
 
@@ -107,6 +111,22 @@ class ServedModel:
         """The texts of its tokens."""
         return TokenTexts(self.model.codec)
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.generator("a grammar"))
+
+    async def mask(self, asked: tuple[str, str] | None) -> Mask | None:
+        """Makes the masks of a grammar, given with its field's name, after checking it.
+
+        Raises:
+            ApiError: 400, it is no grammar.
+        """
+        if asked is None:
+            return None
+        grammar, param = asked
+        await self.in_thread(self._grammars.mask, grammar, param)
+        return lambda: self._grammars.mask(grammar, param)
+
     def generator(self, route: str) -> Generator:
         """The model, where it generates.
 
@@ -136,11 +156,15 @@ class Models:
 
     Attributes:
         draining: whether the server ends: no more requests are taken.
+        recorder: counts served token ids, where that is asked for.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._served: dict[str, ServedModel] = {}
+        record = settings.record_profile
+        check_recording(record, len(settings.folders))
+        self.recorder = None if record is None else Recorder(record, settings.record_min_docs)
         self._retiring: list[asyncio.Task[None]] = []
         self.draining = False
 
@@ -195,6 +219,15 @@ class Models:
             self._served[name] = await asyncio.to_thread(self._open, name)
             _log.info("%s is served from %s", name, self._settings.folders[name])
 
+    async def record(self) -> None:
+        """Write what was recorded now and then, for ever; a full disk is logged and tried again."""
+        while self.recorder is not None:
+            await asyncio.sleep(_RECORD_SECONDS)
+            try:
+                await self.recorder.save()
+            except (TrimserveError, OSError) as error:
+                _log.error("the live profile cannot be written: %s", error)
+
     async def watch(self) -> None:
         """Look for replaced folders, for ever; what cannot be opened is logged, and the old one stays."""
         failed: dict[str, tuple[int, ...]] = {}
@@ -227,6 +260,8 @@ class Models:
         limits = EngineSettings(
             max_queued_requests=settings.max_queue, max_queued_tokens=settings.max_queue_tokens
         )
+        if self.recorder is not None:
+            self.recorder.begin(model.folder, model.codec)
         return ServedModel(name, Engine(model, limits), stamp)
 
     async def drain(self) -> bool:
@@ -236,7 +271,9 @@ class Models:
         return all(await asyncio.gather(*waits))
 
     async def close(self) -> None:
-        """End all engines."""
+        """End all engines, and write what was recorded."""
+        if self.recorder is not None:
+            await self.recorder.save()
         for served in self._served.values():
             await asyncio.to_thread(served.engine.close)
 

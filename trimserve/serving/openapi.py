@@ -52,6 +52,7 @@ _GETS: Final = {
     "/openapi.json": ("this description", "application/json"),
     "/v1/models": ("the models", "application/json"),
 }
+PATHS: Final = frozenset((*_POSTS, *_GETS))
 _ERRORS: Final = {
     "400": "a field is unknown, wrong or not supported; the error's param names it",
     "401": "no API key, or a wrong one",

@@ -1,10 +1,11 @@
 """A request's fields as the library's generation options, and the prompts as token ids."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from trimserve.arrays import Ids
+from trimserve.decoding.columns import LogitsProcessor
 from trimserve.engine.settings import GenerationRequest
 from trimserve.errors import UsageError
 from trimserve.generation.generator import Generator
@@ -19,6 +20,7 @@ _SAME: Final = (
 # What only sampling reads: nothing to a greedy answer where it keeps everything.
 _KEEPS_ALL: Final[Mapping[str, Any]] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 _SEEDS: Final = 2**64
+Mask = Callable[[], LogitsProcessor]
 
 
 def generation_options(request: Sampling, model: Generator, *, max_tokens: int) -> dict[str, Any]:
@@ -70,19 +72,49 @@ def about_field(error: UsageError, request: Sampling) -> ApiError:
 
 
 def engine_requests(
-    request: Sampling, prompts: Sequence[Ids], options: Mapping[str, Any], top_logprobs: int | None
+    request: Sampling,
+    prompts: Sequence[Ids],
+    options: Mapping[str, Any],
+    top_logprobs: int | None,
+    mask: Mask | None = None,
 ) -> list[GenerationRequest]:
     """One engine request a choice: `n` of the first prompt, then of the next.
 
     Choice i is sampled with the seed plus i, so that each can be had again by itself; without a seed they
     begin at a random one.
+
+    Args:
+        request: the fields.
+        prompts: token ids.
+        options: of every choice.
+        top_logprobs: see `GenerationRequest`.
+        mask: makes the grammar's logits processor of a choice.
     """
     first = secrets.randbits(63) if request.seed is None else request.seed
     choices = [prompt for prompt in prompts for _ in range(request.n)]
-    return [
-        GenerationRequest(prompt, {**options, "seed": (first + place % request.n) % _SEEDS}, top_logprobs)
-        for place, prompt in enumerate(choices)
-    ]
+    found = []
+    for place, prompt in enumerate(choices):
+        own: dict[str, Any] = {"seed": (first + place % request.n) % _SEEDS}
+        if mask is not None:
+            own["logits_processor"] = mask()
+        found.append(GenerationRequest(prompt, {**options, **own}, top_logprobs))
+    return found
+
+
+def check_lengths(prompts: Sequence[Ids], model: Generator, param: str) -> None:
+    """Refuse what the model cannot read, with the code that clients know.
+
+    Raises:
+        ApiError: 400, a prompt has more tokens than the model reads.
+    """
+    context = model.config.context
+    longest = max((prompt.size for prompt in prompts), default=0)
+    if context is not None and longest > context:
+        raise bad_field(
+            param,
+            f"{param} has {longest:,} tokens, this model reads {context:,} at most: shorten it.",
+            "context_length_exceeded",
+        )
 
 
 def answer_limit(asked: int | None, model: Generator, default: int) -> int:

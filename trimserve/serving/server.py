@@ -105,6 +105,7 @@ def _begin_end(app: "App", server: Any, ends: list["asyncio.Task[None]"]) -> Non
         _log.warning("stopping: no more requests are taken; what runs is finished")
         if not await app.models.drain():
             _log.warning("the time is up: what still runs is cancelled")
+            await app.models.close()
         server.should_exit = True
 
     if not ends:

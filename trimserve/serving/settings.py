@@ -29,6 +29,8 @@ class ServerSettings:
         max_inputs: texts of one request for embeddings, or documents to rank.
         max_body: bytes of a request; a longer one is answered with 413.
         shutdown_timeout: seconds that requests have to finish after SIGTERM.
+        record_profile: file that counts of served token ids are added to; None records nothing.
+        record_min_docs: requests that must hold an id before it is recorded.
         reload: open a folder again when it has been replaced.
     """
 
@@ -43,6 +45,8 @@ class ServerSettings:
     max_inputs: Count = 2048
     max_body: Count = 16 << 20
     shutdown_timeout: Seconds = 30.0
+    record_profile: Path | None = None
+    record_min_docs: Count = 2
     reload: bool = True
 
 
@@ -50,7 +54,7 @@ def make_settings(**values: Any) -> ServerSettings:  # noqa: ANN401 - checked he
     """Settings, each checked against its annotation.
 
     Raises:
-        UsageError: an unknown one, a wrong type or out of range; or a folder without a name.
+        UsageError: an unknown one, a wrong type or out of range.
     """
     kinds = get_type_hints(ServerSettings, include_extras=True)
     for name, value in values.items():

@@ -39,6 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--no-reload", action="store_true", help="keep a folder's models when it is replaced"
     )
+    watching = parser.add_argument_group("what it records")
+    watching.add_argument(
+        "--record-profile",
+        type=Path,
+        metavar="P",
+        help="add counts of served token ids, never texts, to this profile (default: record nothing)",
+    )
+    watching.add_argument(
+        "--record-min-docs", type=int, metavar="N", help="requests that must hold an id (default: 2)"
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-queue", type=int, metavar="N", help="requests that wait (default: 256)")
     limits.add_argument("--max-queue-tokens", type=int, metavar="N", help="their tokens (default: 262144)")
@@ -74,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         "max_inputs",
         "max_body",
         "shutdown_timeout",
+        "record_profile",
+        "record_min_docs",
     )
+    if args.record_min_docs is not None and args.record_profile is None:
+        raise UsageError("--record-min-docs is about --record-profile: name the file, or leave it out.")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = make_settings(
         folders=folders,
