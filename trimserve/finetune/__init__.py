@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from trimserve_export.finetune.reversible.reversible import load_reversible as load_reversible
     from trimserve_export.finetune.reversible.reversible import make_reversible as make_reversible
     from trimserve_export.finetune.reversible.reversible import reversible as reversible
+    from trimserve_export.finetune.sampled.sampled import Sampled as Sampled
+    from trimserve_export.finetune.sampled.sampled import make_sampled as make_sampled
+    from trimserve_export.finetune.sampled.sampled import sampled_gradients as sampled_gradients
 
 __getattr__, __dir__, __all__ = lazy_face(
     __name__,
@@ -42,15 +45,18 @@ __getattr__, __dir__, __all__ = lazy_face(
         "PartialVocab": "trimserve_export.finetune.partial",
         "Restored": "trimserve.finetune.restoring",
         "Reversible": "trimserve_export.finetune.reversible.reversible",
+        "Sampled": "trimserve_export.finetune.sampled.sampled",
         "cut_vocab": "trimserve_export.finetune.partial",
         "find_outside": "trimserve.finetune.texts",
         "grow": "trimserve.finetune.texts",
         "is_compact": "trimserve.finetune.restoring",
         "load_reversible": "trimserve_export.finetune.reversible.reversible",
         "make_reversible": "trimserve_export.finetune.reversible.reversible",
+        "make_sampled": "trimserve_export.finetune.sampled.sampled",
         "partial_vocab": "trimserve_export.finetune.partial",
         "remap": "trimserve_export.finetune.batch",
         "restore": "trimserve.finetune.restoring",
         "reversible": "trimserve_export.finetune.reversible.reversible",
+        "sampled_gradients": "trimserve_export.finetune.sampled.sampled",
     },
 )

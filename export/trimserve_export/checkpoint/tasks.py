@@ -15,6 +15,7 @@ from trimserve.folder.tasks import (
 )
 from trimserve_export.checkpoint.axes import ModelClass, architecture_class
 from trimserve_export.checkpoint.library import transformers_border
+from trimserve_export.coupled.model import coupled_class, read_form
 
 # Each with the class that loads it.
 TASK_CLASSES: dict[str, ModelClass] = {
@@ -94,6 +95,14 @@ def check_task(task: str) -> None:
         raise UnsupportedModelError(f"task {task!r} is not known: expected one of {', '.join(TASKS)}.")
 
 
+def _loading_class(task: str, config: PretrainedConfig) -> ModelClass:
+    """The class that loads a checkpoint, whose layers may be coupled."""
+    found = task_class(task, config)
+    if read_form(config) is None:
+        return found
+    return coupled_class(found._model_mapping[type(config)])
+
+
 def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a checkpoint for inference on the CPU.
 
@@ -108,7 +117,7 @@ def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool =
     """
     with transformers_border(f"cannot load the model for {task}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model, report = task_class(task, config).from_pretrained(
+        model, report = _loading_class(task, config).from_pretrained(
             folder,
             config=config,
             dtype=TORCH_DTYPES[dtype],

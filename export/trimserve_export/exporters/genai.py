@@ -22,6 +22,7 @@ from trimserve.files.scratch import scratch_folder
 from trimserve.folder.tasks import GENERATION_TASK
 from trimserve_export.checkpoint.axes import build_on_meta, load_config
 from trimserve_export.checkpoint.tasks import TASK_CLASSES, check_task
+from trimserve_export.coupled.model import read_form
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.exporter import GraphJob
 from trimserve_export.exporters.genai_mends import check_positions, mend, plain_rope
@@ -75,6 +76,8 @@ def check_model(config: PretrainedConfig, task: str) -> None:
     check_task(task)
     if task != GENERATION_TASK:
         raise UnsupportedModelError(f"{_name()} builds {GENERATION_TASK} alone: use another exporter.")
+    if read_form(config) is not None:
+        raise UnsupportedModelError(f"{_name()} does not build coupled layers: use another exporter.")
     architecture = (config.architectures or ["a model without a class"])[0]
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(f"{_name()} does not build {architecture}: use another exporter.")

@@ -11,9 +11,9 @@ from msgspec import Meta
 from trimserve.arguments import Count, checked
 from trimserve.errors import UsageError, require
 from trimserve.model.source import ModelSource
+from trimserve_export.coupled.adapters import read_adapters, read_settings, write_adapters
 from trimserve_export.coupled.coupling import SCALES, Factor, Form, Variant
 from trimserve_export.coupled.model import couple_layers, put, stacks_of
-from trimserve_export.finetune.reversible.adapters import read_adapters, read_settings, write_adapters
 from trimserve_export.finetune.reversible.saving import CoupledSaver
 from trimserve_export.finetune.reversible.stack import ReversibleStack
 from trimserve_export.finetune.saving import find_base
@@ -89,7 +89,7 @@ class Reversible:
         """Save what is trained, the adapters among it: reversible.safetensors and reversible.json.
 
         Args:
-            folder: made if it is not there. `load_reversible` reads it; so does `trimserve export --adapter`.
+            folder: made if it is not there. `load_reversible` reads it.
         """
         write_adapters(self.model, self.form, self._base, folder)
         self._is_saved = True
