@@ -12,6 +12,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int16]
 _ENOUGH: Final = 0.5  # share of blocks that the likely multiples settle, where the others are tried as well
+_BLOCK: Final = 32
+# Rows by which it is told whether a matrix was quantised before.
+_SAMPLE_ROWS: Final = 256
 _FIRST: Final = 4  # numbers of a block that are looked at before all are
 
 
@@ -51,6 +54,20 @@ def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats
     scales[turned] *= -1
     integers[turned] *= -1
     return found, scales, integers
+
+
+def has_levels(rows: npt.NDArray[Any], most: int) -> bool:
+    """Whether no block of 32 numbers has more than `most` different ones, in rows spread over a matrix.
+
+    Args:
+        rows: a row an output, float (n, H).
+        most: e.g. 16, of numbers that had 4 bits.
+    """
+    sample = np.asarray(rows[:: max(1, len(rows) // _SAMPLE_ROWS)], np.float32)
+    width = sample.shape[1] // _BLOCK * _BLOCK
+    ordered = np.sort(sample[:, :width].reshape(-1, _BLOCK), axis=1)
+    levels = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
+    return bool(levels.max(initial=0) <= most)
 
 
 def _exact(numbers: Floats, scale: Floats, most: int) -> npt.NDArray[np.bool_]:
