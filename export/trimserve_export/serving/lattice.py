@@ -56,6 +56,41 @@ def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats
     return found, scales, integers
 
 
+def on_offset_lattice(blocks: Floats) -> tuple[npt.NDArray[np.bool_], Floats, Floats, Ints]:
+    """Find scale and middle of blocks: every number is ``scale * (q - 8) + middle`` to the bit.
+
+    So are those of GGUF's Q4_1, ``d q + m``: with d and m in float16, all of it is exact in float32.
+
+    Args:
+        blocks: float32 (n, size).
+
+    Returns:
+        Which blocks have both (n,), their scales, which are float16's, their middles (n,), and q (n, size),
+        from 0 to 15; meaningless for the others.
+    """
+    low, high = blocks.min(axis=1), blocks.max(axis=1)
+    found = low == high
+    scales, middles = np.ones_like(low), low.copy()
+    integers = np.full(blocks.shape, 8, np.int16)
+    left = np.flatnonzero(~found & np.isfinite(high - low))
+    for steps in range(15, 0, -1):
+        with np.errstate(over="ignore"):
+            scale = ((high[left] - low[left]) / np.float32(steps)).astype(np.float16).astype(np.float32)
+        usable = (scale > 0) & np.isfinite(scale)
+        left, scale = left[usable], scale[usable]
+        middle = low[left] + np.float32(8) * scale
+        whole = np.rint((blocks[left] - low[left, None]) / scale[:, None])
+        made = (whole - np.float32(8)) * scale[:, None] + middle[:, None]
+        exact = (made == blocks[left]).all(axis=1) & (whole.max(axis=1, initial=0) <= 15)
+        chosen = left[exact]
+        found[chosen], scales[chosen], middles[chosen] = True, scale[exact], middle[exact]
+        integers[chosen] = whole[exact]
+        left = left[~exact]
+        if not left.size:
+            break
+    return found, scales, middles, integers
+
+
 def has_levels(rows: npt.NDArray[Any], most: int) -> bool:
     """Whether no block of 32 numbers has more than `most` different ones, in rows spread over a matrix.
 
