@@ -32,6 +32,10 @@ def renew_in_child(thing: Renewable) -> None:
 
 
 def _renew_all() -> None:
+    # `tokenizers` has no threads in a child, and waits for them for ever where this variable asks for them.
+    # Where nothing is said it works without them by itself.
+    if "TOKENIZERS_PARALLELISM" in os.environ:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for thing in list(_renewables):
         thing.renew()
 

@@ -256,6 +256,7 @@ def test_a_folder_of_ours_in_one_of_others_is_written_into(tmp_path):
             (tmp_path.name, "pytest-", "popen-")
         ):
             folder.chmod(0o755)
+    write(tmp_path / "first")  # imports what the other user may not be able to read
     pid = os.fork()
     if pid == 0:
         try:

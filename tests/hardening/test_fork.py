@@ -99,6 +99,13 @@ def test_a_child_of_a_used_model(served, name, threads):
     assert answers(model, calls) == expected  # the parent goes on
 
 
+@pytest.mark.parametrize("name", ["embeddings", "tied"])
+def test_a_child_of_a_process_that_asks_for_the_tokenizers_threads(served, name, monkeypatch):
+    """It has none of them, and `tokenizers` would wait for them for ever."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    test_a_child_of_a_used_model(served, name, 2)
+
+
 @pytest.mark.next
 @pytest.mark.skipif(not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai")
 @pytest.mark.parametrize("threads", [1, 2])

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 from collections import Counter
 from itertools import chain
@@ -54,6 +55,20 @@ def test_counts_equal_the_plain_way(model_folder):
     assert counted.tokens == counted.counts.sum()
     assert counted.distinct == (counted.counts > 0).sum()
     assert counted.beyond_rows == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("before", [None, "false"])
+def test_the_environment_of_the_process_stays_as_it_was(model_folder, monkeypatch, workers, before):
+    """Another part of it tokenises, or forks, too."""
+    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+    found = dict(os.environ)
+    profile((), model_folder, texts=HOSTILE, progress=False, workers=workers)
+    assert dict(os.environ) == found
 
 
 def test_files_count_like_the_texts_in_them(model_folder, tmp_path):

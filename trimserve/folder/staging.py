@@ -121,7 +121,7 @@ def _stays(path: Path) -> bool:
 def _is_current(path: Path) -> bool:
     try:
         return path.samefile(Path.cwd())
-    except FileNotFoundError:  # one of them is not there
+    except OSError:  # one of them is not there, or in a folder that another user's process may not look into
         return False
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from trimserve.files.model_json import MOST_ROWS
 from trimserve.files.scratch import scratch_folder
 from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.folder.tokenizer_settings import NO_LIMIT, ROLES
 from trimserve.foreign import is_panic, reason
 from trimserve.text.same_tokenizer import same_tokenizer
-from trimserve.text.tokenizer import load_tokenizer
+from trimserve.text.tokenizer import end_of_ids, load_tokenizer
 
 Json = dict[str, Any]
 
@@ -50,7 +51,9 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
     transformers = importlib.import_module("transformers")
     version, level = str(transformers.__version__), transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # advice about its own arguments
+    path = folder / TOKENIZER_NAME
     try:
+        own = load_tokenizer(path) if path.is_file() else None  # refuses what would take all memory below
         loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         backend = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
@@ -58,6 +61,9 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
         split = bool(backend.encode_special_tokens)
         backend.no_padding()
         backend.no_truncation()
+        # It is written id by id up to the largest, which any of the tokenizer's files may name.
+        if (end := end_of_ids(backend)) > MOST_ROWS:
+            return {"version": version, "error": f"its largest id, {end - 1:,}, is above {MOST_ROWS - 1:,}"}
         content: str | None = backend.to_str()
         settings = _settings(loaded, backend) | {"split_special_tokens": split}
     except BaseException as error:  # of any class: the folder may bring its own
@@ -66,8 +72,7 @@ def read_with_transformers(folder: Path, *, trust_remote_code: bool = False) -> 
         return {"version": version, "error": reason(error)}
     finally:
         transformers.logging.set_verbosity(level)
-    path = folder / TOKENIZER_NAME
-    if path.is_file() and same_tokenizer(load_tokenizer(path).to_str(), str(content)):
+    if own is not None and same_tokenizer(own.to_str(), str(content)):
         content = None
     return {
         "version": version,

@@ -15,7 +15,7 @@ from trimserve.console import progress as progress_bar
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import MAX_LINE, Reading, Unit
 from trimserve.counting.count import Interrupted, Tally, count_corpus
-from trimserve.counting.encoding.encoders import limit_threads
+from trimserve.counting.encoding.encoders import limited_threads
 from trimserve.counting.plan import How, Shard, Where
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
 from trimserve.model.resolve import resolve_model
@@ -100,23 +100,22 @@ def profile(
     )
     read.check_first_rows()
     before = None if resume is None else _tally_of(resume, source)
-    if workers is not None:
-        limit_threads(workers)
-    tokenizer, content = source.tokenizer(), source.effective.content
-    if tokenizer.encode_special_tokens:
-        raise UnsupportedModelError(
-            f"{source.name} splits special tokens that stand in a text (split_special_tokens), and profiling "
-            "counts them whole: profile a copy of its tokenizer files without that setting."
-        )
-    structural = structural_ids(source, tokenizer)
-    release_free_memory()  # of parsing the tokenizer, more than counting takes
-    with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:
-        try:
-            tally = count_corpus(
-                read, tokenizer, content, source.vocab_size, how, before=before, on_bytes=bar.update
+    with limited_threads(workers):
+        tokenizer, content = source.tokenizer(), source.effective.content
+        if tokenizer.encode_special_tokens:
+            raise UnsupportedModelError(
+                f"{source.name} splits special tokens that stand in a text (split_special_tokens), and "
+                "profiling counts them whole: profile a copy of its tokenizer files without that setting."
             )
-        except Interrupted as stop:
-            raise ProfileInterrupted(_profile_of(stop.tally, source, structural)) from None
+        structural = structural_ids(source, tokenizer)
+        release_free_memory()  # of parsing the tokenizer, more than counting takes
+        with progress_bar(read.total_bytes, "profiling", "B", show=options.get("progress", True)) as bar:
+            try:
+                tally = count_corpus(
+                    read, tokenizer, content, source.vocab_size, how, before=before, on_bytes=bar.update
+                )
+            except Interrupted as stop:
+                raise ProfileInterrupted(_profile_of(stop.tally, source, structural)) from None
     _warn_without_newlines(tally.counts, tokenizer)
     _warn_without_completions(tally, chat=bool(options.get("chat")))
     return _profile_of(tally, source, structural)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -60,6 +60,10 @@ def whole_source(
             # An adapter that names its base is a model by itself, and found again by its own name.
             own = merged if adapter is not None else replace(merged, name=source.name, adapter=None)
         whole = stack.enter_context(full_source(own, base, near=near))
+        if is_multimodal(whole):
+            from trimserve_export.source.language_model import language_model_of
+
+            whole = language_model_of(whole, scratch(), trust_remote_code=trust_remote_code)
         if renamed and whole.graph is None and whole.is_wrapped:
             whole = _write_renamed(whole, scratch())
         yield whole
@@ -79,6 +83,15 @@ def _dequantized(source: ModelSource, scratch: Callable[[], Path]) -> ModelSourc
 def is_adapter(source: ModelSource) -> bool:
     """Whether a folder holds an adapter and no model of its own."""
     return (source.path / ADAPTER_CONFIG).is_file() and not source.has_weights and source.graph is None
+
+
+def is_multimodal(source: ModelSource) -> bool:
+    """Whether a checkpoint is one of several modalities, whose language model generates text."""
+    if source.graph is not None or source.config.get("is_encoder_decoder"):
+        return False
+    architecture = next(iter(source.config.get("architectures") or ()), "")
+    has_section = isinstance(source.config.get("text_config"), dict)
+    return has_section and architecture.endswith("ForConditionalGeneration")
 
 
 def _parts_of(source: ModelSource, adapter: str | Path | None) -> tuple[ModelSource, ModelSource | None]:
@@ -120,13 +133,18 @@ def _base_of(adapter: ModelSource) -> ModelSource:
         ) from error
 
 
-def _write_renamed(source: ModelSource, folder: Path) -> ModelSource:
-    """Stream a checkpoint into another folder, its tensors by the names that they have in the model."""
-    for path in sorted(source.path.rglob("*")):
-        copy = folder / path.relative_to(source.path)
-        if path.is_file() and path not in source.weight_files and path.name != INDEX_NAME:
+def link_files(source: Path, folder: Path, left_out: Collection[str]) -> None:
+    """Link the files of a folder, but for some of its own, into an empty one."""
+    for path in sorted(source.rglob("*")):
+        copy = folder / path.relative_to(source)
+        if path.is_file() and not (path.parent == source and path.name in left_out):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(path.resolve())
+
+
+def _write_renamed(source: ModelSource, folder: Path) -> ModelSource:
+    """Stream a checkpoint into another folder, its tensors by the names that they have in the model."""
+    link_files(source.path, folder, (*(path.name for path in source.weight_files), INDEX_NAME))
     for file, (specs, metadata) in source.headers.items():
         tensors: dict[str, TensorSource] = {name: WholeTensor(spec) for name, spec in specs.items()}
         exhaust(write_tensors(folder / file.name, tensors, metadata))

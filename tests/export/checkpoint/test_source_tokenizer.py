@@ -419,3 +419,16 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path):
     )
     with pytest.raises(MismatchError, match=r"got `str` - at `\$\.model_max_length`"):
         effective.effective_tokenizer(folder, always=True)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level_bpe"])
+def test_an_id_that_would_take_all_memory(tmp_path, kind):
+    """A tokenizer is written id by id: 8 GB were taken for the largest id of 32 bits."""
+    folder = save_model_folder(kind, tmp_path / "model")
+    document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    vocab = document["model"]["vocab"]
+    vocab[sorted(vocab)[-1]] = 20_000_000
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    found = read_with_transformers(folder)
+    assert "20,000,000" in found["error"]
+    assert "16,777,215" in found["error"]

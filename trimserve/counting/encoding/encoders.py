@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,6 +19,24 @@ def limit_threads(workers: int) -> None:
     """Let the tokenizer use this many threads, if nothing was tokenised in this process before."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
+
+
+@contextlib.contextmanager
+def limited_threads(workers: int | None) -> Iterator[None]:
+    """`limit_threads` for a block alone: the environment is the caller's. None changes nothing."""
+    if workers is None:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
+    limit_threads(workers)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 EncoderName = Literal["fastokens", "words", "tokenizers"]

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from trimserve.arrays import Ids
 from trimserve.errors import UsageError
 from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.runtime.contract import empty_shape
 from trimserve.runtime.session import open_session
 from trimserve.text.tokenizer import load_tokenizer
 from trimserve_export.from_graph.trimmed import save_untrimmed
@@ -167,8 +168,7 @@ def _run(session: "ort.InferenceSession", ids: npt.ArrayLike) -> dict[str, Array
     }
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            _, heads, _, width = value.shape
-            feeds[value.name] = np.zeros((1, heads, 0, width), _DTYPES[value.type])
+            feeds[value.name] = np.zeros(empty_shape(value.name, value.shape, 1), _DTYPES[value.type])
     names = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
     values = session.run(outputs, {name: feeds[name] for name in names})
