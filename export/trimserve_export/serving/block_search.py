@@ -153,7 +153,7 @@ def _prefers_minima(rows: npt.NDArray[np.floating], weights: Floats) -> bool:
 
 def _blocks(rows: npt.NDArray[np.floating]) -> Floats:
     """Rows of whole blocks, a block a row (n, 32)."""
-    return np.ascontiguousarray(rows).reshape(-1, BLOCK)
+    return np.ascontiguousarray(rows, np.float32).reshape(-1, BLOCK)
 
 
 def _fit(
