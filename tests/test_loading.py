@@ -87,7 +87,7 @@ def test_a_path_may_be_a_string(tmp_path, model_folders):
 
 def test_a_folder_without_a_graph_says_what_to_do(tmp_path, model_folders):
     path = make(tmp_path / "folder", model_folders, graphs={}, files={})
-    with pytest.raises(UsageError, match=r"no ONNX graph \(--to safetensors\)"):
+    with pytest.raises(UsageError, match=r"no ONNX graph \(--to safetensors or gguf\)"):
         load(path)
 
 

@@ -104,8 +104,8 @@ def check_runnable(folder: TrimmedFolder) -> None:
     manifest = folder.manifest
     if not manifest.graphs:
         raise UsageError(
-            f"{folder.path} holds a trimmed checkpoint and no ONNX graph (--to safetensors): load it with "
-            "transformers or vLLM, or export the model with --to onnx."
+            f"{folder.path} holds no ONNX graph (--to safetensors or gguf): load it with transformers, vLLM "
+            "or llama.cpp, or export the model with --to onnx."
         )
     if manifest.layout != "runtime":
         raise UnsupportedModelError(

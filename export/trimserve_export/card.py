@@ -174,6 +174,8 @@ def _number_formats(manifest: Manifest) -> Iterator[str]:
     if quantization is None or _is_gguf(manifest):
         return
     yield f"int{quantization.body.bits}"
+    if quantization.keeps:
+        yield "int8 (matrices that had more bits in the source)"
     if _has_other_rows(quantization, manifest):
         yield f"int{quantization.rows.bits} (head)"
 

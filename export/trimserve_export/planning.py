@@ -27,6 +27,9 @@ from trimserve_export.serving.quantize import quantization_of
 
 logger = logging.getLogger(__name__)
 
+# What a weight takes at most that has 4 bits, with its share of a scale and a minimum: Q4_1.
+_FOUR_BITS = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -68,7 +71,10 @@ class Plan:
         if options.quantize is None:
             return None
         return quantization_of(
-            options.quantize, options.vocab_bits, by_exporter=self.job.quantize is not None
+            options.quantize,
+            options.vocab_bits,
+            by_exporter=self.job.quantize is not None,
+            keeps=self.source.gguf is not None and self.source.gguf.bits_a_weight <= _FOUR_BITS,
         )
 
     @property

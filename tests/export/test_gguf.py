@@ -123,10 +123,24 @@ def test_a_gguf_file_becomes_a_folder_that_generates_the_same(case, tmp_path):
     assert render_chat(generator.folder, messages).endswith("latte<|end|>\n<|turn|>assistant\n")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("Q8_0", "int8"), ("Q4_0", "int4")])
-def test_blocks_are_kept_by_quantize(kind, name, tmp_path):
-    """Every matrix of the graph, dequantised, is one of the file, dequantised, to the bit."""
-    path = write("llama", make_model("llama"), tmp_path / "m.gguf", kind=kind)
+MORE_BITS = {"v_proj": "Q8_0", "down_proj": "Q8_0"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds", "name"),
+    [
+        ("Q8_0", {}, "int8"),
+        ("Q4_0", {}, "int4"),
+        ("Q4_0", MORE_BITS, "int4"),
+        ("Q4_1", MORE_BITS | dict.fromkeys(("embed_tokens", "lm_head"), "Q8_0"), "int4"),  # as SmolLM2's file
+    ],
+)
+def test_blocks_are_kept_by_quantize(kind, kinds, name, tmp_path):
+    """Every matrix of the graph, dequantised, is one of the file, dequantised, to the bit.
+
+    As llama.cpp's Q4_K_M has them, some matrices have more bits than most: they get 8 where most have 4.
+    """
+    path = write("llama", make_model("llama"), tmp_path / "m.gguf", kind=kind, kinds=kinds)
     source = resolve_model(path)
     kept = np.arange(0, 300, 2, dtype=np.int32)
     vocab = VocabMap(kept, np.zeros(len(kept), np.uint8), source.vocab_size, source.tokenizer_sha256)
@@ -140,6 +154,8 @@ def test_blocks_are_kept_by_quantize(kind, name, tmp_path):
     graph = ir.load(out / "model.onnx").graph
     products = [node for node in graph if node.op_type == "MatMulNBits"]
     assert len(products) == 7 * LAYERS + 1
+    eights = len(kinds.keys() & MORE_BITS) * LAYERS + 1 if name == "int4" else len(products)
+    assert sum(scheme_of(node).bits == 8 for node in products) == eights
     for node in products:
         given = [
             value if value.producer() is None else value.producer().inputs[0] for value in node.inputs[1:]
@@ -148,7 +164,18 @@ def test_blocks_are_kept_by_quantize(kind, name, tmp_path):
         width = node.attributes["K"].as_int()
         scheme, scales = scheme_of(node), scales.reshape(integers.shape[:2]).astype(np.float32)
         zeros = [packed.reshape(len(integers), -1) for packed in zeros]
-        assert (dequantize(integers, scales, width, scheme, *zeros) + 0.0).tobytes() in expected  # no -0.0
+        found = dequantize(integers, scales, width, scheme, *zeros) + middles_of(node)
+        assert (found + 0.0).tobytes() in expected  # no -0.0
+    assert trimserve.verify(out, progress=False).ok
+
+
+def middles_of(product):
+    """What a graph adds to the product of a matrix with minima, for each number of the matrix; else 0."""
+    ((consumer, _),) = product.outputs[0].uses() if product.outputs[0].uses() else ((None, 0),)
+    sums = None if consumer is None or consumer.op_type != "Add" else consumer.inputs[1].producer()
+    if sums is None or sums.op_type != "MatMul":
+        return np.float32(0)
+    return np.repeat(sums.inputs[1].const_value.numpy().T, 32, axis=1)
 
 
 def test_a_tokenizer_is_cut_as_any_other(tmp_path):

@@ -89,7 +89,7 @@ def _interleaved(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_model(path: Path, model, name, fields, *, kind="F32", metadata=None, extra=None, **ids):
+def write_model(path: Path, model, name, fields, *, kind="F32", kinds=None, metadata=None, extra=None, **ids):
     """A model of transformers as GGUF: names by the gguf package, the rest as llama.cpp's converter does it.
 
     Args:
@@ -97,6 +97,7 @@ def write_model(path: Path, model, name, fields, *, kind="F32", metadata=None, e
         name: llama.cpp's name of its architecture.
         fields: of `tokenizer_fields`.
         kind: the format of matrices.
+        kinds: of those of some modules, another one, by the module's name.
         metadata: further keys below the architecture's name.
         extra: further tensors.
         ids: see `write_vocab`.
@@ -128,7 +129,6 @@ def write_model(path: Path, model, name, fields, *, kind="F32", metadata=None, e
         }
         add[type(value)](f"{name}.{key}", value)
     write_vocab(writer, fields, **ids)
-    quantized = gguf.GGMLQuantizationType[kind]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -141,6 +141,7 @@ def write_model(path: Path, model, name, fields, *, kind="F32", metadata=None, e
             array = array + 1
         stored = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert stored is not None, key
+        quantized = gguf.GGMLQuantizationType[(kinds or {}).get(part, kind)]
         if array.ndim == 2 and kind != "F32":
             writer.add_tensor(stored, gguf.quantize(array, quantized), raw_dtype=quantized)
         else:

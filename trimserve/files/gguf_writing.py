@@ -20,7 +20,7 @@ from trimserve.files.tensors import CHUNK_BYTES
 _VERSION: Final = 3
 _CODES: Final = {kind.name: code for code, kind in GGML_TYPES.items()}
 _TYPES: Final = {"U32": 4, "I32": 5, "F32": 6, "BOOL": 7, "STRING": 8, "ARRAY": 9}
-_ARRAYS: Final = {np.dtype(np.int32): "I32", np.dtype(np.float32): "F32"}
+_ARRAYS: Final[dict[np.dtype[Any], str]] = {np.dtype(np.int32): "I32", np.dtype(np.float32): "F32"}
 
 
 class GgmlSource(Protocol):
@@ -68,7 +68,8 @@ class StoredRows:
         stored = self.tensor.mapped()
         count = len(stored) if self.rows is None else len(self.rows)
         for part in row_slices(count, stored.shape[1]):
-            yield file.write(np.ascontiguousarray(stored[part if self.rows is None else self.rows[part]]))
+            rows = stored[part if self.rows is None else self.rows[part]]
+            yield file.write(np.ascontiguousarray(rows).reshape(-1).data)
 
 
 def row_slices(count: int, row_bytes: int) -> Iterator[slice]:

@@ -76,6 +76,7 @@ class _Apart:
 
     rows: dict[str, Any]
     body: dict[str, Any]
+    keeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +87,14 @@ class Quantization:
         rows: the vocab's rows: those of the head, kept and cold.
         body: all other products.
         by_exporter: an exporter that has a quantiser of its own used it, and knows one scheme for all.
+        keeps: the source was quantised to 4 bits before, most of it: its matrices that have more levels in a
+            block (Q6_K among Q4_K) get 8 bits, so that they keep them.
     """
 
     rows: BlockScheme
     body: BlockScheme
     by_exporter: bool = False
+    keeps: bool = False
 
     @classmethod
     def from_dict(
@@ -118,12 +122,13 @@ class Quantization:
         rows, body = (
             convert_json(entry, BlockScheme, origin, advice=advice) for entry in (schemes.rows, schemes.body)
         )
-        return cls(rows, body)
+        return cls(rows, body, keeps=schemes.keeps)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's entry."""
         rows = asdict(self.rows)
-        return rows if self.by_exporter else {"rows": rows, "body": asdict(self.body)}
+        kept = {"keeps": True} if self.keeps else {}
+        return rows if self.by_exporter else {"rows": rows, "body": asdict(self.body), **kept}
 
 
 @dataclass(frozen=True, slots=True)

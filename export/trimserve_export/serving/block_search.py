@@ -10,7 +10,9 @@ A block of 32 weights w becomes integers q of 0 to 15. Two forms:
   of the error.
 
 Blocks that a lattice without offsets made (GGUF's Q4_0, see `lattice.py`) keep its integers and scale, with
-the zero point 8. All others are searched: the range of a block is narrowed step by step, integers rounded,
+the zero point 8. Those that a lattice with offsets made (Q4_1) keep integers, scale and minimum, where all of
+a matrix's sample does; their middles take float32, half a bit a weight more: float16 holds the minimum, but
+not what 8 means. All others are searched: the range of a block is narrowed step by step, integers rounded,
 scale (and minimum) fitted to them by least squares, and the smallest error wins. Errors are squared, and
 weighted by the second moments of the product's inputs where they are known: what a weight's error does to the
 output grows with its input. All of it is elementwise, or sums over an outer axis, which numpy adds in order:
@@ -25,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import MismatchError
-from trimserve_export.serving.lattice import on_lattice
+from trimserve_export.serving.lattice import on_lattice, on_offset_lattice
 
 BLOCK = 32
 _LEVELS = 15
@@ -51,13 +53,14 @@ class SearchedBlocks:
         integers: uint8 (n, blocks, 16), the first of two in the low half.
         scales: float16 or float32 (n, blocks).
         zero_points: uint8 (n, ceil(blocks / 2)), packed alike; None where the blocks have minima.
-        middles: of blocks with minima, what the integer 8 means: float16 (n, blocks); or None.
+        middles: of blocks with minima, what the integer 8 means: float16, or float32 where all are exact
+            (n, blocks); or None.
     """
 
     integers: Bytes
     scales: npt.NDArray[np.floating]
     zero_points: Bytes | None
-    middles: npt.NDArray[np.float16] | None
+    middles: npt.NDArray[np.floating] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +101,19 @@ def search_blocks(
     kind: np.dtype[Any] = np.dtype(
         np.float16 if rows.dtype == np.float16 or (half and _is_usual(sample)) else np.float32
     )
+    exact = with_minima and sample.dtype == np.float32 and bool(on_offset_lattice(_blocks(sample))[0].all())
     blocks = -(-width // BLOCK)
     integers = np.empty((count, blocks, BLOCK // 2), np.uint8)
     scales = np.empty((count, blocks), kind)
     offsets = np.empty((count, blocks), np.float32)
     for part in _slices(count, blocks):
-        fit = _fit(rows[part], weights, kind, minima=with_minima)
+        fit = _fit(rows[part], weights, kind, minima=with_minima, exact=exact)
         shape = (part.stop - part.start, blocks)
         values = fit.integers.T.reshape(*shape, BLOCK).astype(np.uint8)
         integers[part] = values[..., ::2] | (values[..., 1::2] << np.uint8(4))
         scales[part], offsets[part] = fit.scales.reshape(shape), fit.offsets.reshape(shape)
     if with_minima:
-        return SearchedBlocks(integers, scales, None, offsets.astype(np.float16))
+        return SearchedBlocks(integers, scales, None, offsets if exact else offsets.astype(np.float16))
     return SearchedBlocks(integers, scales, _packed(offsets.astype(np.uint8)), None)
 
 
@@ -147,13 +151,27 @@ def _prefers_minima(rows: npt.NDArray[np.floating], weights: Floats) -> bool:
     return float(fits[0].sum()) < _MINIMA_BELOW * float(fits[1].sum())
 
 
-def _fit(rows: npt.NDArray[np.floating], weights: Floats, kind: np.dtype[Any], *, minima: bool) -> _Fit:
+def _blocks(rows: npt.NDArray[np.floating]) -> Floats:
+    """Rows of whole blocks, a block a row (n, 32)."""
+    return np.ascontiguousarray(rows, np.float32).reshape(-1, BLOCK)
+
+
+def _fit(
+    rows: npt.NDArray[np.floating],
+    weights: Floats,
+    kind: np.dtype[Any],
+    *,
+    minima: bool,
+    exact: bool = False,
+) -> _Fit:
     """The best fit found for each block of some rows, row after row."""
     missing = weights.size - rows.shape[1]
     padded = np.pad(np.asarray(rows, np.float32), ((0, 0), (0, missing)))
     columns = np.ascontiguousarray(padded.reshape(-1, BLOCK).T)
     weighted = np.ascontiguousarray(np.tile(weights, (len(rows), 1)).T)
-    known = None if minima or rows.dtype != np.float32 else _on_lattice(columns)
+    known = None
+    if exact or (not minima and rows.dtype == np.float32):
+        known = _on_offset_lattice(columns) if exact else _on_lattice(columns)
     if known is not None and not known.errors.any():
         return known
     candidates = (_with_minima if minima else _with_zero_points)(columns, weighted, kind)
@@ -169,6 +187,13 @@ def _on_lattice(columns: Floats) -> _Fit:
     errors = np.where(found | ~columns.any(axis=0), np.float32(0), np.float32(np.inf))
     whole = np.where(found, integers.T, 0).astype(np.float32) + _MIDDLE
     return _Fit(whole, np.where(found, scales, 1), np.full_like(scales, _MIDDLE), errors)
+
+
+def _on_offset_lattice(columns: Floats) -> _Fit:
+    """The fit of blocks that a scale and a minimum made; the error of the others is infinite."""
+    found, scales, middles, integers = on_offset_lattice(np.ascontiguousarray(columns.T))
+    errors = np.where(found, np.float32(0), np.float32(np.inf))
+    return _Fit(integers.T.astype(np.float32), scales, middles, errors)
 
 
 def _with_zero_points(columns: Floats, weighted: Floats, kind: np.dtype[Any]) -> Iterator[_Fit]:

@@ -12,6 +12,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int16]
 _ENOUGH: Final = 0.5  # share of blocks that the likely multiples settle, where the others are tried as well
+_BLOCK: Final = 32
+# Rows by which it is told whether a matrix was quantised before.
+_SAMPLE_ROWS: Final = 256
 _FIRST: Final = 4  # numbers of a block that are looked at before all are
 
 
@@ -51,6 +54,55 @@ def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats
     scales[turned] *= -1
     integers[turned] *= -1
     return found, scales, integers
+
+
+def on_offset_lattice(blocks: Floats) -> tuple[npt.NDArray[np.bool_], Floats, Floats, Ints]:
+    """Find scale and middle of blocks: every number is ``scale * (q - 8) + middle`` to the bit.
+
+    So are those of GGUF's Q4_1, ``d q + m``: with d and m in float16, all of it is exact in float32.
+
+    Args:
+        blocks: float32 (n, size).
+
+    Returns:
+        Which blocks have both (n,), their scales, which are float16's, their middles (n,), and q (n, size),
+        from 0 to 15; meaningless for the others.
+    """
+    low, high = blocks.min(axis=1), blocks.max(axis=1)
+    found = low == high
+    scales, middles = np.ones_like(low), low.copy()
+    integers = np.full(blocks.shape, 8, np.int16)
+    left = np.flatnonzero(~found & np.isfinite(high - low))
+    for steps in range(15, 0, -1):
+        with np.errstate(over="ignore"):
+            scale = ((high[left] - low[left]) / np.float32(steps)).astype(np.float16).astype(np.float32)
+        usable = (scale > 0) & np.isfinite(scale)
+        left, scale = left[usable], scale[usable]
+        middle = low[left] + np.float32(8) * scale
+        whole = np.rint((blocks[left] - low[left, None]) / scale[:, None])
+        made = (whole - np.float32(8)) * scale[:, None] + middle[:, None]
+        exact = (made == blocks[left]).all(axis=1) & (whole.max(axis=1, initial=0) <= 15)
+        chosen = left[exact]
+        found[chosen], scales[chosen], middles[chosen] = True, scale[exact], middle[exact]
+        integers[chosen] = whole[exact]
+        left = left[~exact]
+        if not left.size:
+            break
+    return found, scales, middles, integers
+
+
+def has_levels(rows: npt.NDArray[Any], most: int) -> bool:
+    """Whether no block of 32 numbers has more than `most` different ones, in rows spread over a matrix.
+
+    Args:
+        rows: a row an output, float (n, H).
+        most: e.g. 16, of numbers that had 4 bits.
+    """
+    sample = np.asarray(rows[:: max(1, len(rows) // _SAMPLE_ROWS)], np.float32)
+    width = sample.shape[1] // _BLOCK * _BLOCK
+    ordered = np.sort(sample[:, :width].reshape(-1, _BLOCK), axis=1)
+    levels = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
+    return bool(levels.max(initial=0) <= most)
 
 
 def _exact(numbers: Floats, scale: Floats, most: int) -> npt.NDArray[np.bool_]:

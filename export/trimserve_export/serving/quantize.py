@@ -30,7 +30,7 @@ from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
 from trimserve_export.serving.block_search import BLOCK, search_blocks
-from trimserve_export.serving.lattice import on_lattice
+from trimserve_export.serving.lattice import has_levels, on_lattice
 from trimserve_export.serving.products import Matrix, Product, products_of
 from trimserve_export.serving.shared_table import share_table
 
@@ -54,7 +54,7 @@ Moments = Mapping[str, Moment]
 
 
 def quantization_of(
-    quantize: str, vocab_bits: int | None = None, *, by_exporter: bool = False
+    quantize: str, vocab_bits: int | None = None, *, by_exporter: bool = False, keeps: bool = False
 ) -> Quantization:
     """What an export with `--quantize` makes.
 
@@ -62,11 +62,12 @@ def quantization_of(
         quantize: one of `QUANTIZE`.
         vocab_bits: of the vocab's rows, 4 or 8; 8 by default.
         by_exporter: see `Quantization`.
+        keeps: see `Quantization`; means nothing to 8 bits.
     """
     if by_exporter:
         return Quantization(_BUILT[quantize], _BUILT[quantize], by_exporter=True)
     body = _BODIES[quantize]
-    return Quantization(BlockScheme(bits=vocab_bits or VOCAB_BITS), body)
+    return Quantization(BlockScheme(bits=vocab_bits or VOCAB_BITS), body, keeps=keeps and body.bits == 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +185,20 @@ def quantize_products(
     products, head = products_of(model.graph, has_head=has_head)
     writer = _Writer(model.graph, moments or {})
     for node, product in products.items():
-        blocks = writer.replace(node, product, scheme.rows if node is head else scheme.body)
+        own = scheme.rows if node is head else _body_scheme(scheme, product)
+        blocks = writer.replace(node, product, own)
         if shares and node is head and scheme.rows.bits == _SHARED_BITS:
             share_table(model.graph, product.weight, blocks, scheme.rows)
     model.opset_imports.setdefault(_CONTRIB, 1)
     RemoveUnusedNodesPass()(model)
     logger.info("quantised %d products to %d bits", len(products), scheme.body.bits)
+
+
+def _body_scheme(scheme: Quantization, product: Product) -> BlockScheme:
+    """How a matrix of the body is quantised."""
+    if not scheme.keeps or has_levels(product.rows, 1 << scheme.body.bits):
+        return scheme.body
+    return _BODIES["int8"]
 
 
 class _Writer:

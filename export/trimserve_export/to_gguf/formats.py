@@ -160,7 +160,7 @@ class RoundedTensor:
         """
         *rows, width = self.shape
         for part in row_slices(rows[0] if rows else 1, 4 * width):
-            yield file.write(round_blocks(self.numbers.read(part), self.kind, self.name))
+            yield file.write(round_blocks(self.numbers.read(part), self.kind, self.name).reshape(-1).data)
 
 
 def round_blocks(numbers: Floats, kind: GgmlType, name: str = "a tensor") -> npt.NDArray[np.uint8]:
@@ -195,4 +195,4 @@ def round_blocks(numbers: Floats, kind: GgmlType, name: str = "a tensor") -> npt
 def _quantizer(name: str) -> Callable[[Floats], npt.NDArray[Any]]:
     package = require("gguf", extra="export", purpose="--to gguf")
     kind = package.GGMLQuantizationType[name]
-    return lambda numbers: package.quantize(numbers, kind)  # type: ignore[no-any-return]
+    return lambda numbers: package.quantize(numbers, kind)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from trimserve.arrays import Ids
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files.model_json import read_model_json
 from trimserve.folder.names import TOKENIZER_NAME
@@ -218,7 +220,7 @@ class CutVocab:
                 )
 
 
-def cut_metadata(source: ModelSource, cut: CutVocab, kept: np.ndarray) -> dict[str, object]:
+def cut_metadata(source: ModelSource, cut: CutVocab, kept: Ids) -> dict[str, object]:
     """What of a GGUF file's tokenizer changes when it is cut: the keys with a value, None for those that go.
 
     Args:
@@ -242,7 +244,7 @@ def cut_metadata(source: ModelSource, cut: CutVocab, kept: np.ndarray) -> dict[s
         elif key == f"{KEY}merges":
             found[key] = [" ".join(pair) for pair in merge_pairs(cut.document["model"])]
         elif key in (f"{KEY}token_type", f"{KEY}scores"):
-            kind = np.float32 if key.endswith("scores") else np.int32
+            kind: npt.DTypeLike = np.float32 if key.endswith("scores") else np.int32
             found[key] = file.numbers(key, len(file.texts(f"{KEY}tokens")))[kept].astype(kind)
         elif isinstance(value, np.ndarray | list) and key != f"{KEY}precompiled_charsmap":
             raise UnsupportedModelError(

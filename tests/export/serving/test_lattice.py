@@ -6,7 +6,7 @@ pytest.importorskip("torch")
 from tests.support.gguf_files import Tensor, Written, random_tensor
 from trimserve.files.gguf import read_gguf
 from trimserve.files.quantized import BlockScheme, dequantize
-from trimserve_export.serving.lattice import on_lattice
+from trimserve_export.serving.lattice import has_levels, on_lattice, on_offset_lattice
 from trimserve_export.serving.quantize import quantize_rows
 
 SCHEMES = {"int4": BlockScheme(4), "int8": BlockScheme(8)}
@@ -73,3 +73,41 @@ def test_a_block_with_both_signs_of_its_largest_number_stays_in_range(name):
     blocks = quantize_rows(rows, SCHEMES[name])
     found = dequantize(blocks.integers, blocks.scales, 32, SCHEMES[name])
     assert np.abs(found - rows).max() <= np.abs(blocks.scales).max()
+
+
+def offset_blocks(seed=0, count=500):
+    """Numbers ``d q + m`` as Q4_1 has them: d and m in float16, the order of operations that of ggml."""
+    rng = np.random.default_rng(seed)
+    scales = rng.uniform(1e-4, 0.3, (count, 1)).astype(np.float16).astype(np.float32)
+    minima = (rng.standard_normal((count, 1)) * 0.5).astype(np.float16).astype(np.float32)
+    integers = rng.integers(0, 16, (count, 32)).astype(np.float32)
+    return scales * integers + minima, scales, minima
+
+
+def test_blocks_with_a_minimum_come_back_to_the_bit():
+    blocks, _, _ = offset_blocks()
+    found, scales, middles, integers = on_offset_lattice(blocks)
+    assert found.all()
+    assert integers.min() >= 0
+    assert integers.max() <= 15
+    made = (integers - 8).astype(np.float32) * scales[:, None] + middles[:, None]
+    assert np.array_equal(made, blocks)
+
+
+def test_blocks_of_one_number_of_few_levels_and_of_none():
+    blocks, scales, minima = offset_blocks(1, 3)
+    blocks[0] = minima[0]
+    blocks[1] = np.where(np.arange(32) % 2, minima[1], minima[1] + 5 * scales[1])
+    blocks[2, 3] = np.nextafter(blocks[2, 3], np.float32(9))
+    found, _, _, _ = on_offset_lattice(blocks)
+    assert found.tolist() == [True, True, False]
+    assert not on_offset_lattice(np.full((1, 32), np.nan, np.float32))[0].any()
+
+
+def test_levels_tell_four_bits_from_more():
+    blocks, _, _ = offset_blocks()
+    rows = blocks.reshape(-1, 64)
+    assert has_levels(rows, 16)
+    rows[7] = np.random.default_rng(2).standard_normal(64)
+    assert not has_levels(rows, 16)
+    assert has_levels(rows, 32)

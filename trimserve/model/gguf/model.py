@@ -7,6 +7,7 @@ as the process. The weights stay in the file; `write_weights` dequantises them w
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -14,10 +15,11 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+from trimserve.files.ggml_blocks import GgmlType
 from trimserve.files.gguf import GgufFile, read_gguf
 from trimserve.files.tensors import TensorSpec
 from trimserve.folder.names import TOKENIZER_NAME
-from trimserve.model.gguf.architectures import architecture_of
+from trimserve.model.gguf.architectures import EMBEDDING, HEAD, architecture_of
 from trimserve.model.gguf.checkpoint import DequantizedTensor, named_tensors, write_checkpoint
 from trimserve.model.gguf.config import config_of, generation_of
 from trimserve.model.gguf.tokenizer import read_tokenizer
@@ -56,6 +58,16 @@ class GgufModel:
             )
             for name, made in self.tensors.items()
         }
+
+    @property
+    def bits_a_weight(self) -> float:
+        """Bits that a number takes in the format that most of the body's matrices have."""
+        counts: dict[GgmlType, int] = {}
+        for name, tensor in self.file.tensors.items():
+            if len(tensor.shape) == 2 and name not in (EMBEDDING, HEAD):
+                counts[tensor.kind] = counts.get(tensor.kind, 0) + math.prod(tensor.shape)
+        kind = max(counts, key=counts.__getitem__)
+        return 8 * kind.nbytes / kind.numbers
 
     def write_weights(self, path: Path) -> None:
         """Write all weights, dequantised to float32, into a safetensors file."""

@@ -68,7 +68,7 @@ def _stored(context: Context) -> dict[str, _Read]:
     if source.gguf is not None and source.has_quantized_rows:
         return {name: tensor.numbers for name, tensor in source.gguf.tensors.items()}
     # A head that a tied model stores a second time is not written.
-    second = context.stored.cut.keys() - set(context.stored.roles.values()) if context.stored.tied else ()
+    second = context.stored.cut.keys() - set(context.stored.roles.values()) if context.stored.tied else set()
     return {
         name: CheckpointNumbers(spec).read
         for name, spec in source.tensors.items()
