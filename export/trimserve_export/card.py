@@ -149,7 +149,9 @@ def _licence(card: Path) -> dict[str, Any]:
 def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     share = percent(manifest.kept / manifest.vocab_size)
     versions = ", ".join(
-        f"{key} {value}" for key, value in manifest.exporter.items() if key not in ("name", "device")
+        f"{key} {value}"
+        for key, value in manifest.exporter.items()
+        if key not in ("name", "device", "reason")
     )
     yield "task", manifest.task
     yield "vocab rows", f"{manifest.vocab_size:,} -> {manifest.kept:,} ({share})"
@@ -166,6 +168,8 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     if COLD_NAME in manifest.files:
         yield "cold rows", f"{human_bytes(manifest.files[COLD_NAME].bytes)}, memory-mapped"
     yield "made with", versions
+    if "reason" in manifest.exporter:
+        yield "exporter", f"{manifest.exporter['name']}: {manifest.exporter['reason']}"
 
 
 def _number_formats(manifest: Manifest) -> Iterator[str]:

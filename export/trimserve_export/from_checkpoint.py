@@ -21,6 +21,7 @@ from trimserve_export.checkpoint.source_tokenizer import copy_tokenizer
 from trimserve_export.checkpoint.trim import TrimmedCheckpoint, trim_checkpoint
 from trimserve_export.cold_head.writing import quantize_cold_head, write_cold_head
 from trimserve_export.exporters.choice import Choice
+from trimserve_export.exporters.compared import export_compared
 from trimserve_export.graphs.reading import load_graph
 from trimserve_export.layouts.genai_config import write_genai_config
 from trimserve_export.layouts.writing import (
@@ -54,7 +55,12 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         checkpoint = scratch if to_onnx else staging
         trimmed = _trim(plan, checkpoint, staging, progress=progress)
         calibration = _calibration(plan, progress=progress)
-        graphs = _export_graph(plan, plan.choice, checkpoint, staging, calibration) if plan.choice else {}
+        graphs: dict[str, str] = {}
+        choice = plan.choice
+        if choice is not None:
+            exported, choice = export_compared(choice, checkpoint, checkpoint / "exported", plan.job)
+            logger.info("exported with %s: %s", choice.name, choice.reason)
+            graphs = _make_graphs(plan, exported, staging, calibration)
         if calibration is not None and calibration.moments:
             calibration.save(staging / CALIBRATION_NAME)
         cut = plan.options.layout == "tokenizer"
@@ -70,7 +76,8 @@ def fill_from_checkpoint(plan: Plan, staging: Path, *, progress: bool) -> Manife
         write_declared(plan.source, plan.declared, staging, plan.options.layout)
     save_vocab(plan.vocab, staging / VOCAB_NAME)
     quality = None if calibration is None or calibration.quality is None else calibration.quality.to_dict()
-    made = dataclasses.replace(_made(plan, trimmed, graphs), segmentation=segmentation, quality=quality)
+    made = _made(plan, trimmed, graphs, choice)
+    made = dataclasses.replace(made, segmentation=segmentation, quality=quality)
     return assemble_manifest(plan.source, plan.vocab, plan.options.layout, staging, made)
 
 
@@ -87,12 +94,8 @@ def _trim(plan: Plan, checkpoint: Path, staging: Path, *, progress: bool) -> Tri
     )
 
 
-def _export_graph(
-    plan: Plan, choice: Choice, checkpoint: Path, staging: Path, calibration: Calibration | None
-) -> dict[str, str]:
-    """Export the trimmed checkpoint into the staging folder; returns role -> file name."""
-    logger.info("exporting with %s: %s", choice.name, choice.reason)
-    made = choice.exporter.export_checkpoint(checkpoint, checkpoint / "exported", plan.job)
+def _make_graphs(plan: Plan, made: Path, staging: Path, calibration: Calibration | None) -> dict[str, str]:
+    """Make what an exporter gave of the trimmed checkpoint servable, in the staging folder: role -> file."""
     has_cold = plan.options.writes_cold and bool(plan.vocab.head.cold_ids.size)
     if has_cold and plan.job.quantize is not None:
         round_cold_embedding(made, staging / COLD_NAME)
@@ -145,7 +148,7 @@ def _lengths(plan: Plan) -> Lengths:
     return lengths_of(config, plan.task)
 
 
-def _made(plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str]) -> MadeModel:
+def _made(plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str], choice: Choice | None) -> MadeModel:
     source, options = plan.source, plan.options
     to_onnx = options.to == "onnx"
     return MadeModel(
@@ -155,18 +158,18 @@ def _made(plan: Plan, trimmed: TrimmedCheckpoint, graphs: dict[str, str]) -> Mad
         dtype=options.dtype if to_onnx else trimmed.dtype,
         bytes_before=trimmed.bytes_before(options.dtype if to_onnx else None),
         weights={path.name: sha256_file(path) for path in source.recorded_files},
-        exporter=_exporter_facts(plan),
+        exporter=_exporter_facts(plan, choice),
         quantization=None if plan.quantization is None else plan.quantization.to_dict(),
         lengths=_lengths(plan),
         generation=plan.generation,
     )
 
 
-def _exporter_facts(plan: Plan) -> dict[str, str]:
-    if plan.choice is None:
+def _exporter_facts(plan: Plan, choice: Choice | None) -> dict[str, str]:
+    if choice is None:
         return {}
     device = {} if plan.options.device == "cpu" else {"device": plan.options.device}
-    return plan.choice.exporter.versions() | device
+    return choice.exporter.versions() | device | {"reason": choice.reason}
 
 
 def make_graphs(

@@ -198,7 +198,7 @@ def export(  # noqa: PLR0913 - the options are the public interface
         with staged_folder(target, overwrite=overwrite) as staging:
             manifest = _fill(staging, source, vocab, options, plan, progress=progress)
             try_folder(staging, manifest, device=device)
-    return _result(target, manifest, plan, time.perf_counter() - start)
+    return _result(target, manifest, time.perf_counter() - start)
 
 
 def check_early(source: ModelSource, options: Options) -> ModelSource:
@@ -249,9 +249,10 @@ def _warn_of_quality(manifest: Manifest, options: Options) -> None:
     logger.warning("quantising changes this model: %s For a better one %s.", quality.describe(), better)
 
 
-def _result(target: Path, manifest: Manifest, plan: Plan | None, seconds: float) -> ExportResult:
+def _result(target: Path, manifest: Manifest, seconds: float) -> ExportResult:
     files = {name: entry.bytes for name, entry in manifest.files.items()}
-    choice = None if plan is None else plan.choice
+    known = manifest.exporter
+    chosen = {"name": known["name"], "reason": known["reason"]} if "reason" in known else None
     return ExportResult(
         path=target,
         kept=manifest.kept,
@@ -262,7 +263,7 @@ def _result(target: Path, manifest: Manifest, plan: Plan | None, seconds: float)
         seconds=round(seconds, 3),
         peak_rss_bytes=peak_resident(),
         segmentation=manifest.segmentation,
-        exporter=None if choice is None else {"name": choice.name, "reason": choice.reason},
+        exporter=chosen,
         head_rows=manifest.head_rows,
         quality=manifest.quality,
     )

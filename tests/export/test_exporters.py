@@ -66,6 +66,10 @@ def installed(monkeypatch):
             if self.name == "genai" and config.model_type != "llama":
                 raise UnsupportedModelError(f"genai does not build {config.model_type}.")
 
+        def check_job(self, job):
+            if self.name == "genai" and job.dtype == "fp16" and job.device == "cpu":
+                raise UsageError("genai makes fp32 for cpu.")
+
     def set_installed(*names):
         monkeypatch.setattr(
             choice, "_INSTALLED", {name: lambda name=name: name in names for name in EXPORTERS}
@@ -97,6 +101,17 @@ def test_auto_leaves_half_precision_on_a_cpu_to_who_makes_it(installed):
         assert choose_exporter("auto", config_of("llama"), GraphJob(GENERATE, dtype)).name == "transformers"
         on_device = GraphJob(GENERATE, dtype, device="cuda")
         assert choose_exporter("auto", config_of("llama"), on_device).name == "genai"
+
+
+def test_auto_compares_the_builders_graph_and_has_another_in_reserve(installed):
+    installed("genai", "transformers")
+    found = choose_exporter("auto", config_of("llama"), GraphJob(GENERATE))
+    assert (found.name, found.rival.name) == ("genai", "transformers")
+    assert choose_exporter("genai", config_of("llama"), GraphJob(GENERATE)).rival is None
+    assert choose_exporter("auto", config_of("llama"), GraphJob(GENERATE, device="cuda")).rival is None
+    half = choose_exporter("auto", config_of("llama"), GraphJob(GENERATE, "fp16"))
+    assert half.name == "transformers"
+    assert "genai makes fp32 for cpu" in half.reason
 
 
 def test_auto_says_what_another_exporter_lacks(installed):

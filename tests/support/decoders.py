@@ -215,7 +215,7 @@ def save_decoder(name: str, path: Path, **changes: Any) -> Path:
     return _save(model_class(config), path)
 
 
-def save_multimodal(name: str, path: Path) -> Path:
+def save_multimodal(name: str, path: Path, **changes: Any) -> Path:
     """A folder of a tiny model of several modalities."""
     class_name, decoder, sections = MULTIMODAL[name]
     model_class = getattr(transformers, class_name)
@@ -223,7 +223,7 @@ def save_multimodal(name: str, path: Path) -> Path:
     text_class = getattr(transformers, DECODERS[decoder][0]).config_class
     sections = copy.deepcopy(sections)
     config = model_class.config_class(
-        text_config=text | {"model_type": text_class.model_type}, **sections, **_IDS
+        text_config=text | {"model_type": text_class.model_type}, **sections, **_IDS, **changes
     )
     return _save(model_class(config), path)
 

@@ -100,7 +100,7 @@ class Manifest:
             one that most of its weights have, which may be another, in safetensors' words.
         graphs: role -> file name; the role is ``"model"`` for a single graph.
         selection: the vocab's rule and coverage.
-        exporter: its name and the versions of what it used.
+        exporter: its name, the versions of what it used, and `reason`, why it was taken.
         verification: result of `trimserve verify`, or None.
         bytes_before: bytes of the source's weights in the graph's dtype.
         quantization: how products are quantised (`files.quantized.Quantization`), or None; `dtype` is then

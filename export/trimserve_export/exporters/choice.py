@@ -1,13 +1,13 @@
 """Which exporter makes a model's graph: what was asked for, what is installed, and what the model needs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import transformers
 
-from trimserve.errors import MissingExtraError, UnsupportedModelError
+from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
 from trimserve_export.exporters.exporter import EXPORTERS, Exporter, GraphJob, load_exporter
 
 if TYPE_CHECKING:
@@ -22,11 +22,18 @@ class Choice:
         name: one of `EXPORTERS`.
         reason: a clause for the user.
         exporter: its module.
+        rival: what is taken where this one's graph does not give the model's numbers; None where it is taken
+            as it is.
     """
 
     name: str
     reason: str
     exporter: Exporter
+    rival: "Choice | None" = None
+
+    def because(self, reason: str) -> "Choice":
+        """The same exporter, taken for good."""
+        return replace(self, reason=reason, rival=None)
 
 
 def choose_exporter(asked: str, config: "PretrainedConfig", job: GraphJob) -> Choice:
@@ -45,24 +52,28 @@ def choose_exporter(asked: str, config: "PretrainedConfig", job: GraphJob) -> Ch
         _require(asked)
         exporter = load_exporter(asked)
         exporter.check_model(config, job.task)
+        exporter.check_job(job)
         return Choice(asked, "asked for", exporter)
     installed = [name for name in EXPORTERS if is_installed(name)]
     if not installed:
         _require("transformers")
-    # Graphs for one device, which the builder alone makes; for the CPU it makes fp32 alone.
-    possible = {"genai"} if job.device != "cpu" else set(EXPORTERS)
-    if (job.device, job.dtype) in (("cpu", "fp16"), ("cpu", "bf16")):
-        possible.remove("genai")
-    candidates = [name for name in installed if name in possible]
-    refusals = []
+    # Graphs for one device, which the builder alone makes.
+    candidates = [name for name in installed if job.device == "cpu" or name == "genai"]
+    refusals: list[str] = []
+    able: list[Choice] = []
     for name in candidates:
         exporter = load_exporter(name)
         try:
             exporter.check_model(config, job.task)
-        except UnsupportedModelError as error:
+            exporter.check_job(job)
+        except (UnsupportedModelError, UsageError) as error:
             refusals.append(str(error))
         else:
-            return Choice(name, _reason(name, refusals), exporter)
+            able.append(Choice(name, _reason(name, refusals), exporter))
+    if able:
+        # The builder writes architectures anew; its graphs for other devices cannot be run here.
+        is_compared = able[0].name == "genai" and job.device == "cpu" and len(able) > 1
+        return replace(able[0], rival=able[1]) if is_compared else able[0]
     missing = f"no installed exporter makes graphs for {job.device}: install trimserve[export]."
     raise UnsupportedModelError(" ".join(refusals) or missing)
 
@@ -79,7 +90,7 @@ def _reason(name: str, refusals: list[str]) -> str:
 
 _REASONS = {
     "optimum": "the one that is installed",
-    "genai": "fused attention, and loads in onnxruntime-genai, too",
+    "genai": "fused operators, and loads in onnxruntime-genai, too",
     "transformers": "the model's own code, traced",
 }
 

@@ -36,8 +36,6 @@ ARCHITECTURES = frozenset(
     for name in (
         *("Ernie4_5", "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoeHybrid", "HunYuanDenseV1"),
         *(
-            "Lfm2",
-            "Lfm2Moe",
             "Llama",
             "Mistral",
             "Nemotron",
@@ -50,6 +48,8 @@ ARCHITECTURES = frozenset(
         "SmolLM3",
     )
 )
+# Decoders with states beside keys and values.
+_STATEFUL = frozenset(f"{name}ForCausalLM" for name in ("Lfm2", "Lfm2Moe", "Qwen3_5", "Qwen3_5Moe"))
 # GroupQueryAttention takes no other head sizes.
 _HEAD_SIZES = 16
 # (device, quantisation) -> dtypes of activations that the builder makes graphs of.
@@ -79,6 +79,11 @@ def check_model(config: PretrainedConfig, task: str) -> None:
     if read_form(config) is not None:
         raise UnsupportedModelError(f"{_name()} does not build coupled layers: use another exporter.")
     architecture = (config.architectures or ["a model without a class"])[0]
+    if architecture in _STATEFUL:
+        raise UnsupportedModelError(
+            f"{_name()} builds {architecture}'s states under names and layouts of its own, which the runtime "
+            "does not feed: use --exporter transformers."
+        )
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(f"{_name()} does not build {architecture}: use another exporter.")
     if (size := _head_size(config.get_text_config())) % _HEAD_SIZES:

@@ -36,7 +36,7 @@ def language_model_of(source: ModelSource, folder: Path, *, trust_remote_code: b
     """
     config = load_config(source.path, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
-    classes = transformers.AutoModelForCausalLM._model_mapping
+    classes: Any = transformers.AutoModelForCausalLM._model_mapping
     if type(text) not in classes:
         raise UnsupportedModelError(
             f"the language model of this {config.model_type!r} model is a {text.model_type!r} model, and "

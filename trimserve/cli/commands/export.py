@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
             settings["calibration"] = _calibration(args, source, profiles)
         result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
+    if args.exporter == "auto" and result.exporter is not None:
+        print(f"exported with {result.exporter['name']}: {result.exporter['reason']}", file=sys.stderr)
     emit(args, document, _summary(document))
     return 0
 
