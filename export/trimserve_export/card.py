@@ -55,6 +55,7 @@ licence of the base model applies.
 """)
 # A licence that is not on the hub's list is "other", with a name and a link beside it.
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+_GGUF_DTYPES = {"F16": "fp16", "BF16": "bf16"}
 _PIPELINE_TAGS = {GENERATION_TASK: "text-generation", TEXT2TEXT_TASK: "text2text-generation"}
 _ORIGINAL_TOKENIZER = "The tokenizer is the original one, byte for byte, so texts are segmented as before."
 _CUT_TOKENIZER = (
@@ -155,7 +156,8 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
     if manifest.head_rows is not None:
         yield "head rows", f"{manifest.vocab_size:,} -> {manifest.head_rows:,}, those of the output ids"
     before, after = human_bytes(manifest.bytes_before), human_bytes(bytes_after)
-    yield "weights", f"{before} in {manifest.dtype} -> {after} in {', '.join(_number_formats(manifest))}"
+    stored = "" if _is_gguf(manifest) else f" in {manifest.dtype}"
+    yield "weights", f"{before}{stored} -> {after} in {', '.join(_number_formats(manifest))}"
     if manifest.quality is not None:
         from trimserve_export.serving.quality import Quality  # needs onnx
 
@@ -169,11 +171,15 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
 def _number_formats(manifest: Manifest) -> Iterator[str]:
     yield manifest.dtype
     quantization = Quantization.from_dict(manifest.quantization)
-    if quantization is None:
+    if quantization is None or _is_gguf(manifest):
         return
     yield f"int{quantization.body.bits}"
     if _has_other_rows(quantization, manifest):
         yield f"int{quantization.rows.bits} (head)"
+
+
+def _is_gguf(manifest: Manifest) -> bool:
+    return manifest.exporter.get("name") == "gguf"
 
 
 def _has_other_rows(quantization: Quantization, manifest: Manifest) -> bool:
@@ -217,7 +223,11 @@ def _verification(manifest: Manifest) -> str:
 def _commands(manifest: Manifest, name: str) -> Iterator[str]:
     words = [f"trimserve export -m {name} --vocab {VOCAB_NAME} -o FOLDER --task {manifest.task}"]
     from_graph = manifest.exporter.get("name") == "graph"  # it keeps the numbers it has
-    if not from_graph:
+    if _is_gguf(manifest):
+        words.append("--to gguf")
+        if manifest.dtype in _GGUF_DTYPES and "gguf" in manifest.exporter:
+            words.append(f"--dtype {_GGUF_DTYPES[manifest.dtype]}")
+    elif not from_graph:
         words.append(f"--dtype {manifest.dtype}" if manifest.graphs else "--to safetensors")
     quantization = Quantization.from_dict(manifest.quantization)
     if quantization is not None and not from_graph:

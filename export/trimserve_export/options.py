@@ -35,7 +35,9 @@ class Options:
         _check_choice("exporter", self.exporter, {"auto", *EXPORTERS})
         _check_choice("dtype", self.dtype, set(get_args(Dtype)))
         _check_choice("device", self.device, set(DEVICES))
-        _check_choice("to", self.to, {"onnx", "safetensors"})
+        _check_choice("to", self.to, {"onnx", "safetensors", "gguf"})
+        if self.to == "gguf":
+            _check_gguf(self)
         if self.layout == "graph" and self.to != "onnx":
             raise UsageError(
                 "layout graph changes a graph, --to safetensors makes none: choose another layout."
@@ -63,6 +65,15 @@ def _check_choice(option: str, value: str, allowed: set[str]) -> None:
         raise UsageError(f"{option} {value!r} is not known: use {', '.join(sorted(allowed))}.")
 
 
+def _check_gguf(options: Options) -> None:
+    if options.layout != "tokenizer":
+        raise UsageError(
+            "llama.cpp reads a tokenizer out of the file, so --to gguf cuts it: add --layout tokenizer."
+        )
+    if options.device != "cpu":
+        raise UsageError("device is about a graph and --to gguf makes none: leave it out.")
+
+
 def _check_vocab_bits(options: Options) -> None:
     if options.vocab_bits not in (4, 8):
         raise UsageError(f"vocab bits should be 4 or 8, found {options.vocab_bits}.")
@@ -76,7 +87,7 @@ def _check_vocab_bits(options: Options) -> None:
 
 
 def _check_quantized(options: Options) -> None:
-    if options.to != "onnx":
+    if options.to == "safetensors":
         raise UsageError("quantize changes a graph and --to safetensors makes none: leave one of them out.")
-    if options.dtype == "bf16" and options.device == "cpu":
+    if options.dtype == "bf16" and options.device == "cpu" and options.to == "onnx":
         raise UsageError("quantize takes dtype fp32 or fp16: bf16 scales run on no CPU.")

@@ -38,6 +38,7 @@ from trimserve_export.serving.quality import Quality
 from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import fill_from_static, is_static
+from trimserve_export.to_gguf.fill import fill_gguf
 from trimserve_export.trial import try_folder
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,8 @@ def export(  # noqa: PLR0913 - the options are the public interface
         layout: where ids are remapped: ``"runtime"`` (original tokenizer, cold slots, exact mode),
             ``"tokenizer"`` (a tokenizer cut to the vocab, for any runtime) or ``"graph"`` (a drop-in for the
             full model); see docs/layouts.md.
-        to: ``"onnx"``, or ``"safetensors"`` to stop at the trimmed checkpoint.
+        to: ``"onnx"``, ``"safetensors"`` to stop at the trimmed checkpoint, or ``"gguf"`` for llama.cpp
+            (layout tokenizer); see docs/gguf.md.
         cold: write the rows that were not kept, which the runtime needs to take any text.
         quantize: ``"int4"`` or ``"int8"``: round the weights, in blocks of 32.
         vocab_bits: 4 or 8, of the vocab head's rows where the rest is quantised: 8 by default.
@@ -169,12 +171,16 @@ def export(  # noqa: PLR0913 - the options are the public interface
         variant=variant,
         sketch=sketch,
     )
-    if calibration is not None and (quantize is None or device != "cpu"):
+    if calibration is not None and (quantize is None or device != "cpu" or to == "gguf"):
         raise UsageError("calibration says what quantize rounds by on a CPU: leave it out, or add quantize.")
     target = Path(output)
     found = resolve_model(model, revision=revision)
     with whole_source(
-        found, adapter=adapter, near=target.parent, trust_remote_code=trust_remote_code
+        found,
+        adapter=adapter,
+        near=target.parent,
+        trust_remote_code=trust_remote_code,
+        dequantize=to != "gguf",
     ) as source:
         source = ask_library(check_early(source, options), trust_remote_code=trust_remote_code)
         check_layout(vocab, layout=layout, to=to)
@@ -214,7 +220,9 @@ def _fill(
     folder: Path, source: ModelSource, vocab: VocabMap, options: Options, plan: Plan | None, *, progress: bool
 ) -> Manifest:
     """Write everything into an empty folder; a plan is there for a checkpoint of transformers alone."""
-    if plan is not None:
+    if plan is not None and options.to == "gguf":
+        filled = fill_gguf(plan, folder, progress=progress)
+    elif plan is not None:
         filled = fill_from_checkpoint(plan, folder, progress=progress)
     elif is_static(source):
         filled = fill_from_static(source, vocab, options, folder)

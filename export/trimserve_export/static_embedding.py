@@ -130,7 +130,7 @@ def find_table(source: ModelSource) -> TensorSpec:
 def _check_options(source: ModelSource, options: Options) -> None:
     refused = {
         "--layout": options.layout != "runtime",
-        "--to safetensors": options.to != "onnx",
+        f"--to {options.to}": options.to != "onnx",
         "--quantize": options.quantize is not None,
         "--dtype bf16": options.dtype not in _DTYPES,
         "--exporter": options.exporter != "auto",

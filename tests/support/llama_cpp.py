@@ -35,3 +35,12 @@ class LlamaCpp:
         """The greedy tokens after a prompt of ids, until one that ends the answer."""
         settings = {"temperature": 0, "n_predict": count, "cache_prompt": False, "return_tokens": True}
         return self._ask("completion", prompt=list(ids), samplers=["temperature"], **settings)["tokens"]
+
+    def scored(self, ids, count):
+        """As `greedy`, and for each token the log-probabilities of the likeliest ones by id."""
+        settings = {"temperature": 0, "n_predict": count, "cache_prompt": False, "return_tokens": True}
+        made = self._ask("completion", prompt=list(ids), samplers=["temperature"], n_probs=5, **settings)
+        steps = made["completion_probabilities"]
+        return [step["id"] for step in steps], [
+            {one["id"]: one["logprob"] for one in step["top_logprobs"]} for step in steps
+        ]

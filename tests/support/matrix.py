@@ -217,6 +217,7 @@ class _Remembering:
     def __init__(self, exporter: Exporter, root: Path) -> None:
         self.QUANTIZES = exporter.QUANTIZES
         self.check_model = exporter.check_model
+        self.check_job = exporter.check_job
         self.versions = exporter.versions
         self._exporter = exporter
         self._root = root

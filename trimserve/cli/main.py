@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "make a trimmed folder",
     "verify": "compare a trimmed folder with the full model",
     "run": "generate or embed with a trimmed folder",
+    "serve": "an OpenAI-compatible server of trimmed folders",
     "bench": "measure the full model against a trimmed folder",
     "finetune": "check training texts against a vocab, restore full checkpoints of compact ones",
 }

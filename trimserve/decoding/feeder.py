@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimserve.arrays import Ids
 from trimserve.decoding.columns import Columns
 from trimserve.decoding.request import Request
 from trimserve.decoding.stats import Timing
@@ -57,14 +58,25 @@ class Feeder:
         self.timing.model += time.perf_counter() - start
         return step
 
+    def feed_prompt(self, cache: KVCache, ids: Ids, *, is_last: bool) -> Step:
+        """Feed the next tokens of one sequence's prompt, int32 (T,); only the last ones give logits."""
+        start = time.perf_counter()
+        step = self._step(cache, ids[None], keep=1 if is_last else -ids.size)
+        self.timing.prompts += time.perf_counter() - start
+        return step
+
     def _step(
-        self, cache: KVCache, ids: npt.NDArray[np.integer[Any]], mask: npt.NDArray[np.int64] | None = None
+        self,
+        cache: KVCache,
+        ids: npt.NDArray[np.integer[Any]],
+        mask: npt.NDArray[np.int64] | None = None,
+        keep: int = 1,
     ) -> Step:
         start = time.perf_counter()
         if isinstance(cache, RestartingCache):
             ids = cache.feed(ids.astype(np.int32, copy=False), self._decoder.empty_cache(len(ids)))
         slotted = self._vocab.with_slots(ids)
         rows = self._cold.embeddings(slotted.cold_ids) if slotted.cold_tokens else self._decoder.no_rows
-        step = self._decoder.step(cache, slotted.ids, rows, mask=mask)
+        step = self._decoder.step(cache, slotted.ids, rows, mask=mask, keep=keep)
         self.timing.model += time.perf_counter() - start
         return step

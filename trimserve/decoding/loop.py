@@ -4,6 +4,7 @@ Compact mode is the same loop with blocks of one token and nobody to check them.
 decoder the check runs on the CPU in another thread while the device drafts on (`overlap`).
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 from trimserve.arrays import Floats
 from trimserve.decoding.columns import Columns
 from trimserve.decoding.feeder import Feeder
-from trimserve.decoding.request import Draft, Request
+from trimserve.decoding.request import Draft, Request, note_block
 from trimserve.decoding.slots import DraftSlots
 from trimserve.decoding.stats import ColdReads, Timing
 from trimserve.errors import NoTokenError
@@ -90,7 +91,7 @@ class GenerationLoop:
             drop, keep = [], []
             for index, (request, block, tokens) in enumerate(zip(live, blocks, checked, strict=True)):
                 taken = request.accept(tokens)
-                self._note(request, block, taken)
+                note_block(request, block, taken, self._kept)
                 yield request, taken
                 # Of the last token taken nothing is in the cache yet; of the drafts after it everything.
                 drop.append(len(block.tokens) - len(taken))
@@ -117,7 +118,7 @@ class GenerationLoop:
         """Draft a block from `step` on; `flying` are blocks drafted before it that are being checked."""
         before = [block.tokens for block in flying] or [[] for _ in requests]
         size = self._checker.draft_length if self._checker else 1
-        size = min(size, _tokens_left(requests) - len(before[0]))
+        size = min(size, _tokens_left(requests) - len(before[0]), self._most_drafts)
         drafts: list[list[int]] = [[] for _ in requests]
         steps = [step]
         model_seconds = self.timing.model
@@ -135,6 +136,14 @@ class GenerationLoop:
         hidden = _joined([s.hidden[:, -1:] for s in steps])
         step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
         return [Draft(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
+
+    @property
+    def _most_drafts(self) -> int:
+        """Drafts of a block that can be taken back: the last is not fed; with overlap there are two."""
+        reach = self._decoder.reach
+        if reach is None:
+            return sys.maxsize
+        return max(1, (reach + 1) // 2 if self._overlap else reach + 1)
 
     def _draft_token(self, request: Request, logits: Floats, hidden: Floats, past: Sequence[int]) -> int:
         try:
@@ -163,14 +172,6 @@ class GenerationLoop:
             step = self._feeder.feed(cache, [tokens[-1] for tokens in drafted])
             ahead = self._draft(requests, cache, step, blocks)
             return checked.result(), ahead
-
-    def _note(self, request: Request, block: Draft, taken: Sequence[int]) -> None:
-        request.drafted += len(block.tokens)
-        request.rejected += taken != block.tokens[: len(taken)]
-        if request.slots is not None:
-            for token in taken:
-                if not self._kept.has(token):
-                    request.slots.use(token)
 
 
 def _joined(steps: Sequence[Floats]) -> Floats:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trimserve.arrays import Floats, Ids
-from trimserve.decoding.columns import History
+from trimserve.decoding.columns import Columns, History
 from trimserve.decoding.sampling import SamplingParams, choose
 from trimserve.decoding.slots import DraftSlots
 from trimserve.decoding.token_rules import TokenRules, Verdict
@@ -115,3 +115,13 @@ class Draft:
     logits: Floats
     hidden: Floats
     step_seconds: float = 0.0
+
+
+def note_block(request: Request, block: Draft, taken: Sequence[int], kept: Columns) -> None:
+    """Count a block of drafts and what was taken of it; cold ids among that may be drafted next."""
+    request.drafted += len(block.tokens)
+    request.rejected += list(taken) != block.tokens[: len(taken)]
+    if request.slots is not None:
+        for token in taken:
+            if not kept.has(token):
+                request.slots.use(token)

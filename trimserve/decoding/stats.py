@@ -1,7 +1,7 @@
 """What a generator counts while it works."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +25,12 @@ class Timing:
     prompts: float = 0.0
     cold_head: float = 0.0
     sampler: float = 0.0
+
+    def take(self) -> "Timing":
+        """The seconds so far, which begin anew."""
+        taken = replace(self)
+        self.model = self.prompts = self.cold_head = self.sampler = 0.0
+        return taken
 
     def add(self, other: "Timing") -> None:
         """Add another's seconds."""
@@ -61,6 +67,12 @@ class ColdReads:
         self.certified += other.certified
         self.rows += other.rows
         self.bytes += other.bytes
+
+    def take(self) -> "ColdReads":
+        """What was counted, which begins anew."""
+        taken = replace(self)
+        self.steps = self.certified = self.rows = self.bytes = 0
+        return taken
 
     def nothing_yet(self) -> "ColdReads":
         """Of the same rows, for one call to count."""

@@ -20,6 +20,7 @@ from trimserve.folder.sentence import SENTENCE, TOKENS, SpladePooling, read_sett
 from trimserve.folder.tasks import EMBEDDING_TASK
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.session import Session
+from trimserve.text.batching import Encoded
 from trimserve.text.codec import Codec, Text, shorten
 
 # The prompts that sentence-transformers takes for queries and documents where none is asked for.
@@ -107,8 +108,47 @@ class Encoder(TaskMethods):
         if self.settings.is_sparse:
             embeddings = self._weights(texts, batch_size)[:, :columns]
         else:
-            embeddings = self._embed(texts, before, batch_size, columns, normalize=normalize is not False)
+            dropped = self._prompt_tokens(before) if before and self.settings.drops_prompt else 0
+            embeddings = self._embed(
+                *self._graph.encode(texts), dropped, batch_size, columns, normalize=normalize is not False
+            )
         return normalize_rows(embeddings) if normalize else embeddings
+
+    @checked
+    def encode_ids(
+        self,
+        sequences: Sequence[npt.ArrayLike],
+        *,
+        truncate_dim: Count | None = None,
+        batch_size: Count = 32,
+    ) -> Floats:
+        """Embed token ids as they are: no prompt, no special tokens are added.
+
+        Args:
+            sequences: token ids (T,) each, at most `max_tokens` of them.
+            truncate_dim: see `encode`.
+            batch_size: see `encode`.
+
+        Returns:
+            float32 (n, D), in the order of `sequences`.
+
+        Raises:
+            UsageError: the folder gives no embeddings, or a sequence is too long.
+            UnknownIdError: an id that the folder has no row for.
+        """
+        if self.task != EMBEDDING_TASK or self.settings.is_sparse:
+            raise UsageError(f"{self.folder.path} does {self.task}, not embeddings of token ids.")
+        columns = _columns(self.settings.truncate_dim if truncate_dim is None else truncate_dim)
+        given = [np.asarray(ids, np.int32) for ids in sequences]
+        longest = max((ids.size for ids in given), default=0)
+        if self.max_tokens is not None and longest > self.max_tokens:
+            raise UsageError(
+                f"found {longest:,} token ids in a row, this model reads {self.max_tokens:,} at most: "
+                "shorten them."
+            )
+        encoded = [Encoded(ids, np.zeros(ids.size, np.int32)) for ids in given]
+        encoded, split = self.codec.as_fed(encoded, self.max_tokens)
+        return self._embed(encoded, split, 0, batch_size, columns, normalize=True)
 
     @checked
     def encode_query(self, texts: str | Sequence[str], *, batch_size: Count = 32) -> Floats:
@@ -264,15 +304,21 @@ class Encoder(TaskMethods):
         return [entry.ids for entry in self._graph.encode(texts)[0]]
 
     def _embed(
-        self, texts: list[str], prompt: str, batch_size: int, columns: int | None, *, normalize: bool
+        self,
+        encoded: Sequence[Encoded],
+        split: int,
+        dropped: int,
+        batch_size: int,
+        columns: int | None,
+        *,
+        normalize: bool,
     ) -> Floats:
-        """Embeddings (n, D) of texts that begin with the prompt."""
-        dropped = self._prompt_tokens(prompt) if prompt and self.settings.drops_prompt else 0
+        """Embeddings (n, D) of what the tokenizer gave; the first `dropped` tokens of each do not count."""
         # Whatever has no token keeps this row.
         start = self._embed_nothing(normalize=normalize)[:, :columns]
-        embeddings = np.repeat(start, len(texts), axis=0)
+        embeddings = np.repeat(start, len(encoded), axis=0)
         whole = SENTENCE if self.settings.graph_output == SENTENCE else None
-        for output in self._graph.run(texts, batch_size, whole):
+        for output in self._graph.run_encoded(encoded, batch_size, whole, split):
             made = self._modules.run(output.values, output.mask, dropped=dropped, normalize=normalize)
             embeddings[output.texts] = made[:, :columns]
         return embeddings

@@ -23,7 +23,7 @@ from trimserve.files.ggml_blocks import GGML_TYPES, Bytes, Floats, GgmlType, deq
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _ALIGNMENT_KEY: Final = "general.alignment"
-_ALIGNMENT: Final = 32
+ALIGNMENT: Final = 32
 _MOST_ALIGNMENT: Final = 1 << 20
 _MOST_KEYS: Final = 1 << 16
 _MOST_TENSORS: Final = 1 << 20
@@ -97,12 +97,26 @@ class GgufFile:
         version: of the format.
         metadata: key -> value: bool, int, float, str, a list of str, or an array of numbers.
         tensors: name -> where it lies, in file order.
+        places: key -> where its type and value lie in the file: the first byte, and the one after the last.
     """
 
     path: Path
     version: int
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GgufTensor]
+    places: Mapping[str, tuple[int, int]]
+
+    def stored(self, key: str) -> bytes:
+        """The bytes of a key's type and value as they are, for another file."""
+        begin, end = self.places[key]
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
+    @property
+    def alignment(self) -> int:
+        """Tensors begin at multiples of so many bytes."""
+        return _alignment(self.path, self.metadata)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number.
@@ -183,12 +197,12 @@ def read_gguf(path: Path) -> GgufFile:
             )
         tensor_count = reader.count("tensors", _MOST_TENSORS, least=24)
         key_count = reader.count("metadata keys", _MOST_KEYS, least=13)
-        metadata = reader.metadata(key_count)
+        metadata, places = reader.metadata(key_count)
         infos = [reader.tensor_info() for _ in range(tensor_count)]
         start = file.tell()
     alignment = _alignment(path, metadata)
     tensors = _place(path, infos, start + -start % alignment, alignment, reader.size)
-    return GgufFile(path, version, metadata, tensors)
+    return GgufFile(path, version, metadata, tensors, places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,14 +256,18 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.broken(f"it has a string that is not UTF-8 ({error})") from error
 
-    def metadata(self, count: int) -> dict[str, Value]:
+    def metadata(self, count: int) -> tuple[dict[str, Value], dict[str, tuple[int, int]]]:
+        """The values by key, and where they lie."""
         found: dict[str, Value] = {}
+        places = {}
         for _ in range(count):
             key = self.string(_MOST_NAME)
             if key in found:
                 raise self.broken(f"it has the key {_named(key)} twice")
+            begin = self._file.tell()
             found[key] = self._value(self.integer(4), key)
-        return found
+            places[key] = begin, self._file.tell()
+        return found, places
 
     def _value(self, code: int, key: str) -> Value:
         if code == _STRING:
@@ -322,7 +340,7 @@ def _named(name: str) -> str:
 
 
 def _alignment(path: Path, metadata: Mapping[str, Value]) -> int:
-    found = metadata.get(_ALIGNMENT_KEY, _ALIGNMENT)
+    found = metadata.get(_ALIGNMENT_KEY, ALIGNMENT)
     usual = isinstance(found, int) and not isinstance(found, bool) and 0 < found <= _MOST_ALIGNMENT
     if not usual or found & (found - 1):  # type: ignore[operator]
         raise MismatchError(f"{path}: {_ALIGNMENT_KEY} should be a power of two but is {found!r}. {_AGAIN}")

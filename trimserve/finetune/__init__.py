@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from trimserve_export.finetune.partial import PartialVocab as PartialVocab
     from trimserve_export.finetune.partial import cut_vocab as cut_vocab
     from trimserve_export.finetune.partial import partial_vocab as partial_vocab
+    from trimserve_export.finetune.reversible.reversible import Reversible as Reversible
+    from trimserve_export.finetune.reversible.reversible import load_reversible as load_reversible
+    from trimserve_export.finetune.reversible.reversible import make_reversible as make_reversible
+    from trimserve_export.finetune.reversible.reversible import reversible as reversible
 
 __getattr__, __dir__, __all__ = lazy_face(
     __name__,
@@ -37,12 +41,16 @@ __getattr__, __dir__, __all__ = lazy_face(
         "Outside": "trimserve.finetune.texts",
         "PartialVocab": "trimserve_export.finetune.partial",
         "Restored": "trimserve.finetune.restoring",
+        "Reversible": "trimserve_export.finetune.reversible.reversible",
         "cut_vocab": "trimserve_export.finetune.partial",
         "find_outside": "trimserve.finetune.texts",
         "grow": "trimserve.finetune.texts",
         "is_compact": "trimserve.finetune.restoring",
+        "load_reversible": "trimserve_export.finetune.reversible.reversible",
+        "make_reversible": "trimserve_export.finetune.reversible.reversible",
         "partial_vocab": "trimserve_export.finetune.partial",
         "remap": "trimserve_export.finetune.batch",
         "restore": "trimserve.finetune.restoring",
+        "reversible": "trimserve_export.finetune.reversible.reversible",
     },
 )

@@ -242,7 +242,9 @@ def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
     """Bytes of the graphs and their data, or of the trimmed checkpoint; never of what lies beside them."""
     others = (VOCAB_NAME, CALIBRATION_NAME)
     names = (name for name in files if name not in others and not name.startswith(COLD_PREFIX))
-    return sum(files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors")))
+    return sum(
+        files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors", ".gguf"))
+    )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

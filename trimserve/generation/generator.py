@@ -68,8 +68,18 @@ class Generator:
         row_bytes = cold.head_nbytes // max(cold.head_cold_ids.size, 1)
         reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=row_bytes)
         self.stats = GeneratorStats(cold_reads=reads, head_share=decoder.head_share)
-        # By the longest block, and whether checks have the certificate, which makes them cheaper.
+        # By the longest block, and whether checks may use the certificate, which makes them cheaper.
         self._learned: dict[tuple[int, bool], LearnedCosts] = {}
+
+    @property
+    def decoder(self) -> Decoder:
+        """The graph that generates."""
+        return self._decoder
+
+    @property
+    def cold(self) -> ColdRows:
+        """Rows of the cold ids."""
+        return self._cold
 
     @property
     def can_be_exact(self) -> bool:
@@ -145,21 +155,20 @@ class Generator:
             UsageError: the folder has no cold head.
             UnknownIdError: a text holds a token that the model has no row for.
         """
-        head = self._cold_head("score")
+        head = self.cold_head("score")
         scorer = Scorer(self._decoder, self.folder.vocab, self._cold, head)
         return [scorer.score(ids) for ids in self.codec.encode([texts] if isinstance(texts, str) else texts)]
 
     def _generate(self, prompts: Sequence[Ids], options: GenerationOptions) -> list[Generation]:
         plan = self.plan(options)
-        requests = self._requests(prompts, plan)
+        requests = self.requests(prompts, plan)
         together = self._decoder.takes_batches and not plan.report_mass
         batches = [requests] if together else [[request] for request in requests]
         results: list[Generation] = []
         for batch in batches:
-            readers = {id(request): self._reader(request, plan) for request in batch}
-            checker = None if plan.beams else self._checker(plan)
-            steps = self._search(batch, plan, plan.beams) if plan.beams else self._run(batch, checker)
-            for request, tokens in steps:
+            readers = {id(request): self.reader(request, plan) for request in batch}
+            checker = None if plan.beams else self.checker(plan)
+            for request, tokens in self.run(batch, plan, checker):
                 readers[id(request)].push(request, tokens)
             mass = checker.mean_mass if isinstance(checker, MassMeter) else None
             results += [readers[id(request)].result(request, mass) for request in batch]
@@ -169,10 +178,10 @@ class Generator:
         plan = self.plan(options)
         if plan.beams is not None:
             raise UsageError("beams are known when the search is over: use generate, or num_beams=1.")
-        (request,) = self._requests([prompt_ids], plan)
-        reader = self._reader(request, plan)
-        checker = self._checker(plan)
-        for _, tokens in self._run([request], checker):
+        (request,) = self.requests([prompt_ids], plan)
+        reader = self.reader(request, plan)
+        checker = self.checker(plan)
+        for _, tokens in self.run([request], plan, checker):
             if piece := reader.push(request, tokens):
                 yield piece
         if piece := reader.finish():
@@ -190,11 +199,18 @@ class Generator:
         size = self.folder.vocab.vocab_size
         return make_plan(self.config, options, size, can_be_exact=self.can_be_exact)
 
-    def _reader(self, request: Request, plan: GenerationPlan) -> OutputReader:
+    def reader(self, request: Request, plan: GenerationPlan) -> OutputReader:
+        """What turns a request's tokens into text."""
         by_bytes = self.config.library >= 5
         return OutputReader(self.codec, plan.stop, plan.stop_strings, request.prompt, by_bytes=by_bytes)
 
-    def _requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+    def requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+        """One request a prompt, int32 (T,) each.
+
+        Raises:
+            UsageError: a prompt is too long for the model, or leaves no room within `max_length`.
+            UnknownIdError: it holds a token that the model has no row for.
+        """
         started = [ids if ids.size else self.config.first_id(plan.settings) for ids in prompts]
         requests = []
         for place, ids in enumerate(self._servable(started), 1):
@@ -221,9 +237,19 @@ class Generator:
         self.stats.count_cold(servable.cold_tokens)
         return servable.sequences
 
-    def _run(
-        self, requests: Sequence[Request], checker: Checker | None
+    def run(
+        self, requests: Sequence[Request], plan: GenerationPlan, checker: Checker | None
     ) -> Iterator[tuple[Request, list[int]]]:
+        """Generate for requests that share a cache, giving each one's tokens as they come.
+
+        Args:
+            requests: one, or several where the graph takes batches.
+            plan: what they do.
+            checker: see `checker`; None with beams.
+        """
+        if plan.beams is not None:
+            yield from self._search(requests, plan, plan.beams)
+            return
         loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, overlap=self._overlap)
         start = time.perf_counter()
         try:
@@ -237,27 +263,46 @@ class Generator:
     def _search(
         self, requests: Sequence[Request], plan: GenerationPlan, params: BeamParams
     ) -> Iterator[tuple[Request, list[int]]]:
-        head = self._cold_head("exact mode") if plan.mode == "exact" else None
+        head = self.cold_head("exact mode") if plan.mode == "exact" else None
         search = BeamSearch(self._decoder, self.folder.vocab, self._cold, head, params)
         start = time.perf_counter()
         search.run(requests)
         self.stats.count(requests, self.folder.vocab.head, [search.timing], time.perf_counter() - start)
         yield from ((request, request.output) for request in requests)
 
-    def _checker(self, plan: GenerationPlan) -> Checker | None:
-        """Who decides which drafts stand; None in compact mode, where all do."""
+    def checker(self, plan: GenerationPlan) -> Checker | None:
+        """Who decides which drafts stand; None in compact mode, where all do.
+
+        Raises:
+            UsageError: the folder has not what it needs.
+        """
         if plan.mode == "compact" and not plan.report_mass:
             return None
-        head = self._cold_head("report_mass" if plan.report_mass else "exact mode")
+        head = self.cold_head("report_mass" if plan.report_mass else "exact mode")
         if head is None:
             return None
         if plan.report_mass:
             return MassMeter(head)
-        shared = self._certificate.get(lambda: self._make_certificate(head)) if plan.certify else None
+        learned = self._learned.setdefault((plan.max_block, plan.certify), LearnedCosts())
+        block = DraftLength(plan.max_block, overlap=self._overlap, learned=learned)
+        return self.exact_checker(block, certify=plan.certify)
+
+    def exact_checker(self, block: DraftLength, *, certify: bool = True) -> ExactChecker | None:
+        """Who decides in exact mode which drafts stand; None where no id is cold.
+
+        Args:
+            block: how many tokens are drafted.
+            certify: prove what can be proven without the cold rows.
+
+        Raises:
+            UsageError: the folder has no cold head.
+        """
+        head = self.cold_head("exact mode")
+        if head is None:
+            return None
+        shared = self._certificate.get(lambda: self._make_certificate(head)) if certify else None
         reads = self.stats.cold_reads.nothing_yet()
         certificate = None if shared is None else shared.counting(reads)
-        learned = self._learned.setdefault((plan.max_block, shared is not None), LearnedCosts())
-        block = DraftLength(plan.max_block, overlap=self._overlap, learned=learned)
         return ExactChecker(head, self.folder.vocab.head, block, certificate, reads)
 
     def _make_certificate(self, head: ColdHead) -> ColdCertificate | None:
@@ -268,8 +313,12 @@ class Generator:
         sketch = Sketch(self.folder, self._cold, after_head, threads=self._threads)
         return ColdCertificate(sketch, head, self.folder.vocab.head)
 
-    def _cold_head(self, purpose: str) -> ColdHead | None:
-        """The cold head, opened once; None where no id is cold."""
+    def cold_head(self, purpose: str) -> ColdHead | None:
+        """The cold head, opened once; None where no id is cold.
+
+        Raises:
+            UsageError: the folder has none; the message says what needs it.
+        """
         if not self.can_be_exact:
             raise UsageError(
                 f"{purpose} needs the cold head, which {self.folder.path} does not have: export it again "

@@ -48,7 +48,7 @@ class Text2TextGenerator(Generator):
                 f"an encoder-decoder scores texts by their sources: found {len(given)} sources for "
                 f"{len(targets)} texts."
             )
-        scorer = Scorer(self._decoder, self.folder.vocab, self._cold, self._cold_head("score"))
+        scorer = Scorer(self._decoder, self.folder.vocab, self._cold, self.cold_head("score"))
         pairs = zip(self.codec.encode(targets), self.codec.encode(given), strict=True)
         return [scorer.score(self._as_output(target), source) for target, source in pairs]
 
@@ -60,7 +60,8 @@ class Text2TextGenerator(Generator):
             target = target[1:]
         return np.concatenate([self.config.decoder_start(), forced, target])
 
-    def _requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+    def requests(self, prompts: Sequence[Ids], plan: GenerationPlan) -> list[Request]:
+        """One request a source text; errors as of `Generator.requests`."""
         start = self.config.decoder_start(plan.settings.get("decoder_start_token_id"))
         sources = self._servable(prompts)
         self._check_lengths(sources)
@@ -81,6 +82,7 @@ class Text2TextGenerator(Generator):
                     "most: split the text."
                 )
 
-    def _checker(self, plan: GenerationPlan) -> Checker | None:
-        checker = super()._checker(plan)
+    def checker(self, plan: GenerationPlan) -> Checker | None:
+        """See `Generator.checker`; all sequences advance by equally many tokens."""
+        checker = super().checker(plan)
         return InStep(checker) if isinstance(checker, ExactChecker) else checker

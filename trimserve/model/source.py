@@ -25,7 +25,7 @@ from trimserve.model.effective_tokenizer import (
 )
 from trimserve.model.gguf.model import GgufModel
 from trimserve.model.sentence import MODULES_NAME, lower_cased, lower_cases
-from trimserve.model.tensor_names import unwrapped_names
+from trimserve.model.tensor_names import language_names, unwrapped_names
 from trimserve.model.weights import no_weights
 from trimserve.text.tokenizer import end_of_ids
 
@@ -59,6 +59,8 @@ class ModelSource:
             transformer (`0_Transformer`).
         gguf: the GGUF file that the model is in, where `path` is the temporary folder of its small files. The
             folder has no weights until they are dequantised into it.
+        composite: the folder of a multimodal model, where `path` is a temporary one that gives its language
+            model: with a config of that, and links to the other files.
     """
 
     name: str
@@ -72,6 +74,7 @@ class ModelSource:
     adapter: str | None = None
     modules_folder: Path | None = None
     gguf: GgufModel | None = None
+    composite: Path | None = None
 
     @property
     def root(self) -> Path:
@@ -254,7 +257,8 @@ class ModelSource:
     def headers(self) -> dict[Path, tuple[dict[str, TensorSpec], dict[str, str]]]:
         """What each weight file holds: its tensors, by the names that they have in the model, and metadata.
 
-        Names of `torch.compile`, `DataParallel` and the like are taken off (see `unwrapped_names`).
+        Names of `torch.compile`, `DataParallel` and the like are taken off (see `unwrapped_names`); of a
+        multimodal model there are the language model's tensors alone (see `language_names`).
 
         Raises:
             MismatchError: a file is damaged, or two tensors have one name then.
@@ -269,8 +273,18 @@ class ModelSource:
                 f"{self.path} stores a tensor with and without the name of a wrapper (_orig_mod, module): "
                 "save the model again."
             )
+        if self.composite is not None:
+            inner = language_names(names.values())
+            names = {name: inner[plain] for name, plain in names.items() if plain in inner}
         return {
-            file: ({names[name]: replace(spec, name=names[name]) for name, spec in specs.items()}, metadata)
+            file: (
+                {
+                    names[name]: replace(spec, name=names[name])
+                    for name, spec in specs.items()
+                    if name in names
+                },
+                metadata,
+            )
             for file, (specs, metadata) in stored.items()
         }
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
+# Where a model of several modalities keeps its language model: below its base model, or beside it.
+_LANGUAGE_MODEL = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?=.)")
+_HEADS = ("lm_head.", "score.")
 # DataParallel and its like; a model may have a module of that name itself.
 _PARALLEL = "module."
 
@@ -52,3 +55,25 @@ def unwrapped_names(names: Sequence[str]) -> dict[str, str]:
     while plain and all(name.startswith(_PARALLEL) for name in plain):
         plain = [name.removeprefix(_PARALLEL) for name in plain]
     return dict(zip(names, plain, strict=True))
+
+
+def language_names(names: Iterable[str]) -> dict[str, str]:
+    """The names that tensors of a multimodal model have in its language model alone, by the stored ones.
+
+    What belongs to no language model (a vision tower, a projector) is left out. Where nothing is said to
+    belong to one, all names stand as they are.
+
+    Example:
+        >>> language_names(["language_model.model.norm.weight", "lm_head.weight", "vision_tower.norm.weight"])
+        {'language_model.model.norm.weight': 'model.norm.weight', 'lm_head.weight': 'lm_head.weight'}
+        >>> language_names(["model.language_model.norm.weight", "model.visual.norm.weight"])
+        {'model.language_model.norm.weight': 'model.norm.weight'}
+    """
+    found = {name: _LANGUAGE_MODEL.sub("", name) for name in names}
+    if all(inner == name for name, inner in found.items()):
+        return found
+    return {
+        name: inner if inner.startswith(_HEADS) else f"model.{inner}"
+        for name, inner in found.items()
+        if inner != name or inner.startswith(_HEADS)
+    }

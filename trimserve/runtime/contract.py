@@ -3,7 +3,7 @@
 A graph of another tool that breaks it would export and fail, or be wrong, at the first text.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ PAST, PRESENT = "past_key_values.", "present."
 # Inputs of a past that belong to the source text of an encoder-decoder.
 CROSS = ".encoder."
 _KV_RANK = 4
+# Of a past: a convolution's last inputs (B, channels, n), and what linear attention sums up (B, H, K, V).
+_STATES = (".conv", ".recurrent")
 # What the serving passes add.
 _ADDED = frozenset({COLD_INPUT, "logits_to_keep"})
 _KV_DTYPES = ("float", "float16")
@@ -25,6 +27,24 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "text-classification": ("logits",),
     "token-classification": ("logits",),
 }
+
+
+def is_state(name: str) -> bool:
+    """Whether a part of the past is a state of a fixed size, not keys or values of all tokens so far."""
+    return name.endswith(_STATES)
+
+
+def empty_shape(name: str, shape: Sequence[int | str | None], batch: int) -> tuple[int, ...]:
+    """The shape of a part of the past before the first token.
+
+    Args:
+        name: of the graph's input.
+        shape: of the input; all sizes but those of batch and past are numbers.
+        batch: B.
+    """
+    length = shape[2] if is_state(name) else 0
+    sizes = (*shape[1:2], length, *shape[3:])
+    return (batch, *(size for size in sizes if isinstance(size, int)))
 
 
 class Port(NamedTuple):
@@ -80,6 +100,10 @@ class Contract:
             return f"takes {name} as {port.dtype}, which the runtime feeds as {' or '.join(dtypes)}"
         if port.shape is None:
             return None
+        if is_past and is_state(name):
+            if all(isinstance(size, int) for size in port.shape[1:]):
+                return None
+            return f"takes {name} without numbers in its shape"
         if len(port.shape) != rank:
             return f"takes {name} with {len(port.shape)} axes, which the runtime feeds with {rank}"
         if is_past and not (isinstance(port.shape[1], int) and isinstance(port.shape[3], int)):

@@ -4,7 +4,7 @@ Nothing here knows tokens' meaning, sampling or exactness; see `generation.py` f
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,11 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.folder.manifest import Lengths
 from trimserve.runtime.after_head import read_after_head
 from trimserve.runtime.cold_rows import COLD_INPUT, cold_widths
+from trimserve.runtime.contract import CROSS, PAST, PRESENT, is_state
 from trimserve.runtime.kv_cache import GrowingCache, KVCache, KVLayout, SharedCache
+from trimserve.runtime.kv_rows import KVRows
 from trimserve.runtime.session import Session
+from trimserve.runtime.state_cache import StateCache, StateLayout
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -71,10 +74,10 @@ class Decoder:
         self._session = session
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
-        self._past = [
-            name for name in inputs if name.startswith("past_key_values.") and ".encoder." not in name
-        ]
-        self._present = [name.replace("past_key_values.", "present.") for name in self._past]
+        past_names = [name for name in inputs if name.startswith(PAST) and CROSS not in name]
+        self._past = [name for name in past_names if not is_state(name)]
+        states = [name for name in past_names if is_state(name)]
+        self._present = [name.replace(PAST, PRESENT) for name in (*self._past, *states)]
         needed = {"input_ids", self._MASK, COLD_INPUT, "logits_to_keep"}
         missing = sorted(
             (needed - inputs.keys()) | ({"logits", "hidden_states", *self._present} - set(outputs))
@@ -94,7 +97,8 @@ class Decoder:
         past = [inputs[name] for name in self._past]
         shapes = [(int(value.shape[1]), int(value.shape[3])) for value in past]
         kv_dtype = np.dtype(_NUMPY_TYPES.get(past[0].type, np.float32))
-        self._layout = KVLayout(self._past, self._present, shapes, kv_dtype, device)
+        self._layout = KVLayout(self._past, self._present[: len(past)], shapes, kv_dtype, device)
+        self._states = _state_layout({name: inputs[name] for name in states})
         metadata = session.get_modelmeta().custom_metadata_map
         self._shares_buffers = metadata.get(SHARED_KV_KEY) == "true"
         self.after_head = read_after_head(metadata)
@@ -114,6 +118,11 @@ class Decoder:
         return self.takes_positions and not self._shares_buffers and self.unchanged is None
 
     @property
+    def reach(self) -> int | None:
+        """How many tokens can be taken out of its cache again; None for any number."""
+        return None if self._states is None else self._states.reach
+
+    @property
     def takes_beams(self) -> bool:
         """Whether its cache can hold several sequences of one length."""
         return not self._shares_buffers
@@ -121,7 +130,25 @@ class Decoder:
     def empty_cache(self, batch: int) -> KVCache:
         """A cache that holds nothing yet, for `batch` sequences."""
         kind = SharedCache if self._shares_buffers else GrowingCache
-        return kind(self._layout, batch)
+        cache = kind(self._layout, batch)
+        if self._states is None:
+            return cache
+        return StateCache(cache, self._layout, self._states, batch)
+
+    def rows(self, most: int) -> KVRows:
+        """Buffers for so many sequences of unequal length that decode together; see `no_rows_because`."""
+        return KVRows(self._layout, most)
+
+    @property
+    def no_rows_because(self) -> str | None:
+        """Why sequences cannot share the buffers of `rows`; None where they can."""
+        if not self._shares_buffers:
+            return (
+                "this graph returns its whole cache at every step (only GroupQueryAttention writes in place)"
+            )
+        if self.unchanged is not None:
+            return "this model's positions depend on a text's length"
+        return None if self.device == "cpu" else f"the cache is on {self.device}"
 
     def start(self, sources: Sequence[Ids | None]) -> KVCache:
         """A cache for as many sequences as sources, of which a model without an encoder reads none."""
@@ -168,7 +195,7 @@ class Decoder:
         """
         past = cache.lengths if self.takes_positions else None
         new = np.ones_like(ids) if mask is None else mask
-        cache.mask = np.concatenate([cache.mask, new], axis=1)
+        cache.append(new)
         on_cpu = self._layout.on_cpu
         inputs = {"input_ids": on_cpu(ids), "logits_to_keep": self._keep(keep)}
         inputs |= self._rows(cold_rows)
@@ -200,3 +227,15 @@ class Decoder:
             return self._session.run_with_ort_values(self._outputs, inputs)
         places = {name: place for name, place in self._places.items() if name not in buffers}
         return cache.bound.run(self._session, inputs, buffers, places)
+
+
+def _state_layout(inputs: "Mapping[str, ort.NodeArg]") -> StateLayout | None:
+    """The layout of a graph's states, by its inputs for them; None where it has none."""
+    if not inputs:
+        return None
+    return StateLayout(
+        tuple(inputs),
+        tuple(name.replace(PAST, PRESENT) for name in inputs),
+        tuple(tuple(map(int, value.shape[1:])) for value in inputs.values()),
+        tuple(np.dtype(_NUMPY_TYPES.get(value.type, np.float32)) for value in inputs.values()),
+    )

@@ -21,13 +21,12 @@ _FIRST_CAPACITY = 256  # positions of a new shared buffer; it doubles when it is
 
 
 class KVCache(Protocol):
-    """The cache of a batch of sequences that are aligned at their right ends.
+    """The cache of a batch of sequences, aligned at their right ends (in `kv_rows.py` at their left)."""
 
-    Attributes:
-        mask: int64 (B, L), 1 where a cached position holds a token of its sequence.
-    """
-
-    mask: Mask
+    @property
+    def mask(self) -> Mask:
+        """1 where a cached position holds a token of its sequence, int64 (B, L)."""
+        ...
 
     @property
     def bound(self) -> Bound:
@@ -37,6 +36,10 @@ class KVCache(Protocol):
     @property
     def lengths(self) -> Mask:
         """Tokens of each sequence, int64 (B,)."""
+        ...
+
+    def append(self, new: Mask) -> None:
+        """Count positions that are fed next, int64 (B, T), 1 where they hold a token."""
         ...
 
     def inputs(self, new: int) -> "dict[str, ort.OrtValue]":
@@ -120,6 +123,10 @@ class GrowingCache:
         lengths: Mask = self.mask.sum(axis=1)
         return lengths
 
+    def append(self, new: Mask) -> None:
+        """Count positions; see `KVCache`."""
+        self.mask = np.concatenate([self.mask, new], axis=1)
+
     def inputs(self, new: int) -> "dict[str, ort.OrtValue]":  # noqa: ARG002 - the graph makes the room
         """The past."""
         return dict(zip(self._layout.past, self._values, strict=True))
@@ -175,6 +182,10 @@ class SharedCache:
     def lengths(self) -> Mask:
         """Tokens of the sequence."""
         return np.array([self.mask.shape[1]], np.int64)
+
+    def append(self, new: Mask) -> None:
+        """Count positions; see `KVCache`."""
+        self.mask = np.concatenate([self.mask, new], axis=1)
 
     def inputs(self, new: int) -> "dict[str, ort.OrtValue]":
         """The buffers, with room for the new positions."""

@@ -42,9 +42,9 @@ class RestartingCache:
         """1 where a cached position holds a token."""
         return self._inner.mask
 
-    @mask.setter
-    def mask(self, mask: Mask) -> None:
-        self._inner.mask = mask
+    def append(self, new: Mask) -> None:
+        """Count positions; see `KVCache`."""
+        self._inner.append(new)
 
     @property
     def lengths(self) -> Mask:

@@ -1,6 +1,7 @@
 """How long a text a model takes, and where its length changes how positions are computed."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ LONGROPE, DYNAMIC = "longrope", "dynamic"
 _COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 _RESTARTING = ("phi3", "phimoe", "phi4")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_LIMITS = (
+    *(*_POSITIONS, "original_max_position_embeddings", "floor_scale"),
+    *("sliding_window", "window_size", "local_attention", "attention_chunk_size"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,16 @@ def original_length(config: PretrainedConfig, parameters: dict[str, Any]) -> int
     else:
         found = getattr(config, "original_max_position_embeddings", None)
     return int(found or config.max_position_embeddings)
+
+
+def limits_of(configs: Iterable[dict[str, Any]]) -> list[int]:
+    """Lengths at which something in a model may change, by its configs, in tokens; ascending."""
+    found = list(configs)
+    ropes = (config.get(key) for config in found for key in ("rope_scaling", "rope_parameters"))
+    sets = [rope for rope in ropes if isinstance(rope, dict)]
+    found += [*sets, *(value for rope in sets for value in rope.values() if isinstance(value, dict))]
+    numbers = [config[key] for config in found for key in _LIMITS if key in config]
+    return sorted({number for number in numbers if isinstance(number, int) and number > 2})
 
 
 def restarts_cache(model_class: type) -> bool:

@@ -13,7 +13,7 @@ from trimserve.folder.tasks import (
     TEXT2TEXT_TASK,
     Task,
 )
-from trimserve_export.checkpoint.axes import ModelClass
+from trimserve_export.checkpoint.axes import ModelClass, architecture_class
 from trimserve_export.checkpoint.library import transformers_border
 
 # Each with the class that loads it.
@@ -68,7 +68,8 @@ def infer_task(config: PretrainedConfig) -> Task:
 def task_class(task: str, config: PretrainedConfig) -> ModelClass:
     """The class that loads a model for a task.
 
-    Hidden states of an encoder-decoder are those of its encoder alone, as sentence-transformers takes them.
+    Hidden states of an encoder-decoder are those of its encoder alone, as sentence-transformers takes them. A
+    multimodal checkpoint is loaded whole, in the class that it was saved from.
 
     Args:
         task: one of `TASKS`.
@@ -77,6 +78,9 @@ def task_class(task: str, config: PretrainedConfig) -> ModelClass:
     encoder: ModelClass = transformers.AutoModelForTextEncoding
     if task == "feature-extraction" and config.model_type in _ENCODERS_OF_PAIRS:
         return encoder
+    is_multimodal = config.get_text_config() is not config and not config.is_encoder_decoder
+    if task == GENERATION_TASK and is_multimodal and (whole := architecture_class(config)) is not None:
+        return whole
     return TASK_CLASSES[task]
 
 
@@ -108,6 +112,7 @@ def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool =
             folder,
             config=config,
             dtype=TORCH_DTYPES[dtype],
+            **_attention(config),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -121,3 +126,9 @@ def load_model(folder: Path, task: str, dtype: str, *, trust_remote_code: bool =
         )
     model.config.use_cache = task.endswith("-with-past")
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _attention(config: PretrainedConfig) -> dict[str, str]:
+    """Plain torch where attention's logits are capped (Gemma 2): transformers 4 forgets the cap elsewhere."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}

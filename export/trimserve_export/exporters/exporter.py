@@ -52,6 +52,13 @@ class Exporter(Protocol):
             UnsupportedModelError: see above; the message names what it can do.
         """
 
+    def check_job(self, job: GraphJob) -> None:
+        """Refuse a device, dtype or quantisation that this exporter makes no graphs with.
+
+        Raises:
+            UsageError: see above; the message names what it makes.
+        """
+
     def export_checkpoint(self, folder: Path, output: Path, job: GraphJob) -> Path:
         """Export a checkpoint folder to ONNX.
 

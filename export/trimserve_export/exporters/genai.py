@@ -86,6 +86,15 @@ def check_model(config: PretrainedConfig, task: str) -> None:
     check_positions(_name(), config)
 
 
+def check_job(job: GraphJob) -> None:
+    """Refuse what the builder makes no graphs with; see `Exporter`.
+
+    Raises:
+        UsageError: see above.
+    """
+    _settings(job)
+
+
 def _head_size(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 

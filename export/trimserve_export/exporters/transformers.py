@@ -15,14 +15,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
+from trimserve.runtime.contract import is_state
 from trimserve_export.checkpoint.tasks import check_task, load_model, task_class
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.axes import name_axes
 from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.exporters.recurrent import StateLayer, planned_cache, states_in_graph, traceable
 from trimserve_export.exporters.rope import rope_by_length
 from trimserve_export.exporters.tracing import write_graph
 from trimserve_export.exporters.transformers_seq2seq import COMPARED, export_pair
@@ -56,6 +58,10 @@ def check_model(config: PretrainedConfig, task: str) -> None:
         )
 
 
+def check_job(job: GraphJob) -> None:
+    """Graphs for the CPU can have any dtype here; see `Exporter`."""
+
+
 def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
     """Export a checkpoint folder to ONNX; see `Exporter`."""
     require("onnxscript", extra="export", purpose="export --exporter transformers")
@@ -69,7 +75,8 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
             if job.task == TEXT2TEXT_TASK:
                 return export_pair(model, output, _trace)
             example = _decoder_example(model) if job.task == GENERATION_TASK else _encoder_example(model)
-            program = _trace(model, example)
+            with states_in_graph(model):
+                program = _trace(model, example)
     if "past_key_values" in example:
         _name_caches(program.graph, example)
     _rename(program.graph)
@@ -104,18 +111,17 @@ def _decoder_example(model: PreTrainedModel) -> dict[str, Any]:
     """A step of several tokens after a cache; the second sequence begins with a padded position."""
     mask = torch.ones(_BATCH, _CACHED + _FED, dtype=torch.int64)
     mask[1, 0] = 0
-    # A cache without the model's config keeps all positions, also where attention looks at the last ones
-    # alone: the attention mask sees to that, and the cache has no inputs of its own.
     filled = model(
         input_ids=_ids(model, _CACHED),
         attention_mask=mask[:, :_CACHED],
-        past_key_values=DynamicCache(),
+        past_key_values=planned_cache(model),
         use_cache=True,
     )
+    cache = traceable(model, filled.past_key_values)
     example = {"input_ids": _ids(model, _FED), "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
         example["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, _CACHED:]
-    return example | {"past_key_values": filled.past_key_values, "use_cache": True}
+    return example | {"past_key_values": cache, "use_cache": True}
 
 
 def _name_caches(graph: ir.Graph, example: dict[str, Any]) -> None:
@@ -128,7 +134,7 @@ def _name_caches(graph: ir.Graph, example: dict[str, Any]) -> None:
     known = {
         id(tensor): f"{number}.{kind}"
         for number, layer in enumerate(cache.layers)
-        for kind, tensor in (("key", layer.keys), ("value", layer.values))
+        for kind, tensor in _parts_of(layer).items()
     }
     fed = [value for value in graph.inputs if value.name not in example]
     leaves = [leaf for leaf in tree_leaves(cache) if isinstance(leaf, torch.Tensor)]
@@ -137,11 +143,30 @@ def _name_caches(graph: ir.Graph, example: dict[str, Any]) -> None:
             f"{_name()} gives the graph {len(fed)} inputs for a cache of {len(leaves)} tensors: use another "
             "exporter, or the version of transformers in constraints.txt."
         )
-    for value, leaf in zip(fed, leaves, strict=True):
+    # torch takes the cache that the graph gives apart like the one that it is fed.
+    given = [value for value in graph.outputs if value.name not in _OUTPUTS]
+    for place, (value, leaf) in enumerate(zip(fed, leaves, strict=True)):
         if (name := known.get(id(leaf))) is None:
             continue
-        present = _longer(value, graph)
+        if is_state(name):
+            if len(given) != len(leaves):
+                raise UnsupportedModelError(
+                    f"{_name()} gives {len(given)} outputs for a cache of {len(leaves)} tensors: use the "
+                    "version of transformers in constraints.txt."
+                )
+            present = given[place]
+            # The tracer knows no sizes of what the operators take and give.
+            value.shape = present.shape = ir.Shape(["batch_size", *leaf.shape[1:]])
+        else:
+            present = _longer(value, graph)
         value.name, present.name = f"past_key_values.{name}", f"present.{name}"
+
+
+def _parts_of(layer: Any) -> dict[str, Any]:  # noqa: ANN401 - a layer of transformers' cache
+    """The tensors of one layer that the runtime keeps, by the end of their names."""
+    if isinstance(layer, StateLayer):
+        return {"conv": layer.conv_states[0], "recurrent": layer.recurrent_states[0]}
+    return {"key": layer.keys, "value": layer.values}
 
 
 def _longer(past: ir.Value, graph: ir.Graph) -> ir.Value:
@@ -179,7 +204,7 @@ def _is_present(value: ir.Value) -> bool:
 
 
 def _axes_of(name: str) -> Sequence[str | None]:
-    return _AXES.get("past" if name.startswith("past_key_values.") else name, ())
+    return _AXES.get("past" if name.startswith("past_key_values.") and not is_state(name) else name, ())
 
 
 def _name() -> str:

@@ -238,7 +238,10 @@ def cut_vocab(
         MismatchError: the vocab was made for another vocab size.
     """
     if "save_pretrained" in model.__dict__:
-        raise UsageError("the model is cut already: restore it first, or grow the vocab before the block.")
+        raise UsageError(
+            "the model is cut already, or reversible: restore it first, or open partial_vocab's block around "
+            "the other one."
+        )
     partial = PartialVocab(model, vocab, base=base, folder=folder)
     try:
         partial.cut(optimizers)

@@ -21,6 +21,7 @@ from trimserve.errors import MismatchError
 from trimserve.files.held import HeldFile
 from trimserve.files.quantized import Quantization
 from trimserve.files.tensors import ArrayTensor, exhaust, map_tensor, read_header, write_tensors
+from trimserve.runtime.contract import empty_shape
 from trimserve.runtime.session import Session, open_session
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graphs.nodes import NodeWriter
@@ -236,7 +237,7 @@ def plain_feeds(session: Session, ids: npt.NDArray[np.int64]) -> dict[str, npt.N
     inputs = {value.name: value for value in session.get_inputs()}
     for name, value in inputs.items():
         if name.startswith("past_key_values."):
-            feeds[name] = np.zeros((1, value.shape[1], 0, value.shape[3]), _DTYPES[value.type])
+            feeds[name] = np.zeros(empty_shape(name, value.shape, 1), _DTYPES[value.type])
         elif name.startswith("cold_rows"):
             feeds[name] = np.zeros((1, value.shape[1]), _DTYPES[value.type])
     return {name: feeds[name] for name in inputs}

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ def whole_source(
     adapter: str | Path | None = None,
     near: Path | None = None,
     renamed: bool = False,
+    dequantize: bool = True,
     trust_remote_code: bool = False,
 ) -> Iterator[ModelSource]:
     """Give a model as a full one; what has to be made lies in a temporary folder for the block.
@@ -38,6 +39,7 @@ def whole_source(
         adapter: a folder or hub id of an adapter to merge into the model.
         near: the folder to make the temporary one in; the system's by default.
         renamed: also write a checkpoint anew whose tensors have names of a wrapper, for other libraries.
+        dequantize: make floats of a GGUF file; else it stays what it is, unless an adapter is merged.
         trust_remote_code: allow code that the model folder brings.
 
     Raises:
@@ -49,9 +51,8 @@ def whole_source(
         def scratch() -> Path:
             return stack.enter_context(scratch_folder("source", beside))
 
-        own, brought = _parts_of(
-            _dequantized(source, scratch) if source.has_quantized_rows else source, adapter
-        )
+        packed = source.has_quantized_rows and (dequantize or adapter is not None)
+        own, brought = _parts_of(_dequantized(source, scratch) if packed else source, adapter)
         if brought is not None:
             from trimserve_export.source.adapter import merge_adapter
 
@@ -59,6 +60,10 @@ def whole_source(
             # An adapter that names its base is a model by itself, and found again by its own name.
             own = merged if adapter is not None else replace(merged, name=source.name, adapter=None)
         whole = stack.enter_context(full_source(own, base, near=near))
+        if is_multimodal(whole):
+            from trimserve_export.source.language_model import language_model_of
+
+            whole = language_model_of(whole, scratch(), trust_remote_code=trust_remote_code)
         if renamed and whole.graph is None and whole.is_wrapped:
             whole = _write_renamed(whole, scratch())
         yield whole
@@ -78,6 +83,15 @@ def _dequantized(source: ModelSource, scratch: Callable[[], Path]) -> ModelSourc
 def is_adapter(source: ModelSource) -> bool:
     """Whether a folder holds an adapter and no model of its own."""
     return (source.path / ADAPTER_CONFIG).is_file() and not source.has_weights and source.graph is None
+
+
+def is_multimodal(source: ModelSource) -> bool:
+    """Whether a checkpoint is one of several modalities, whose language model generates text."""
+    if source.graph is not None or source.config.get("is_encoder_decoder"):
+        return False
+    architecture = next(iter(source.config.get("architectures") or ()), "")
+    has_section = isinstance(source.config.get("text_config"), dict)
+    return has_section and architecture.endswith("ForConditionalGeneration")
 
 
 def _parts_of(source: ModelSource, adapter: str | Path | None) -> tuple[ModelSource, ModelSource | None]:
@@ -119,13 +133,18 @@ def _base_of(adapter: ModelSource) -> ModelSource:
         ) from error
 
 
-def _write_renamed(source: ModelSource, folder: Path) -> ModelSource:
-    """Stream a checkpoint into another folder, its tensors by the names that they have in the model."""
-    for path in sorted(source.path.rglob("*")):
-        copy = folder / path.relative_to(source.path)
-        if path.is_file() and path not in source.weight_files and path.name != INDEX_NAME:
+def link_files(source: Path, folder: Path, left_out: Collection[str]) -> None:
+    """Link the files of a folder, but for some of its own, into an empty one."""
+    for path in sorted(source.rglob("*")):
+        copy = folder / path.relative_to(source)
+        if path.is_file() and not (path.parent == source and path.name in left_out):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(path.resolve())
+
+
+def _write_renamed(source: ModelSource, folder: Path) -> ModelSource:
+    """Stream a checkpoint into another folder, its tensors by the names that they have in the model."""
+    link_files(source.path, folder, (*(path.name for path in source.weight_files), INDEX_NAME))
     for file, (specs, metadata) in source.headers.items():
         tensors: dict[str, TensorSource] = {name: WholeTensor(spec) for name, spec in specs.items()}
         exhaust(write_tensors(folder / file.name, tensors, metadata))

@@ -78,8 +78,9 @@ class GraphModel:
         feeds = {}
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values."):
-                _, heads, _, width = value.shape
-                empty = np.zeros((1, heads, 0, width), _DTYPES[value.type])
+                is_state = value.name.endswith((".conv", ".recurrent"))
+                sizes = [1, *value.shape[1:]] if is_state else [1, value.shape[1], 0, value.shape[3]]
+                empty = np.zeros(sizes, _DTYPES[value.type])
                 feeds[value.name] = past.get(value.name.replace("past_key_values.", "present."), empty)
         return feeds
 
@@ -94,7 +95,8 @@ class GraphModel:
 
 def _cached_positions(past: Mapping[str, Array], *, of_source: bool) -> int:
     """Positions in the cache: of the source text for cross-attention, else of the tokens so far."""
-    shapes = (value.shape for name, value in past.items() if (".encoder." in name) == of_source)
+    keys = ((name, value) for name, value in past.items() if name.endswith(".key"))
+    shapes = (value.shape for name, value in keys if (".encoder." in name) == of_source)
     return next((shape[2] for shape in shapes), 0)
 
 

@@ -27,6 +27,7 @@ from trimserve_export.checkpoint.tasks import task_class
 from trimserve_export.full_model import calibration_of, export_full
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import is_static, stored_static
+from trimserve_export.to_gguf.model import GGUF_NAME
 from trimserve_export.verify.checks.generation import check_generated_ids
 from trimserve_export.verify.checks.layouts import layout_checks
 from trimserve_export.verify.checks.numbers import (
@@ -95,7 +96,12 @@ def verify(
         return VerifyResult((Check("files", False, None, str(error)),))
     with (
         scratch_folder("full") as scratch,
-        whole_source(source, adapter=adapter or manifest.source.adapter, renamed=True) as source,
+        whole_source(
+            source,
+            adapter=adapter or manifest.source.adapter,
+            renamed=True,
+            dequantize=GGUF_NAME not in manifest.files,
+        ) as source,
     ):
         source = ask_library(source)
         full = _export_full(source, opened, scratch)

@@ -310,9 +310,9 @@ def test_the_bound_is_far_below_what_a_wrong_setting_does():
     """For a 32-layer model of today's widths it is below a hundredth of the largest logit."""
     from types import SimpleNamespace
 
-    from trimserve_export.verify.source.sides import rounding_bound
+    from trimserve_export.checkpoint.rounding import rounding_bound
 
     config = SimpleNamespace(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    bound = rounding_bound(SimpleNamespace(model=model), torch.full((3, 4), 20.0).numpy())
+    whole = SimpleNamespace(get_text_config=lambda: config)
+    bound = rounding_bound(whole, torch.full((3, 4), 20.0).numpy())
     assert 1e-3 < bound / 20 < 1e-2

@@ -59,7 +59,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", default="runtime", choices=layouts, help="where ids are remapped")
     held_out = "texts to compare the cut tokenizer on (--layout tokenizer)"
     parser.add_argument("--held-out", nargs="+", metavar="FILE", help=held_out)
-    parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors"), help="what to write")
+    parser.add_argument("--to", default="onnx", choices=("onnx", "safetensors", "gguf"), help="what to write")
     parser.add_argument("--quantize", choices=("int4", "int8"), help="round the weights, in blocks of 32")
     bits = "of the vocab head's rows with --quantize (default: 8)"
     parser.add_argument("--vocab-bits", type=int, choices=(4, 8), help=bits)
@@ -105,7 +105,12 @@ def run(args: argparse.Namespace) -> int:
         args.vocab = _own_vocab(checkpoint, options)
     trusted = {"trust_remote_code": args.trust_remote_code}
     with whole.whole_source(
-        checkpoint, args.base, adapter=args.adapter, near=args.output.parent, **trusted
+        checkpoint,
+        args.base,
+        adapter=args.adapter,
+        near=args.output.parent,
+        dequantize=args.to != "gguf",
+        **trusted,
     ) as source:
         exporter.check_early(source, exporter.Options(**settings))  # before minutes of reading a corpus
         profiles = _profiles(args, source)
@@ -113,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
         if args.layout == "tokenizer":
             profile = add_up(list(profiles.values())) if isinstance(profiles, dict) else profiles
             settings |= {"profile": profile, "sample": _sample(args, source, profile)}
-        if args.quantize is not None and args.device == "cpu" and not args.no_calibration:
+        rounds = args.quantize is not None and args.device == "cpu" and args.to == "onnx"
+        if rounds and not args.no_calibration:
             settings["calibration"] = _calibration(args, source, profiles)
         result = exporter.export(source, vocab, args.output, overwrite=args.overwrite, **settings)
     document: dict[str, Any] = result.to_dict()
@@ -133,12 +139,12 @@ _RULES = (
     Rule(
         ("exporter",),
         lambda args: args.exporter == "auto" or args.to == "onnx",
-        "makes a graph and --to safetensors stops before there is one: leave one of them out.",
+        "makes a graph and --to safetensors or gguf makes none: leave one of them out.",
     ),
     Rule(
         ("device",),
         lambda args: args.device == "cpu" or args.to == "onnx",
-        "is about a graph and --to safetensors makes none: leave one of them out.",
+        "is about a graph and --to safetensors or gguf makes none: leave one of them out.",
     ),
     Rule(
         ("vocab_bits", "calibrate", "no_calibration"),
@@ -149,6 +155,11 @@ _RULES = (
         ("vocab_bits", "calibrate", "no_calibration"),
         lambda args: args.device == "cpu",
         "means nothing to the builder that quantises graphs for other devices: leave it out.",
+    ),
+    Rule(
+        ("calibrate", "no_calibration"),
+        lambda args: args.to != "gguf",
+        "is about rounding by texts, and --to gguf rounds as llama.cpp's formats are: leave it out.",
     ),
     Rule(
         ("calibrate",),

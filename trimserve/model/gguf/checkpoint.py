@@ -103,7 +103,8 @@ def named_tensors(
                 f"{file.path}: {name} should be {' x '.join(map(str, expected))} by the metadata but is "
                 f"{' x '.join(map(str, tensor.shape))}: make the file again."
             )
-        found[names[name]] = _as_in_transformers(tensor, part, architecture, config)
+        order, shift = as_in_transformers(name, tensor.shape[0], architecture, config)
+        found[names[name]] = DequantizedTensor(tensor, order, shift)
     return found
 
 
@@ -134,14 +135,26 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _as_in_transformers(
-    tensor: GgufTensor, part: str, architecture: Architecture, config: Mapping[str, Any]
-) -> DequantizedTensor:
+def as_in_transformers(
+    name: str, rows: int, architecture: Architecture, config: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.int64] | None, float]:
+    """How a stored tensor differs from the one that transformers has.
+
+    Args:
+        name: llama.cpp's.
+        rows: of the tensor.
+        architecture: of the model.
+        config: its config.json.
+
+    Returns:
+        Which stored row stands at each place (None where all do as they are), and what is added to numbers.
+    """
+    part = _part(name)
     if architecture.shifted_norms and part.endswith("norm"):
-        return DequantizedTensor(tensor, shift=-1.0)
+        return None, -1.0
     if architecture.interleaved and part in _HEADS:
-        return DequantizedTensor(tensor, order=_halves_of_heads(tensor.shape[0], config[_HEADS[part]]))
-    return DequantizedTensor(tensor)
+        return _halves_of_heads(rows, config[_HEADS[part]]), 0.0
+    return None, 0.0
 
 
 def _halves_of_heads(rows: int, heads: int) -> npt.NDArray[np.int64]:

@@ -10,11 +10,14 @@ import onnx_ir as ir
 from trimserve.arrays import Ids
 from trimserve.errors import UsageError
 from trimserve.folder.names import TOKENIZER_NAME
+from trimserve.runtime.contract import empty_shape
 from trimserve.runtime.session import open_session
 from trimserve.text.tokenizer import load_tokenizer
 from trimserve_export.from_graph.trimmed import save_untrimmed
 from trimserve_export.layouts.drop_in import id_table
 from trimserve_export.layouts.segmentation import unknown_id
+from trimserve_export.to_gguf.model import GGUF_NAME
+from trimserve_export.verify.checks.gguf import check_gguf_tokenizer, check_gguf_weights
 from trimserve_export.verify.checks.numbers import check_differences
 from trimserve_export.verify.checks.parts import check_part_outputs, has_parts
 from trimserve_export.verify.checks.quantized import quantized_checks
@@ -39,6 +42,10 @@ def layout_checks(context: Context) -> Iterator[tuple[str, Callable[[Context], C
     cut = manifest.layout == "tokenizer"
     yield "files", check_files
     yield "tokenizer", check_cut_tokenizer if cut else check_tokenizer
+    if GGUF_NAME in manifest.files:
+        yield "kept-rows", check_gguf_weights
+        yield "gguf-tokenizer", check_gguf_tokenizer
+        return
     yield "kept-rows", check_kept_rows if context.source.graph is None else check_retrimmed
     if has_parts(manifest):
         yield "layout-outputs", check_part_outputs
@@ -161,8 +168,7 @@ def _run(session: "ort.InferenceSession", ids: npt.ArrayLike) -> dict[str, Array
     }
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            _, heads, _, width = value.shape
-            feeds[value.name] = np.zeros((1, heads, 0, width), _DTYPES[value.type])
+            feeds[value.name] = np.zeros(empty_shape(value.name, value.shape, 1), _DTYPES[value.type])
     names = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
     values = session.run(outputs, {name: feeds[name] for name in names})

@@ -24,7 +24,8 @@ def check_source(context: Context) -> Check:
     """Compare the folder with the original in its own library; docs/verify.md says within which bounds."""
     if context.source.graph is not None:
         return Check(NAME, None, None, "not comparable: no checkpoint (the source is an ONNX graph)")
-    sides = Sides(context, Original(context.source.root, context.folder.manifest.task))
+    folder = context.source.composite or context.source.root
+    sides = Sides(context, Original(folder, context.folder.manifest.task))
     library, parts = sides.original.library, []
     for compare in _comparisons(sides):
         try:

@@ -5,9 +5,10 @@ import numpy as np
 from trimserve.folder.tasks import GENERATION_TASK
 from trimserve.generation.generator import Generator
 from trimserve.generation.options import Mode
+from trimserve_export.checkpoint.rounding import rounding_bound
 from trimserve_export.verify.source.lengths import across_limits, longest_text
 from trimserve_export.verify.source.original import Original
-from trimserve_export.verify.source.sides import Differs, Numbers, Part, Sides, rounding_bound, shortened
+from trimserve_export.verify.source.sides import Differs, Numbers, Part, Sides, shortened
 
 _PROMPTS, _NEW_TOKENS = 3, 12
 
@@ -70,4 +71,6 @@ def _is_tie(original: Original, prompt: list[int], expected: list[int], found: l
     if step is None or original.task != GENERATION_TASK:
         return False
     logits = original.outputs([*prompt, *expected[:step]], last=1)[-1]
-    return abs(float(logits[expected[step]] - logits[found[step]])) <= rounding_bound(original, logits)
+    return abs(float(logits[expected[step]] - logits[found[step]])) <= rounding_bound(
+        original.model.config, logits
+    )

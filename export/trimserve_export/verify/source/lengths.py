@@ -6,6 +6,7 @@ import numpy as np
 
 from trimserve.arrays import Floats, Ids
 from trimserve.folder.tasks import ENCODER_TASKS
+from trimserve_export.checkpoint.lengths import limits_of
 from trimserve_export.verify.source.encoders import EMBEDDING_BOUND, add_outputs, embedding_difference
 from trimserve_export.verify.source.sides import Numbers, Part, Sides
 from trimserve_export.verify.texts import ORDINARY
@@ -13,11 +14,7 @@ from trimserve_export.verify.texts import ORDINARY
 # Positions of a long text that are compared, counted from its end.
 _LAST = 8
 # A text of more tokens than this is not run; fewer where the model is large (tokens x parameters).
-_MOST_TOKENS, _LEAST_TOKENS, _WORK = 2048, 128, 4e11
-_KEYS = (
-    *("max_position_embeddings", "n_positions", "max_seq_len", "original_max_position_embeddings"),
-    *("sliding_window", "window_size", "local_attention"),
-)
+_MOST_TOKENS, _LEAST_TOKENS, _WORK = 8300, 128, 4e12
 _FILLERS = 8
 
 
@@ -57,10 +54,7 @@ def _listed(lengths: list[int]) -> str:
 
 def _limits(sides: Sides) -> list[int]:
     """Lengths at which something may change, by the configs."""
-    configs = list(sides.context.source.text_configs())
-    ropes = (config.get(key) for config in configs for key in ("rope_scaling", "rope_parameters"))
-    configs += [rope for rope in ropes if isinstance(rope, dict)]
-    numbers = [config[key] for config in configs for key in _KEYS if key in config]
+    numbers: list[int | None] = [*limits_of(sides.context.source.text_configs())]
     manifest = sides.context.folder.manifest
     if manifest.lengths is not None:
         numbers += [manifest.lengths.longest, manifest.lengths.unchanged]

@@ -1,6 +1,5 @@
 """Both sides of a comparison with the source, and what is said of it."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,17 +8,13 @@ import numpy as np
 
 from trimserve.arrays import Floats, Ids
 from trimserve.loading import load
+from trimserve_export.checkpoint.rounding import rounding_bound
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.plain_run import GraphModel, Model, Seq2SeqModel
 from trimserve_export.verify.source.original import Original
 
 # Texts that numbers are compared on, the user's first.
 _TEXTS = 32
-# Unit roundoff of fp32, and how many standard deviations of a sum's rounding error are allowed.
-_ROUNDOFF, _DEVIATIONS = 2.0**-24, 4
-# Products one after the other in a layer: query and key, value, output, and the two of the feed-forward part.
-_PRODUCTS = 5
-_WIDTHS = ("hidden_size", "intermediate_size", "d_model", "d_ff", "n_embd", "dim", "hidden_dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +113,10 @@ class Sides:
     @property
     def steps(self) -> GraphModel | None:
         """The graph, if it has a cache and is fed in steps."""
-        has_cache = isinstance(self.graph, GraphModel) and "present.0.key" in self.graph.outputs
-        return self.graph if has_cache and isinstance(self.graph, GraphModel) else None
-
-
-def rounding_bound(original: Original, numbers: Floats) -> float:
-    """How far two fp32 computations of the same numbers may lie apart.
-
-    A sum of n products has a rounding error of about sqrt(n) u times the numbers' size (Higham & Mary 2019,
-    https://doi.org/10.1137/18M1226312), and errors of the products that follow one another add up: each of
-    the two sides may be wrong by 4 standard deviations of that.
-    """
-    config = original.model.config.get_text_config()
-    named = (getattr(config, name, None) for name in _WIDTHS)
-    width = max((number for number in named if isinstance(number, int)), default=1024)
-    layers = getattr(config, "num_hidden_layers", None)
-    products = _PRODUCTS * (layers if isinstance(layers, int) else 12) + 2
-    relative = 2 * _DEVIATIONS * products * math.sqrt(width) * _ROUNDOFF
-    return relative * max(1.0, float(np.abs(numbers).max(initial=0.0)))
+        if not isinstance(self.graph, GraphModel):
+            return None
+        has_cache = any(name.startswith("present.") and name.endswith(".key") for name in self.graph.outputs)
+        return self.graph if has_cache else None
 
 
 @dataclass(slots=True)
@@ -155,7 +136,7 @@ class Numbers:
         """
         if expected.shape != found.shape:
             raise Differs(f"{what} have the shape {expected.shape}, found {found.shape}")
-        bound = rounding_bound(self.original, expected)
+        bound = rounding_bound(self.original.model.config, expected)
         difference = float(np.abs(expected.astype(np.float64) - found).max(initial=0.0))
         if not difference <= bound:
             raise Differs(f"{what} differ by {difference:.3g}, the bound is {bound:.3g}", difference)

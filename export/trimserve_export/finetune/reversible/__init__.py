@@ -1,0 +1,1 @@
+"""Reversible fine-tuning (MEFT): layers coupled so that backward recomputes what forward did not keep."""
