@@ -20,7 +20,6 @@ BESIDE_OPTIMUM = frozenset(
         "cli/test_run_sentence",
         "decoding/test_beam",
         "decoding/test_token_rules",
-        "encoder/test_cross_encoder",
         "encoder/test_encoder",
         "encoder/test_sentence_transformers",
         "encoder/test_sparse_encoder",

@@ -21,9 +21,9 @@ def quiet() -> Iterator[None]:
     text = io.StringIO()
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
-    torch_logger = logging.getLogger("torch")  # torch.export writes to the real stderr
-    torch_level = torch_logger.level
-    torch_logger.setLevel(logging.ERROR)
+    # torch.export writes to the real stderr, and transformers' exporters log by the names of their files.
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     try:
         with (
             warnings.catch_warnings(),
@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(level)
-        torch_logger.setLevel(torch_level)
+        logging.disable(disabled)
         for line in text.getvalue().splitlines():
             logger.debug("%s", line)
 

@@ -152,7 +152,7 @@ def _name_caches(graph: ir.Graph, example: dict[str, Any]) -> None:
             if len(given) != len(leaves):
                 raise UnsupportedModelError(
                     f"{_name()} gives {len(given)} outputs for a cache of {len(leaves)} tensors: use the "
-                    "version of transformers in constraints-next.txt."
+                    "version of transformers in constraints.txt."
                 )
             present = given[place]
             # The tracer knows no sizes of what the operators take and give.
