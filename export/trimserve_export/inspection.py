@@ -87,6 +87,10 @@ class ModelFacts:
     kind: str = "model"
 
 
+# Of a folder without tables (`trimserve_export.tokenizer_tables`).
+WHOLE = "loaded whole"
+
+
 @dataclass(frozen=True, slots=True)
 class TrimmedFacts:
     """A trimmed folder, by its manifest."""
@@ -103,6 +107,7 @@ class TrimmedFacts:
     bytes: int
     verified: bool | None
     head_rows: int | None = None
+    tokenizer: str = WHOLE
     kind: str = "trimmed"
 
 
@@ -209,6 +214,7 @@ def _inspect_trimmed(path: Path) -> TrimmedFacts:
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         verified=manifest.verification["ok"] if manifest.verification else None,
         head_rows=manifest.head_rows,
+        tokenizer=manifest.tokenizer.get("tables", WHOLE),
     )
 
 

@@ -39,6 +39,7 @@ from trimserve_export.source.admission import check_source
 from trimserve_export.source.whole import whole_source
 from trimserve_export.static_embedding import fill_from_static, is_static
 from trimserve_export.to_gguf.fill import fill_gguf
+from trimserve_export.tokenizer_tables import with_tables
 from trimserve_export.trial import try_folder
 
 logger = logging.getLogger(__name__)
@@ -232,6 +233,7 @@ def _fill(
     manifest = with_card(filled, source, folder)
     if wants_sketch(manifest, options.sketch):
         manifest = write_sketch(TrimmedFolder(folder, manifest, vocab), SKETCH_BITS[options.sketch or "int8"])
+    manifest = with_tables(manifest, source, folder)
     write_manifest(folder, manifest)
     return manifest
 

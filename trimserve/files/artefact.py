@@ -69,6 +69,12 @@ def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArr
         UsageError: there is no such file.
         MismatchError: it is no artefact of this kind, or of a schema this version cannot read.
     """
+    arrays, facts = map_artefact(path, kind)
+    return {name: np.array(values) for name, values in arrays.items()}, facts
+
+
+def map_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Map the arrays of an artefact read-only, without reading them; as `load_artefact` else."""
     if isinstance(path, HeldFile):
         file, path = path, path.path
     elif path.is_file():
@@ -91,4 +97,4 @@ def load_artefact(path: Path | HeldFile, kind: str) -> tuple[dict[str, npt.NDArr
         for key, value in metadata.items()
         if key not in ("kind", "schema_version")
     }
-    return {name: np.array(map_tensor(spec)) for name, spec in specs.items()}, facts
+    return {name: map_tensor(spec) for name, spec in specs.items()}, facts

@@ -17,7 +17,14 @@ from trimserve.files.checked_json import convert_json, parse_json, read_json
 from trimserve.files.held import HeldFile
 from trimserve.files.model_json import MOST_ROWS
 from trimserve.files.quantized import Quantization
-from trimserve.folder.names import CALIBRATION_NAME, COLD_PREFIX, MANIFEST_NAME, VOCAB_NAME, check_inner_name
+from trimserve.folder.names import (
+    CALIBRATION_NAME,
+    COLD_PREFIX,
+    MANIFEST_NAME,
+    TOKENIZER_TABLES_NAME,
+    VOCAB_NAME,
+    check_inner_name,
+)
 from trimserve.folder.tasks import Task
 
 # Where ids are remapped: see docs/layouts.md.
@@ -240,7 +247,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def stored_weight_bytes(files: Mapping[str, FileEntry]) -> int:
     """Bytes of the graphs and their data, or of the trimmed checkpoint; never of what lies beside them."""
-    others = (VOCAB_NAME, CALIBRATION_NAME)
+    others = (VOCAB_NAME, CALIBRATION_NAME, TOKENIZER_TABLES_NAME)
     names = (name for name in files if name not in others and not name.startswith(COLD_PREFIX))
     return sum(
         files[name].bytes for name in names if name.endswith((".onnx", ".onnx_data", ".safetensors", ".gguf"))

@@ -17,6 +17,8 @@ CALIBRATION_NAME = "calibration.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
 # What the source's library makes of it on loading, where that gives other ids or text.
 EFFECTIVE_TOKENIZER_NAME = "tokenizer.effective.json"
+# Its model as tables that are mapped (`trimserve.text.mapped`).
+TOKENIZER_TABLES_NAME = "tokenizer_tables.safetensors"
 # The files that a source's tokenizer is read from.
 SOURCE_TOKENIZER_FILES = (
     TOKENIZER_NAME,

@@ -16,13 +16,18 @@ from tokenizers import Encoding, Tokenizer
 from trimserve.arrays import Ids
 from trimserve.concurrency import Lock, Once
 from trimserve.errors import MismatchError, UnknownIdError, UsageError
+from trimserve.folder.names import TOKENIZER_TABLES_NAME
 from trimserve.folder.opening import TrimmedFolder
+from trimserve.foreign import foreign
 from trimserve.text.batching import Encoded, Joined, Servable, SlottedBatch, join
 from trimserve.text.cleanup import clean_up
 from trimserve.text.fallback import Fallback
+from trimserve.text.mapped.tables import Tables
+from trimserve.text.mapped.tokenizer import MappedTokenizer
 from trimserve.text.streaming import StreamDecoder
 from trimserve.text.tokenizer import parse_tokenizer, special_ids, tokenizer_border
 
+_AGAIN = "export the folder again."
 _BATCH = 1024  # texts that the tokenizer takes at a time; it works on them in parallel
 # A text, or two that a model reads together.
 Text = str | tuple[str, str]
@@ -32,7 +37,8 @@ class Codec:
     """The original tokenizer of a folder and the way from its token ids to the graph's inputs.
 
     Attributes:
-        tokenizer: the `tokenizers.Tokenizer`; padding and truncation of its file are off.
+        tokenizer: a `tokenizers.Tokenizer`, or one that does the same with a mapped model; padding and
+            truncation of its file are off.
         vocab: the folder's VocabMap.
         special_ids: token ids that decoding leaves out.
     """
@@ -250,10 +256,20 @@ class Codec:
             self._lock.lost = False
 
     def _load(self) -> Tokenizer:
-        file = self._folder.opened(self._folder.tokenizer_name)
-        tokenizer = parse_tokenizer(file.read(), str(file.path))
+        """The tokenizer, its model mapped where the folder has tables of it."""
+        if TOKENIZER_TABLES_NAME in self._folder.manifest.files:
+            tables = Tables.read(self._folder.opened(TOKENIZER_TABLES_NAME))
+            _check_hash(self._folder, TOKENIZER_TABLES_NAME, tables.tokenizer_sha256)
+            with foreign(f"{self._folder.path / TOKENIZER_TABLES_NAME} cannot be used", advice=_AGAIN):
+                tokenizer: Tokenizer = MappedTokenizer(tables, self._load_whole)
+        else:
+            tokenizer = self._load_whole()
         tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
         return tokenizer
+
+    def _load_whole(self) -> Tokenizer:
+        file = self._folder.opened(self._folder.tokenizer_name)
+        return parse_tokenizer(file.read(), str(file.path))
 
     def _truncate(self, max_tokens: int | None, add_special_tokens: bool, *, pairs: bool) -> None:
         added = self.tokenizer.num_special_tokens_to_add(pairs) if add_special_tokens else 0
@@ -314,14 +330,16 @@ def _check_texts(texts: Sequence[Text]) -> None:
 
 
 def _check_hashes(folder: TrimmedFolder) -> None:
+    name = folder.tokenizer_name
+    _check_hash(folder, name, folder.manifest.files[name].sha256)
+    if folder.vocab.tokenizer_sha256:
+        _check_hash(folder, "the vocab", folder.vocab.tokenizer_sha256)
+
+
+def _check_hash(folder: TrimmedFolder, name: str, digest: str) -> None:
     expected = folder.manifest.tokenizer_sha256
-    found = {
-        folder.tokenizer_name: folder.manifest.files[folder.tokenizer_name].sha256,
-        "the vocab": folder.vocab.tokenizer_sha256 or expected,
-    }
-    for name, digest in found.items():
-        if digest != expected:
-            raise MismatchError(
-                f"{folder.path} was made for the tokenizer {expected[:12]}…, but {name} belongs to "
-                f"{digest[:12]}…: export the folder again."
-            )
+    if digest != expected:
+        raise MismatchError(
+            f"{folder.path} was made for the tokenizer {expected[:12]}…, but {name} belongs to "
+            f"{digest[:12]}…: export the folder again."
+        )

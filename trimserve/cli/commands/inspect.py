@@ -101,6 +101,7 @@ def _trimmed_summary(folder: dict[str, Any]) -> str:
         ("vocab rows", f"{folder['kept']:,} of {folder['vocab_size']:,} ({share})"),
         *([("head rows", f"{folder['head_rows']:,}")] if folder["head_rows"] else []),
         ("coverage", coverage),
+        ("tokenizer", folder["tokenizer"]),
         ("cut", ", ".join(folder["cut"])),
         ("cold rows", human_bytes(folder["cold_bytes"]) if folder["cold_bytes"] else "left out"),
         ("bytes", human_bytes(folder["bytes"])),
