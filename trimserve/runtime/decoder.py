@@ -113,11 +113,6 @@ class Decoder:
         """
         return self.takes_positions and not self._shares_buffers and self.unchanged is None
 
-    @property
-    def takes_beams(self) -> bool:
-        """Whether its cache can hold several sequences of one length."""
-        return not self._shares_buffers
-
     def empty_cache(self, batch: int) -> KVCache:
         """A cache that holds nothing yet, for `batch` sequences."""
         kind = SharedCache if self._shares_buffers else GrowingCache
