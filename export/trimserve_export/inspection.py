@@ -89,7 +89,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class TrimmedFacts:
-    """A trimmed folder, by its manifest."""
+    """A trimmed folder, by its manifest; `fusion` as there."""
 
     path: str
     base_model: str
@@ -103,6 +103,7 @@ class TrimmedFacts:
     bytes: int
     verified: bool | None
     head_rows: int | None = None
+    fusion: dict[str, Any] | None = None
     kind: str = "trimmed"
 
 
@@ -209,6 +210,7 @@ def _inspect_trimmed(path: Path) -> TrimmedFacts:
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         verified=manifest.verification["ok"] if manifest.verification else None,
         head_rows=manifest.head_rows,
+        fusion=manifest.fusion,
     )
 
 
