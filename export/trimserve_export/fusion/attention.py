@@ -125,7 +125,8 @@ def _present(join: ir.Node) -> ir.Value:
 
 def _product(value: ir.Value, index: int) -> ir.Node:
     """The product that keys or values go into, behind what repeats and turns them."""
-    pending, seen, found = [value], set(), []
+    pending, seen = [value], set[ir.Node]()
+    found: list[ir.Node] = []
     while pending:
         for use in pending.pop().uses():
             if use.node.op_type == "MatMul" and use.idx == index:

@@ -152,7 +152,8 @@ class AttentionWriter:
         else:
             raise Unfused("its queries, keys and values are no columns of products with constant matrices")
         size = attention.size
-        made = [self._normed(part, value, size, writer) for part, value in zip(parts, apart, strict=True)]
+        pairs = zip(parts, apart, strict=True)
+        made: list[ir.Value | None] = [self._normed(part, value, size, writer) for part, value in pairs]
         return made, together
 
     @staticmethod
