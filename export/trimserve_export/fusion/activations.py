@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import erf, pi, sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ class _Operator:
     curve: Callable[[Curve], Curve]
     op_type: str
     domain: str = "com.microsoft"
-    attributes: dict[str, float] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 def _sigmoid(x: Curve) -> Curve:

@@ -88,7 +88,7 @@ def packed(parts: Sequence[Linear], writer: NodeWriter, name: str) -> ir.Value:
     inputs = int(tensor.shape.numpy()[1 if parts[0].product.by_row else 0])
     outputs = sum(part.width for part in parts)
 
-    def matrix() -> ir.Tensor:
+    def matrix() -> ir.TensorProtocol:
         return ir.Tensor(
             np.ascontiguousarray(np.concatenate([part.matrix() for part in parts], axis=1)),
             name=f"{name}/weight",

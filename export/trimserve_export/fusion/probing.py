@@ -5,7 +5,7 @@ Exporters spell rotary tables, masks and heads in ever new ways, and each way gi
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from trimserve_export.shapes.sizes import Size, Sizes
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 _SHAPES = frozenset({"Shape", "Size"})
 
 
