@@ -13,6 +13,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from trimserve.console import human_bytes, percent
 from trimserve.files.hashes import sha256_file
 from trimserve.files.quantized import Quantization
+from trimserve.folder.fusion import describe_fusion
 from trimserve.folder.manifest import FileEntry, Manifest, replace_listed, stored_weight_bytes
 from trimserve.folder.names import COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK, has_vocab_head
@@ -164,6 +165,8 @@ def _facts(manifest: Manifest, bytes_after: int) -> Iterator[tuple[str, str]]:
         from trimserve_export.serving.quality import Quality  # needs onnx
 
         yield "quantised", Quality.from_dict(manifest.quality).describe()
+    if manifest.fusion is not None:
+        yield "attention", describe_fusion(manifest.fusion)
     yield "cut", ", ".join(f"`{tensor.name}` (axis {tensor.axis})" for tensor in manifest.cut)
     if COLD_NAME in manifest.files:
         yield "cold rows", f"{human_bytes(manifest.files[COLD_NAME].bytes)}, memory-mapped"

@@ -93,7 +93,7 @@ WHOLE = "loaded whole"
 
 @dataclass(frozen=True, slots=True)
 class TrimmedFacts:
-    """A trimmed folder, by its manifest."""
+    """A trimmed folder, by its manifest; `fusion` as there."""
 
     path: str
     base_model: str
@@ -108,6 +108,7 @@ class TrimmedFacts:
     verified: bool | None
     head_rows: int | None = None
     tokenizer: str = WHOLE
+    fusion: dict[str, Any] | None = None
     kind: str = "trimmed"
 
 
@@ -215,6 +216,7 @@ def _inspect_trimmed(path: Path) -> TrimmedFacts:
         verified=manifest.verification["ok"] if manifest.verification else None,
         head_rows=manifest.head_rows,
         tokenizer=manifest.tokenizer.get("tables", WHOLE),
+        fusion=manifest.fusion,
     )
 
 

@@ -1,5 +1,6 @@
 """Assemble the manifest of a folder: what every way of making one says in the same words, said once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from trimserve.version import __version__
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.head_ids import head_rows
 from trimserve_export.checkpoint.source_tokenizer import tokenizer_entry
+from trimserve_export.fusion.fuse import fusion_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,4 +73,10 @@ def assemble_manifest(
         segmentation=made.segmentation,
         lengths=made.lengths,
         generation=made.generation,
+        fusion=_fusion(folder, made.graphs) if layout == "runtime" else None,
     )
+
+
+def _fusion(folder: Path, graphs: Mapping[str, str]) -> dict[str, Any] | None:
+    """What fusing the decoder came to, as its graph says."""
+    return fusion_of(folder / graphs["model"]) if "model" in graphs else None

@@ -17,7 +17,6 @@ from trimserve_export.verify import verify
 
 pytestmark = [
     pytest.mark.export,
-    pytest.mark.next,
     pytest.mark.skipif(not is_installed("genai"), reason="needs transformers 5 and onnxruntime-genai"),
 ]
 

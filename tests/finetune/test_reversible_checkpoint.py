@@ -14,7 +14,7 @@ from tests.support.reversing import use_adapters
 from trimserve.finetune import reversible
 from trimserve_export.checkpoint.tasks import load_model
 
-pytestmark = [pytest.mark.export, pytest.mark.next, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
 
 def test_checkpoint_is_the_inference_form(tmp_path):

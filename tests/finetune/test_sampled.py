@@ -18,7 +18,7 @@ from trimserve.finetune import make_sampled, partial_vocab, reversible, sampled_
 from trimserve_export.finetune.sampled.norms import NormCache, sample_places
 from trimserve_export.finetune.sampled.selection import choose_rows
 
-pytestmark = [pytest.mark.export, pytest.mark.next, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("one_thread")]
 
 ROWS, COUNT, DRAWS = 40, 12, 2000
 

@@ -122,9 +122,8 @@ def test_each_setting_of_the_folder_and_of_the_call_is_generates(pair, bare, ful
         ends | {"min_length": 30},
         ends | {"exponential_decay_length_penalty": [3, 1.6]},
     ]
-    if bare._decoder.takes_beams:
-        cases.append({"num_beams": 3} | ends)
-        cases.append({"num_beams": 2, "repetition_penalty": 1.4})
+    cases.append({"num_beams": 3} | ends)
+    cases.append({"num_beams": 2, "repetition_penalty": 1.4})
     for number, case in enumerate(cases):
         expected = [by_torch(pair, full, prompt, **case) for prompt in prompts]
         # Each of them matters; what has a case of its own only makes another matter here.
@@ -243,8 +242,6 @@ def _library_defaults():
 
 def test_beam_sampling_is_distributed_as_generates(pair, bare, full, prompts):
     """First tokens of two sampled beams, against many draws of transformers'."""
-    if not bare._decoder.takes_beams:
-        pytest.skip("this exporter's cache holds one sequence")
     options = {"do_sample": True, "num_beams": 2, "top_k": 4, "temperature": 3.0}
     draws = 120
     torch.manual_seed(0)

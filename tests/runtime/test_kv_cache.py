@@ -133,6 +133,24 @@ def test_steps_and_cuts_give_what_one_run_over_all_tokens_gives(full_graph, roun
         assert cache.lengths.tolist() == [len(fed)]
 
 
+def test_beams_share_buffers(full_graph, rounding, monkeypatch):
+    """Sequences of one length that are chosen anew at every step, each against a cache of its own."""
+    monkeypatch.setattr(kv, "_FIRST_CAPACITY", 4)  # the buffers have to grow
+    decoder, rng = Decoder(open_session(full_graph)), np.random.default_rng(3)
+    cache = decoder.empty_cache(1)
+    fed = [rng.integers(0, V, 3).tolist()]
+    feed(decoder, cache, fed[0])
+    for rows in ([0, 0, 0], [2, 0, 1], [1, 1], [0, 1]):
+        cache.select(rows)
+        fed = [fed[row] + [int(rng.integers(0, V))] for row in rows]
+        found = decoder.step(cache, np.array([ids[-1:] for ids in fed]), decoder.no_rows).logits[:, 0]
+        assert cache.lengths.tolist() == [len(fed[0])] * len(rows)
+        whole = np.stack([feed(decoder, decoder.empty_cache(1), ids)[-1] for ids in fed])
+        assert_within(found, whole, rounding, rows=-1)
+    with pytest.raises(ValueError, match="one length"):
+        cache.cut(np.array([1, 0]))
+
+
 def test_exact_generation_with_shared_buffers_is_the_full_graphs(full_graph, tmp_path):
     from trimserve.exact.checker import ExactChecker
     from trimserve.folder.names import COLD_HEAD_NAME, COLD_MAX_NAME

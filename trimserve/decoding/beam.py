@@ -192,17 +192,12 @@ class BeamSearch:
         """Prepare a search.
 
         Args:
-            decoder: its cache must be able to hold several sequences.
+            decoder: the graph.
             vocab: the kept ids.
             cold: rows of the cold ids, for slots.
             head: for exact mode; None for compact mode, or where every id is kept.
             params: how beams are kept.
-
-        Raises:
-            UsageError: the decoder's cache holds one sequence only.
         """
-        if not decoder.takes_beams:
-            raise UsageError("this model's KV cache holds one sequence, so it has no beams: use num_beams=1.")
         self._feeder = Feeder(decoder, vocab, cold)
         self._after_head = decoder.after_head
         self._head_vocab = vocab.head

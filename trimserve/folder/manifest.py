@@ -120,6 +120,8 @@ class Manifest:
         tokenizer: which file texts are tokenized with (`file`), the library and version that made or proved
             it, and `settings` that the file cannot hold; empty in folders of older versions.
         lengths: how long a text may be; None in folders made before this was written down.
+        fusion: of a decoder's graph: whether its attention is fused, nodes before and after, and the reason
+            where it is not (`fusion.fuse.Fusion`); None of other graphs, and in folders of older versions.
         generation: of a generator: `transformers_version`, which read the source's configs, and the settings
             that it takes from config.json where there is no generation_config.json.
     """
@@ -147,6 +149,7 @@ class Manifest:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     lengths: Lengths | None = None
     generation: dict[str, Any] | None = None
+    fusion: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:

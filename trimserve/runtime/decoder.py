@@ -122,11 +122,6 @@ class Decoder:
         """How many tokens can be taken out of its cache again; None for any number."""
         return None if self._states is None else self._states.reach
 
-    @property
-    def takes_beams(self) -> bool:
-        """Whether its cache can hold several sequences of one length."""
-        return not self._shares_buffers
-
     def empty_cache(self, batch: int) -> KVCache:
         """A cache that holds nothing yet, for `batch` sequences."""
         kind = SharedCache if self._shares_buffers else GrowingCache

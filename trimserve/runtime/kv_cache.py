@@ -165,23 +165,21 @@ class GrowingCache:
 class SharedCache:
     """A `KVCache` in buffers that past and present share, for graphs with GroupQueryAttention.
 
-    For one sequence: the operator counts positions from the buffer's start, so that sequences of
-    unequal length could not be aligned at the right.
+    For sequences of one length, such as beams: the operator counts positions from the buffer's start, so
+    that others could not be aligned at the right.
     """
 
     def __init__(self, layout: KVLayout, batch: int) -> None:
-        if batch != 1:
-            raise ValueError(f"a shared cache holds one sequence, not {batch}")
         self._layout = layout
         self._capacity = _FIRST_CAPACITY
-        self._values = layout.zeros(1, self._capacity)
-        self.mask: Mask = np.zeros((1, 0), np.int64)
+        self._values = layout.zeros(batch, self._capacity)
+        self.mask: Mask = np.zeros((batch, 0), np.int64)
         self.bound = Bound()
 
     @property
     def lengths(self) -> Mask:
-        """Tokens of the sequence."""
-        return np.array([self.mask.shape[1]], np.int64)
+        """Tokens of each sequence, all alike."""
+        return np.full(self.mask.shape[0], self.mask.shape[1], np.int64)
 
     def append(self, new: Mask) -> None:
         """Count positions; see `KVCache`."""
@@ -200,26 +198,33 @@ class SharedCache:
         """Nothing to do: the buffers are the present."""
 
     def cut(self, drop: Mask) -> None:
-        """Forget the last positions; the next step writes over them."""
+        """Forget the last positions, equally many of each; the next step writes over them."""
+        if (drop != drop[0]).any():
+            raise ValueError(f"sequences of a shared cache have one length: {drop.tolist()} cannot be cut")
         self.mask = self.mask[:, : self.mask.shape[1] - int(drop[0])]
 
     def select(self, rows: Sequence[int]) -> None:
-        """There is one sequence to keep."""
-        if list(rows) != [0]:
-            raise ValueError(f"a shared cache holds sequence 0 alone, not {list(rows)}")
+        """Copy the chosen sequences into buffers of their own."""
+        if list(rows) != list(range(self.mask.shape[0])):
+            self._copy(list(rows), self.mask.shape[1])
+            self.mask = self.mask[np.asarray(rows, np.int64)]
 
     def _reserve(self, length: int, *, kept: int) -> None:
         if length <= self._capacity:
             return
         while self._capacity < length:
             self._capacity *= 2
-        larger = []
+        self._copy(list(range(self.mask.shape[0])), kept)
+
+    def _copy(self, rows: list[int], kept: int) -> None:
+        """Move the first `kept` positions of some sequences to new buffers of the capacity."""
+        copies = []
         for value in self._values:
             old = value.numpy()
-            new = np.zeros((1, old.shape[1], self._capacity, old.shape[3]), old.dtype)
-            new[:, :, :kept] = old[:, :, :kept]
-            larger.append(self._layout.to_device(new))
-        self._values = larger
+            new = np.zeros((len(rows), old.shape[1], self._capacity, old.shape[3]), old.dtype)
+            new[:, :, :kept] = old[rows, :, :kept]
+            copies.append(self._layout.to_device(new))
+        self._values = copies
 
 
 def _windows(values: Array, starts: Mask, width: int) -> Array:

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trimserve.errors import UnsupportedModelError, require
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.runtime.contract import is_state
+from trimserve_export.checkpoint.lengths import lengths_of
 from trimserve_export.checkpoint.tasks import check_task, load_model, task_class
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.axes import name_axes
@@ -28,6 +29,7 @@ from trimserve_export.exporters.recurrent import StateLayer, planned_cache, stat
 from trimserve_export.exporters.rope import rope_by_length
 from trimserve_export.exporters.tracing import write_graph
 from trimserve_export.exporters.transformers_seq2seq import COMPARED, export_pair
+from trimserve_export.fusion.fuse import note_positions
 
 QUANTIZES = False
 # Sizes of the example: all different, and none of them 0 or 1, which torch.export takes for constants.
@@ -79,6 +81,7 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
                 program = _trace(model, example)
     if "past_key_values" in example:
         _name_caches(program.graph, example)
+        note_positions(program, lengths_of(model.config, job.task))
     _rename(program.graph)
     return write_graph(program, output / "model.onnx")
 

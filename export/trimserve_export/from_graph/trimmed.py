@@ -16,6 +16,7 @@ from trimserve.folder.tasks import GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.head_ids import check_task_of_head, check_untied
+from trimserve_export.checkpoint.lengths import lengths_of_graph
 from trimserve_export.from_graph.other_layouts import PartJob
 from trimserve_export.from_graph.runtime import (
     full_graph,
@@ -24,6 +25,7 @@ from trimserve_export.from_graph.runtime import (
     write_seq2seq,
     write_servable,
 )
+from trimserve_export.fusion.fuse import note_positions
 from trimserve_export.graphs.reading import GraphFiles, load_graph
 from trimserve_export.graphs.writing import GRAPH_NAME, LinkingWriter, write_copy
 from trimserve_export.manifest import MadeModel
@@ -102,7 +104,9 @@ def trim_to_folder(
     cold = cold and bool(vocab.head.cold_ids.size)
     if layout == "runtime":
         with _other_layouts_named():
-            graphs, cut = _write_for_runtime(parts, files, vocab, folder, task=task, cold=cold, link=link)
+            graphs, cut = _write_for_runtime(
+                source, parts, files, vocab, folder, task=task, cold=cold, link=link
+            )
     else:
         job = PartJob(files, vocab, folder, task in _HEAD_TASKS, layout == "graph", cold, link)
         graphs, cut = _write_parts(parts, job)
@@ -135,6 +139,7 @@ def _task(parts: list[Part], graph: ir.Graph, rows: int) -> str:
 
 
 def _write_for_runtime(
+    source: ModelSource,
     parts: list[Part],
     files: GraphFiles,
     vocab: VocabMap,
@@ -155,6 +160,7 @@ def _write_for_runtime(
     untrimmed, trimmed = files.copy(part.path), files.copy(part.path, turned=False)
     for model in (untrimmed, trimmed):
         name_hidden_states(model.graph)
+    note_positions(trimmed, lengths_of_graph(source, part.path))
     has_head = task in _HEAD_TASKS
     cut = trim_stored(trimmed, vocab, has_head=has_head)
     made = write_servable(
@@ -197,8 +203,10 @@ def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
     if task == TEXT2TEXT_TASK:
         models = load_seq2seq(parts, GraphFiles())
         return serve_seq2seq(models, folder, rows=source.vocab_size)
-    model = load_graph(main_part(list(parts.values()), source).path)
+    part = main_part(list(parts.values()), source)
+    model = load_graph(part.path)
     name_hidden_states(model.graph)
+    note_positions(model, lengths_of_graph(source, part.path))
     return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
 
 

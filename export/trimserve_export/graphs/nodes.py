@@ -25,11 +25,14 @@ class NodeWriter:
 
     def array(self, name: str, array: np.ndarray) -> ir.Value:
         """Add a constant of an array's own dtype and return its value."""
-        tensor = ir.tensor(array, name=f"{self._scope}/{name}")
+        return self.tensor(ir.tensor(array, name=f"{self._scope}/{name}"))
+
+    def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Add a constant, with the name that it has, and return its value."""
         constant = ir.Value(
             name=tensor.name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         self._graph.register_initializer(constant)
@@ -42,7 +45,7 @@ class NodeWriter:
         *,
         output: str | None = None,
         domain: str = "",
-        **attributes: int | Sequence[int],
+        **attributes: float | Sequence[int],
     ) -> ir.Value:
         """Add a node and return its output, called `output` if that is given."""
         name = f"{self._scope}/{op_type}_{len(self._nodes)}"
@@ -60,13 +63,19 @@ class NodeWriter:
         return result
 
     def ops(
-        self, op_type: str, inputs: Sequence[ir.Value | None], count: int, **attributes: int
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        count: int,
+        *,
+        domain: str = "",
+        **attributes: float,
     ) -> list[ir.Value]:
         """Add a node with several outputs and return them."""
         name = f"{self._scope}/{op_type}_{len(self._nodes)}"
         results = [ir.Value(name=f"{name}_output_{index}") for index in range(count)]
-        made = [ir.AttrInt64(key, value) for key, value in attributes.items()]
-        self._nodes.append(ir.Node("", op_type, inputs, made, outputs=results, name=name))
+        made = ir.convenience.convert_attributes(attributes)
+        self._nodes.append(ir.Node(domain, op_type, inputs, made, outputs=results, name=name))
         return results
 
     def append(self) -> None:

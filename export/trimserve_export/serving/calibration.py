@@ -25,7 +25,7 @@ from trimserve.runtime.contract import empty_shape
 from trimserve.runtime.session import Session, open_session
 from trimserve.vocab.map import VocabMap
 from trimserve_export.graphs.nodes import NodeWriter
-from trimserve_export.serving.products import products_of
+from trimserve_export.graphs.products import products_of
 from trimserve_export.serving.quality import Quality, measure_quality
 from trimserve_export.serving.quantize import quantize_graph
 

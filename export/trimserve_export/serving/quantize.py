@@ -26,12 +26,12 @@ from trimserve.files.quantized import BlockScheme, BlockSpecs, Quantization, blo
 from trimserve.files.tensors import TensorSpec, map_tensor, to_float32
 from trimserve.runtime.session import MAX_FOLDED_BYTES
 from trimserve_export.graphs.nodes import NodeWriter, take_over
+from trimserve_export.graphs.products import Matrix, Product, products_of
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
 from trimserve_export.serving.block_search import BLOCK, search_blocks
 from trimserve_export.serving.lattice import has_levels, on_lattice
-from trimserve_export.serving.products import Matrix, Product, products_of
 from trimserve_export.serving.shared_table import share_table
 
 logger = logging.getLogger(__name__)

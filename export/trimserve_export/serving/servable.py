@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from trimserve.errors import UnsupportedModelError
 from trimserve.runtime.after_head import AFTER_HEAD_KEY
 from trimserve.runtime.decoder import SHARED_KV_KEY
+from trimserve_export.fusion.fuse import fuse_decoder
 from trimserve_export.graphs.embeddings import Embedding
 from trimserve_export.graphs.head import find_head
 from trimserve_export.graphs.reading import read_exported
@@ -71,10 +72,11 @@ def serve(
     head_rows: int | None = None,
     write: Callable[[ir.Model, Path], None] = write_copy,
 ) -> ServableGraph:
-    """Run the serving passes on a graph in memory, which is changed, and write the result.
+    """Fuse a graph in memory where it is a decoder's, run the serving passes on it, and write the result.
 
     Args:
-        model: the exporter's graph, its lookups in their normal form; its large tensors may lie in files.
+        model: the exporter's graph, its lookups in their normal form, which may be changed; its large tensors
+            may lie in files.
         output: see `make_servable`.
         rows: see `make_servable`.
         has_head: see `make_servable`.
@@ -85,6 +87,7 @@ def serve(
         UnsupportedModelError: see `make_servable`.
     """
     _check_inputs(model.graph)
+    model = fuse_decoder(model)
     tied = apply_passes(model, rows=rows, has_head=has_head, head_rows=head_rows)
     path = output / GRAPH_NAME
     write(model, path)

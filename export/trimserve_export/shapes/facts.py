@@ -46,6 +46,10 @@ class ShapeFacts:
             self._sizes[value] = tuple(int(size) for size in tensor.shape.numpy())
         return self._sizes.get(value)
 
+    def declared(self, value: ir.Value) -> Sizes | None:
+        """The shape that the exporter wrote beside a value, which nothing here proves."""
+        return None if value.shape is None else tuple(map(self._declared, value.shape))
+
     def entries(self, value: ir.Value | None) -> Entries | None:
         """The entries of a short int64 tensor, an object array of `Size` in its shape."""
         if value is None:

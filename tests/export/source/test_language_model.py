@@ -14,7 +14,7 @@ from trimserve.errors import UnsupportedModelError
 from trimserve.model.resolve import resolve_model
 from trimserve_export.source.whole import whole_source
 
-pytestmark = [pytest.mark.export, pytest.mark.next, needs_transformers_5]
+pytestmark = [pytest.mark.export, needs_transformers_5]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from trimserve.cli.output import emit
 from trimserve.cli.rules import flag, given
 from trimserve.console import human_bytes, percent, table
 from trimserve.errors import UsageError
+from trimserve.folder.fusion import describe_fusion
 
 _KEPT = 16_384
 _BY_HEADERS = (
@@ -104,6 +105,7 @@ def _trimmed_summary(folder: dict[str, Any]) -> str:
         ("tokenizer", folder["tokenizer"]),
         ("cut", ", ".join(folder["cut"])),
         ("cold rows", human_bytes(folder["cold_bytes"]) if folder["cold_bytes"] else "left out"),
+        *([("attention", describe_fusion(folder["fusion"]))] if folder["fusion"] else []),
         ("bytes", human_bytes(folder["bytes"])),
         ("verified", verified),
     ]

@@ -1,0 +1,1 @@
+"""Decoder graphs in ONNX Runtime's fused operators: attention in one node, products of one input in one."""
