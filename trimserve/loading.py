@@ -35,7 +35,8 @@ def load(
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of one operator; by default the CPUs this process may use.
         low_memory: use the weights where they are mapped instead of packed copies: next to no private
-            memory, slower steps. Quantised weights are always packed.
+            memory, slower steps. Quantised weights are always packed. The tokenizer's tables are mapped as
+            well (docs/tokenizers.md), and texts with new words take longer.
         verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and not
             written to since, as the system says; ``"off"`` compares sizes. By default what
             `TRIMSERVE_VERIFY` says, else fast.
@@ -53,7 +54,7 @@ def load(
     """
     folder = open_folder(Path(path), verify=verify)
     check_runnable(folder)
-    codec = Codec(folder)
+    codec = Codec(folder, mapped=low_memory)
     release_free_memory()  # before the graphs are read, so that both peaks do not add up
     prepack = prepacks(quantized=folder.manifest.quantization is not None, low_memory=low_memory)
     sessions = {

@@ -41,7 +41,7 @@ def measure(kind: str, path: Path, corpus: str) -> dict[str, Any]:
     parse_tokenizer(b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}').encode("a")
     before, start = private_mib(), time.perf_counter()
     tokenizer = (
-        MappedTokenizer(Tables.read(HeldFile(path)), lambda: None)
+        MappedTokenizer(Tables.read(HeldFile(path)), lambda: parse_tokenizer(path.read_bytes()))
         if kind == "mapped"
         else parse_tokenizer(path.read_bytes())
     )

@@ -74,10 +74,6 @@ class StateCache:
         """1 where a cached position holds a token."""
         return self._inner.mask
 
-    @mask.setter
-    def mask(self, mask: Mask) -> None:
-        self._inner.mask = mask
-
     @property
     def lengths(self) -> Mask:
         """Tokens of each sequence."""
@@ -87,6 +83,10 @@ class StateCache:
     def bound(self) -> Bound:
         """What its steps are bound to."""
         return self._inner.bound
+
+    def append(self, new: Mask) -> None:
+        """Count positions that are fed next; see `KVCache`."""
+        self._inner.append(new)
 
     def inputs(self, new: int) -> "dict[str, ort.OrtValue]":
         """Keys and values, and the states after the last step."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -44,13 +45,19 @@ class Codec:
     """
 
     @tokenizer_border
-    def __init__(self, folder: TrimmedFolder) -> None:
+    def __init__(self, folder: TrimmedFolder, *, mapped: bool = False) -> None:
         """Load the tokenizer.
+
+        Args:
+            folder: a trimmed folder.
+            mapped: use the tables of the tokenizer's model where they are mapped, if the folder has some:
+                little private memory, and new words take longer.
 
         Raises:
             MismatchError: the tokenizer or the vocab belongs to another model.
         """
         self._folder = folder
+        self._mapped = mapped and TOKENIZER_TABLES_NAME in folder.manifest.files
         self.vocab = folder.vocab
         _check_hashes(folder)
         self._settings = folder.tokenizer_settings
@@ -256,12 +263,11 @@ class Codec:
             self._lock.lost = False
 
     def _load(self) -> Tokenizer:
-        """The tokenizer, its model mapped where the folder has tables of it."""
-        if TOKENIZER_TABLES_NAME in self._folder.manifest.files:
+        if self._mapped:
             tables = Tables.read(self._folder.opened(TOKENIZER_TABLES_NAME))
             _check_hash(self._folder, TOKENIZER_TABLES_NAME, tables.tokenizer_sha256)
             with foreign(f"{self._folder.path / TOKENIZER_TABLES_NAME} cannot be used", advice=_AGAIN):
-                tokenizer: Tokenizer = MappedTokenizer(tables, self._load_whole)
+                tokenizer = cast(Tokenizer, MappedTokenizer(tables, self._load_whole))  # does what it does
         else:
             tokenizer = self._load_whole()
         tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))

@@ -120,7 +120,7 @@ def _ropes(config: PretrainedConfig) -> tuple[Json, Json]:
 
 def _scaling(rope: Json, config: PretrainedConfig) -> Json:
     kind = rope.get("rope_type", "default")
-    original = rope.get("original_max_position_embeddings") or getattr(
+    original: Any = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
     )
     if kind in ("default", "llama3"):
@@ -159,6 +159,7 @@ def _differences(config: PretrainedConfig, written: PretrainedConfig) -> Iterato
             continue
         if key == "sliding_window" and (wanted or math.inf) >= config.max_position_embeddings:
             continue  # as wide as any text
+        found: Any
         if key == "head_dim":
             wanted, found = head_width(config), head_width(written)
         else:

@@ -194,7 +194,7 @@ class CutVocab:
 
     def _templates(self) -> Json:
         named = chat_templates(self.source)
-        found = {f"{TEMPLATE}.{name}": text for name, text in named.items() if name != "default"}
+        found: Json = {f"{TEMPLATE}.{name}": text for name, text in named.items() if name != "default"}
         if found:
             found[TEMPLATES] = sorted(name for name in named if name != "default")
         return found | ({TEMPLATE: named["default"]} if "default" in named else {})
@@ -258,4 +258,8 @@ def _named_ids(config: Mapping[str, Any], compact: Mapping[int, int]) -> dict[st
     """Bos and eos by their compact ids, where llama.cpp would else take the ones that it has by default."""
     ends = config.get("eos_token_id")
     ids = {"bos": config.get("bos_token_id"), "eos": ends[0] if isinstance(ends, list) else ends}
-    return {f"{KEY}{role}_token_id": compact[id_] for role, id_ in ids.items() if id_ in compact}
+    return {
+        f"{KEY}{role}_token_id": compact[id_]
+        for role, id_ in ids.items()
+        if isinstance(id_, int) and id_ in compact
+    }

@@ -81,7 +81,7 @@ class MappedTokenizer:
     def id_to_token(self, id_: int) -> str | None:
         """The token of an id."""
         if id_ in self._added_text:
-            return self._added_text[id_]
+            return str(self._added_text[id_])
         number = self._tables.number(id_)
         return None if number is None else self._tables.piece(number)
 

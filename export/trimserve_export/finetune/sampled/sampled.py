@@ -50,9 +50,10 @@ class Sampler:
     def note_batch(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Find the places of a batch's samples; a hook before the model's forward."""
         ids = named.get("input_ids", args[0] if args else None)
-        known = isinstance(ids, torch.Tensor) and ids.ndim == 2
         mask = named.get("attention_mask")
-        self._places = sample_places(ids, mask, self.cache.places) if known else None
+        self._places = None
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2:
+            self._places = sample_places(ids, mask, self.cache.places)
         self._last = None
 
     def linear(self, layer: int, module: nn.Linear, x: "Tensor") -> "Tensor":
@@ -159,7 +160,9 @@ def make_sampled(
         UsageError: not such a model, no such layers, or sampled already.
     """
     transformers = require("transformers", extra="finetune", purpose="trimserve.finetune")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):  # PEFT's
+        inner = inner.get_base_model()
     if not isinstance(inner, transformers.PreTrainedModel):
         raise UsageError(
             f"sampled_gradients takes a transformers model but got a {type(model).__name__}: pass the model "
