@@ -185,10 +185,11 @@ def test_a_cold_stop_id_ends_the_sequence(tiny):
     ids = generator.codec.encode(["dog"])[0]
     full = greedy_of_full(tiny, ids, 25)
     cold = [t for t in full if not generator.folder.vocab.is_kept(t)]
-    (request,) = generator.requests([ids], generator.plan({"max_new_tokens": 25}))
+    plan = generator.plan({"max_new_tokens": 25})
+    (request,) = generator.requests([ids], plan)
     request.stop_ids = frozenset({cold[-1]})
     checker = generator.checker(generator.plan({}))
-    for _ in generator._run([request], checker):
+    for _ in generator.run([request], plan, checker):
         pass
     assert request.output == full[: full.index(cold[-1]) + 1]
 

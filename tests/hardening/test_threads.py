@@ -120,14 +120,14 @@ def test_many_calls_from_threads_give_what_they_give_alone(served, name):
 def test_these_tests_see_requests_that_share_what_they_learn(served, monkeypatch):
     """They must be able to fail: one checker for all calls, which counts and drafts for all of them."""
     shared: list[ExactChecker] = []
-    make = Generator._checker
+    make = Generator.checker
 
     def one_for_all(self, plan):
         if not shared:
             shared.append(make(self, plan))
         return shared[0]
 
-    monkeypatch.setattr(Generator, "_checker", one_for_all)
+    monkeypatch.setattr(Generator, "checker", one_for_all)
     assert mixed_up_stats(served("untied")) != 0
 
 

@@ -273,7 +273,7 @@ class Pair:
     def scored(self, ids: np.ndarray) -> np.ndarray:
         """The folder's log-probabilities of each id after those before it."""
         model = self.trimmed
-        head = model._cold_head("score")
+        head = model.cold_head("score")
         return Scorer(model._decoder, model.folder.vocab, model._cold, head).score(ids).log_probs
 
     def prompts(self) -> list[np.ndarray]:
