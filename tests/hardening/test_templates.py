@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("jinja2")
 
+from tests.support import limits
 from tests.support.counting import Counter
 from tests.text.test_chat import CONVERSATIONS, TEMPLATES
 from trimserve.errors import TrimserveError, UsageError
@@ -21,9 +22,9 @@ from trimserve.text.chat import ChatTemplate, render_chat
 SEED = 20261130
 PROGRAMS = 2000
 SLOW_PROGRAMS = 3_000
-# Of processor time, here: less than users have, for the sake of the suite; and with one step beyond it.
+# Of processor time, here: less than users have, for the sake of the suite; and where it is sure that nothing stops it.
 SECONDS = 0.1
-MOST_SECONDS = SECONDS + 1.5
+MOST_SECONDS = SECONDS + limits.SECONDS
 MESSAGES = [{"role": "user", "content": "x"}]
 DOUBLED = "{% set ns = namespace(x=START, y=START) %}{% for i in range(99) %}STEP{% endfor %}"
 
