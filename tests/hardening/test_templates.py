@@ -22,7 +22,8 @@ from trimserve.text.chat import ChatTemplate, render_chat
 SEED = 20261130
 PROGRAMS = 2000
 SLOW_PROGRAMS = 3_000
-# Of processor time, here: less than users have, for the sake of the suite; and where it is sure that nothing stops it.
+# Of processor time, here: less than users have, for the sake of the suite; and what only a template that
+# nothing stops takes.
 SECONDS = 0.1
 MOST_SECONDS = SECONDS + limits.SECONDS
 MESSAGES = [{"role": "user", "content": "x"}]
