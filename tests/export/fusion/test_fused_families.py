@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 pytest.importorskip("torch")
 
+import onnx_ir as ir
 import torch
 import transformers
 

@@ -1,8 +1,11 @@
 """Each pattern of the fusion pass on a few lines of ONNX text, against the numbers of what it replaces."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
+
+pytest.importorskip("onnx_ir")
+
+import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from tests.support.rounding import assert_within, gamma
