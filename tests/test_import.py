@@ -91,6 +91,7 @@ def test_suite_is_collected_by_a_light_install():
 import sys
 import pytest
 EXTRAS = {"torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxruntime", "ml_dtypes", "jinja2"}
+EXTRAS |= {"starlette", "uvicorn", "prometheus_client", "llguidance", "openai"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in EXTRAS:
