@@ -180,6 +180,8 @@ def make_graphs(
     scheme: Quantization | None,
     head: VocabMap | None = None,
     calibration: Calibration | None = None,
+    *,
+    fuses: bool = True,
 ) -> dict[str, Path]:
     """Run the serving passes on what an exporter made, then quantise.
 
@@ -191,6 +193,7 @@ def make_graphs(
         scheme: how to quantise, if at all.
         head: the compact ids that stay in the head, where not all do.
         calibration: by what texts to quantise, if there are any; an encoder-decoder's weights count alike.
+        fuses: see `make_servable`.
 
     Returns:
         Role -> graph.
@@ -199,9 +202,9 @@ def make_graphs(
         return make_seq2seq_servable(exported, output, rows=rows, scheme=scheme)
     has_head = has_vocab_head(task)
     if scheme is None:
-        return {"model": _make_servable(exported, output, rows, head, has_head=has_head)}
+        return {"model": _make_servable(exported, output, rows, head, has_head=has_head, fuses=fuses)}
     with scratch_beside(output) as scratch:
-        graph = _make_servable(exported, scratch, rows, head, has_head=has_head)
+        graph = _make_servable(exported, scratch, rows, head, has_head=has_head, fuses=fuses)
         made = quantize_calibrated(
             graph,
             output,
@@ -214,9 +217,11 @@ def make_graphs(
         return {"model": made}
 
 
-def _make_servable(exported: Path, output: Path, rows: int, head: VocabMap | None, *, has_head: bool) -> Path:
+def _make_servable(
+    exported: Path, output: Path, rows: int, head: VocabMap | None, *, has_head: bool, fuses: bool
+) -> Path:
     if head is None:
-        return make_servable(exported, output, rows=rows, has_head=has_head).path
+        return make_servable(exported, output, rows=rows, has_head=has_head, fuses=fuses).path
     model = load_graph(exported)
     trim_head(model, head)
-    return serve(model, output, rows=rows, has_head=True, head_rows=len(head)).path
+    return serve(model, output, rows=rows, has_head=True, head_rows=len(head), fuses=fuses).path

@@ -51,7 +51,7 @@ def export_full(  # noqa: PLR0913 - what a folder was made with
         encoder-decoder the decoder's, with the encoder beside it.
     """
     if source.graph is not None:
-        return serve_full(source, output, task=task)
+        return serve_full(source, output, task=task, fuses=layout == "runtime")
     if is_static(source):
         return serve_full_static(source, output, dtype)
     made_by = load_exporter(exporter)
@@ -63,7 +63,15 @@ def export_full(  # noqa: PLR0913 - what a folder was made with
         if layout != "runtime" and scheme is None and not has_vocab_head(task):
             return save_plain(exported, output)
         ours = None if by_exporter else scheme
-        graphs = make_graphs(exported, output, source.vocab_size, task, ours, calibration=calibration)
+        graphs = make_graphs(
+            exported,
+            output,
+            source.vocab_size,
+            task,
+            ours,
+            calibration=calibration,
+            fuses=layout == "runtime",
+        )
         return graphs.get("decoder") or graphs["model"]
 
 

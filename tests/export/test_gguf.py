@@ -136,9 +136,10 @@ MORE_BITS = {"v_proj": "Q8_0", "down_proj": "Q8_0"}
     ],
 )
 def test_blocks_are_kept_by_quantize(kind, kinds, name, tmp_path):
-    """Every matrix of the graph, dequantised, is one of the file, dequantised, to the bit.
+    """Every row of the graph's matrices, dequantised, is one of the file's, dequantised, to the bit.
 
-    As llama.cpp's Q4_K_M has them, some matrices have more bits than most: they get 8 where most have 4.
+    Matrices that read one input are one in a fused graph. As llama.cpp's Q4_K_M has them, some matrices have
+    more bits than most: they get 8 where most have 4.
     """
     path = write("llama", make_model("llama"), tmp_path / "m.gguf", kind=kind, kinds=kinds)
     source = resolve_model(path)
@@ -148,12 +149,11 @@ def test_blocks_are_kept_by_quantize(kind, kinds, name, tmp_path):
         path, vocab, tmp_path / "out", quantize=name, exporter=PLAIN_EXPORTER, progress=False
     ).path
     stored = [made.numbers() + 0.0 for made in source.gguf.tensors.values() if len(made.shape) == 2]
-    expected = {matrix.tobytes() for matrix in stored} | {
-        matrix[kept].tobytes() for matrix in stored if len(matrix) == source.vocab_size
-    }
+    expected = {row.tobytes() for matrix in stored for row in matrix}
     graph = ir.load(out / "model.onnx").graph
     products = [node for node in graph if node.op_type == "MatMulNBits"]
-    assert len(products) == 7 * LAYERS + 1
+    fused = any(node.op_type == "GroupQueryAttention" for node in graph)
+    assert len(products) == (4 if fused else 7) * LAYERS + 1
     eights = len(kinds.keys() & MORE_BITS) * LAYERS + 1 if name == "int4" else len(products)
     assert sum(scheme_of(node).bits == 8 for node in products) == eights
     for node in products:
@@ -165,7 +165,7 @@ def test_blocks_are_kept_by_quantize(kind, kinds, name, tmp_path):
         scheme, scales = scheme_of(node), scales.reshape(integers.shape[:2]).astype(np.float32)
         zeros = [packed.reshape(len(integers), -1) for packed in zeros]
         found = dequantize(integers, scales, width, scheme, *zeros) + middles_of(node)
-        assert (found + 0.0).tobytes() in expected  # no -0.0
+        assert {row.tobytes() for row in found + 0.0} <= expected  # no -0.0
     assert trimserve.verify(out, progress=False).ok
 
 

@@ -182,9 +182,12 @@ class Workbench:
         """The untrimmed model, exported and quantised alike, with nothing else done to its graph.
 
         In the runtime's layout encoders have the serving passes, too: without these ONNX Runtime fuses the
-        embedding with the first normalisation, and rounds differently.
+        embedding with the first normalisation, and rounds differently. Decoders of transformers' exporter
+        have them because they are fused there.
         """
-        served = cell.layout == "runtime" and made.task != GENERATION_TASK
+        served = cell.layout == "runtime" and (
+            made.task != GENERATION_TASK or cell.exporter == "transformers"
+        )
         key = Cell(cell.family, cell.exporter, cell.quantisation, "served" if served else "full")
         if key not in self._full:
             self._full[key] = self.root / str(key)

@@ -193,8 +193,14 @@ def _other_layouts_named() -> Iterator[None]:
         ) from error
 
 
-def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
+def serve_full(source: ModelSource, folder: Path, *, task: str, fuses: bool = True) -> Path:
     """Write the untrimmed graph with the serving passes alone: the reference that `verify` uses.
+
+    Args:
+        source: a model with graphs.
+        folder: an existing folder.
+        task: its task.
+        fuses: see `make_servable`.
 
     Returns:
         The path of the graph; of an encoder-decoder the decoder's, with the encoder beside it.
@@ -207,7 +213,7 @@ def serve_full(source: ModelSource, folder: Path, *, task: str) -> Path:
     model = load_graph(part.path)
     name_hidden_states(model.graph)
     note_positions(model, lengths_of_graph(source, part.path))
-    return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS).path
+    return serve(model, folder, rows=source.vocab_size, has_head=task in _HEAD_TASKS, fuses=fuses).path
 
 
 def save_untrimmed(source: ModelSource, folder: Path, role: str = "model") -> Path:

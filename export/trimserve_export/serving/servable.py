@@ -47,7 +47,9 @@ class ServableGraph:
     files: tuple[str, ...]
 
 
-def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> ServableGraph:
+def make_servable(
+    source: Path, output: Path, *, rows: int, has_head: bool, fuses: bool = True
+) -> ServableGraph:
     """Run the serving passes on a graph and write the result.
 
     Args:
@@ -55,12 +57,13 @@ def make_servable(source: Path, output: Path, *, rows: int, has_head: bool) -> S
         output: the folder for ``model.onnx`` and ``model.onnx_data``; not the source's folder.
         rows: K, the rows that embedding and head must have.
         has_head: the graph makes logits over the vocab (decoders and fill-mask).
+        fuses: fuse a decoder's graph; graphs for other runtimes are not.
 
     Raises:
         UnsupportedModelError: the embedding or the head is not found, or has other rows; nothing is
             written then.
     """
-    return serve(read_exported(source), output, rows=rows, has_head=has_head)
+    return serve(read_exported(source), output, rows=rows, has_head=has_head, fuses=fuses)
 
 
 def serve(
@@ -70,6 +73,7 @@ def serve(
     rows: int,
     has_head: bool,
     head_rows: int | None = None,
+    fuses: bool = True,
     write: Callable[[ir.Model, Path], None] = write_copy,
 ) -> ServableGraph:
     """Fuse a graph in memory where it is a decoder's, run the serving passes on it, and write the result.
@@ -81,13 +85,15 @@ def serve(
         rows: see `make_servable`.
         has_head: see `make_servable`.
         head_rows: rows of the head, where it has fewer than the embedding.
+        fuses: see `make_servable`.
         write: writes the graph and its weights.
 
     Raises:
         UnsupportedModelError: see `make_servable`.
     """
     _check_inputs(model.graph)
-    model = fuse_decoder(model)
+    if fuses:
+        model = fuse_decoder(model)
     tied = apply_passes(model, rows=rows, has_head=has_head, head_rows=head_rows)
     path = output / GRAPH_NAME
     write(model, path)

@@ -47,8 +47,8 @@ class Context:
 
     @cached_property
     def codec(self) -> Codec:
-        """The way from text to token ids; with the folder's tables, which nothing else compares."""
-        return Codec(self.folder, mapped=True)
+        """The runtime's own way from text to token ids."""
+        return Codec(self.folder)
 
     @cached_property
     def cold(self) -> ColdRows | None:

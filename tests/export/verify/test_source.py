@@ -19,11 +19,9 @@ from trimserve.cli.main import main
 from trimserve.errors import MissingExtraError
 from trimserve.files.hashes import sha256_file
 from trimserve.folder.manifest import read_manifest, write_manifest
-from trimserve.folder.names import TOKENIZER_TABLES_NAME
 from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.structural import structural_ids
-from trimserve.text.mapped.building import build_tables
 from trimserve_export import export
 from trimserve_export.checkpoint.stored import StoredVocab
 from trimserve_export.exporters.choice import is_installed
@@ -156,7 +154,6 @@ def test_another_tokenizer_is_found(generator):
     content = json.loads(path.read_text("utf-8"))
     content["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(content), "utf-8")
-    build_tables(path.read_bytes(), sha256_file(path)).write(trimmed / TOKENIZER_TABLES_NAME)
     rehash(trimmed, tokenizer_sha256=sha256_file(path))
     found = check(trimmed, model, "The Cat")
     assert found.ok is False

@@ -14,8 +14,9 @@ from trimserve.arrays import Ids
 from trimserve.errors import MismatchError
 from trimserve.files.hashes import sha256_file
 from trimserve.files.tensors import TensorSpec, map_tensor, read_header
-from trimserve.folder.names import COLD_NAME, SOURCE_TOKENIZER_FILES, VOCAB_NAME
+from trimserve.folder.names import COLD_NAME, SOURCE_TOKENIZER_FILES, TOKENIZER_TABLES_NAME, VOCAB_NAME
 from trimserve.folder.opening import open_folder
+from trimserve.text.codec import Codec
 from trimserve_export.checkpoint.source_tokenizer import library_ids
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
@@ -62,6 +63,8 @@ def check_tokenizer(context: Context) -> Check:
     for text, ids, found in zip(context.texts, expected, context.codec.encode(context.texts), strict=True):
         if ids != found.tolist():
             return Check("tokenizer", False, None, f"the runtime segments {text[:40]!r} differently")
+    if problem := _tables_problem(context):
+        return Check("tokenizer", False, None, problem)
     whose = f"AutoTokenizer's (transformers {made_by['version']})" if by_library else "tokenizer.json's"
     detail = f"same files, and {whose} ids for {len(context.texts)} texts of any script"
     return Check("tokenizer", True, None, detail)
@@ -85,6 +88,20 @@ def _tokenizer_problem(context: Context) -> str | None:
         return f"the manifest says {wrong[0]} = {recorded.get(wrong[0])!r} of the tokenizer, which is not so"
     bound = {folder.manifest.tokenizer_sha256, folder.vocab.tokenizer_sha256} - {"", source.tokenizer_sha256}
     return "the vocab belongs to another tokenizer" if bound else None
+
+
+def _tables_problem(context: Context) -> str | None:
+    """What is wrong with the tokenizer's mapped tables, if the folder has some."""
+    if TOKENIZER_TABLES_NAME not in context.folder.manifest.files:
+        return None
+    try:
+        found = Codec(context.folder, mapped=True).encode(context.texts)
+    except MismatchError as error:
+        return str(error)
+    for text, ids, mapped in zip(context.texts, context.codec.encode(context.texts), found, strict=True):
+        if not np.array_equal(ids, mapped):
+            return f"{TOKENIZER_TABLES_NAME} segments {text[:40]!r} differently: export the folder again"
+    return None
 
 
 def _library(made_by: Mapping[str, Any]) -> str:
