@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Stealing keeps neighbours on one worker, so that a module's fixtures are made once.
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-fuzz test-js test-optimum test-latest demo bench bench-full plots wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-families test-fuzz test-js test-optimum test-latest demo bench bench-full plots wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,10 +48,13 @@ lint: $(READY)  ## pages and figures against their rows, ruff, mypy --strict, th
 	$(BIN)/lint-imports
 
 test: $(READY)  ## the whole suite but its slow tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz and not families'
 
 test-slow: $(READY)  ## the slow tests and those that read real data
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'slow or realdata'
+
+test-families: $(READY)  ## every family of decoders that people deploy, beside transformers (a quarter of an hour)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m families
 
 test-fuzz: $(READY)  ## hardening with its large counts: 30,000 damages, 200 kills, 4,000 calls from threads (half an hour)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m fuzz tests/hardening
@@ -64,7 +67,7 @@ $(OPTIMUM)/.ready: pyproject.toml constraints-optimum.txt
 	$(set-up)
 
 test-optimum: $(OPTIMUM)/.ready  ## what only optimum-onnx exports, and a sample of the rest beside it
-	$(OPTIMUM)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'optimum and not fuzz'
+	$(OPTIMUM)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'optimum and not slow and not fuzz'
 
 # What a user installs today, without our pins; torch alone is held, as in the other environments.
 LATEST := .venv-latest
@@ -75,7 +78,7 @@ $(LATEST)/.ready: pyproject.toml constraints-latest.txt
 
 test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest versions of every package
 	@$(LATEST)/bin/python -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(transformers|tokenizers|onnx|onnxruntime|onnx-ir|onnxscript|torch|numpy) '
-	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz' \
+	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz and not families' \
 		tests/export/test_exporters.py tests/export/test_matrix.py tests/export/verify/test_source.py
 
 test-js: $(READY)  ## transformers.js under Node on folders of ours

@@ -20,12 +20,12 @@ _QUICK_INSIDE = {"mistral3"}
 _NEEDS_TIMM = {"gemma3n"}
 
 
-def slow_but(names, quick):
-    """Exporting takes seconds: what is much like another case is left to the slow tests."""
-    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+def all_but(names, quick):
+    """Exporting takes seconds: what is much like another case is left to `make test-families`."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.families]) for name in names]
 
 
-@pytest.mark.parametrize("name", slow_but(DECODERS, _QUICK))
+@pytest.mark.parametrize("name", all_but(DECODERS, _QUICK))
 def test_a_decoder_is_transformers_model(tmp_path, name):
     pair = make_pair(save_decoder(name, tmp_path / "model"), tmp_path / "out")
     compare(pair)
@@ -33,7 +33,7 @@ def test_a_decoder_is_transformers_model(tmp_path, name):
     assert result.ok, [check for check in result.checks if not check.ok]
 
 
-@pytest.mark.parametrize("name", slow_but(MULTIMODAL, _QUICK_INSIDE))
+@pytest.mark.parametrize("name", all_but(MULTIMODAL, _QUICK_INSIDE))
 def test_the_language_model_of_a_multimodal_checkpoint(tmp_path, name):
     if name in _NEEDS_TIMM:
         pytest.importorskip("timm")
