@@ -14,7 +14,7 @@ import onnx
 
 from tests.support.folders import make_folder
 from tests.support.generators import FullSampler, make_pair, open_generator
-from tests.support.models import GENERATE
+from tests.support.models import GENERATE, PLAIN_EXPORTER
 from trimserve.decoding.sampling import SamplingParams
 from trimserve.errors import MismatchError, UsageError
 from trimserve.exact.sketch import Sketch
@@ -172,7 +172,8 @@ def test_a_sketch_of_float16_rows(pair, tmp_path):
     vocab = pair.generator.folder.vocab
     export(pair.model_path, vocab, tmp_path / "trimmed", dtype="fp16", progress=False)
     (tmp_path / "full").mkdir()
-    full = export_full(resolve_model(str(pair.model_path)), tmp_path / "full", GENERATE, "fp16", None)
+    source = resolve_model(str(pair.model_path))
+    full = export_full(source, tmp_path / "full", GENERATE, "fp16", exporter=PLAIN_EXPORTER)
     generator = open_generator(tmp_path / "trimmed")
     sampler = FullSampler(full, pair.vocab_size)
     for text in TEXTS:

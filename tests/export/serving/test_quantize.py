@@ -18,7 +18,7 @@ import transformers
 from tests.support.exports import open_graph, run
 from tests.support.folders import make_vocab
 from tests.support.generators import FullSampler, make_pair, open_generator
-from tests.support.models import save_model
+from tests.support.models import PLAIN_EXPORTER, save_model
 from tests.support.rounding import assert_within, gamma, product_bound
 from tests.support.translators import save_translator
 from trimserve.cli.main import main
@@ -379,8 +379,9 @@ def test_predicted_masks_use_the_quantised_cold_rows(tmp_path):
     model = save_model("bert", tmp_path / "model", hidden_size=48)
     export(model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", quantize="int8")
     (tmp_path / "full").mkdir()
+    scheme, source = quantization_of("int8"), resolve_model(model)
     full = open_graph(
-        export_full(resolve_model(model), tmp_path / "full", "fill-mask", "fp32", quantization_of("int8"))
+        export_full(source, tmp_path / "full", "fill-mask", "fp32", scheme, exporter=PLAIN_EXPORTER)
     )
     folder = open_folder(tmp_path / "out")
     ids = np.array([[4, 7, 20, 36, 5]], np.int64)
