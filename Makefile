@@ -67,7 +67,7 @@ $(OPTIMUM)/.ready: pyproject.toml constraints-optimum.txt
 	$(set-up)
 
 test-optimum: $(OPTIMUM)/.ready  ## what only optimum-onnx exports, and a sample of the rest beside it
-	$(OPTIMUM)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'optimum and not slow and not fuzz'
+	$(OPTIMUM)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'optimum and not slow and not realdata and not fuzz'
 
 # What a user installs today, without our pins; torch alone is held, as in the other environments.
 LATEST := .venv-latest
