@@ -81,9 +81,10 @@ test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest version
 	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz and not families' \
 		tests/export/test_exporters.py tests/export/test_matrix.py tests/export/verify/test_source.py
 
-test-js: $(READY)  ## transformers.js under Node on folders of ours
+# Its tests export beside optimum-onnx (tests/support/legs.py).
+test-js: $(OPTIMUM)/.ready  ## transformers.js under Node on folders of ours
 	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
-	$(BIN)/python -m pytest tests/export/layouts/test_layouts.py -k transformers_js
+	$(OPTIMUM)/bin/python -m pytest tests/export/layouts/test_layouts.py -k transformers_js
 
 demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into demo-out/
 	$(BIN)/python examples/demo.py

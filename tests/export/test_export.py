@@ -258,7 +258,8 @@ def test_task_that_is_not_known_is_asked_for(architecture, message):
         ({"device": "tpu"}, "use cpu, cuda, webgpu"),
         ({"device": "cuda", "exporter": "optimum"}, "use --exporter genai"),
         ({"dtype": "fp8"}, "use bf16, fp16, fp32"),
-        ({"to": "gguf"}, "use onnx, safetensors"),
+        ({"to": "tflite"}, "use gguf, onnx, safetensors"),
+        ({"to": "gguf"}, "add --layout tokenizer"),
         ({"task": "translation"}, "use auto, feature-extraction, fill-mask"),
     ],
 )
