@@ -1,4 +1,4 @@
-"""What an install without the server's packages does not collect: the modules that import them."""
+"""What an install without optional packages does not collect: the modules that import them."""
 
 from importlib.util import find_spec
 
@@ -10,4 +10,8 @@ def _is_there(package: str) -> bool:
         return False
 
 
-collect_ignore_glob = [] if _is_there("starlette") else ["trimserve/serving/*"]
+_NEEDS = {
+    "starlette": ["trimserve/serving/*"],
+    "jinja2": ["trimserve/text/counted_code.py", "trimserve/text/sandbox.py"],
+}
+collect_ignore_glob = [path for package, paths in _NEEDS.items() if not _is_there(package) for path in paths]
