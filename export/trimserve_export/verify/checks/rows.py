@@ -1,7 +1,7 @@
 """Checks of bytes: the folder's files, its tokenizer, and each row of the vocab tensors."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +60,11 @@ def check_tokenizer(context: Context) -> Check:
     made_by = source.effective.made_by
     by_library = made_by["library"] == "transformers"
     expected = library_ids(source, context.texts) if by_library else _own_ids(context)
-    for text, ids, found in zip(context.texts, expected, context.codec.encode(context.texts), strict=True):
-        if ids != found.tolist():
+    found = context.codec.encode(context.texts)
+    for text, ids, ours in zip(context.texts, expected, found, strict=True):
+        if ids != ours.tolist():
             return Check("tokenizer", False, None, f"the runtime segments {text[:40]!r} differently")
-    if problem := _tables_problem(context):
+    if problem := _tables_problem(context, found):
         return Check("tokenizer", False, None, problem)
     whose = f"AutoTokenizer's (transformers {made_by['version']})" if by_library else "tokenizer.json's"
     detail = f"same files, and {whose} ids for {len(context.texts)} texts of any script"
@@ -90,16 +91,16 @@ def _tokenizer_problem(context: Context) -> str | None:
     return "the vocab belongs to another tokenizer" if bound else None
 
 
-def _tables_problem(context: Context) -> str | None:
-    """What is wrong with the tokenizer's mapped tables, if the folder has some."""
+def _tables_problem(context: Context, expected: Sequence[Ids]) -> str | None:
+    """What is wrong with the tokenizer's mapped tables, if the folder has some, by the ids of the texts."""
     if TOKENIZER_TABLES_NAME not in context.folder.manifest.files:
         return None
     try:
-        found = Codec(context.folder, mapped=True).encode(context.texts)
+        mapped = Codec(context.folder, mapped=True).encode(context.texts)
     except MismatchError as error:
         return str(error)
-    for text, ids, mapped in zip(context.texts, context.codec.encode(context.texts), found, strict=True):
-        if not np.array_equal(ids, mapped):
+    for text, ids, found in zip(context.texts, expected, mapped, strict=True):
+        if not np.array_equal(ids, found):
             return f"{TOKENIZER_TABLES_NAME} segments {text[:40]!r} differently: export the folder again"
     return None
 
