@@ -20,7 +20,7 @@ def make(batch: int, states: StateLayout = STATES) -> tuple[StateCache, KVLayout
 def feed(cache: StateCache, layout: KVLayout, number: float, tokens: int = 1) -> None:
     """A step whose keys and state are its number, for row b plus b / 10."""
     batch = len(cache.mask)
-    cache.mask = np.concatenate([cache.mask, np.ones((batch, tokens), np.int64)], axis=1)
+    cache.append(np.ones((batch, tokens), np.int64))
     fed = cache.inputs(tokens)
     past = fed["past_key_values.1.key"].numpy()
     rows = np.arange(batch, dtype=np.float32)[:, None, None] / 10 + number
