@@ -15,7 +15,15 @@ from trimserve.cli.main import main
 from trimserve.errors import UsageError
 from trimserve.folder.tasks import ENCODER_TASKS, GENERATOR_TASKS
 
-VALUES = {"stop": ["x"], "targets": ["x"], "skip_bad": True, "chat": True, "pairs": True, "report_mass": True}
+VALUES = {
+    "stop": ["x"],
+    "targets": ["x"],
+    "skip_bad": True,
+    "chat": True,
+    "pairs": True,
+    "report_mass": True,
+    "text_drafts": True,
+}
 CHOOSING = {"search": "corpus", "rank": "query", "pairs": "pairs"}
 
 

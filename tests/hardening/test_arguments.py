@@ -375,6 +375,7 @@ def test_other_functions_name_it_too(encoder, tmp_path):
         "bad_words_ids": [[5], [[]], [[-1]], [["a"]]],
         "mode": ["fast", 1, True],
         "certify": [1, "yes"],
+        "text_drafts": [1, "yes"],
         "logits_processor": ["x", 5],
         "num_beams": [0, 1.0, 10**6],
         "early_stopping": ["always", 1],
@@ -496,6 +497,7 @@ EFFECTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "report_mass": (True, {"mode": "compact"}),
     "max_block": (1, {}),
     "certify": (False, {}),
+    "text_drafts": (False, {}),
     "presence_penalty": (1e3, {}),
     "frequency_penalty": (1e3, {}),
     "logit_bias": ({7: 1e6}, {}),
@@ -564,7 +566,9 @@ def effect(generator, name):
     return without, found
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {*REFUSED} - UNSEEN - {"certify", "max_block"}))
+@pytest.mark.parametrize(
+    "name", sorted({*NAMES} - {*REFUSED} - UNSEEN - {"certify", "max_block", "text_drafts"})
+)
 def test_each_option_has_an_effect(generator, name):
     without, found = effect(generator, name)
     assert found != without
@@ -572,7 +576,7 @@ def test_each_option_has_an_effect(generator, name):
 
 
 def test_options_of_exact_mode_change_how_and_not_what(generator):
-    for name in ("certify", "max_block"):
+    for name in ("certify", "max_block", "text_drafts"):
         without, found = effect(generator, name)
         assert found.ids == without.ids
     assert generator.plan({"certify": False}).certify is False
@@ -593,6 +597,7 @@ def test_options_of_other_models_are_refused(generator):
         ({"early_stopping": True}, "early_stopping is about beams"),
         ({"mode": "compact", "max_block": 4}, "max_block is about the drafts"),
         ({"mode": "compact", "certify": False}, "certify is about the drafts"),
+        ({"num_beams": 2, "text_drafts": True}, "text_drafts means nothing to a beam search"),
         ({"num_beams": 2, "certify": True}, "certify is about the drafts"),
         ({"num_beams": 2, "stop": "x"}, "stop means nothing to a beam search"),
         ({"report_mass": True}, "report_mass tells what compact mode gives up"),

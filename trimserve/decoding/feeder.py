@@ -26,11 +26,20 @@ class Feeder:
         timing: seconds spent in the model.
     """
 
-    def __init__(self, decoder: Decoder, vocab: VocabMap, cold: ColdRows) -> None:
+    def __init__(self, decoder: Decoder, vocab: VocabMap, cold: ColdRows, *, in_pairs: bool = False) -> None:
+        """Feed a decoder.
+
+        Args:
+            decoder: the graph.
+            vocab: which ids it keeps.
+            cold: rows of the others.
+            in_pairs: give the bits of `Decoder.step_in_pair` for lone tokens, too.
+        """
         self._decoder = decoder
         self._vocab = vocab
         self._cold = cold
         self._kept = Columns(vocab.kept_ids, vocab.vocab_size)
+        self._step_of_one = decoder.step_in_pair if in_pairs else decoder.step
         self.timing = Timing()
 
     def prefill(self, requests: Sequence[Request]) -> tuple[KVCache, Step]:
@@ -54,9 +63,13 @@ class Feeder:
         if columns.size < ids.size or isinstance(cache, RestartingCache):
             return self._step(cache, ids[:, None])
         start = time.perf_counter()  # nearly every step: no slot is needed
-        step = self._decoder.step(cache, columns.astype(np.int64)[:, None], self._decoder.no_rows)
+        step = self._step_of_one(cache, columns.astype(np.int64)[:, None], self._decoder.no_rows)
         self.timing.model += time.perf_counter() - start
         return step
+
+    def feed_several(self, cache: KVCache, tokens: Sequence[int]) -> Step:
+        """Feed some token ids to one sequence, in one step that has logits behind each."""
+        return self._step(cache, np.array([tokens], np.int32), keep=len(tokens))
 
     def feed_prompt(self, cache: KVCache, ids: Ids, *, is_last: bool) -> Step:
         """Feed the next tokens of one sequence's prompt, int32 (T,); only the last ones give logits."""
@@ -77,6 +90,9 @@ class Feeder:
             ids = cache.feed(ids.astype(np.int32, copy=False), self._decoder.empty_cache(len(ids)))
         slotted = self._vocab.with_slots(ids)
         rows = self._cold.embeddings(slotted.cold_ids) if slotted.cold_tokens else self._decoder.no_rows
-        step = self._decoder.step(cache, slotted.ids, rows, mask=mask, keep=keep)
+        if slotted.ids.size == 1 and mask is None and keep == 1:
+            step = self._step_of_one(cache, slotted.ids, rows)
+        else:
+            step = self._decoder.step(cache, slotted.ids, rows, mask=mask, keep=keep)
         self.timing.model += time.perf_counter() - start
         return step

@@ -5,23 +5,22 @@ decoder the check runs on the CPU in another thread while the device drafts on (
 """
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
-from trimserve.arrays import Floats
 from trimserve.decoding.columns import Columns
+from trimserve.decoding.drafter import Drafter
 from trimserve.decoding.feeder import Feeder
 from trimserve.decoding.request import Draft, Request, note_block
 from trimserve.decoding.slots import DraftSlots
 from trimserve.decoding.stats import ColdReads, Timing
-from trimserve.errors import NoTokenError
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder, Step
 from trimserve.runtime.kv_cache import KVCache
+from trimserve.runtime.row_costs import RowCosts
 from trimserve.vocab.map import VocabMap
 
 
@@ -63,13 +62,26 @@ class GenerationLoop:
         checker: Checker | None,
         *,
         overlap: bool = False,
+        row_costs: Callable[[], RowCosts] | None = None,
     ) -> None:
+        """Generate with a decoder.
+
+        Args:
+            decoder: the graph.
+            vocab: which ids it keeps.
+            cold: rows of the others.
+            checker: who decides which drafts stand; None where all do.
+            overlap: draft on while a block is checked.
+            row_costs: what steps of several tokens cost, for drafts from the text; None for none of these.
+        """
         self._decoder = decoder
         self._head_vocab = vocab.head
         self._cold = cold
         self._checker = checker
         self._kept = Columns(vocab.head.kept_ids, vocab.vocab_size)
-        self._feeder = Feeder(decoder, vocab, cold)
+        self._feeder = Feeder(decoder, vocab, cold, in_pairs=row_costs is not None)
+        replaces = checker is not None and checker.replaces
+        self._drafter = Drafter(self._feeder, self._kept, takes_any_id=replaces, row_costs=row_costs)
         self._overlap = overlap and checker is not None
         self.timing = self._feeder.timing
 
@@ -108,34 +120,16 @@ class GenerationLoop:
                 request.drafted += fed_ahead
             cache.cut(np.array(drop, np.int64) + fed_ahead)
             cache.select(keep)
-            blocks = self._draft(
-                live, cache, self._feeder.feed(cache, [request.output[-1] for request in live])
-            )
+            blocks = self._draft(live, cache, None)
 
     def _draft(
-        self, requests: Sequence[Request], cache: KVCache, step: Step, flying: Sequence[Draft] = ()
+        self, requests: Sequence[Request], cache: KVCache, step: Step | None, flying: Sequence[Draft] = ()
     ) -> list[Draft]:
-        """Draft a block from `step` on; `flying` are blocks drafted before it that are being checked."""
-        before = [block.tokens for block in flying] or [[] for _ in requests]
-        size = self._checker.draft_length if self._checker else 1
-        size = min(size, _tokens_left(requests) - len(before[0]), self._most_drafts)
-        drafts: list[list[int]] = [[] for _ in requests]
-        steps = [step]
-        model_seconds = self.timing.model
-        for position in range(size):
-            start = time.perf_counter()
-            for row, (request, tokens) in enumerate(zip(requests, drafts, strict=True)):
-                last = steps[-1]
-                past = before[row] + tokens
-                tokens.append(self._draft_token(request, last.logits[row, -1], last.hidden[row, -1], past))
-            self.timing.sampler += time.perf_counter() - start
-            if position == size - 1 or _all_ended(requests, drafts):
-                break
-            steps.append(self._feeder.feed(cache, [tokens[-1] for tokens in drafts]))
-        logits = _joined([s.logits[:, -1:] for s in steps])
-        hidden = _joined([s.hidden[:, -1:] for s in steps])
-        step_seconds = (self.timing.model - model_seconds) / max(len(steps) - 1, 1)
-        return [Draft(tokens, logits[row], hidden[row], step_seconds) for row, tokens in enumerate(drafts)]
+        """Draft a block behind `flying`, blocks that are being checked; see `Drafter.draft`."""
+        size = min(_tokens_left(requests) - (len(flying[0].tokens) if flying else 0), self._most_drafts)
+        if self._checker is None:
+            return self._drafter.draft(requests, cache, step, size, flying, one_step=True)
+        return self._drafter.draft(requests, cache, step, min(size, self._checker.draft_length), flying)
 
     @property
     def _most_drafts(self) -> int:
@@ -144,15 +138,6 @@ class GenerationLoop:
         if reach is None:
             return sys.maxsize
         return max(1, (reach + 1) // 2 if self._overlap else reach + 1)
-
-    def _draft_token(self, request: Request, logits: Floats, hidden: Floats, past: Sequence[int]) -> int:
-        try:
-            return request.draft(logits, hidden, past)
-        except NoTokenError:
-            if self._checker is None or not self._checker.replaces:
-                raise
-            # Only cold ids are allowed here: the check will find the right one.
-            return int(self._kept.ids[logits.argmax()])
 
     def _check(
         self, requests: Sequence[Request], blocks: Sequence[Draft], cache: KVCache
@@ -169,14 +154,8 @@ class GenerationLoop:
             return self._checker.check(requests, blocks), []
         with ThreadPoolExecutor(1) as checking:
             checked = checking.submit(self._checker.check, requests, blocks)
-            step = self._feeder.feed(cache, [tokens[-1] for tokens in drafted])
-            ahead = self._draft(requests, cache, step, blocks)
+            ahead = self._draft(requests, cache, None, blocks)
             return checked.result(), ahead
-
-
-def _joined(steps: Sequence[Floats]) -> Floats:
-    """Put steps (B, 1, n) side by side; a single one, as compact mode has, is not copied."""
-    return steps[0] if len(steps) == 1 else np.concatenate(steps, axis=1)
 
 
 def _tokens_left(requests: Sequence[Request]) -> int:

@@ -23,6 +23,11 @@ class Request:
         stop_ids: token ids that end the sequence.
         output: checked token ids.
         finished: by `accept` at a stop id or the limit, or by its reader (`end`) at a stop string.
+        drafted: tokens drafted for it.
+        rejected: drafts that a check replaced.
+        guessed: tokens from its own text that were fed before they were drafted (see `TextDrafts`).
+        guesses_stood: of these, the ones that were drafted then.
+        slots: the cold ids that may be drafted.
         room: tokens that can follow the prompt before the model's positions end; None for no end.
         source: for an encoder-decoder the text that its encoder reads, as token ids.
     """
@@ -35,6 +40,8 @@ class Request:
     finished: bool = False
     drafted: int = 0
     rejected: int = 0
+    guessed: int = 0
+    guesses_stood: int = 0
     slots: "DraftSlots | None" = None
     source: Ids | None = None
     room: int | None = None

@@ -93,6 +93,8 @@ class GeneratorStats:
             they were split into kept pieces).
         drafted: tokens drafted.
         rejected: drafts that the full model's token replaced.
+        guessed: tokens from a request's own text that were fed before they were drafted.
+        guesses_stood: of these, the ones that were drafted then: each saved a step.
         cold_reads: what exact mode's checks read of the cold files.
         timing: seconds by what was timed.
         other: seconds in none of these parts.
@@ -104,6 +106,8 @@ class GeneratorStats:
     cold_tokens: int = 0
     drafted: int = 0
     rejected: int = 0
+    guessed: int = 0
+    guesses_stood: int = 0
     cold_reads: ColdReads = field(default_factory=ColdReads)
     timing: Timing = field(default_factory=Timing)
     other: float = 0.0
@@ -147,6 +151,8 @@ class GeneratorStats:
         cold_tokens = sum(int((~head_vocab.is_kept(output)).sum()) for output in outputs)
         drafted = sum(request.drafted for request in requests)
         rejected = sum(request.rejected for request in requests)
+        guessed = sum(request.guessed for request in requests)
+        guesses_stood = sum(request.guesses_stood for request in requests)
         spent = sum(timing.model + timing.cold_head + timing.sampler for timing in timings)
         # Parts that overlapped count twice: nothing is left for the rest then.
         other = max(0.0, seconds - spent)
@@ -157,6 +163,8 @@ class GeneratorStats:
             self.cold_tokens += cold_tokens
             self.drafted += drafted
             self.rejected += rejected
+            self.guessed += guessed
+            self.guesses_stood += guesses_stood
             self.other += other
             for timing in timings:
                 self.timing.add(timing)

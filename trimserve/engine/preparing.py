@@ -20,6 +20,10 @@ def prepare(generator: Generator, asked: GenerationRequest, handle: Handle) -> T
     plan = generator.plan(asked.options)  # type: ignore[arg-type] # checked there
     (request,) = generator.requests([asked.prompt], plan)
     _check_logprobs(asked.top_logprobs, plan)
+    if plan.text_drafts:
+        raise UsageError(
+            "text_drafts is for generate and stream: an engine's batches take none, leave it out."
+        )
     for wanted, purpose in (
         (plan.mode == "exact", "exact mode"),
         (plan.report_mass, "report_mass"),

@@ -1,7 +1,7 @@
 """Generator: text in, text out, for a trimmed folder of a causal language model."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from types import MappingProxyType
 from typing import Unpack
@@ -29,6 +29,7 @@ from trimserve.generation.plan import GenerationPlan, make_plan
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
 from trimserve.runtime.decoder import Decoder
+from trimserve.runtime.row_costs import RowCosts, measure_rows
 from trimserve.text.chat import Message, render_chat
 from trimserve.text.codec import Codec
 
@@ -68,6 +69,7 @@ class Generator:
         self._decoder = decoder
         self._head: Once[ColdHead] = Once()
         self._certificate: Once[ColdCertificate | None] = Once()
+        self._row_costs: Once[RowCosts] = Once()
         row_bytes = cold.head_nbytes // max(cold.head_cold_ids.size, 1)
         reads = ColdReads(full_bytes=cold.head_nbytes, row_bytes=row_bytes)
         self.stats = GeneratorStats(cold_reads=reads, head_share=decoder.head_share)
@@ -297,7 +299,14 @@ class Generator:
         if plan.beams is not None:
             yield from self._search(requests, plan, plan.beams)
             return
-        loop = GenerationLoop(self._decoder, self.folder.vocab, self._cold, checker, overlap=self._overlap)
+        loop = GenerationLoop(
+            self._decoder,
+            self.folder.vocab,
+            self._cold,
+            checker,
+            overlap=self._overlap,
+            row_costs=self._several(plan),
+        )
         start = time.perf_counter()
         try:
             yield from loop.run(requests)
@@ -306,6 +315,19 @@ class Generator:
             timings = [loop.timing, *([checker.timing] if checker else [])]
             reads = checker.reads if checker else None
             self.stats.count(requests, self.folder.vocab.head, timings, seconds, reads)
+
+    def _several(self, plan: GenerationPlan) -> Callable[[], RowCosts] | None:
+        if not plan.text_drafts:
+            return None
+        if (reason := self._decoder.no_several_because) is not None:
+            raise UsageError(
+                f"{self.folder.path} cannot draft from the text ({reason}): leave text_drafts out."
+            )
+        return self._measured_rows
+
+    def _measured_rows(self) -> RowCosts:
+        kept = self.folder.vocab.kept_ids.size
+        return self._row_costs.get(lambda: measure_rows(self._decoder, kept, self.config.context))
 
     def _search(
         self, requests: Sequence[Request], plan: GenerationPlan, params: BeamParams

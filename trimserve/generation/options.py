@@ -40,15 +40,17 @@ class GenerationOptions(TypedDict, total=False):
 
     Of trimserve alone: `mode` is "exact" (default where the folder has cold rows) or "compact";
     `certify=False` leaves the sketch of the cold rows unused, which changes no token (docs/certificate.md);
-    `max_block` limits how many tokens are drafted before a check; `report_mass` measures, in compact mode,
-    the probability of what it cannot produce; penalties by count, `logit_bias`, `logits_processor` and `seed`
-    are those of `SamplingParams`.
+    `text_drafts=True` feeds several tokens a step where a text repeats itself and that pays, as summaries and
+    edits do (docs/exact-mode.md); `max_block` limits how many tokens are drafted before a check;
+    `report_mass` measures, in compact mode, the probability of what it cannot produce; penalties by count,
+    `logit_bias`, `logits_processor` and `seed` are those of `SamplingParams`.
     """
 
     max_new_tokens: Count
     stop: StopText | Sequence[StopText] | None
     mode: Mode | None
     certify: bool
+    text_drafts: bool
     max_block: Count
     report_mass: bool
     presence_penalty: Bias | None

@@ -63,6 +63,7 @@ class GenerationPlan:
         stop_strings: strings of the tokens that end it, special tokens and the prompt's end included.
         mode: exact or compact.
         certify: let exact mode prove what it can without the cold rows.
+        text_drafts: feed what followed in the text before, where that pays.
         max_block: most tokens drafted before a check.
         report_mass: measure what compact mode cannot produce.
     """
@@ -78,6 +79,7 @@ class GenerationPlan:
     stop_strings: tuple[str, ...]
     mode: Mode
     certify: bool
+    text_drafts: bool
     max_block: int
     report_mass: bool
 
@@ -142,6 +144,8 @@ def make_plan(
     max_block = given.get("max_block", LONGEST_DRAFT)
     _check_mode(mode, report_mass=report_mass, with_beams=beams is not None)
     ignored = _first(_OF_EXACT, given)
+    if beams is not None and given.get("text_drafts"):
+        raise UsageError("text_drafts means nothing to a beam search: leave it out, or use num_beams=1.")
     if ignored and (mode == "compact" or beams is not None):
         raise UsageError(
             f"{ignored} is about the drafts of exact mode, and this call makes none: leave it out."
@@ -158,6 +162,7 @@ def make_plan(
         stop_strings=stop_strings,
         mode=mode,
         certify=given.get("certify", True),
+        text_drafts=given.get("text_drafts", False),
         max_block=max_block,
         report_mass=report_mass,
     )

@@ -32,7 +32,8 @@ SHARED_KV_KEY = "trimserve.shared_kv"
 _MEASURING_SECONDS = 0.05
 _MEASURED_STEPS = 3
 # How many positions are asked for: by steps, by scores (all of them), and by what measures the head.
-_USUAL_KEEPS = (1, 0, -1)
+_USUAL_KEEPS = (1, 0, -1, 2)
+_ONE = np.ones(1, np.int64)
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -68,6 +69,7 @@ class Decoder:
 
     def __init__(self, session: Session, *, device: str = "cpu", lengths: Lengths | None = None) -> None:
         self.device = device
+        self._lengths = lengths
         lengths = lengths or Lengths()
         self.unchanged = lengths.unchanged
         self.restarts_after = lengths.unchanged if lengths.restarts else None
@@ -116,6 +118,16 @@ class Decoder:
         Not where positions depend on the length: a graph has one length for the whole batch.
         """
         return self.takes_positions and not self._shares_buffers and self.unchanged is None
+
+    @property
+    def no_several_because(self) -> str | None:
+        """Why a step of several tokens cannot stand for as many steps; None where it may (`measure_rows`)."""
+        if (reason := self.no_rows_because) is not None:
+            return reason
+        if self._states is not None:
+            return "its states cannot be taken back in the middle of a step"
+        # Without them nobody knows whether there is room for a second position.
+        return "its manifest says nothing of its length" if self._lengths is None else None
 
     @property
     def reach(self) -> int | None:
@@ -204,6 +216,20 @@ class Decoder:
         logits, hidden, *present = self._run(inputs, cache)
         cache.take(present)
         return Step(logits.numpy().astype(np.float32, copy=False), hidden.numpy())
+
+    def step_in_pair(self, cache: KVCache, ids: npt.NDArray[np.int64], cold_rows: Sequence[Rows]) -> Step:
+        """Feed the token of a lone sequence twice, int64 (1, 1), and take the second one back.
+
+        ONNX Runtime multiplies one row by another kernel than several, with other last bits. In a pair, what
+        stands behind a token is the same however many more are fed in a step. At the end of the model's
+        positions, where there is no room for two, the token is fed alone.
+        """
+        longest = self._lengths.longest if self._lengths else None
+        if longest is not None and cache.mask.shape[1] + 2 > longest:
+            return self.step(cache, ids, cold_rows)
+        step = self.step(cache, np.repeat(ids, 2, axis=1), cold_rows, keep=2)
+        cache.cut(_ONE)
+        return Step(step.logits[:, :1], step.hidden[:, :1])
 
     def _keep(self, keep: int) -> "ort.OrtValue":
         usual = self._keeps.get(keep)

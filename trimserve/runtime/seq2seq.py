@@ -104,6 +104,11 @@ class Seq2seqDecoder(Decoder):
                 "this decoder. Export the model again with `trimserve export`."
             )
 
+    @property
+    def no_several_because(self) -> str | None:
+        """Its output repeats nothing but itself: see `Decoder`."""
+        return "an encoder-decoder continues none"
+
     def start(self, sources: Sequence[Ids | None]) -> CrossCache:
         """Read sources of any lengths, int32 (T,) each, for sequences that hold nothing yet."""
         texts = [source for source in sources if source is not None]

@@ -22,6 +22,7 @@ GENERATION: Final = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mode", "report_mass"),
     *("do_sample", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "num_beams"),
     "length_penalty",
+    "text_drafts",
 )
 READING: Final = ("text_column", "unit", "skip_bad", "max_line")
 _PROMPTS: Final = ("prompt_name", "prompt", "batch_size")

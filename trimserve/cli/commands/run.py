@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="compact mode: the probability of what it cannot produce",
     )
+    generation.add_argument(
+        "--text-drafts",
+        action="store_true",
+        default=None,
+        help="several tokens a step where the text repeats itself (summaries, edits), as far as it pays",
+    )
     encoding = parser.add_argument_group("encoders")
     encoding.add_argument(
         "--corpus", metavar="FILE", help="texts to search in: a text a line, or a table; see `profile`"
