@@ -37,8 +37,14 @@ def coverage(report: Report) -> str:
         f"the average one. The expectation for {report.further} takes ids {rare} for cold: had those tokens "
         f"come later, the ids would not have been kept. Beyond {report.enough:,} ids it rises no more.",
         f'<figure><ul class="legend">{legend}</ul>{charts.both(chart)}</figure>{_k_table(report)}'
-        f"{_reasons(report)}",
+        f"{_recommended(report)}{_reasons(report)}",
     )
+
+
+def _recommended(report: Report) -> str:
+    """The K to take, as a sentence."""
+    found = report.recommended
+    return f'<p class="after">Recommended: {found.kept:,} ids, {safe(found.reason)}.</p>'
 
 
 def _reasons(report: Report) -> str:

@@ -19,6 +19,7 @@ def summarise(report: Report, title: str) -> str:
             "chosen",
             f"{choice.kept:,} of {report.vocab_size:,} ids: {share_text(choice.coverage)} of the tokens",
         ),
+        ("recommended", f"{report.recommended.kept:,} ids: {report.recommended.reason}"),
         ("knee", f"{report.knee.kept:,} ids: {share_text(report.knee.coverage)}"),
         ("cold tokens", f"{choice.cold_per_thousand:.3g} of 1,000 expected in {report.further}"),
         ("enough", f"{report.enough:,} ids: no more is expected to be covered beyond"),
