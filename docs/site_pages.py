@@ -84,8 +84,8 @@ def commands() -> str:
     parts = [
         "# Commands\n",
         "Results go to stdout, progress and messages to stderr; `--format json` makes stdout one JSON "
-        "document. Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed. `-m/--model` takes a folder, "
-        "a GGUF or ONNX file, or a hub id.\n",
+        "document. Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed. `-m/--model` takes a "
+        "folder, a GGUF or ONNX file, or a hub id.\n",
     ]
     for name in _below(full_parser()):
         parts += _described(name, 2)
