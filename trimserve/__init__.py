@@ -130,7 +130,7 @@ def verify(folder: AnyPath, model: AnyPath | None = None, **options: Any) -> "Ve
 
 @checked
 def inspect(path: AnyPath, **options: Any) -> "Inspection":  # noqa: ANN401
-    """Tell what a model or folder is, its vocab tensors, and the prize of trimming it.
+    """Tell what a model or folder is, its vocab tensors, and the most that trimming saves.
 
     Raises:
         MissingExtraError: the export extra is not installed.

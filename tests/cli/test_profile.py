@@ -136,7 +136,7 @@ def test_select_finds_the_tokenizer_where_it_is_told(here, call):
 def test_summaries_for_people(call):
     code, out, _ = call("profile", "a.txt", "-m", "model", "-o", "p")
     assert code == 0
-    for line in (r"^texts +1$", r"^distinct ids +\d+ of 327$", r"^missing mass +\d+\.\d\d % \(at most"):
+    for line in (r"^texts +1$", r"^distinct ids +\d+ of 327$", r"^unseen-token rate +\d+\.\d\d % \(at most"):
         assert re.search(line, out, re.MULTILINE), out
     assert "kept ids  of the vocab  coverage" in out
     code, out, _ = call("merge", "p", "-o", "m")

@@ -1,4 +1,4 @@
-"""Every command in the docs is one that the program takes, and the code of the guides runs as it is printed."""
+"""Every command in the docs is one that the program takes, and the code of the guides runs as printed."""
 
 import builtins
 import csv
@@ -109,7 +109,8 @@ def test_search_ends_in_hits(at_desk, capsys):
 
 
 @pytest.mark.export
-def test_a_chat_ends_in_an_answer(at_desk, monkeypatch, capsys):
+@pytest.mark.usefixtures("at_desk")
+def test_a_chat_ends_in_an_answer(monkeypatch, capsys):
     (words,) = [words for place, words in commands(README) if words[0] == "chat"]
     assert words == ["chat", "smollm2-tickets"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Where is my refund?\n"))
@@ -145,7 +146,8 @@ def test_the_code_of_the_guides_runs_as_printed(block, at_desk, monkeypatch):
 
 
 @pytest.mark.export
-def test_the_code_of_fine_tuning_runs_as_printed(at_desk, tmp_path):
+@pytest.mark.usefixtures("at_desk")
+def test_the_code_of_fine_tuning_runs_as_printed():
     (block,) = python_blocks(ROOT / "docs" / "guides" / "fine-tune-small.md")
     assert block.name in NOT_RUN
     shutil.copy("examples/tickets.txt", "train.txt")

@@ -125,7 +125,7 @@ def test_json_terminal_and_page_agree(inputs):
         assert f"{len(inputs.vocab):,} of 327" in re.sub(r"<[^>]*>", "", shown)
     assert document["recommended"]["kept"] == report.recommended.kept
     assert all(f"{report.recommended.kept:,} ids" in shown for shown in (text, page))
-    assert "verified          FAILED" in text
+    assert "verified            FAILED" in text
     assert len(text.splitlines()) < 70
 
 

@@ -27,7 +27,7 @@ _DECISIVE = (("onnxruntime", "onnxruntime-gpu"), ("tokenizers",), ("numpy",))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # subcommand -> its one-line help; trimserve/cli/<subcommand>.py has add_arguments(parser) and run(args).
 COMMANDS = {
-    "inspect": "what a model or folder is, its vocab tensors, and the prize of trimming it",
+    "inspect": "what a model or folder is, its vocab tensors, and the most that trimming saves",
     "profile": "count the tokens of a corpus",
     "merge": "add profiles up",
     "diff": "what tells two profiles apart",
