@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Stealing keeps neighbours on one worker, so that a module's fixtures are made once.
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-families test-fuzz test-js test-optimum test-latest docs demo bench bench-full plots \
+.PHONY: help setup fmt lint test test-slow test-families test-fuzz test-js test-optimum test-latest test-adapters docs demo bench bench-full plots \
 	wheel-check release-check clean
 
 help:  ## list the targets
@@ -81,6 +81,10 @@ test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest version
 	@$(LATEST)/bin/python -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(transformers|tokenizers|onnx|onnxruntime|onnx-ir|onnxscript|torch|numpy) '
 	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz and not families' \
 		tests/export/test_exporters.py tests/export/test_matrix.py tests/export/verify/test_source.py
+
+test-adapters: $(READY)  ## LangChain, LlamaIndex and FAISS themselves: trimserve.integrations, and the guides
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group adapters
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/integrations tests/docs
 
 # Its tests export beside optimum-onnx (tests/support/legs.py).
 test-js: $(OPTIMUM)/.ready  ## transformers.js under Node on folders of ours
