@@ -13,7 +13,8 @@ READY := $(VENV)/.ready
 # Stealing keeps neighbours on one worker, so that a module's fixtures are made once.
 JOBS ?= 2
 
-.PHONY: help setup fmt lint test test-slow test-families test-fuzz test-js test-optimum test-latest demo bench bench-full plots wheel-check clean
+.PHONY: help setup fmt lint test test-slow test-families test-fuzz test-js test-optimum test-latest test-adapters docs demo bench bench-full plots \
+	wheel-check release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,10 +82,28 @@ test-latest: $(LATEST)/.ready  ## a sample of the matrix with the newest version
 	$(LATEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not fuzz and not families' \
 		tests/export/test_exporters.py tests/export/test_matrix.py tests/export/verify/test_source.py
 
+test-adapters: $(READY)  ## LangChain, LlamaIndex and FAISS themselves: trimserve.integrations, and the guides
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group adapters
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/integrations tests/docs
+
 # Its tests export beside optimum-onnx (tests/support/legs.py).
 test-js: $(OPTIMUM)/.ready  ## transformers.js under Node on folders of ours
 	cd tests/js && npm ci --ignore-scripts --no-audit --no-fund
 	$(OPTIMUM)/bin/python -m pytest tests/export/layouts/test_layouts.py -k transformers_js
+
+# The site needs none of the heavy packages, and builds in an environment of its own.
+DOCS := .venv-docs
+
+$(DOCS)/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "trimserve needs Python >= 3.11: install it, or pass PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e . --group docs
+	@touch $@
+
+docs: $(DOCS)/.ready  ## the documentation as a site that works offline, build/site/index.html; every link checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(DOCS)/bin/python .ci/check-site build/site
 
 demo: $(READY)  ## trim a real MiniLM to the standard library's docstrings, into demo-out/
 	$(BIN)/python examples/demo.py
@@ -104,5 +123,8 @@ plots: $(READY)  ## draw the figures and write the measured tables again
 wheel-check: $(READY)  ## install the built wheel in a clean environment and call it
 	.ci/check-wheel $(BIN)/python
 
+release-check:  ## sdist and wheel built, checked, and installed in clean environments on every Python at hand
+	.ci/check-release $(PYTHON)
+
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OPTIMUM) $(LATEST) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPTIMUM) $(LATEST) $(DOCS) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

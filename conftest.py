@@ -12,6 +12,8 @@ def _is_there(package: str) -> bool:
 
 _NEEDS = {
     "starlette": ["trimserve/serving/*"],
+    "langchain_core": ["trimserve/integrations/langchain.py"],
+    "llama_index": ["trimserve/integrations/llama_index.py"],
     "jinja2": ["trimserve/text/counted_code.py", "trimserve/text/sandbox.py"],
 }
 collect_ignore_glob = [path for package, paths in _NEEDS.items() if not _is_there(package) for path in paths]

@@ -1,4 +1,4 @@
-"""The founding paper's table: how many vocab rows and parameters a data set lets go, and what it misses.
+"""Williams and Aletras: how many vocab rows and parameters a data set lets go, and what their rule misses.
 
 Williams and Aletras (arXiv 2309.08708) keep every token id that occurs in the data set, its test split too,
 and have no row for any other. `transformer-smaller-training-vocab` replicated that rule; its published

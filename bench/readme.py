@@ -22,12 +22,12 @@ from bench.peers import tables as peer_tables
 from bench.profile import tables as profile_tables
 from bench.quantize.tables import quantize_table
 from bench.tables import common as tables
-from bench.tables import targets
+from bench.tables import first_screen, targets
 from bench.tables.matrix import matrix_table
 from trimserve.console import human_bytes
 from trimserve.files.atomic import atomic_path
 
-PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
+PAGES = (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").rglob("*.md")))
 # Result files that are not named after the module that writes them.
 _COMMANDS = {
     "profile_scaling": "profile --scaling",
@@ -127,6 +127,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **tables.TABLES,
     **peer_tables.TABLES,
     "targets": targets.table,
+    "first_screen": first_screen.table,
     **profile_tables.TABLES,
     "finetune": finetune_table,
     "quantize": quantize_table,

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_public_names_are_imported_when_they_are_used():
     assert set(trimserve.__all__) <= set(dir(trimserve))
     with pytest.raises(AttributeError, match="'trimserve' has no attribute 'nothing'"):
         _ = trimserve.nothing
+
+
+def test_help_says_what_a_generator_takes():
+    text = pydoc.render_doc(trimserve.Generator, renderer=pydoc.plaintext)
+    assert "class Generator" in text
+    assert "generate(" in text
+    assert "GenerationOptions" in text
+    assert "temperature" in pydoc.render_doc(trimserve.GenerationOptions, renderer=pydoc.plaintext)
+    assert "show_progress_bar" in pydoc.render_doc(trimserve.Encoder.encode, renderer=pydoc.plaintext)
 
 
 FACES = {

@@ -1,7 +1,12 @@
 """Loading folders, with graphs made by hand: what a real exporter gives is in test_encoder.py."""
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -83,6 +88,75 @@ def test_a_graph_is_fed_in_its_own_types(tmp_path, model_folders, id_type):
 
 def test_a_path_may_be_a_string(tmp_path, model_folders):
     assert load(str(make(tmp_path / "folder", model_folders)), threads=1).encode(["the"]).shape == (1, H)
+
+
+@pytest.mark.optimum
+def test_repr_says_what_was_loaded(tmp_path, model_folders):
+    path = make(tmp_path / "folder", model_folders)
+    shown = f"{path}, feature-extraction, {len(KEPT)} of {V} rows kept, fp16"
+    assert repr(load(path)) == f"<Encoder {shown}>"
+
+
+@pytest.mark.optimum
+def test_progress_counts_every_text_once(tmp_path, model_folders, monkeypatch):
+    bars = []
+
+    @contextlib.contextmanager
+    def counting(total, *_, show):
+        bars.append([total, show, 0])
+        yield types.SimpleNamespace(update=lambda count: bars[-1].__setitem__(2, bars[-1][2] + count))
+
+    monkeypatch.setattr("trimserve.encoder.encoder.progress", counting)
+    encoder = load(make(tmp_path / "folder", model_folders))
+    texts = ["the cat sat", "dog!"] * 4
+    quiet = encoder.encode(texts, batch_size=3)
+    np.testing.assert_array_equal(encoder.encode(texts, batch_size=3, show_progress_bar=True), quiet)
+    assert bars == [[8, False, 8], [8, True, 8]]
+
+
+HUB_CODE = """
+import sys
+import trimserve
+try:
+    model = trimserve.load(sys.argv[1], revision=sys.argv[2] or None)
+    print(model.encode("the cat").shape)
+except trimserve.TrimserveError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def load_from_hub(cache, name, revision="", *, hide=False):
+    """What a process without a network prints; its hub cache is `cache`."""
+    hiding = "import sys; sys.modules['huggingface_hub'] = None\n" if hide else ""
+    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", hiding + HUB_CODE, name, revision]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=cache)
+    return done.stdout.strip()
+
+
+@pytest.mark.optimum
+def test_a_hub_id_is_loaded_from_the_hubs_cache(tmp_path, model_folders):
+    pytest.importorskip("huggingface_hub")
+    repo = tmp_path / "models--someone--tickets"
+    made = make(tmp_path / "folder", model_folders)
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots" / "c0ffee").mkdir(parents=True)
+    for file in made.iterdir():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (repo / "snapshots" / "c0ffee" / file.name).symlink_to(f"../../blobs/{file.name}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c0ffee")
+    assert load_from_hub(tmp_path, "someone/tickets") == f"(1, {H})"
+    refused = load_from_hub(tmp_path, "someone/else")
+    assert refused.startswith("UsageError someone/else is no local folder and could not be fetched")
+
+
+@pytest.mark.optimum
+def test_a_hub_id_needs_huggingface_hub_and_a_folder_has_no_revision(tmp_path, model_folders):
+    make(tmp_path / "a" / "b", model_folders)
+    assert "pip install 'trimserve[hub]'" in load_from_hub(tmp_path, "someone/tickets", hide=True)
+    assert load_from_hub(tmp_path, "a/b", hide=True) == f"(1, {H})"
+    assert "has no revisions" in load_from_hub(tmp_path, "a/b", "main", hide=True)
 
 
 def test_a_folder_without_a_graph_says_what_to_do(tmp_path, model_folders):

@@ -25,6 +25,10 @@ from trimserve.faces import lazy_face
 from trimserve.version import __version__
 
 if TYPE_CHECKING:
+    from trimserve.encoder.encoder import Encoder
+    from trimserve.generation.generator import Generator
+    from trimserve.generation.options import GenerationOptions
+    from trimserve.generation.output import Generation
     from trimserve.loading import load
     from trimserve.profiles.difference import Difference, diff
     from trimserve.profiles.merging import merge
@@ -38,6 +42,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Difference",
+    "Encoder",
+    "Generation",
+    "GenerationOptions",
+    "Generator",
     "MismatchError",
     "MissingExtraError",
     "Profile",
@@ -63,6 +71,10 @@ __getattr__, _listing, _ = lazy_face(
     __name__,
     {
         "Difference": "trimserve.profiles.difference",
+        "Encoder": "trimserve.encoder.encoder",
+        "Generation": "trimserve.generation.output",
+        "GenerationOptions": "trimserve.generation.options",
+        "Generator": "trimserve.generation.generator",
         "Profile": "trimserve.profiles.profiling",
         "Reason": "trimserve.vocab.map",
         "VocabMap": "trimserve.vocab.map",
@@ -118,7 +130,7 @@ def verify(folder: AnyPath, model: AnyPath | None = None, **options: Any) -> "Ve
 
 @checked
 def inspect(path: AnyPath, **options: Any) -> "Inspection":  # noqa: ANN401
-    """Tell what a model or folder is, its vocab tensors, and the prize of trimming it.
+    """Tell what a model or folder is, its vocab tensors, and the most that trimming saves.
 
     Raises:
         MissingExtraError: the export extra is not installed.

@@ -1,11 +1,11 @@
 """Open a trimmed folder as the object that runs it."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trimserve.arguments import AnyPath, Threads, checked
 from trimserve.encoder.encoder import Encoder
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError
+from trimserve.folder.hub import find_folder
 from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK
 from trimserve.process import release_free_memory
@@ -27,11 +27,12 @@ def load(
     threads: Threads | None = None,
     low_memory: bool = False,
     verify: str | None = None,
+    revision: str | None = None,
 ) -> "Encoder | Generator":
     """Load a trimmed folder.
 
     Args:
-        path: a folder made by `trimserve export`.
+        path: a folder made by `trimserve export`, or the hub id (owner/name) of one.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of one operator; by default the CPUs this process may use.
         low_memory: use the weights where they are mapped instead of packed copies: next to no private
@@ -40,6 +41,7 @@ def load(
         verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and not
             written to since, as the system says; ``"off"`` compares sizes. By default what
             `TRIMSERVE_VERIFY` says, else fast.
+        revision: branch, tag or commit of a hub id.
 
     Returns:
         An Encoder or a Generator, by the folder's task.
@@ -48,11 +50,11 @@ def load(
         UsageError: not a trimmed folder, or one without a graph.
         MismatchError: a file of it is missing or changed, or its parts do not fit.
         UnsupportedModelError: a layout or a task that this runtime does not run.
-        MissingExtraError: onnxruntime is not installed.
+        MissingExtraError: onnxruntime is not installed; or a hub id, and huggingface_hub is not.
         TrimserveError: there is not enough memory, or the folder was replaced just now and there is no room
             for a copy of its graph.
     """
-    folder = open_folder(Path(path), verify=verify)
+    folder = open_folder(find_folder(path, revision), verify=verify)
     check_runnable(folder)
     codec = Codec(folder, mapped=low_memory)
     release_free_memory()  # before the graphs are read, so that both peaks do not add up

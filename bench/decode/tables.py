@@ -20,7 +20,7 @@ def decode_table() -> str:
         "exact",
         "with a sketch",
         "exact to full",
-        "drafts that stood",
+        "accepted drafts",
         "ceiling",
     )
     lines = [

@@ -1,7 +1,7 @@
 """Fine-tuning with the kept rows alone against the full model: peak memory and time of a step.
 
 Models of real shapes with random weights take a few AdamW steps in fp32, each in a process of its own; their
-vocabs are all ids that banking77's training texts have (coverage 1, the founding paper's rule, and the
+vocabs are all ids that banking77's training texts have (coverage 1, the rule of Williams and Aletras, and the
 structural ids), by the model's own tokenizer. mT5's is not at hand: XLM-R's stands in, also a Unigram of
 250,000 pieces. Then examples/finetune_banking.py trains the real MiniLM on banking77, full and trimmed.
 """

@@ -7,7 +7,7 @@ from bench import harness, paper, serving
 from bench.memory import run as memory
 from trimserve.console import human_bytes
 
-# Of the founding paper's rule: the corpora whose rows are shown.
+# Of the rule of Williams and Aletras: the corpora whose rows are shown.
 _PAPER_CORPORA = ("banking77-en", "gsm8k-en", "medquad-en", "wikitext2-shakespeare-en", "law-de")
 
 
@@ -98,7 +98,7 @@ def encoder_time_table() -> str:
 
 
 def paper_table() -> str:
-    """The founding paper's rule and ours, from bench/paper.py."""
+    """The rule of Williams and Aletras and ours, from bench/paper.py."""
     row = harness.last_row("paper")
     shown = [one for one in row["rows"] if one["published"] or one["data"] in _PAPER_CORPORA]
     header = (
@@ -132,7 +132,7 @@ def paper_table() -> str:
 
 
 def published_table() -> str:
-    """What the replication of the founding paper published: vocab rows and parameters removed."""
+    """What the replication of Williams and Aletras published: vocab rows and parameters removed."""
     models = tuple(paper.MODELS)
     lines = [
         (name, *(f"{row[model][0]:.2f} %, {row[model][1]:.2f} %" for model in models))

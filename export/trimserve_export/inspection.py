@@ -1,4 +1,4 @@
-"""Say what a path is: a model and the prize of trimming it, a trimmed folder, or an ONNX graph."""
+"""Say what a path is: a model and the most that trimming it saves, a trimmed folder, or an ONNX graph."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -131,7 +131,7 @@ def inspect(path: str | Path, *, kept: Count = DEFAULT_KEPT, revision: str | Non
 
     Args:
         path: a model folder or hub id, a trimmed folder, a GGUF file, or an ONNX file or a folder with one.
-        kept: the K to compute the prize for.
+        kept: the K to compute the maximum saving for.
         revision: hub branch, tag or commit.
 
     Raises:

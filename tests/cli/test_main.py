@@ -2,10 +2,12 @@ import argparse
 import errno
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
 import types
+from importlib import metadata
 
 import pytest
 
@@ -52,11 +54,33 @@ def test_every_command_has_help_and_the_common_options(name, capsys):
 
 def test_version_and_no_command(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"trimserve {__version__}\n"
+    told = capsys.readouterr().out
+    assert told.startswith(f"trimserve {__version__} (Python {platform.python_version()}, ")
+    assert f"tokenizers {metadata.version('tokenizers')}, numpy {metadata.version('numpy')})" in told
     assert main([]) == 2
     assert main(["unheard-of"]) == 2
     assert main(["profile", "--unheard-of"]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_version_names_what_is_missing_and_what_stands_for_it(monkeypatch):
+    monkeypatch.setattr(main_module, "_installed", {"onnxruntime-gpu": "1.31", "numpy": "2"}.get)
+    assert main_module.versions().endswith(", onnxruntime-gpu 1.31, no tokenizers, numpy 2)")
+
+
+def test_completion_of_every_command(capsys):
+    pytest.importorskip("shtab")
+    assert main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(f"_trimserve_{name}" in script for name in COMMANDS)
+    assert "--held-out" in script
+
+
+def test_completion_says_what_it_needs_and_which_shells_there_are(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "bash"]) == 1
+    assert "pip install 'trimserve[completion]'" in capsys.readouterr().err
+    assert main(["--print-completion", "powershell"]) == 2
 
 
 @pytest.mark.parametrize(

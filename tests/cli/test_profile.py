@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.support.folders import make_folder
 from tests.support.tiny_tokenizers import TEXT, save_model_folder
 from trimserve.cli.main import main
 from trimserve.corpus import documents, reader, slices
@@ -85,6 +86,45 @@ def test_profile_merge_select_with_json(here, call):
     assert vocab.is_kept(resolve_model("model").tokenizer().encode("zebra").ids).all()
 
 
+def test_a_file_of_lines_that_counts_as_one_document_is_told(here, call, caplog):
+    (here / "lines.txt").write_text("where is the cat?\n" * 20, "utf-8")
+    (here / "prose.txt").write_text("the cat\nsat on\n\n" * 20, "utf-8")
+    (here / "list.md").write_text("- a cat\n" * 20, "utf-8")
+    told = "has many lines"
+    for corpus, options, expected in (
+        (["a.txt", "lines.txt"], [], True),
+        (["lines.txt"], ["--unit", "line"], False),
+        (["lines.txt"], ["--unit", "document"], False),
+        (["prose.txt", "list.md"], [], False),
+    ):
+        caplog.clear()
+        assert call("profile", *corpus, *options, "-m", "model", "-o", "p")[0] == 0
+        assert (told in caplog.text) == expected, (corpus, options, caplog.text)
+
+
+def test_diff_takes_a_trimmed_folder_as_vocab_and_fails_below(here, call):
+    assert call("profile", "a.txt", "-m", "model", "-o", "p")[0] == 0
+    (here / "other.txt").write_text("zebra! 99%\n", "utf-8")
+    assert call("profile", "other.txt", "-m", "model", "-o", "q")[0] == 0
+    later = Profile.load("q")
+    kept = np.setdiff1d(np.arange(later.vocab_size), np.flatnonzero(later.counts)[:3])
+    folder = make_folder(here / "folder", kept, later.vocab_size, source=here / "model")
+    code, out, _ = call("diff", "p", "q", "--vocab", "folder", "--format", "json")
+    coverages = [Profile.load(name).coverage(folder.vocab.kept_ids) for name in ("p", "q")]
+    assert (code, json.loads(out)["coverage"]) == (0, coverages)
+    assert coverages[1] < 1
+    assert call("diff", "p", "q", "--vocab", "folder", "--fail-below", coverages[1])[0] == 0
+    # The later profile counts, not the earlier one.
+    between = sum(coverages) / 2
+    assert coverages[1] < between < coverages[0]
+    assert call("diff", "p", "q", "--vocab", "folder", "--fail-below", between)[0] == 1
+    assert call("diff", "p", "q", "--fail-below", 0.9)[0] == 2
+    assert call("diff", "p", "q", "--vocab", "folder", "--fail-below", 90)[0] == 2
+    (here / "plain").mkdir()
+    code, _, err = call("diff", "p", "q", "--vocab", "plain")
+    assert (code, "no trimmed one" in err) == (2, True)
+
+
 def test_select_finds_the_tokenizer_where_it_is_told(here, call):
     assert call("profile", "a.txt", "-m", "./model", "-o", "p")[0] == 0
     (here / "model").rename(here / "moved")
@@ -99,7 +139,7 @@ def test_select_finds_the_tokenizer_where_it_is_told(here, call):
 def test_summaries_for_people(call):
     code, out, _ = call("profile", "a.txt", "-m", "model", "-o", "p")
     assert code == 0
-    for line in (r"^texts +1$", r"^distinct ids +\d+ of 327$", r"^missing mass +\d+\.\d\d % \(at most"):
+    for line in (r"^texts +1$", r"^distinct ids +\d+ of 327$", r"^unseen-token rate +\d+\.\d\d % \(at most"):
         assert re.search(line, out, re.MULTILINE), out
     assert "kept ids  of the vocab  coverage" in out
     code, out, _ = call("merge", "p", "-o", "m")

@@ -123,8 +123,35 @@ def test_json_terminal_and_page_agree(inputs):
     assert document["choice"]["kept"] == len(inputs.vocab)
     for shown in (text, page):
         assert f"{len(inputs.vocab):,} of 327" in re.sub(r"<[^>]*>", "", shown)
-    assert "verified          FAILED" in text
+    assert document["recommended"]["kept"] == report.recommended.kept
+    assert all(f"{report.recommended.kept:,} ids" in shown for shown in (text, page))
+    assert "verified            FAILED" in text
     assert len(text.splitlines()) < 70
+
+
+def test_the_least_k_that_leaves_few_tokens_cold_is_recommended():
+    # 900 ids of 3,000 make all but a thousandth of the text; each is in many documents.
+    counts = np.where(np.arange(3_000) < 900, 1_000, 0)
+    counts[900:1_200] = 2
+    profile = dataclasses.replace(make_profile(counts), document_counts=np.minimum(counts, 500))
+    report = gather(Inputs({"p": profile}, profile, select(profile, coverage=0.5)))
+    found = report.recommended
+    least = min(point.kept for point in report.curve if point.expected >= 0.999)
+    assert found.enough_text
+    assert found.kept == -(-least // 128) * 128 < 1_200
+    assert found.cold_per_thousand <= 1
+    assert "at most 1 cold token of 1,000" in found.reason
+
+
+def test_where_too_little_was_profiled_the_end_of_what_helps_is_recommended():
+    counts = np.where(np.arange(3_000) < 300, 9, (np.arange(3_000) < 600).astype(int))
+    profile = dataclasses.replace(make_profile(counts), document_counts=np.minimum(counts, 4))
+    report = gather(Inputs({"p": profile}, profile, select(profile)))
+    found = report.recommended
+    assert not found.enough_text
+    assert report.enough <= found.kept < report.enough + 256
+    assert found.cold_per_thousand == pytest.approx(1000 * 300 / 3_000)
+    assert all("more text helps more" in made(report, "T") for made in (summarise, render))
 
 
 def test_tokens_are_not_named_that_few_documents_hold(inputs):
@@ -269,6 +296,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert found["held_out_tokens"] > 0
     vocab = select(Profile.load("p.safetensors"))
     assert found["choice"]["kept"] == len(vocab)
+    kept = found["recommended"]["kept"]
+    assert found["next"] == f"trimserve export -m model --profile p.safetensors --top-k {kept} -o p-{kept}"
     assert "zebra" not in (tmp_path / "r.html").read_text("utf-8").lower()
     # A trimmed folder brings its vocab and what verification found.
     (tmp_path / "folder").mkdir()
@@ -278,6 +307,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     write_manifest(tmp_path / "folder", made_manifest(small, verification))
     assert main(["report", "p.safetensors", "--folder", "folder", "-o", "r.html", "--title", "Mine"]) == 0
     assert "report: r.html" in capsys.readouterr().out
+    assert main(["report", "p.safetensors", "--vocab", "folder", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["choice"]["kept"] == len(small)
     page = (tmp_path / "r.html").read_text("utf-8")
     assert "Every check against the full model holds" in page
     assert "<h1>Mine</h1>" in page

@@ -49,12 +49,12 @@ def selection_summary(vocab: "VocabMap", path: str | None) -> str:
     if "head_rows" in rule:
         covered = percent(rule["head_coverage"])
         facts.append(("head", f"{rule['head_rows']:,} of the kept ids: {covered} of completions"))
-    facts.append(("missing mass", missing_mass_text(rule["missing_mass"], rule["missing_mass_bound"])))
+    facts.append(("unseen-token rate", missing_mass_text(rule["missing_mass"], rule["missing_mass_bound"])))
     if row_bytes := rule["row_bytes"]:
         kept, before = human_bytes(_row_bytes(vocab)), human_bytes(size * row_bytes)
         facts.append(("bytes of rows", f"{kept} of {before}"))
     title = f"vocab for {rule['tokenizer_name']}: {path or 'nothing was written (dry run)'}"
-    return "\n".join([title, *(f"{k:<18}{v}" for k, v in facts)])
+    return "\n".join([title, *(f"{k:<20}{v}" for k, v in facts)])
 
 
 def prediction_summary(prediction: dict[str, Any]) -> str:
@@ -69,8 +69,8 @@ def prediction_summary(prediction: dict[str, Any]) -> str:
     if (ratio := prediction["decode_ratio"]) is not None:
         facts.append(("decoding", f"at most {ratio:.2f} x faster, by weight bytes read a token"))
     if (dead := prediction["dead_ids"]) is not None:
-        facts.append(("dead ids", f"{dead:,} of the vocab can come of no text: free to drop"))
-    return "\n".join(f"{name:<18}{value}" for name, value in facts)
+        facts.append(("unreachable tokens", f"{dead:,} of the vocab can come of no text: free to drop"))
+    return "\n".join(f"{name:<20}{value}" for name, value in facts)
 
 
 def profile_document(profile: Profile, path: str) -> dict[str, Any]:
@@ -99,18 +99,20 @@ def profile_summary(profile: Profile, path: str) -> str:
         ("tokens", f"{profile.tokens:,}"),
         ("distinct ids", f"{profile.distinct:,} of {profile.vocab_size:,}"),
         ("structural ids", f"{profile.structural.size:,}"),
-        ("missing mass", missing_mass_text(profile.missing_mass, profile.missing_mass_bound)),
+        ("unseen-token rate", missing_mass_text(profile.missing_mass, profile.missing_mass_bound)),
     ]
     if (unseen := profile.document_missing_mass) is not None:
-        facts.append(("  of documents", f"{percent(unseen)}, with each held back in turn"))
+        facts.append(
+            ("  leave-one-out", f"{percent(unseen)} of a further document, by leaving out each in turn")
+        )
     if profile.beyond_rows:
         facts.append(("ids without a row", f"{profile.beyond_rows:,} occurrences, not counted"))
-    lines = [f"{name:<18}{value}" for name, value in facts]
+    lines = [f"{name:<20}{value}" for name, value in facts]
     return "\n".join([f"profile of {profile.tokenizer_name}: {path}", *lines, "", _curve_table(profile)])
 
 
 def missing_mass_text(mass: float, bound: float) -> str:
-    """Format a missing mass with its bound."""
+    """Format an unseen-token rate with its bound."""
     return f"{percent(mass)} (at most {percent(bound)} at {100 * CONFIDENCE:.0f} % confidence)"
 
 

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.corpus.corpus import Corpus
 from trimserve.corpus.documents import MARK, Faults, Reading
+from trimserve.corpus.files import HUB, STDIN, find_files
 from trimserve.corpus.rows import encodable, is_table
 from trimserve.errors import UsageError
 
 if TYPE_CHECKING:
     from trimserve.profiles.profile import Profile
     from trimserve.text.names import TokenNames
+    from trimserve.vocab.map import VocabMap
 
+# A plain text of so many lines, in its first so many bytes, may be a list of texts.
+_MANY_LINES, _HEAD_BYTES = 20, 64 << 10
+_PLAIN = (".txt", ".text")
 log = logging.getLogger(__name__)
 
 
@@ -95,6 +100,46 @@ def encodable_word(word: str) -> str:
     if encodable(word, lambda: "a text of the command line", Faults(skip=True)) is None:
         raise UsageError(f"the text {word!r} of the command line is not UTF-8: convert it, or pipe it in.")
     return word
+
+
+def load_named_vocab(path: Path) -> "VocabMap":
+    """Read a vocab file, or the vocab of a trimmed folder.
+
+    Raises:
+        UsageError: there is no such file, or the folder is no trimmed one.
+        MismatchError: it is no vocab.
+    """
+    from trimserve.folder.manifest import is_trimmed
+    from trimserve.folder.names import VOCAB_NAME
+    from trimserve.vocab.file import load_vocab
+
+    if not path.is_dir():
+        return load_vocab(path)
+    if not is_trimmed(path):
+        raise UsageError(f"{path} is a folder, but no trimmed one: name such a folder, or a vocab file.")
+    return load_vocab(path / VOCAB_NAME)
+
+
+def lines_as_one(names: Iterable[str]) -> str | None:
+    """A file of texts a line that counts as one document, in a sentence; None where there is none.
+
+    Prose has blank lines between its paragraphs; what has many lines and none of them blank is a list.
+    """
+    for file in find_files([name for name in names if name != STDIN and not name.startswith(HUB)]):
+        if not file.path.lower().endswith(_PLAIN):  # Markdown has lists, and packed files are not opened
+            continue
+        try:
+            with Path(file.path).open("rb") as opened:
+                head = opened.read(_HEAD_BYTES)
+        except OSError:  # counting says it
+            continue
+        lines = head.rstrip().splitlines()
+        if len(lines) >= _MANY_LINES and all(line.strip() for line in lines):
+            return (
+                f"{file.name} has many lines, none of them blank, and counts as one document: pass "
+                "--unit line if each line is a text of its own."
+            )
+    return None
 
 
 def find_names(profile: "Profile", model: str | None) -> "TokenNames | None":

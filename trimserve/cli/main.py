@@ -6,22 +6,28 @@ import errno
 import importlib
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from trimserve.cli.native_stderr import hide_panics
-from trimserve.errors import TrimserveError
+from trimserve.errors import TrimserveError, require
 from trimserve.files.atomic import recording
 from trimserve.interrupts import came, exit_code, terminations
 from trimserve.stdout import data_only
 from trimserve.version import __version__
 
+_COMPLETION = "--print-completion"
+# Packages whose versions decide about results, with what may stand for each.
+_DECISIVE = (("onnxruntime", "onnxruntime-gpu"), ("tokenizers",), ("numpy",))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # subcommand -> its one-line help; trimserve/cli/<subcommand>.py has add_arguments(parser) and run(args).
 COMMANDS = {
-    "inspect": "what a model or folder is, its vocab tensors, and the prize of trimming it",
+    "inspect": "what a model or folder is, its vocab tensors, and the most that trimming saves",
     "profile": "count the tokens of a corpus",
     "merge": "add profiles up",
     "diff": "what tells two profiles apart",
@@ -105,28 +111,81 @@ def _run(arguments: list[str], *, is_program: bool) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    at = next((at for at, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    named = arguments[at] if at < len(arguments) else None
+    if at or named not in commands:  # nothing, --help, --version, or a mistake: none of it comes back
+        parser.parse_args(arguments if arguments[:1] == [_COMPLETION] else arguments[: at + 1])
+        parser.error("expected a COMMAND first")
+    _declare(named, commands[named])  # of the called one alone
+    return _parse_mixed(commands[named], arguments[1:], argparse.Namespace(command=named))
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The program's parser, and those of its commands, whose arguments `_declare` adds."""
     parser = argparse.ArgumentParser(
         prog="trimserve",
         description="Serve a language model with the vocabulary rows a domain uses.",
     )
-    parser.add_argument("--version", action="version", version=f"trimserve {__version__}")
+    silent: Any = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument(
+        "--version", action=_PrintVersions, nargs=0, help="print versions, and exit", **silent
+    )
+    shells = ("bash", "zsh", "tcsh")
+    completion = "print what completes commands in a shell, and exit"
+    parser.add_argument(_COMPLETION, action=_PrintCompletion, choices=shells, help=completion, **silent)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    at = next((at for at, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
-    named = arguments[at] if at < len(arguments) else None
-    commands = {
+    return parser, {
         name: subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         for name, summary in COMMANDS.items()
     }
-    if at or named not in commands:  # nothing, --help, --version, or a mistake: none of it comes back
-        parser.parse_args(arguments[: at + 1])
-        parser.error("expected a COMMAND first")
-    command = commands[named]
-    importlib.import_module(f"trimserve.cli.commands.{named}").add_arguments(
-        command
-    )  # of the called one alone
+
+
+def _declare(name: str, command: argparse.ArgumentParser) -> None:
+    importlib.import_module(f"trimserve.cli.commands.{name}").add_arguments(command)
     command.add_argument("--format", choices=("human", "json"), default="human", help="output format")
     command.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
-    return _parse_mixed(command, arguments[1:], argparse.Namespace(command=named))
+
+
+def full_parser() -> argparse.ArgumentParser:
+    """The whole command line, with the arguments of every command: for completion and for the docs."""
+    parser, commands = _parsers()
+    for name, command in commands.items():
+        _declare(name, command)
+    return parser
+
+
+class _PrintVersions(argparse.Action):
+    """Prints the program's version and those of what decides about results."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(versions())
+        parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a script that completes the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
+        shtab = require("shtab", extra="completion", purpose=f"trimserve {_COMPLETION}")
+        print(shtab.complete(full_parser(), shell=shell))
+        parser.exit()
+
+
+def versions() -> str:
+    """One line with the versions of trimserve, Python and what computes; nothing of it is imported."""
+    found = [f"Python {platform.python_version()}"]
+    for names in _DECISIVE:
+        installed = [f"{name} {version}" for name in names if (version := _installed(name)) is not None]
+        found.append(installed[0] if installed else f"no {names[0]}")
+    return f"trimserve {__version__} ({', '.join(found)})"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _parse_mixed(

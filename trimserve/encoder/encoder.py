@@ -1,7 +1,7 @@
 """Encoder: texts to embeddings, scores or head outputs, for a trimmed folder of an encoder model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from trimserve.arguments import Count, checked
 from trimserve.arrays import Floats, Ids
+from trimserve.console import progress
 from trimserve.encoder.cross_encoder import Pair, RankedDocument, ranked, scored_pairs, to_scores
 from trimserve.encoder.graph import Batches, EncoderGraph, GraphOutput
 from trimserve.encoder.modules import SentenceModules
@@ -57,6 +58,9 @@ class Encoder(TaskMethods):
         self.max_tokens = self._graph.max_tokens
         self.stats = self._graph.stats
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.folder}>"
+
     @property
     def dimension(self) -> int:
         """Numbers of an embedding, or of a row of the head's output for other tasks."""
@@ -88,6 +92,7 @@ class Encoder(TaskMethods):
         truncate_dim: Count | None = None,
         batch_size: Count = 32,
         normalize: bool | None = None,
+        show_progress_bar: bool = False,
     ) -> Floats:
         """Embed texts as sentence-transformers does with the source model: `SentenceTransformer.encode`.
 
@@ -105,9 +110,10 @@ class Encoder(TaskMethods):
                 long ones.
             normalize: scale embeddings to length 1 (after they are truncated); False leaves out the
                 normalisation that the source model ends with.
+            show_progress_bar: show on stderr, where that is a terminal, how many texts are done.
 
         Returns:
-            float32 (n, D), in the order of `texts`.
+            float32 (n, D), in the order of `texts`; (1, D) for one text.
 
         Raises:
             UsageError: the folder gives no embeddings, there is no such prompt, or `truncate_dim` is not
@@ -119,13 +125,19 @@ class Encoder(TaskMethods):
         before = self.settings.prompt(prompt_name, prompt)
         texts = [before + text for text in as_list(texts)]
         columns = _columns(self.settings.truncate_dim if truncate_dim is None else truncate_dim)
-        if self.settings.is_sparse:
-            embeddings = self._weights(texts, batch_size)[:, :columns]
-        else:
-            dropped = self._prompt_tokens(before) if before and self.settings.drops_prompt else 0
-            embeddings = self._embed(
-                *self._graph.encode(texts), dropped, batch_size, columns, normalize=normalize is not False
-            )
+        with progress(len(texts), "encoding", "text", show=show_progress_bar) as bar:
+            if self.settings.is_sparse:
+                embeddings = self._weights(texts, batch_size, bar.update)[:, :columns]
+            else:
+                dropped = self._prompt_tokens(before) if before and self.settings.drops_prompt else 0
+                embeddings = self._embed(
+                    *self._graph.encode(texts),
+                    dropped,
+                    batch_size,
+                    columns,
+                    normalize=normalize is not False,
+                    done=bar.update,
+                )
         return normalize_rows(embeddings) if normalize else embeddings
 
     @checked
@@ -326,6 +338,7 @@ class Encoder(TaskMethods):
         columns: int | None,
         *,
         normalize: bool,
+        done: Callable[[int], object] = int,
     ) -> Floats:
         """Embeddings (n, D) of what the tokenizer gave; the first `dropped` tokens of each do not count."""
         # Whatever has no token keeps this row.
@@ -335,6 +348,7 @@ class Encoder(TaskMethods):
         for output in self._graph.run_encoded(encoded, batch_size, whole, split):
             made = self._modules.run(output.values, output.mask, dropped=dropped, normalize=normalize)
             embeddings[output.texts] = made[:, :columns]
+            done(len(output.texts))
         return embeddings
 
     def _embed_nothing(self, *, normalize: bool) -> Floats:
@@ -352,12 +366,13 @@ class Encoder(TaskMethods):
         (ids,) = self.token_ids([prompt])
         return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self.settings.prompt_ends)
 
-    def _weights(self, texts: list[str], batch_size: int) -> Floats:
+    def _weights(self, texts: list[str], batch_size: int, done: Callable[[int], object] = int) -> Floats:
         """Weights (n, V) of a sparse encoder."""
         (module,) = (found for found in self.settings.modules if isinstance(found, SpladePooling))
         weights = np.zeros((len(texts), self.dimension), np.float32)
         for output in self._graph.run(texts, batch_size):
             weights[output.texts] = self._splade(module, output)
+            done(len(output.texts))
         return keep_largest(weights, self.settings.max_active_dims)
 
     def _splade(self, module: SpladePooling, output: GraphOutput) -> Floats:

@@ -20,7 +20,7 @@ class EngineMetrics:
         generation_tokens: produced.
         cold_tokens: tokens of prompts and outputs without a compact row.
         drafted: tokens drafted.
-        accepted: drafts that stood.
+        accepted: accepted drafts.
         checked_steps: steps that exact mode checked.
         certified_steps: of these proven by the sketch.
         cold_bytes: read of the cold files by checks.

@@ -18,7 +18,7 @@ class Costs:
     """What blocks cost, and how many drafts stand.
 
     Attributes:
-        stood: drafts that stood, older ones counting less.
+        stood: accepted drafts, older ones counting less.
         drafted: of so many.
         step_seconds: of one step of the decoder; 0 where none was measured.
         check_seconds: of a check, by the size of its block.
@@ -103,7 +103,7 @@ class DraftLength:
         return (max(draft, check) if self._overlap else draft + check) / tokens
 
     def note(self, size: int, stood: int, drafted: int, step_seconds: float, check_seconds: float) -> None:
-        """Learn from a block: its size, drafts that stood of those judged, and what it cost."""
+        """Learn from a block: its size, accepted drafts of those judged, and what it cost."""
         grown, shrunk = min(_GROWTH * self._limit, self._sizes[-1]), max(self._limit // 2, 1)
         self._limit = grown if stood == drafted else shrunk
         self._learned.note(size, stood, drafted, step_seconds, check_seconds)

@@ -46,6 +46,14 @@ class TrimmedFolder:
         if self.held is None:
             object.__setattr__(self, "held", HeldFolder(self.path))
 
+    def __str__(self) -> str:
+        """Where it is and what it does, for people: the models' `repr` shows it."""
+        manifest = self.manifest
+        dtype = manifest.dtype if manifest.quantization is None else "quantised"
+        return (
+            f"{self.path}, {manifest.task}, {manifest.kept:,} of {manifest.vocab_size:,} rows kept, {dtype}"
+        )
+
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists; what it leads to may change, see `opened`.
 

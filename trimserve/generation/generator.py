@@ -78,6 +78,10 @@ class Generator:
         # By the longest block, and whether checks may use the certificate, which makes them cheaper.
         self._learned: dict[tuple[int, bool], LearnedCosts] = {}
 
+    def __repr__(self) -> str:
+        mode = "exact" if self.can_be_exact else "compact"
+        return f"<{type(self).__name__} {self.folder}, {mode} mode>"
+
     @property
     def decoder(self) -> Decoder:
         """The graph that generates."""

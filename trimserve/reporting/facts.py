@@ -15,6 +15,7 @@ from trimserve.profiles.difference import js_distance
 from trimserve.profiles.estimates import Shares, knee
 from trimserve.profiles.forecast import CorpusCurve, cold_share, corpus_curve, seen_again
 from trimserve.profiles.profile import Profile
+from trimserve.reporting.recommendation import Recommendation, recommend
 from trimserve.reporting.tokens import DroppedToken, KindShare, heaviest_dropped, kinds_of
 from trimserve.selection.ranking import covering, keeping_order, occurrences
 from trimserve.text.names import TokenNames
@@ -175,9 +176,14 @@ class Report:
         """What is foretold: a further document, or further text where documents were not counted."""
         return "a further document" if self.corpus_curve.unit == "documents" else "further text"
 
+    @property
+    def recommended(self) -> Recommendation:
+        """The K to take, and why."""
+        return recommend(self.curve, self.enough, self.vocab_size, self.further)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command line."""
-        return asdict(self)
+        return asdict(self) | {"recommended": asdict(self.recommended)}
 
 
 @checked

@@ -37,8 +37,14 @@ def coverage(report: Report) -> str:
         f"the average one. The expectation for {report.further} takes ids {rare} for cold: had those tokens "
         f"come later, the ids would not have been kept. Beyond {report.enough:,} ids it rises no more.",
         f'<figure><ul class="legend">{legend}</ul>{charts.both(chart)}</figure>{_k_table(report)}'
-        f"{_reasons(report)}",
+        f"{_recommended(report)}{_reasons(report)}",
     )
+
+
+def _recommended(report: Report) -> str:
+    """The K to take, as a sentence."""
+    found = report.recommended
+    return f'<p class="after">Recommended: {found.kept:,} ids, {safe(found.reason)}.</p>'
 
 
 def _reasons(report: Report) -> str:
@@ -100,7 +106,9 @@ def corpus(report: Report) -> str:
         Row(f"{sure} whatever the distribution", [share_text(missing.guaranteed_bound)]),
     ]
     if missing.documents is not None:
-        rows.insert(0, Row("Each document held back in turn", [share_text(missing.documents)], "picked"))
+        rows.insert(
+            0, Row("Leave-one-out: each document left out in turn", [share_text(missing.documents)], "picked")
+        )
     figure = f"<figure>{charts.both(chart)}</figure>" if chart else ""
     files = [
         Row(safe(s.name), [human_bytes(s.bytes), f"<small>{s.sha256[:12]}</small>"]) for s in read.sources
@@ -128,7 +136,7 @@ def _verdict(report: Report) -> str:
 
 
 def kinds(report: Report) -> str:
-    """What stays of each script and kind, and the dead ids."""
+    """What stays of each script and kind, and the unreachable tokens."""
     if report.kinds is None:
         return ""
     rows = []

@@ -19,26 +19,32 @@ def summarise(report: Report, title: str) -> str:
             "chosen",
             f"{choice.kept:,} of {report.vocab_size:,} ids: {share_text(choice.coverage)} of the tokens",
         ),
+        ("recommended", f"{report.recommended.kept:,} ids: {report.recommended.reason}"),
         ("knee", f"{report.knee.kept:,} ids: {share_text(report.knee.coverage)}"),
         ("cold tokens", f"{choice.cold_per_thousand:.3g} of 1,000 expected in {report.further}"),
         ("enough", f"{report.enough:,} ids: no more is expected to be covered beyond"),
         (
-            "missing mass",
+            "unseen-token rate",
             f"{share_text(missing.estimate)} (95 %: at most {share_text(missing.likely_bound)}, or "
             f"{share_text(missing.guaranteed_bound)} whatever the distribution)",
         ),
     ]
     if missing.documents is not None:
-        facts.append(("  of documents", f"{share_text(missing.documents)} with each held back in turn"))
+        facts.append(
+            (
+                "  leave-one-out",
+                f"{share_text(missing.documents)} of a further document, by leaving out each in turn",
+            )
+        )
     if choice.held_out is not None:
         facts.append(("held out", f"{share_text(choice.held_out)} of {report.held_out_tokens or 0:,} tokens"))
     if report.dead_ids is not None:
-        facts.append(("dead ids", f"{report.dead_ids:,} can come of no text: free to drop"))
+        facts.append(("unreachable tokens", f"{report.dead_ids:,} can come of no text: free to drop"))
     if report.verification is not None:
         facts.append(("verified", "yes" if report.verification.get("ok") else "FAILED"))
     parts = [
         title,
-        *(f"{name:<18}{value}" for name, value in facts),
+        *(f"{name:<20}{value}" for name, value in facts),
         "",
         _sparkline(report),
         "",

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from trimserve.arguments import AnyPath
 from trimserve.errors import MismatchError
 from trimserve.files.artefact import load_artefact, save_artefact
 from trimserve.files.checked_json import convert_json
@@ -33,7 +34,7 @@ def save_vocab(vocab: VocabMap, path: Path) -> None:
     save_artefact(path, "vocab", {"vocab_map": vocab.kept_ids}, facts)
 
 
-def load_vocab(path: Path | HeldFile) -> VocabMap:
+def load_vocab(path: AnyPath | HeldFile) -> VocabMap:
     """Read a vocab file.
 
     Raises:
@@ -41,8 +42,9 @@ def load_vocab(path: Path | HeldFile) -> VocabMap:
         MismatchError: it is no vocab, its ids are out of order or out of range, or the vocab that it is cut
             from has more ids than any model.
     """
-    shown = path.path if isinstance(path, HeldFile) else path
-    arrays, facts = load_artefact(path, "vocab")
+    file = path if isinstance(path, HeldFile) else Path(path)
+    shown = file.path if isinstance(file, HeldFile) else file
+    arrays, facts = load_artefact(file, "vocab")
     told = convert_json(facts, _Facts, f"the metadata of {shown}", advice=_AGAIN)
     convert_json(told.rule, _Rule, f"the rule of {shown}", advice=_AGAIN)
     # Reasons were an array before they moved to the metadata.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.arguments import named_path
+from trimserve.cli.inputs import load_named_vocab
 from trimserve.cli.output import emit
 from trimserve.console import percent, table
 from trimserve.errors import UsageError
@@ -19,7 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("before", metavar="A", help="the earlier profile")
     parser.add_argument("after", metavar="B", help="the later one, of the same model")
-    parser.add_argument("--vocab", type=named_path, metavar="V", help="say what it keeps of each, too")
+    parser.add_argument(
+        "--vocab",
+        type=named_path,
+        metavar="V",
+        help="a vocab or a trimmed folder: what it keeps of each, too",
+    )
+    parser.add_argument(
+        "--fail-below", type=float, metavar="C", help="exit with 1 where --vocab covers less of B than C"
+    )
     parser.add_argument("--top", type=int, default=20, metavar="N", help="how many tokens to list (20)")
     parser.add_argument("-m", "--model", help="where the tokens' texts are found (default: as profiled)")
 
@@ -33,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     before, after = Profile.load(args.before), Profile.load(args.after)
     if args.top < 0:
         raise UsageError(f"--top should be 0 or more, found {args.top}.")
+    if args.fail_below is not None and (args.vocab is None or not 0 <= args.fail_below <= 1):
+        raise UsageError("--fail-below is a coverage of --vocab, from 0 to 1: name both.")
     found = diff(before, after, top=args.top)
     names = find_names(before, args.model)
     document: dict[str, Any] = {"before": args.before, "after": args.after} | dataclasses.asdict(found)
@@ -43,14 +54,13 @@ def run(args: argparse.Namespace) -> int:
     if args.vocab is not None:
         document["coverage"] = _coverages(args.vocab, before, after)
     emit(args, document, _summary(document, names))
-    return 0
+    return int(args.fail_below is not None and document["coverage"][1] < args.fail_below)
 
 
 def _coverages(path: Path, *profiles: "Profile") -> list[float]:
     from trimserve.profiles.merging import check_vocab
-    from trimserve.vocab.file import load_vocab
 
-    vocab = load_vocab(path)
+    vocab = load_named_vocab(path)
     for profile in profiles:
         check_vocab(profile, vocab)
     return [profile.coverage(vocab.kept_ids) for profile in profiles]

@@ -1,4 +1,4 @@
-"""`trimserve inspect`: what a path is, its vocab tensors, and the prize of trimming it."""
+"""`trimserve inspect`: what a path is, its vocab tensors, and the most that trimming saves."""
 
 import argparse
 import importlib
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="hub branch, tag or commit of the model")
     parser.add_argument(
-        "--kept", type=positive, metavar="K", help=f"rows to compute the prize for ({_KEPT:,})"
+        "--kept", type=positive, metavar="K", help=f"rows to compute the maximum saving for ({_KEPT:,})"
     )
 
 

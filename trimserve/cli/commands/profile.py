@@ -1,17 +1,22 @@
 """`trimserve profile`: count the tokens of a corpus."""
 
 import argparse
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.arguments import add_reading_arguments, named_path, reading_options
+from trimserve.cli.inputs import lines_as_one
 from trimserve.cli.output import emit
 from trimserve.cli.rules import Rule, check
 from trimserve.interrupts import exit_code
 
 if TYPE_CHECKING:
     from trimserve.profiles.profile import Profile
+
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         options["workers"] = args.workers
     if args.resume and args.output.exists():
         options["resume"] = Profile.load(args.output)
+    if args.unit is None and (advice := lines_as_one(args.corpus)) is not None:
+        log.warning(advice)
     start = time.perf_counter()
     try:
         counted = profile(args.corpus, args.model, **options)

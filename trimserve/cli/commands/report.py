@@ -1,11 +1,12 @@
 """`trimserve report`: show what a profile says and what each K costs."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimserve.cli.arguments import add_profile_arguments, add_reading_arguments, named_path, reading_options
-from trimserve.cli.inputs import load_profiles
+from trimserve.cli.inputs import load_named_vocab, load_profiles
 from trimserve.cli.output import emit
 from trimserve.errors import UsageError
 
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=named_path, help="page to write (.html)")
     parser.add_argument("-m", "--model", help="where tokenizer and weights are found (default: as profiled)")
     parser.add_argument(
-        "--vocab", type=named_path, metavar="V", help="the choice to show (default: coverage 0.999)"
+        "--vocab",
+        type=named_path,
+        metavar="V",
+        help="the choice to show, or a trimmed folder that has it (default: coverage 0.999)",
     )
     parser.add_argument(
         "--folder", type=named_path, metavar="DIR", help="a trimmed folder: its vocab, its verification"
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     report = gather(inputs, top=args.top)
     title = args.title or ", ".join(inputs.profiles)
     document: dict[str, Any] = {"path": str(args.output) if args.output else None} | report.to_dict()
-    text = summarise(report, title)
+    document["next"] = _next(args, report.model, report.recommended.kept)
+    text = f"{summarise(report, title)}\n\nnext: {document['next']}"
     if args.output is not None:
         from trimserve.files.atomic import atomic_path
         from trimserve.reporting.page import render
@@ -66,6 +71,15 @@ def run(args: argparse.Namespace) -> int:
         text += f"\n\nreport: {args.output}"
     emit(args, document, text)
     return 0
+
+
+def _next(args: argparse.Namespace, model: str, kept: int) -> str:
+    """The command that makes a folder with so many ids."""
+    profiles = [*args.profiles, *args.profile]
+    words = ["trimserve", "export", "-m", args.model or model]
+    words += [word for name in profiles for word in ("--profile", name)]
+    words += ["--top-k", str(kept), "-o", f"{Path(profiles[0].partition('=')[2] or profiles[0]).stem}-{kept}"]
+    return shlex.join(words)
 
 
 def _check_output(path: Path) -> None:
@@ -111,14 +125,12 @@ def _inputs(args: argparse.Namespace) -> "Inputs":
 def _choice(args: argparse.Namespace, merged: "Profile") -> "tuple[VocabMap, dict[str, Any] | None]":
     """The vocab that the report is about, and what verification found of it."""
     from trimserve.folder.manifest import read_manifest
-    from trimserve.folder.names import VOCAB_NAME
     from trimserve.selection.select_ids import select
-    from trimserve.vocab.file import load_vocab
 
     if args.folder is not None:
         manifest = read_manifest(args.folder)
-        return load_vocab(args.vocab or args.folder / VOCAB_NAME), manifest.verification
-    return (select(merged) if args.vocab is None else load_vocab(args.vocab)), None
+        return load_named_vocab(args.vocab or args.folder), manifest.verification
+    return (select(merged) if args.vocab is None else load_named_vocab(args.vocab)), None
 
 
 def _held_out(args: argparse.Namespace, source: "ModelSource | None") -> "Profile | None":
