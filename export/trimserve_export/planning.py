@@ -73,6 +73,7 @@ class Plan:
         return quantization_of(
             options.quantize,
             options.vocab_bits,
+            vocab_block=self.source.gguf.head_block if self.source.gguf is not None else None,
             by_exporter=self.job.quantize is not None,
             keeps=self.source.gguf is not None and self.source.gguf.bits_a_weight <= _FOUR_BITS,
         )

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.gguf import GgufTensor
 from trimserve.files.inner import inner_path
 from trimserve.files.model_json import TEXT_SECTIONS, read_model_json, read_modules
 from trimserve.files.tensors import TensorSpec, read_header
@@ -328,6 +329,10 @@ class ModelSource:
     def has_quantized_rows(self) -> bool:
         """Whether the weights are those of a GGUF file, in its own number formats."""
         return self.gguf is not None and not (self.path / WEIGHTS_NAME).is_file()
+
+    def packed_matrices(self) -> tuple[GgufTensor, ...]:
+        """The body's matrices that the source stores as integers in blocks, also where `path` has floats."""
+        return () if self.gguf is None else self.gguf.packed_matrices
 
     def _matrices(self) -> list[TensorSpec]:
         if not self.has_weights:

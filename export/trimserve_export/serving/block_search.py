@@ -183,7 +183,7 @@ def _fit(
 
 def _on_lattice(columns: Floats) -> _Fit:
     """The fit of blocks that were whole multiples of a scale; the error of the others is infinite."""
-    found, scales, integers = on_lattice(np.ascontiguousarray(columns.T), bits=4)
+    found, scales, integers = on_lattice(np.ascontiguousarray(columns.T), bits=4, halves=True)
     errors = np.where(found | ~columns.any(axis=0), np.float32(0), np.float32(np.inf))
     whole = np.where(found, integers.T, 0).astype(np.float32) + _MIDDLE
     return _Fit(whole, np.where(found, scales, 1), np.full_like(scales, _MIDDLE), errors)
