@@ -32,4 +32,14 @@ def _added(product: ir.Node, size: int) -> np.ndarray | np.float32:
     sums = None if consumer is None or consumer.op_type != "Add" else consumer.inputs[1].producer()
     if sums is None or sums.op_type != "MatMul":
         return np.float32(0)
-    return np.repeat(sums.inputs[1].const_value.numpy().T, size, axis=1)
+    return np.repeat(_offsets(sums.inputs[1]), size, axis=1)
+
+
+def _offsets(value: ir.Value) -> np.ndarray:
+    """The offsets (n, blocks): a constant, turned, or a minimum and the scales that lead to the middle."""
+    if value.producer() is None:
+        return value.const_value.numpy().T
+    minima, steps = value.producer().inputs[0].producer().inputs
+    scales, middle = steps.producer().inputs
+    halves = [one.producer().inputs[0].const_value.numpy().astype(np.float32) for one in (minima, scales)]
+    return halves[0] + halves[1] * middle.const_value.numpy()

@@ -30,7 +30,7 @@ from trimserve_export.graphs.products import Matrix, Product, products_of
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
-from trimserve_export.serving.block_search import BLOCK, search_blocks
+from trimserve_export.serving.block_search import BLOCK, MIDDLE, search_blocks
 from trimserve_export.serving.lattice import has_levels, on_lattice
 from trimserve_export.serving.shared_table import share_table
 from trimserve_export.serving.stored_rows import Carried, StoredRows, carrier
@@ -289,6 +289,9 @@ class _Writer:
                 for end, array in arrays.items()
             }
             middles = made.pop("_middles", None)
+            if (minima := made.pop("_minima", None)) is not None:
+                steps = writer.op("Mul", [made["_scales"], writer.array("middle", np.float32(MIDDLE))])
+                middles = writer.op("Transpose", [writer.op("Add", [minima, steps])], perm=[1, 0])
             self._made[key] = _Operands(scheme, tuple(made.values()), middles)
         return self._made[key]
 
@@ -339,7 +342,22 @@ def _searched(product: Product, moments: Moment | None, *, minima: bool) -> dict
     arrays: dict[str, Matrix] = {"": found.integers, "_scales": found.scales}
     if found.middles is None:
         return arrays | {"_zero_points": cast(Matrix, found.zero_points)}
-    return arrays | {"_middles": np.ascontiguousarray(found.middles.T)}  # the kernel subtracts 8 by itself
+    return arrays | _minima_or_middles(found.scales, found.middles)  # the kernel subtracts 8 by itself
+
+
+def _minima_or_middles(scales: Matrix, middles: Matrix) -> dict[str, Matrix]:
+    """What 8 means in each block, for the product with the sums: itself, or minima in float16.
+
+    A middle that takes float32 is often a minimum and 8 scales, both in float16 (GGUF's Q4_1): it is computed
+    when the graph is opened, in half the bytes. A graph casts what it has in float16 at that time, too, and
+    larger matrices have scales in float32 for that reason.
+    """
+    if scales.dtype == np.float16 and middles.dtype == np.float32:
+        exact = middles - scales.astype(np.float64) * MIDDLE
+        halves = exact.astype(np.float16)
+        if (halves == exact).all():
+            return {"_minima": halves}
+    return {"_middles": np.ascontiguousarray(middles.T)}
 
 
 def _carried(kept: Carried) -> dict[str, Matrix]:
@@ -350,9 +368,11 @@ def _carried(kept: Carried) -> dict[str, Matrix]:
     arrays: dict[str, Matrix] = {"": kept.integers, "_scales": halves if half else kept.scales}
     if kept.zero_points is not None:
         arrays["_zero_points"] = kept.zero_points
-    if kept.offsets is not None:
-        arrays["_middles"] = np.ascontiguousarray(kept.offsets.T)
-    return arrays
+    if kept.offsets is None:
+        return arrays
+    if kept.bits == 4 and kept.zero_points is None:
+        return arrays | _minima_or_middles(arrays["_scales"], kept.offsets)
+    return arrays | {"_middles": np.ascontiguousarray(kept.offsets.T)}
 
 
 def block_attributes(inputs: int, outputs: int, scheme: BlockScheme) -> dict[str, int]:

@@ -98,6 +98,15 @@ def test_minima_that_no_float_moves_to_the_middle_stay_minima(kind, tmp_path):
         assert len(node.inputs) == 4  # zero points of 0 beside those of 8
 
 
+def test_scales_and_minima_in_float16_stay_in_float16(tmp_path):
+    (tensor,) = tensors(tmp_path, ["Q4_1"])
+    node, numbers = quantized(expected(tensor), [tensor], tmp_path, "int4")
+    stored = {name: value.dtype for name, value in node.graph.initializers.items() if value.shape == (48, 16)}
+    assert [dtype for name, dtype in stored.items() if name.endswith("_minima")] == [ir.DataType.FLOAT16]
+    assert [dtype for name, dtype in stored.items() if name.endswith("_scales")] == [ir.DataType.FLOAT16]
+    assert np.array_equal(numbers, expected(tensor))
+
+
 def test_more_bits_than_asked_for_are_rounded(tmp_path):
     (tensor,) = tensors(tmp_path, ["Q6_K"])
     node, numbers = quantized(expected(tensor), [tensor], tmp_path, "int4", keeps=False)
