@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from bench import harness
 from trimserve.console import human_bytes, table
 from trimserve.files.quantized import BlockScheme, Quantization
+from trimserve.model.gguf.model import GgufModel, open_gguf
 from trimserve.runtime.session import open_session
 from trimserve.vocab.map import VocabMap
 
@@ -47,12 +48,14 @@ class Method:
         scheme: of vocab rows and body.
         calibrated: rounded by texts of the domain.
         minima: blocks of the body may have minima.
+        stored: the body keeps the blocks of the GGUF file that the weights came from, where they did.
     """
 
     name: str
     scheme: Quantization
     calibrated: bool = False
     minima: bool = True
+    stored: bool = False
 
 
 METHODS = (
@@ -63,18 +66,31 @@ METHODS = (
     Method("`--quantize int4`, not calibrated", Quantization(_PLAIN_8, _SEARCHED)),
     Method("`--quantize int4`", Quantization(_PLAIN_8, _SEARCHED), calibrated=True),
     Method("`--quantize int8`", Quantization(_PLAIN_8, _PLAIN_8)),
+    Method("its GGUF file, `--quantize int4`", Quantization(_PLAIN_8, _SEARCHED, keeps=True), stored=True),
 )
 
 
 def folder_of(model: str, work: Path) -> Path | None:
     """The checkpoint of a model, made of its package; None where that is not installed."""
-    package = importlib.util.find_spec(_PACKAGES[model])
-    if package is None or not package.submodule_search_locations:
+    root = _package_of(model)
+    if root is None:
         return None
-    root = Path(package.submodule_search_locations[0])
-    return (
-        root / "model" if model == ENCODER else _dequantized(next(root.glob("*.gguf")), work / "checkpoint")
-    )
+    return root / "model" if model == ENCODER else _dequantized(_file_of(root), work / "checkpoint")
+
+
+def _package_of(model: str) -> Path | None:
+    package = importlib.util.find_spec(_PACKAGES[model])
+    found = package is not None and package.submodule_search_locations
+    return Path(found[0]) if found else None
+
+
+def _file_of(root: Path) -> Path:
+    return next(root.glob("*.gguf"))
+
+
+def _gguf_of(model: str) -> GgufModel | None:
+    root = _package_of(model)
+    return None if root is None else open_gguf(_file_of(root))
 
 
 def _dequantized(gguf: Path, target: Path) -> Path:
@@ -119,6 +135,7 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
     from trimserve_export.serving.calibration import Calibration, quantize_calibrated
     from trimserve_export.serving.servable import make_servable
     from trimserve_export.serving.shared_table import map_shared
+    from trimserve_export.serving.stored_rows import stored_rows
 
     source, is_decoder = resolve_model(checkpoint), model == DECODER
     task = "text-generation-with-past" if is_decoder else "feature-extraction"
@@ -134,7 +151,11 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
     held_out = excerpts(tokenizer, args.excerpts if is_decoder else 10 * args.excerpts, args.tokens)
     reference = {"float": _outputs(served, held_out, is_decoder=is_decoder)}
     points = [_point("fp32", served, reference["float"], reference["float"])]
+    file = _gguf_of(model) if is_decoder else None
+    stored = None if file is None else stored_rows(file.packed_matrices)
     for number, method in enumerate(METHODS if is_decoder else METHODS[1:]):
+        if method.stored and stored is None:
+            continue
         target = work / f"method-{number}"
         target.mkdir()
         calibration = Calibration(known.texts, moments=known.moments) if method.calibrated else None
@@ -147,6 +168,7 @@ def measure(model: str, checkpoint: Path, args: Any, work: Path) -> dict[str, An
                 has_head=is_decoder,
                 calibration=calibration,
                 shares=True,
+                stored=stored if method.stored else None,
             )
         map_shared(path)
         if calibration is not None:

@@ -10,7 +10,7 @@ from trimserve.files.scratch import scratch_beside
 from trimserve.folder.manifest import Lengths, Manifest
 from trimserve.folder.names import CALIBRATION_NAME, COLD_NAME, VOCAB_NAME
 from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_TASK, has_vocab_head
-from trimserve.model.source import GENAI_NAME
+from trimserve.model.source import GENAI_NAME, ModelSource
 from trimserve.vocab.file import save_vocab
 from trimserve.vocab.map import VocabMap
 from trimserve_export.checkpoint.axes import load_config
@@ -37,6 +37,7 @@ from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.seq2seq import make_seq2seq_servable
 from trimserve_export.serving.servable import make_servable, serve
 from trimserve_export.serving.shared_table import map_shared
+from trimserve_export.serving.stored_rows import StoredRows, stored_rows
 from trimserve_export.trimming.trim import trim_head
 
 logger = logging.getLogger(__name__)
@@ -109,12 +110,22 @@ def _make_graphs(plan: Plan, made: Path, staging: Path, calibration: Calibration
             scheme=plan.scheme,
             calibration=calibration,
             cold_path=staging / COLD_NAME if plan.options.writes_cold else None,
+            stored=stored_rows_of(plan.source),
         )
         copy_files((GENAI_NAME,), made.parent, staging)
         return {"model": path.name}
     logger.info("making the graph servable")
     rows, head = len(plan.vocab), compact_head(plan.vocab)
-    graphs = make_graphs(made, staging, rows, plan.task, plan.scheme, head, calibration)
+    graphs = make_graphs(
+        made,
+        staging,
+        rows,
+        plan.task,
+        plan.scheme,
+        head,
+        calibration,
+        stored=stored_rows_of(plan.source),
+    )
     with_head = graphs.get("decoder") or graphs["model"]
     if has_cold and plan.scheme is not None:  # a tied embedding reads the head's rows: cold ones alike
         round_cold_embedding(with_head, staging / COLD_NAME)
@@ -172,7 +183,7 @@ def _exporter_facts(plan: Plan, choice: Choice | None) -> dict[str, str]:
     return choice.exporter.versions() | device | {"reason": choice.reason}
 
 
-def make_graphs(
+def make_graphs(  # noqa: PLR0913 - how a folder's graphs are made
     exported: Path,
     output: Path,
     rows: int,
@@ -182,6 +193,7 @@ def make_graphs(
     calibration: Calibration | None = None,
     *,
     fuses: bool = True,
+    stored: StoredRows | None = None,
 ) -> dict[str, Path]:
     """Run the serving passes on what an exporter made, then quantise.
 
@@ -194,6 +206,7 @@ def make_graphs(
         head: the compact ids that stay in the head, where not all do.
         calibration: by what texts to quantise, if there are any; an encoder-decoder's weights count alike.
         fuses: see `make_servable`.
+        stored: see `quantize_products`.
 
     Returns:
         Role -> graph.
@@ -212,9 +225,15 @@ def make_graphs(
             has_head=has_head,
             calibration=calibration,
             shares=not scheme.by_exporter,  # folders of earlier versions have a table of floats
+            stored=stored,
         )
         map_shared(made)
         return {"model": made}
+
+
+def stored_rows_of(source: ModelSource) -> StoredRows | None:
+    """The rows that a source stores as integers in blocks, if it does."""
+    return stored_rows(source.packed_matrices())
 
 
 def _make_servable(

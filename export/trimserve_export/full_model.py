@@ -11,7 +11,7 @@ from trimserve.folder.tasks import has_vocab_head
 from trimserve.model.source import ModelSource
 from trimserve.vocab.map import VocabMap
 from trimserve_export.exporters.exporter import GraphJob, load_exporter
-from trimserve_export.from_checkpoint import make_graphs
+from trimserve_export.from_checkpoint import make_graphs, stored_rows_of
 from trimserve_export.from_graph.trimmed import serve_full
 from trimserve_export.layouts.drop_in import save_plain
 from trimserve_export.pipeline import ExportResult, export
@@ -71,6 +71,7 @@ def export_full(  # noqa: PLR0913 - what a folder was made with
             ours,
             calibration=calibration,
             fuses=layout == "runtime",
+            stored=stored_rows_of(source),
         )
         return graphs.get("decoder") or graphs["model"]
 

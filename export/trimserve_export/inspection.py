@@ -144,7 +144,7 @@ def inspect(path: str | Path, *, kept: Count = DEFAULT_KEPT, revision: str | Non
     source = resolve_model(path, revision=revision)
     if source.has_quantized_rows:
         return _inspect_gguf(source, kept)
-    if any(find_spec(name) is None for name in _HEAVY):
+    if source.packed_checkpoint() is not None or any(find_spec(name) is None for name in _HEAVY):
         return _inspect_headers(source, kept)
     from trimserve_export.source.admission import check_source
     from trimserve_export.source.whole import whole_source

@@ -73,14 +73,22 @@ class Plan:
         return quantization_of(
             options.quantize,
             options.vocab_bits,
+            vocab_block=self.source.gguf.head_block if self.source.gguf is not None else None,
             by_exporter=self.job.quantize is not None,
-            keeps=self.source.gguf is not None and self.source.gguf.bits_a_weight <= _FOUR_BITS,
+            keeps=_has_four_bits(self.source),
         )
 
     @property
     def scheme(self) -> Quantization | None:
         """How the graph is quantised after it was exported, if at all."""
         return None if self.job.quantize is not None else self.quantization
+
+
+def _has_four_bits(source: ModelSource) -> bool:
+    """Whether most of a model was quantised to 4 bits before."""
+    if source.packed is not None:
+        return source.packed.bits <= 4
+    return source.gguf is not None and source.gguf.bits_a_weight <= _FOUR_BITS
 
 
 def _job(task: str, options: Options) -> GraphJob:

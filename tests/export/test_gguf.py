@@ -18,9 +18,11 @@ import transformers  # noqa: E402
 import trimserve  # noqa: E402
 from tests.support.gguf_decoders import CASES, LAYERS, PROMPT, fields, make_model  # noqa: E402
 from tests.support.models import PLAIN_EXPORTER  # noqa: E402
+from tests.support.quantized_graphs import matrices  # noqa: E402
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError  # noqa: E402
-from trimserve.files.quantized import dequantize  # noqa: E402
+from trimserve.folder.opening import open_folder  # noqa: E402
 from trimserve.model.resolve import resolve_model  # noqa: E402
+from trimserve.runtime.cold_rows import ColdRows  # noqa: E402
 from trimserve.text.chat import render_chat  # noqa: E402
 from trimserve.vocab.map import VocabMap  # noqa: E402
 from trimserve_export.serving.quantize import scheme_of  # noqa: E402
@@ -123,60 +125,65 @@ def test_a_gguf_file_becomes_a_folder_that_generates_the_same(case, tmp_path):
     assert render_chat(generator.folder, messages).endswith("latte<|end|>\n<|turn|>assistant\n")
 
 
-MORE_BITS = {"v_proj": "Q8_0", "down_proj": "Q8_0"}
+# As llama.cpp's Q4_K_M has them, some matrices have more bits than most; queries, keys and values, of which a
+# fused graph makes one product, have three formats.
+MIXED = {"q_proj": "Q4_1", "k_proj": "Q5_K", "v_proj": "Q6_K", "o_proj": "Q5_1", "down_proj": "Q3_K"}
+MIXED |= {"lm_head": "Q6_K", "embed_tokens": "Q2_K"}
+WIDE = {"hidden_size": 256, "intermediate_size": 256}
 
 
 @pytest.mark.parametrize(
-    ("kind", "kinds", "name"),
+    ("kind", "kinds", "name", "eights"),
     [
-        ("Q8_0", {}, "int8"),
-        ("Q4_0", {}, "int4"),
-        ("Q4_0", MORE_BITS, "int4"),
-        # As SmolLM2's file. A v_proj of 8 bits would be one product with q and k, whose minima need 4.
-        ("Q4_1", dict.fromkeys(("down_proj", "embed_tokens", "lm_head"), "Q8_0"), "int4"),
+        ("Q8_0", {}, "int8", None),
+        ("Q4_0", {}, "int4", ["lm_head"]),
+        ("Q4_0", {"v_proj": "Q8_0", "down_proj": "Q8_0"}, "int4", ["v_proj", "down_proj", "lm_head"]),
+        # As SmolLM2's file.
+        ("Q4_1", dict.fromkeys(("embed_tokens", "lm_head"), "Q8_0"), "int4", ["lm_head"]),
+        ("Q4_K", MIXED, "int4", ["k_proj", "v_proj", "o_proj", "lm_head"]),
+        ("Q5_0", MIXED, "int8", None),
     ],
 )
-def test_blocks_are_kept_by_quantize(kind, kinds, name, tmp_path):
-    """Every row of the graph's matrices, dequantised, is one of the file's, dequantised, to the bit.
+def test_blocks_are_kept_by_quantize(kind, kinds, name, eights, tmp_path):
+    """Every row of the graph's matrices and the cold ones, dequantised, is one of the file's, to the bit.
 
-    Matrices that read one input are one in a fused graph. As llama.cpp's Q4_K_M has them, some matrices have
-    more bits than most: they get 8 where most have 4.
+    Matrices that read one input are one in a fused graph, with the most bits that one of them has.
     """
-    path = write("llama", make_model("llama"), tmp_path / "m.gguf", kind=kind, kinds=kinds)
+    path = write(
+        "llama",
+        make_model("llama", **(WIDE if kinds is MIXED else {})),
+        tmp_path / "m.gguf",
+        kind=kind,
+        kinds=kinds,
+    )
     source = resolve_model(path)
     kept = np.arange(0, 300, 2, dtype=np.int32)
     vocab = VocabMap(kept, np.zeros(len(kept), np.uint8), source.vocab_size, source.tokenizer_sha256)
     out = trimserve.export(
         path, vocab, tmp_path / "out", quantize=name, exporter=PLAIN_EXPORTER, progress=False
     ).path
-    stored = [made.numbers() + 0.0 for made in source.gguf.tensors.values() if len(made.shape) == 2]
-    expected = {row.tobytes() for matrix in stored for row in matrix}
+    tables = {tensor.name: theirs(tensor) + np.float32(0) for tensor in gguf.GGUFReader(path).tensors}
+    expected = {row.tobytes() for matrix in tables.values() if matrix.ndim == 2 for row in matrix}
     graph = ir.load(out / "model.onnx").graph
-    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    found = list(matrices(graph))
     fused = any(node.op_type == "GroupQueryAttention" for node in graph)
-    assert len(products) == (4 if fused else 7) * LAYERS + 1
-    eights = len(kinds.keys() & MORE_BITS) * LAYERS + 1 if name == "int4" else len(products)
-    assert sum(scheme_of(node).bits == 8 for node in products) == eights
-    for node in products:
-        given = [
-            value if value.producer() is None else value.producer().inputs[0] for value in node.inputs[1:]
-        ]
-        integers, scales, *zeros = (value.const_value.numpy() for value in given)  # float16 scales are cast
-        width = node.attributes["K"].as_int()
-        scheme, scales = scheme_of(node), scales.reshape(integers.shape[:2]).astype(np.float32)
-        zeros = [packed.reshape(len(integers), -1) for packed in zeros]
-        found = dequantize(integers, scales, width, scheme, *zeros) + middles_of(node)
-        assert {row.tobytes() for row in found + 0.0} <= expected  # no -0.0
+    assert len(found) == (4 if fused else 7) * LAYERS + 1
+    parts = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    if not fused:
+        parts = [{part} for group in parts for part in group]
+    several = len(found) if eights is None else sum(bool(part & {*eights}) for part in parts) * LAYERS + 1
+    assert sum(scheme_of(node).bits == 8 for node, _ in found) == several
+    for _, rows in found:
+        assert {row.tobytes() for row in rows} <= expected
+    cold, ids = ColdRows(open_folder(out)), vocab.cold_ids
+    assert np.array_equal(cold.head(ids), tables["output.weight"][ids])
+    assert np.array_equal(cold.embedding(ids), tables["token_embd.weight"][ids])
     assert trimserve.verify(out, progress=False).ok
 
 
-def middles_of(product):
-    """What a graph adds to the product of a matrix with minima, for each number of the matrix; else 0."""
-    ((consumer, _),) = product.outputs[0].uses() if product.outputs[0].uses() else ((None, 0),)
-    sums = None if consumer is None or consumer.op_type != "Add" else consumer.inputs[1].producer()
-    if sums is None or sums.op_type != "MatMul":
-        return np.float32(0)
-    return np.repeat(sums.inputs[1].const_value.numpy().T, 32, axis=1)
+def theirs(tensor):
+    """A tensor's numbers by the gguf package, its query and key rows as the file has them."""
+    return gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type)
 
 
 def test_a_tokenizer_is_cut_as_any_other(tmp_path):

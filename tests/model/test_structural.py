@@ -190,13 +190,18 @@ def test_pad_does_not_matter_to_other_models(tmp_path):
     assert pad_position_ids(resolve_model(folder)) == range(2)  # their default pad is 1
 
 
+def library_ids(folder, text):
+    transformers = pytest.importorskip("transformers", reason="asks transformers which ids are right")
+    return transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.realdata
 @pytest.mark.parametrize(
     ("name", "count", "tokens"),
     [
         ("qwen2", 369, ["Ċ", "<|im_end|>", "system", "user", "assistant", "ĊĊ", "Ā"]),
         ("gpt2", 258, ["Ċ", "<|endoftext|>", "ĊĊ"]),
-        ("phi3", 295, ["<0x0A>", "<unk>", "▁user", "<|assistant|>"]),
+        ("phi3", 294, ["<0x0A>", "<unk>", "▁user", "<|assistant|>"]),
         ("xlm-roberta", 5, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]),
         ("t5-small", 103, ["<pad>", "</s>", "<unk>", "<extra_id_0>", "<extra_id_99>"]),
         ("bert-uncased", 5, ["[CLS]", "[PAD]", "[UNK]"]),
@@ -206,6 +211,10 @@ def test_pad_does_not_matter_to_other_models(tmp_path):
 def test_real_tokenizers(data_dir, name, count, tokens):
     folder = data_dir / "tokenizers" / name
     ids = structural(folder)
-    assert len(ids) == count
+    # A role after a space: transformers 4 puts a second one before it, which is a token of its own in phi3,
+    # and transformers 5 does not. The ids follow the library that is there.
+    doubled = set(library_ids(folder, "  user")) & {259} if name == "phi3" else set()
+    assert len(ids) == count + len(doubled)
+    assert doubled <= ids
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert {tokenizer.token_to_id(token) for token in tokens} <= ids

@@ -44,11 +44,11 @@ CASES = {
 }  # fmt: skip
 
 
-def make_model(case):
-    """The model with weights that no init leaves at 0 or 1."""
+def make_model(case, **sizes):
+    """The model with weights that no init leaves at 0 or 1, perhaps of other sizes."""
     _, config_class, settings, _ = CASES[case]
     vocab = len(fields()["tokens"])
-    config = getattr(transformers, config_class)(**SIZES | {"vocab_size": vocab} | settings)
+    config = getattr(transformers, config_class)(**SIZES | {"vocab_size": vocab} | settings | sizes)
     torch.manual_seed(sum(map(ord, case)))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

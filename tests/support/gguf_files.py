@@ -90,3 +90,30 @@ def random_tensor(name, kind, shape, seed=0):
         count = int(np.prod(shape)) // kind_of.numbers
         data = rng.integers(0, 48, (count, kind_of.nbytes), dtype=np.uint8).tobytes()
     return Tensor(name, kind, tuple(reversed(shape)), data)
+
+
+# Where the float16 scales of a block lie, and of what size they are drawn: all numbers are below 1.
+_SCALES = {
+    "Q4_0": ((0, 0.03),),
+    "Q4_1": ((0, 0.03), (2, -0.25)),
+    "Q5_0": ((0, 0.015),),
+    "Q5_1": ((0, 0.015), (2, -0.25)),
+    "Q8_0": ((0, 0.002),),
+    "Q2_K": ((80, 0.006), (82, 0.01)),
+    "Q3_K": ((108, 0.002),),
+    "Q4_K": ((0, 0.0005), (2, 0.004)),
+    "Q5_K": ((0, 0.00025), (2, 0.004)),
+    "Q6_K": ((208, 0.0001),),
+}
+
+
+def random_blocks(kind, shape, seed=0):
+    """A matrix of random blocks, uint8 (n, bytes of a row): any integers, scales as real files have them."""
+    known = GGML_TYPES[CODES[kind]]
+    rng = np.random.default_rng(seed)
+    count = shape[0] * shape[1] // known.numbers
+    blocks = rng.integers(0, 256, (count, known.nbytes), np.uint8)
+    for first, size in _SCALES[kind]:
+        scales = (rng.uniform(0.5, 1, count) * size).astype("<f2")
+        blocks[:, first : first + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(shape[0], -1)

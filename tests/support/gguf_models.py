@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.gguf_files import random_blocks
+
 
 def tokenizer_fields(document, *, pre=None, scores=None):
     """The metadata of a tokenizer.json: tokens, types, merges or scores."""
@@ -97,7 +99,7 @@ def write_model(path: Path, model, name, fields, *, kind="F32", kinds=None, meta
         name: llama.cpp's name of its architecture.
         fields: of `tokenizer_fields`.
         kind: the format of matrices.
-        kinds: of those of some modules, another one, by the module's name.
+        kinds: of those of some modules, another one, by the module's name. K formats are of random blocks.
         metadata: further keys below the architecture's name.
         extra: further tensors.
         ids: see `write_vocab`.
@@ -142,7 +144,10 @@ def write_model(path: Path, model, name, fields, *, kind="F32", kinds=None, meta
         stored = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert stored is not None, key
         quantized = gguf.GGMLQuantizationType[(kinds or {}).get(part, kind)]
-        if array.ndim == 2 and kind != "F32":
+        if array.ndim == 2 and quantized.name.endswith("_K"):  # which the package does not make
+            blocks = random_blocks(quantized.name, array.shape, seed=len(stored))
+            writer.add_tensor(stored, blocks, raw_dtype=quantized)
+        elif array.ndim == 2 and kind != "F32":
             writer.add_tensor(stored, gguf.quantize(array, quantized), raw_dtype=quantized)
         else:
             writer.add_tensor(stored, np.ascontiguousarray(array))

@@ -1,19 +1,20 @@
 """The number formats of GGUF tensors: how many bytes a block takes, and back to float32.
 
 A row is cut into blocks of 32 or 256 numbers, a block is stored as packed integers with their scales, and a
-number is ``scale * q`` or ``scale * q + minimum``. Formats by their description:
+number is ``scale * q`` or ``scale * q + minimum`` (`PackedRows`). Formats by their description:
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. The order of the float32 operations is that of
 ggml's own dequantisation, so results are equal to it bit for bit.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from trimserve.errors import UnsupportedModelError
+from trimserve.files.packed_rows import PackedRows
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -69,8 +70,20 @@ def dequantize_blocks(blocks: Bytes, kind: GgmlType) -> Floats:
     if not len(blocks):
         return np.empty((0, kind.numbers), np.float32)
     with np.errstate(invalid="ignore", over="ignore"):  # a file may hold infinite scales
-        found: Floats = _DEQUANTIZERS[kind.name](np.ascontiguousarray(blocks))
-        return found
+        if kind.name in _FLOATS:
+            return _FLOATS[kind.name](np.ascontiguousarray(blocks))
+        return unpack_blocks(blocks, kind).floats()
+
+
+def unpack_blocks(blocks: Bytes, kind: GgmlType) -> PackedRows:
+    """The integers, scales and offsets of blocks, a stored block a row.
+
+    Args:
+        blocks: uint8 (n, kind.nbytes), n above 0.
+        kind: one of `PACKED`.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _UNPACKERS[kind.name](np.ascontiguousarray(blocks))
 
 
 def check_readable(kind: GgmlType, tensor: str = "a tensor") -> None:
@@ -79,10 +92,10 @@ def check_readable(kind: GgmlType, tensor: str = "a tensor") -> None:
     Raises:
         UnsupportedModelError: the message names the tensor, the format, and those that are read.
     """
-    if kind.name not in _DEQUANTIZERS:
+    if kind.name not in DEQUANTIZED:
         raise UnsupportedModelError(
             f"{tensor} is stored as {kind.name}, which trimserve does not read (it reads "
-            f"{', '.join(_DEQUANTIZERS)}): take another quantisation of this model."
+            f"{', '.join(DEQUANTIZED)}): take another quantisation of this model."
         )
 
 
@@ -130,45 +143,50 @@ def _bf16(blocks: Bytes) -> Floats:
     return (blocks.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _q4_0(blocks: Bytes) -> Floats:
-    return _halves(blocks, 0) * (_nibbles(blocks[:, 2:], 16).astype(np.float32) - np.float32(8))
+def _rows(bits: int, integers: Bytes, scales: Floats, zero: int, offsets: Floats | None = None) -> PackedRows:
+    return PackedRows(bits, integers, scales, np.full(scales.shape, zero, np.uint8), offsets)
 
 
-def _q4_1(blocks: Bytes) -> Floats:
-    return _halves(blocks, 0) * _nibbles(blocks[:, 4:], 16).astype(np.float32) + _halves(blocks, 2)
+def _negative(minima: Floats) -> Floats:
+    """What is added where ggml subtracts; of what is no number the bits stay, as they do in a difference."""
+    return np.where(np.isnan(minima), minima, -minima)
 
 
-def _q5_0(blocks: Bytes) -> Floats:
-    integers = _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6])
-    return _halves(blocks, 0) * (integers.astype(np.float32) - np.float32(16))
+def _q4_0(blocks: Bytes) -> PackedRows:
+    return _rows(4, _nibbles(blocks[:, 2:], 16), _halves(blocks, 0), 8)
 
 
-def _q5_1(blocks: Bytes) -> Floats:
+def _q4_1(blocks: Bytes) -> PackedRows:
+    return _rows(4, _nibbles(blocks[:, 4:], 16), _halves(blocks, 0), 0, _halves(blocks, 2))
+
+
+def _q5_0(blocks: Bytes) -> PackedRows:
+    return _rows(5, _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6]), _halves(blocks, 0), 16)
+
+
+def _q5_1(blocks: Bytes) -> PackedRows:
     integers = _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8])
-    return _halves(blocks, 0) * integers.astype(np.float32) + _halves(blocks, 2)
+    return _rows(5, integers, _halves(blocks, 0), 0, _halves(blocks, 2))
 
 
-def _q8_0(blocks: Bytes) -> Floats:
-    return blocks[:, 2:].view(np.int8).astype(np.float32) * _halves(blocks, 0)
+def _q8_0(blocks: Bytes) -> PackedRows:
+    return _rows(8, blocks[:, 2:] ^ np.uint8(128), _halves(blocks, 0), 128)
 
 
-def _q2_k(blocks: Bytes) -> Floats:
-    factors, integers = blocks[:, :16], _pairs(blocks[:, 16:80]).reshape(-1, 16, 16)
+def _q2_k(blocks: Bytes) -> PackedRows:
+    factors = blocks[:, :16]
     scales = _halves(blocks, 80) * (factors & np.uint8(15)).astype(np.float32)
     minima = _halves(blocks, 82) * (factors >> np.uint8(4)).astype(np.float32)
-    return (scales[:, :, None] * integers.astype(np.float32) - minima[:, :, None]).reshape(-1, _SUPER)
+    return _rows(2, _pairs(blocks[:, 16:80]), scales, 0, _negative(minima))
 
 
-def _q3_k(blocks: Bytes) -> Floats:
-    low = _pairs(blocks[:, 32:96]).astype(np.int8)
-    integers = low - np.int8(4) * (1 - _bit_planes(blocks[:, :32]).astype(np.int8))
+def _q3_k(blocks: Bytes) -> PackedRows:
+    integers = _pairs(blocks[:, 32:96]) | (_bit_planes(blocks[:, :32]) << np.uint8(2))
     packed = blocks[:, 96:108]
     fours = np.concatenate([packed[:, :8] & np.uint8(15), packed[:, :8] >> np.uint8(4)], axis=1)
     twos = (packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[None, :, None]) & np.uint8(3)
     factors = (fours | (twos.reshape(-1, 16) << np.uint8(4))).astype(np.float32) - np.float32(32)
-    scales = _halves(blocks, 108) * factors
-    numbers: Floats = scales[:, :, None] * integers.reshape(-1, 16, 16).astype(np.float32)
-    return numbers.reshape(-1, _SUPER)
+    return _rows(3, integers, _halves(blocks, 108) * factors, 4)
 
 
 def _six_bits(packed: Bytes) -> tuple[Floats, Floats]:
@@ -182,35 +200,29 @@ def _six_bits(packed: Bytes) -> tuple[Floats, Floats]:
     return factors, minima
 
 
-def _scaled_k(blocks: Bytes, integers: Bytes) -> Floats:
+def _with_minima(bits: int, blocks: Bytes, integers: Bytes) -> PackedRows:
     """Q4_K and Q5_K: eight groups of 32 with a scale and a minimum each."""
     factors, minima = _six_bits(blocks[:, 4:16])
-    scales = (_halves(blocks, 0) * factors)[:, :, None]
-    offsets = (_halves(blocks, 2) * minima)[:, :, None]
-    return (scales * integers.reshape(-1, 8, 32).astype(np.float32) - offsets).reshape(-1, _SUPER)
+    return _rows(bits, integers, _halves(blocks, 0) * factors, 0, _negative(_halves(blocks, 2) * minima))
 
 
-def _q4_k(blocks: Bytes) -> Floats:
-    return _scaled_k(blocks, _nibbles(blocks[:, 16:], 32))
+def _q4_k(blocks: Bytes) -> PackedRows:
+    return _with_minima(4, blocks, _nibbles(blocks[:, 16:], 32))
 
 
-def _q5_k(blocks: Bytes) -> Floats:
+def _q5_k(blocks: Bytes) -> PackedRows:
     high = _bit_planes(blocks[:, 16:48]) << np.uint8(4)
-    return _scaled_k(blocks, _nibbles(blocks[:, 48:], 32) | high)
+    return _with_minima(5, blocks, _nibbles(blocks[:, 48:], 32) | high)
 
 
-def _q6_k(blocks: Bytes) -> Floats:
+def _q6_k(blocks: Bytes) -> PackedRows:
     integers = _nibbles(blocks[:, :128], 64) | (_pairs(blocks[:, 128:192]) << np.uint8(4))
     factors = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
-    scales = (_halves(blocks, 208) * factors)[:, :, None]
-    signed = integers.reshape(-1, 16, 16).astype(np.float32) - np.float32(32)
-    return (scales * signed).reshape(-1, _SUPER)
+    return _rows(6, integers, _halves(blocks, 208) * factors, 32)
 
 
-_DEQUANTIZERS: Final[dict[str, Callable[[Bytes], Any]]] = {
-    "F32": _f32,
-    "F16": _f16,
-    "BF16": _bf16,
+_FLOATS: Final[dict[str, Callable[[Bytes], Floats]]] = {"F32": _f32, "F16": _f16, "BF16": _bf16}
+_UNPACKERS: Final[dict[str, Callable[[Bytes], PackedRows]]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
@@ -222,4 +234,5 @@ _DEQUANTIZERS: Final[dict[str, Callable[[Bytes], Any]]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
-DEQUANTIZED: Final = tuple(_DEQUANTIZERS)
+PACKED: Final = tuple(_UNPACKERS)
+DEQUANTIZED: Final = (*_FLOATS, *PACKED)

@@ -18,7 +18,16 @@ import numpy.typing as npt
 
 from trimserve.errors import MismatchError, UnsupportedModelError
 from trimserve.files.content import check_content
-from trimserve.files.ggml_blocks import GGML_TYPES, Bytes, Floats, GgmlType, dequantize_blocks
+from trimserve.files.ggml_blocks import (
+    GGML_TYPES,
+    PACKED,
+    Bytes,
+    Floats,
+    GgmlType,
+    dequantize_blocks,
+    unpack_blocks,
+)
+from trimserve.files.packed_rows import PackedRows
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -86,6 +95,17 @@ class GgufTensor:
         """
         packed = np.asarray(self.mapped()[rows])
         return dequantize_blocks(packed.reshape(-1, self.kind.nbytes), self.kind).reshape(len(packed), -1)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is a matrix of integers in blocks, which `unpack` gives."""
+        return len(self.shape) == 2 and self.kind.name in PACKED
+
+    def unpack(self, rows: slice | npt.NDArray[Any]) -> PackedRows:
+        """Rows (n, shape[-1]) as integers, scales and offsets; n is above 0, the tensor packed."""
+        packed = np.asarray(self.mapped()[rows])
+        found = unpack_blocks(packed.reshape(-1, self.kind.nbytes), self.kind)
+        return found.in_rows(len(packed))
 
 
 @dataclass(frozen=True)

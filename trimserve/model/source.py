@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trimserve.errors import MismatchError, UsageError
+from trimserve.files.gguf import GgufTensor
 from trimserve.files.inner import inner_path
 from trimserve.files.model_json import TEXT_SECTIONS, read_model_json, read_modules
 from trimserve.files.tensors import TensorSpec, read_header
@@ -24,6 +25,9 @@ from trimserve.model.effective_tokenizer import (
     original_tokenizer,
 )
 from trimserve.model.gguf.model import GgufModel
+from trimserve.model.packed.checkpoint import PackedCheckpoint, packed_checkpoint
+from trimserve.model.packed.layouts import PackedLinear
+from trimserve.model.packed.settings import PACKED_CONFIGS, PackedSettings, packed_settings
 from trimserve.model.sentence import MODULES_NAME, lower_cased, lower_cases
 from trimserve.model.tensor_names import language_names, unwrapped_names
 from trimserve.model.weights import no_weights
@@ -59,6 +63,7 @@ class ModelSource:
             transformer (`0_Transformer`).
         gguf: the GGUF file that the model is in, where `path` is the temporary folder of its small files. The
             folder has no weights until they are dequantised into it.
+        packed: the checkpoint of integers that the floats of `path`, a temporary folder, were made of.
         composite: the folder of a multimodal model, where `path` is a temporary one that gives its language
             model: with a config of that, and links to the other files.
     """
@@ -75,6 +80,7 @@ class ModelSource:
     modules_folder: Path | None = None
     gguf: GgufModel | None = None
     composite: Path | None = None
+    packed: PackedCheckpoint | None = None
 
     @property
     def root(self) -> Path:
@@ -328,6 +334,35 @@ class ModelSource:
     def has_quantized_rows(self) -> bool:
         """Whether the weights are those of a GGUF file, in its own number formats."""
         return self.gguf is not None and not (self.path / WEIGHTS_NAME).is_file()
+
+    @cached_property
+    def packed_settings(self) -> PackedSettings | None:
+        """How linear layers are stored as integers, if AWQ, GPTQ or compressed-tensors did it.
+
+        Raises:
+            UnsupportedModelError: one of the three with a setting that is not read.
+        """
+        if self.gguf is not None or self.named_graph is not None or not self.has_weights:
+            return None
+        sections = (self.config.get("quantization_config"), self.config.get("compression_config"))
+        files = (self.read_json(name) for name in PACKED_CONFIGS)
+        section = next((found for found in (*sections, *files) if isinstance(found, dict) and found), None)
+        return None if section is None else packed_settings(section, self.name)
+
+    def packed_checkpoint(self) -> PackedCheckpoint | None:
+        """The checkpoint of integers that the folder holds; None where it holds none.
+
+        Raises:
+            TrimserveError: see `packed_settings` and `trimserve.model.packed`.
+        """
+        settings = self.packed_settings
+        return None if settings is None else packed_checkpoint(self.tensors, settings, self.name)
+
+    def packed_matrices(self) -> tuple[GgufTensor | PackedLinear, ...]:
+        """The body's matrices that the source stores as integers in blocks, also where `path` has floats."""
+        if self.packed is not None:
+            return tuple(self.packed.linears.values())
+        return () if self.gguf is None else self.gguf.packed_matrices
 
     def _matrices(self) -> list[TensorSpec]:
         if not self.has_weights:

@@ -15,6 +15,7 @@ from trimserve_export.layouts.tokenizer_cut import write_cut_tokenizer
 from trimserve_export.serving.calibration import Calibration, quantize_calibrated
 from trimserve_export.serving.quantized_embedding import round_cold_embedding
 from trimserve_export.serving.shared_table import map_shared
+from trimserve_export.serving.stored_rows import StoredRows
 
 # Copied as they are, unless the checkpoint itself is the result.
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -47,7 +48,7 @@ def write_cut_files(
     return compare_segmentation(source.tokenizer(), tokenizer, vocab, sample).to_dict()
 
 
-def write_layout_graph(
+def write_layout_graph(  # noqa: PLR0913 - how a folder's graph is made
     made: Path,
     target: Path,
     vocab: VocabMap,
@@ -57,6 +58,7 @@ def write_layout_graph(
     scheme: Quantization | None = None,
     calibration: Calibration | None = None,
     cold_path: Path | None = None,
+    stored: StoredRows | None = None,
 ) -> Path:
     """Write an exporter's graph for another runtime.
 
@@ -69,6 +71,7 @@ def write_layout_graph(
         scheme: how to quantise it, if at all.
         calibration: by what texts to do so, if there are any.
         cold_path: cold rows in `target` that a drop-in feeds.
+        stored: see `quantize_products`.
     """
     with scratch_beside(target) as scratch:
         if scheme is not None:
@@ -80,6 +83,7 @@ def write_layout_graph(
                 has_head=has_head,
                 calibration=calibration,
                 shares=not scheme.by_exporter,
+                stored=stored,
             )
             if cold_path is not None and vocab.head.cold_ids.size:
                 round_cold_embedding(made, cold_path)

@@ -31,7 +31,7 @@ from trimserve_export.serving.lattice import on_lattice, on_offset_lattice
 
 BLOCK = 32
 _LEVELS = 15
-_MIDDLE = np.float32(8)
+MIDDLE = np.float32(8)
 # Largest numbers of rows: scales are about a tenth, and float16 has its full precision from 2^-14 on.
 _USUAL = (2.0**-7, 2.0**10)
 # How far a block's range is narrowed at most: beyond, what is clipped costs more than finer steps gain.
@@ -183,10 +183,10 @@ def _fit(
 
 def _on_lattice(columns: Floats) -> _Fit:
     """The fit of blocks that were whole multiples of a scale; the error of the others is infinite."""
-    found, scales, integers = on_lattice(np.ascontiguousarray(columns.T), bits=4)
+    found, scales, integers = on_lattice(np.ascontiguousarray(columns.T), bits=4, halves=True)
     errors = np.where(found | ~columns.any(axis=0), np.float32(0), np.float32(np.inf))
-    whole = np.where(found, integers.T, 0).astype(np.float32) + _MIDDLE
-    return _Fit(whole, np.where(found, scales, 1), np.full_like(scales, _MIDDLE), errors)
+    whole = np.where(found, integers.T, 0).astype(np.float32) + MIDDLE
+    return _Fit(whole, np.where(found, scales, 1), np.full_like(scales, MIDDLE), errors)
 
 
 def _on_offset_lattice(columns: Floats) -> _Fit:
@@ -218,7 +218,7 @@ def _with_minima(columns: Floats, weighted: Floats, kind: np.dtype[Any]) -> Iter
     mean = (weighted * columns).sum(axis=0) / total
     for share in _RANGES:
         scales = _stored(_nonzero((high - low) * np.float32(share / _LEVELS)), kind)
-        middles = low + (high - low) * np.float32((1 - share) / 2) + scales * _MIDDLE
+        middles = low + (high - low) * np.float32((1 - share) / 2) + scales * MIDDLE
         fit = _at(columns, weighted, scales, middles)
         yield fit
         middle = (weighted * fit.integers).sum(axis=0) / total
@@ -226,13 +226,13 @@ def _with_minima(columns: Floats, weighted: Floats, kind: np.dtype[Any]) -> Iter
         power = (weighted * shifted * shifted).sum(axis=0)
         fitted = (weighted * shifted * (columns - mean)).sum(axis=0) / np.where(power > 0, power, 1)
         scales = _stored(np.where(fitted > 0, fitted, scales), kind)
-        yield _at(columns, weighted, scales, mean - scales * (middle - _MIDDLE))
+        yield _at(columns, weighted, scales, mean - scales * (middle - MIDDLE))
 
 
 def _at(columns: Floats, weighted: Floats, scales: Floats, wanted: Floats) -> _Fit:
     middles = wanted.astype(np.float16).astype(np.float32)
-    integers = np.clip(np.rint((columns - middles) / scales + _MIDDLE), 0, _LEVELS)
-    errors = (weighted * ((integers - _MIDDLE) * scales + middles - columns) ** 2).sum(axis=0)
+    integers = np.clip(np.rint((columns - middles) / scales + MIDDLE), 0, _LEVELS)
+    errors = (weighted * ((integers - MIDDLE) * scales + middles - columns) ** 2).sum(axis=0)
     return _Fit(integers, scales, middles, errors)
 
 

@@ -28,6 +28,7 @@ from trimserve_export.graphs.nodes import NodeWriter
 from trimserve_export.graphs.products import products_of
 from trimserve_export.serving.quality import Quality, measure_quality
 from trimserve_export.serving.quantize import quantize_graph
+from trimserve_export.serving.stored_rows import StoredRows
 
 # Texts to calibrate with and to hold out, tokens of each, and what is read of the files for them.
 TEXTS, HELD_OUT, TOKENS = 64, 32, 128
@@ -113,6 +114,7 @@ def quantize_calibrated(
     has_head: bool,
     calibration: Calibration | None,
     shares: bool = False,
+    stored: StoredRows | None = None,
 ) -> Path:
     """Quantise a graph, see `quantize_graph`; with texts, by what they say, and say what it cost.
 
@@ -122,14 +124,17 @@ def quantize_calibrated(
         scheme: see `quantize_graph`.
         has_head: see `quantize_graph`.
         shares: see `quantize_graph`.
+        stored: see `quantize_graph`.
         calibration: its moments are measured if it has texts and none, and its quality.
     """
     if calibration is None:
-        return quantize_graph(source, output, scheme, has_head=has_head, shares=shares)
+        return quantize_graph(source, output, scheme, has_head=has_head, shares=shares, stored=stored)
     if scheme.body.scales == "error" and calibration.texts and not calibration.moments:
         calibration.moments = _moments(source, calibration, has_head=has_head)
     moments = calibration.moments
-    path = quantize_graph(source, output, scheme, has_head=has_head, moments=moments, shares=shares)
+    path = quantize_graph(
+        source, output, scheme, has_head=has_head, moments=moments, shares=shares, stored=stored
+    )
     if calibration.held_out:
         calibration.quality = _quality(source, path, calibration, has_head=has_head)
     return path

@@ -1,7 +1,8 @@
 """Blocks whose numbers are whole multiples of one scale: quantised before, they lose nothing now.
 
-What a GGUF file stores as Q4_0 or Q8_0 is such a block of 32, its scale a float16. Rounding to nearest takes
-the scale from the largest number, which gives back Q4_0's scale mostly and Q8_0's never.
+What a GGUF file stores as Q4_0, Q5_0 or Q8_0 is such a block of 32, its scale a float16; Q3_K and Q6_K have
+blocks of 16 and a product of a float16 and an integer. Rounding to nearest takes the scale from the largest
+number, which gives back Q4_0's scale mostly and the others' never.
 """
 
 from typing import Any, Final
@@ -11,19 +12,25 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int16]
-_ENOUGH: Final = 0.5  # share of blocks that the likely multiples settle, where the others are tried as well
 _BLOCK: Final = 32
 # Rows by which it is told whether a matrix was quantised before.
 _SAMPLE_ROWS: Final = 256
+_MANTISSA: Final = 24  # bits of a float32
 _FIRST: Final = 4  # numbers of a block that are looked at before all are
 
 
-def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats, Ints]:
+def on_lattice(
+    blocks: Floats, bits: int, *, halves: bool = False
+) -> tuple[npt.NDArray[np.bool_], Floats, Ints]:
     """Find the scale of blocks that have one: every number is ``scale * q`` to the bit.
+
+    It is the greatest common divisor of the numbers' bits, so that whatever scale made them, they are its
+    multiples, and the smallest ones possible.
 
     Args:
         blocks: float32 (n, size).
-        bits: q is from -2 ** (bits - 1) to below 2 ** (bits - 1), the scale a float16.
+        bits: q is from -2 ** (bits - 1) to below 2 ** (bits - 1).
+        halves: find scales alone that float16 holds.
 
     Returns:
         Which blocks have a scale (n,), their scales (n,), and q (n, size); meaningless for the others.
@@ -31,29 +38,39 @@ def on_lattice(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.bool_], Floats
     count, size = blocks.shape
     found, scales = np.zeros(count, np.bool_), np.zeros(count, np.float32)
     integers = np.zeros((count, size), np.int16)
-    peaks = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
-    left = np.flatnonzero(np.isfinite(peaks) & (peaks != 0))
-    likely, others = _multiples(bits)
-    for number, multiple in enumerate((*likely, *others)):
-        if number == len(likely) and found.sum() < _ENOUGH * count:
-            break
-        scale = peaks[left] / np.float32(multiple)
-        with np.errstate(over="ignore"):
-            half = scale.astype(np.float16).astype(np.float32) == scale
-        chosen, scale = left[half], scale[half]
-        for columns in (slice(_FIRST), slice(None)):
-            exact = _exact(blocks[chosen, columns], scale, 1 << (bits - 1))
-            chosen, scale = chosen[exact], scale[exact]
-        found[chosen], scales[chosen] = True, scale
-        integers[chosen] = np.rint(blocks[chosen] / scale[:, None])
-        left = left[~found[left]]
-        if not left.size:
-            break
-    # The same numbers with a scale above 0, as quantisers have it, where the lowest integer is not needed.
-    turned = found & (scales < 0) & (integers.min(axis=1) > -(1 << (bits - 1)))
-    scales[turned] *= -1
-    integers[turned] *= -1
+    chosen = np.arange(count)
+    for columns in (slice(_FIRST), slice(None)):
+        usable, exponents, whole = _whole(blocks[chosen, columns], bits)
+        chosen, exponents, whole = chosen[usable], exponents[usable], whole[usable]
+        divisors = np.gcd.reduce(whole, axis=1)
+        whole //= np.maximum(divisors, 1)[:, None]
+        fits = np.abs(whole).max(axis=1, initial=0) <= 1 << (bits - 1)
+        chosen, exponents, whole, divisors = chosen[fits], exponents[fits], whole[fits], divisors[fits]
+    with np.errstate(over="ignore"):
+        exact = np.ldexp(divisors.astype(np.float64), exponents)
+        made = exact.astype(np.float32)
+        kept = (made.astype(np.float16) == made) if halves else np.ones(len(made), np.bool_)
+    # The same numbers with a scale below 0, where the lowest integer alone has room for the largest.
+    turned = whole.max(axis=1, initial=0) == 1 << (bits - 1)
+    whole[turned] *= -1
+    kept &= (whole.max(axis=1, initial=0) < 1 << (bits - 1)) & (made == exact) & (made > 0)
+    made[turned] *= -1
+    found[chosen[kept]], scales[chosen[kept]], integers[chosen[kept]] = True, made[kept], whole[kept]
     return found, scales, integers
+
+
+def _whole(
+    blocks: Floats, bits: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Blocks as integers times a power of two: which may be multiples of a scale, the power, integers."""
+    usable = np.isfinite(blocks).all(axis=1) & blocks.any(axis=1)
+    mantissas, exponents = np.frexp(np.where(usable[:, None], blocks, np.float32(1)))
+    zeros = mantissas == 0
+    lowest = np.where(zeros, np.iinfo(np.int32).max, exponents).min(axis=1)
+    apart = np.where(zeros, 0, exponents - lowest[:, None])
+    usable &= apart.max(axis=1) <= bits  # whole multiples lie no further apart
+    whole = np.ldexp(mantissas.astype(np.float64), _MANTISSA + np.minimum(apart, bits)).astype(np.int64)
+    return usable, lowest.astype(np.int64) - _MANTISSA, whole
 
 
 def on_offset_lattice(blocks: Floats) -> tuple[npt.NDArray[np.bool_], Floats, Floats, Ints]:
@@ -103,19 +120,3 @@ def has_levels(rows: npt.NDArray[Any], most: int) -> bool:
     ordered = np.sort(sample[:, :width].reshape(-1, _BLOCK), axis=1)
     levels = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
     return bool(levels.max(initial=0) <= most)
-
-
-def _exact(numbers: Floats, scale: Floats, most: int) -> npt.NDArray[np.bool_]:
-    """Which rows are whole multiples of their scale, from -most to below most."""
-    whole: Any = np.rint(numbers / scale[:, None])
-    exact: npt.NDArray[np.bool_] = (whole * scale[:, None] == numbers).all(axis=1)
-    exact &= whole.max(axis=1) < most
-    return exact
-
-
-def _multiples(bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the largest number of a block can be a multiple of: what quantisers make it, and all else."""
-    most = 1 << (bits - 1)
-    likely = (-most, most - 1, 1 - most)
-    others = [sign * size for size in range(most - 2, 0, -1) for sign in (1, -1)]
-    return likely, tuple(others)

@@ -30,9 +30,10 @@ from trimserve_export.graphs.products import Matrix, Product, products_of
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
-from trimserve_export.serving.block_search import BLOCK, search_blocks
+from trimserve_export.serving.block_search import BLOCK, MIDDLE, search_blocks
 from trimserve_export.serving.lattice import has_levels, on_lattice
 from trimserve_export.serving.shared_table import share_table
+from trimserve_export.serving.stored_rows import Carried, StoredRows, carrier
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +55,27 @@ Moments = Mapping[str, Moment]
 
 
 def quantization_of(
-    quantize: str, vocab_bits: int | None = None, *, by_exporter: bool = False, keeps: bool = False
+    quantize: str,
+    vocab_bits: int | None = None,
+    *,
+    vocab_block: int | None = None,
+    by_exporter: bool = False,
+    keeps: bool = False,
 ) -> Quantization:
     """What an export with `--quantize` makes.
 
     Args:
         quantize: one of `QUANTIZE`.
         vocab_bits: of the vocab's rows, 4 or 8; 8 by default.
+        vocab_block: block size of the vocab's rows, where they were in smaller blocks before; 32 by default.
         by_exporter: see `Quantization`.
         keeps: see `Quantization`; means nothing to 8 bits.
     """
     if by_exporter:
         return Quantization(_BUILT[quantize], _BUILT[quantize], by_exporter=True)
     body = _BODIES[quantize]
-    return Quantization(BlockScheme(bits=vocab_bits or VOCAB_BITS), body, keeps=keeps and body.bits == 4)
+    rows = BlockScheme(bits=vocab_bits or VOCAB_BITS, block_size=vocab_block or BLOCK)
+    return Quantization(rows, body, keeps=keeps and body.bits == 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,7 @@ def quantize_graph(
     has_head: bool,
     moments: Moments | None = None,
     shares: bool = False,
+    stored: StoredRows | None = None,
 ) -> Path:
     """Quantise every product of a servable graph with a constant matrix.
 
@@ -147,6 +156,7 @@ def quantize_graph(
         has_head: the graph has a vocab head, which must be among the products.
         moments: see `quantize_products`.
         shares: see `quantize_products`; whoever writes the final graph calls `map_shared`.
+        stored: see `quantize_products`.
 
     Returns:
         The path of the quantised graph.
@@ -155,7 +165,7 @@ def quantize_graph(
         UnsupportedModelError: see `quantize_products`.
     """
     model = read_exported(source)
-    quantize_products(model, scheme, has_head=has_head, moments=moments, shares=shares)
+    quantize_products(model, scheme, has_head=has_head, moments=moments, shares=shares, stored=stored)
     path = output / source.name
     ir.save(model, path, external_data=f"{path.name}_data", alignment=ALIGNMENT)
     return path
@@ -168,6 +178,7 @@ def quantize_products(
     has_head: bool,
     moments: Moments | None = None,
     shares: bool = False,
+    stored: StoredRows | None = None,
 ) -> None:
     """Quantise every product of a servable graph with a constant matrix, in place.
 
@@ -178,15 +189,16 @@ def quantize_products(
         moments: second moments of the inputs of the body's products, by the name of the matrix; what is not
             known counts alike.
         shares: a tied embedding is looked up in the head's rows, if they have 8 bits; see `shared_table.py`.
+        stored: rows that the source has in blocks: matrices of the body that are made of them keep integers,
+            scales and offsets, unless fewer bits are asked for than they have.
 
     Raises:
         UnsupportedModelError: the head, or all of the body, has no product that can be quantised.
     """
     products, head = products_of(model.graph, has_head=has_head)
-    writer = _Writer(model.graph, moments or {})
+    writer = _Writer(model.graph, moments or {}, _Keeper(stored, scheme))
     for node, product in products.items():
-        own = scheme.rows if node is head else _body_scheme(scheme, product)
-        blocks = writer.replace(node, product, own)
+        blocks = writer.replace(node, product, scheme.rows if node is head else None)
         if shares and node is head and scheme.rows.bits == _SHARED_BITS:
             share_table(model.graph, product.weight, blocks, scheme.rows)
     model.opset_imports.setdefault(_CONTRIB, 1)
@@ -194,35 +206,58 @@ def quantize_products(
     logger.info("quantised %d products to %d bits", len(products), scheme.body.bits)
 
 
-def _body_scheme(scheme: Quantization, product: Product) -> BlockScheme:
-    """How a matrix of the body is quantised."""
-    if not scheme.keeps or has_levels(product.rows, 1 << scheme.body.bits):
-        return scheme.body
-    return _BODIES["int8"]
+@dataclass(frozen=True, slots=True)
+class _Keeper:
+    """What is done with matrices of the body: kept as they are stored, or rounded, and to how many bits."""
+
+    stored: StoredRows | None
+    scheme: Quantization
+
+    def carried(self, product: Product, *, offsets: bool) -> Carried | None:
+        """A matrix as it is stored; None where it is not, or has more bits than are asked for."""
+        found = None if self.stored is None else self.stored.find(product.rows)
+        body = self.scheme.body.bits
+        if found is None or (found.bits > body and not self.scheme.keeps):
+            return None
+        return None if found.offsets is not None and not offsets else carrier(found, body)
+
+    def rounded(self, product: Product) -> BlockScheme:
+        """How a matrix is rounded that is not kept."""
+        body = self.scheme.body
+        if not self.scheme.keeps or has_levels(product.rows, 1 << body.bits):
+            return body
+        return _BODIES["int8"]
 
 
 class _Writer:
     """Writes quantised products into a graph; a matrix that two of them share is quantised once."""
 
-    def __init__(self, graph: ir.Graph, moments: Moments) -> None:
+    def __init__(self, graph: ir.Graph, moments: Moments, keeper: _Keeper) -> None:
         self._graph = graph
         self._moments = moments
+        self._keeper = keeper
         self._opset = graph.opset_imports.get("", 0)
-        self._made: dict[tuple[ir.Value, bool, BlockScheme, bool], _Operands] = {}
-        self._sums: dict[ir.Value, ir.Value] = {}
+        self._made: dict[tuple[ir.Value, bool, BlockScheme | None], _Operands] = {}
+        self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
 
-    def replace(self, node: ir.Node, product: Product, scheme: BlockScheme) -> tuple[ir.Value, ...]:
-        """Put a product with blocks in the place of one with floats; gives integers, scales, zero points."""
+    def replace(self, node: ir.Node, product: Product, head: BlockScheme | None) -> tuple[ir.Value, ...]:
+        """Put a product with blocks in the place of one with floats; gives integers, scales, zero points.
+
+        Args:
+            node: the product.
+            product: what it multiplies with.
+            head: how the rows of the vocab head are rounded; None for products of the body.
+        """
         fed = node.inputs[0]
         if fed is None:
             raise UnsupportedModelError(f"{describe(node)} multiplies nothing: the graph is damaged.")
         outputs, inputs = product.rows.shape
         writer = NodeWriter(self._graph, f"quantize/{node.name}")
-        operands = self._operands(product, scheme, writer, minima=self._opset >= _SHAPE_OF_SOME_AXES)
-        attributes = block_attributes(inputs, outputs, scheme)
+        operands = self._operands(product, head, writer)
+        attributes = block_attributes(inputs, outputs, operands.scheme)
         result = writer.op("MatMulNBits", [fed, *operands.blocks], domain=_CONTRIB, output=None, **attributes)
         if operands.middles is not None:
-            sums = self._block_sums(fed, inputs // BLOCK, writer)
+            sums = self._block_sums(fed, inputs, operands.scheme.block_size, writer)
             result = writer.op("Add", [result, writer.op("MatMul", [sums, operands.middles])])
         if product.bias is not None:
             result = writer.op("Add", [result, product.bias])
@@ -231,36 +266,47 @@ class _Writer:
         self._graph.remove(node, safe=True)
         return operands.blocks
 
-    def _block_sums(self, fed: ir.Value, blocks: int, writer: NodeWriter) -> ir.Value:
+    def _block_sums(self, fed: ir.Value, inputs: int, size: int, writer: NodeWriter) -> ir.Value:
         """The sums of a product's input, a block each (..., blocks); products of one input share them."""
-        if fed not in self._sums:
+        if (fed, size) not in self._sums:
+            parts = [inputs // size, size]
             if fed.shape is None:
                 leading = writer.op("Shape", [fed], end=-1)
-                shape = writer.op("Concat", [leading, writer.constant([blocks, BLOCK])], axis=0)
+                shape = writer.op("Concat", [leading, writer.constant(parts)], axis=0)
             else:
-                shape = writer.constant([*[0] * (len(fed.shape) - 1), blocks, BLOCK])
+                shape = writer.constant([*[0] * (len(fed.shape) - 1), *parts])
             apart = writer.op("Reshape", [fed, shape])
-            self._sums[fed] = writer.op("ReduceSum", [apart, writer.constant([-1])], keepdims=0)
-        return self._sums[fed]
+            self._sums[fed, size] = writer.op("ReduceSum", [apart, writer.constant([-1])], keepdims=0)
+        return self._sums[fed, size]
 
-    def _operands(
-        self, product: Product, scheme: BlockScheme, writer: NodeWriter, *, minima: bool
-    ) -> "_Operands":
-        key = (product.weight, product.by_row, scheme, minima)
+    def _operands(self, product: Product, head: BlockScheme | None, writer: NodeWriter) -> "_Operands":
+        key = (product.weight, product.by_row, head)
         if key not in self._made:
+            scheme, arrays = self._arrays(product, head)
             name = f"{product.weight.name}_Q{scheme.bits}{'_rows' if product.by_row else ''}"
-            if scheme.scales == "largest":
-                blocks = quantize_rows(product.rows, scheme)
-                arrays = {"": blocks.integers, "_scales": blocks.scales}
-            else:
-                arrays = _searched(product, self._moments.get(str(product.weight.name)), minima=minima)
             made = {
                 end: self._of_graph(self._constant(f"{name}{end}", array), product, writer)
                 for end, array in arrays.items()
             }
             middles = made.pop("_middles", None)
-            self._made[key] = _Operands(tuple(made.values()), middles)
+            if (minima := made.pop("_minima", None)) is not None:
+                steps = writer.op("Mul", [made["_scales"], writer.array("middle", np.float32(MIDDLE))])
+                middles = writer.op("Transpose", [writer.op("Add", [minima, steps])], perm=[1, 0])
+            self._made[key] = _Operands(scheme, tuple(made.values()), middles)
         return self._made[key]
+
+    def _arrays(self, product: Product, head: BlockScheme | None) -> tuple[BlockScheme, dict[str, Matrix]]:
+        """How a matrix lies in blocks, and their constants by how their names end."""
+        minima = self._opset >= _SHAPE_OF_SOME_AXES
+        kept = None if head is not None else self._keeper.carried(product, offsets=minima)
+        if kept is not None:
+            has_zeros = kept.zero_points is not None
+            return BlockScheme(kept.bits, kept.block_size, zero_points=has_zeros), _carried(kept)
+        scheme = self._keeper.rounded(product) if head is None else head
+        if scheme.scales == "error":
+            return scheme, _searched(product, self._moments.get(str(product.weight.name)), minima=minima)
+        blocks = quantize_rows(product.rows, scheme)
+        return scheme, {"": blocks.integers, "_scales": blocks.scales}
 
     def _of_graph(self, constant: ir.Value, product: Product, writer: NodeWriter) -> ir.Value:
         """Floats that are stored in float16, in the graph's dtype."""
@@ -282,6 +328,7 @@ class _Writer:
 class _Operands:
     """Integers, scales and perhaps zero points; the middles (blocks, outputs) where a matrix has minima."""
 
+    scheme: BlockScheme
     blocks: tuple[ir.Value, ...]
     middles: ir.Value | None
 
@@ -295,7 +342,37 @@ def _searched(product: Product, moments: Moment | None, *, minima: bool) -> dict
     arrays: dict[str, Matrix] = {"": found.integers, "_scales": found.scales}
     if found.middles is None:
         return arrays | {"_zero_points": cast(Matrix, found.zero_points)}
-    return arrays | {"_middles": np.ascontiguousarray(found.middles.T)}  # the kernel subtracts 8 by itself
+    return arrays | _minima_or_middles(found.scales, found.middles)  # the kernel subtracts 8 by itself
+
+
+def _minima_or_middles(scales: Matrix, middles: Matrix) -> dict[str, Matrix]:
+    """What 8 means in each block, for the product with the sums: itself, or minima in float16.
+
+    A middle that takes float32 is often a minimum and 8 scales, both in float16 (GGUF's Q4_1): it is computed
+    when the graph is opened, in half the bytes. A graph casts what it has in float16 at that time, too, and
+    larger matrices have scales in float32 for that reason.
+    """
+    if scales.dtype == np.float16 and middles.dtype == np.float32:
+        exact = middles - scales.astype(np.float64) * MIDDLE
+        halves = exact.astype(np.float16)
+        if (halves == exact).all():
+            return {"_minima": halves}
+    return {"_middles": np.ascontiguousarray(middles.T)}
+
+
+def _carried(kept: Carried) -> dict[str, Matrix]:
+    """The constants of a matrix that is kept as it was stored, by how their names end."""
+    halves = kept.scales.astype(np.float16)
+    # See `_searched`; float16 is what most formats have their scales in, the K formats aside.
+    half = 4 * kept.scales.size <= MAX_FOLDED_BYTES and np.array_equal(halves.astype(np.float32), kept.scales)
+    arrays: dict[str, Matrix] = {"": kept.integers, "_scales": halves if half else kept.scales}
+    if kept.zero_points is not None:
+        arrays["_zero_points"] = kept.zero_points
+    if kept.offsets is None:
+        return arrays
+    if kept.bits == 4 and kept.zero_points is None:
+        return arrays | _minima_or_middles(arrays["_scales"], kept.offsets)
+    return arrays | {"_middles": np.ascontiguousarray(kept.offsets.T)}
 
 
 def block_attributes(inputs: int, outputs: int, scheme: BlockScheme) -> dict[str, int]:

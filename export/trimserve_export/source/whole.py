@@ -13,8 +13,10 @@ from trimserve.errors import MissingExtraError, UsageError
 from trimserve.files.scratch import scratch_folder
 from trimserve.files.tensors import TensorSource, WholeTensor, exhaust, write_tensors
 from trimserve.finetune.restoring import full_source, is_compact
+from trimserve.model.packed.checkpoint import PackedCheckpoint
+from trimserve.model.packed.settings import PACKED_CONFIGS
 from trimserve.model.resolve import resolve_model
-from trimserve.model.source import INDEX_NAME, WEIGHTS_NAME, ModelSource
+from trimserve.model.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, ModelSource
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
@@ -39,7 +41,8 @@ def whole_source(
         adapter: a folder or hub id of an adapter to merge into the model.
         near: the folder to make the temporary one in; the system's by default.
         renamed: also write a checkpoint anew whose tensors have names of a wrapper, for other libraries.
-        dequantize: make floats of a GGUF file; else it stays what it is, unless an adapter is merged.
+        dequantize: make floats of a GGUF file, as of all other integers; else it stays what it is, unless
+            an adapter is merged.
         trust_remote_code: allow code that the model folder brings.
 
     Raises:
@@ -51,8 +54,11 @@ def whole_source(
         def scratch() -> Path:
             return stack.enter_context(scratch_folder("source", beside))
 
-        packed = source.has_quantized_rows and (dequantize or adapter is not None)
-        own, brought = _parts_of(_dequantized(source, scratch) if packed else source, adapter)
+        if source.has_quantized_rows and (dequantize or adapter is not None):
+            source = _dequantized(source, scratch)
+        elif (packed := source.packed_checkpoint()) is not None:
+            source = _unpacked(source, packed, scratch())
+        own, brought = _parts_of(source, adapter)
         if brought is not None:
             from trimserve_export.source.adapter import merge_adapter
 
@@ -78,6 +84,17 @@ def _dequantized(source: ModelSource, scratch: Callable[[], Path]) -> ModelSourc
         shutil.copyfile(file, folder / file.name)
     source.gguf.write_weights(folder / WEIGHTS_NAME)
     return replace(source, path=folder)
+
+
+def _unpacked(source: ModelSource, packed: PackedCheckpoint, folder: Path) -> ModelSource:
+    """A model of AWQ, GPTQ or compressed-tensors as a checkpoint of float32."""
+    weights = (*(path.name for path in source.weight_files), INDEX_NAME)
+    link_files(source.path, folder, (*weights, CONFIG_NAME, *PACKED_CONFIGS))
+    left_out = ("quantization_config", "compression_config", "torch_dtype")
+    config = {key: value for key, value in source.config.items() if key not in left_out}
+    (folder / CONFIG_NAME).write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", "utf-8")
+    packed.write_weights(folder / WEIGHTS_NAME)
+    return replace(source, path=folder, made_of=source.recorded_files, packed=packed)
 
 
 def is_adapter(source: ModelSource) -> bool:

@@ -36,7 +36,7 @@ def as_pickle(folder):
 
 
 def as_quantised(folder):
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    change_config(folder, quantization_config={"quant_method": "hqq", "bits": 4})
 
 
 def as_vision(folder):
@@ -75,7 +75,7 @@ def change_config(folder, **entries):
     ("change", "code", "match"),
     [
         (as_pickle, 1, "is a pickle"),
-        (as_quantised, 1, "is quantised by GPTQ (4 bits)"),
+        (as_quantised, 1, "is quantised by HQQ (4 bits)"),
         (as_vision, 1, "has no vocab_size"),
         (without_type, 1, "config.json has no model_type"),
         (as_subfolder, 2, "they are in last: pass"),

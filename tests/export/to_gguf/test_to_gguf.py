@@ -1,5 +1,6 @@
 """GGUF files that are written: read again to the bit, by the gguf package, and by llama.cpp itself."""
 
+import contextlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -318,19 +319,20 @@ TEXT = "The capital of France is Paris. Janet has 3 apples and buys 4 more.\ndef
 
 @pytest.mark.realmodel
 @pytest.mark.parametrize(
-    ("options", "limit"),
+    "options",
     [
-        ({}, 0.6),
-        pytest.param({"quantize": "int8"}, 0.3, marks=pytest.mark.slow),
-        pytest.param({"dtype": "fp16"}, 0.02, marks=pytest.mark.slow),
+        {},
+        pytest.param({"quantize": "int8"}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "fp16"}, marks=pytest.mark.slow),
     ],
 )
-def test_a_real_model_in_llama_cpp_is_ours(options, limit, smollm, tmp_path):
+def test_a_real_model_in_llama_cpp_is_ours(options, smollm, tmp_path):
     """Greedy ids are ours over the same ids, but where rounding moves two past each other.
 
     llama.cpp rounds what goes into a product to 8 bits (F16: to 11), so its log-probabilities differ from
-    those in float32, by `limit` at most; two tokens can change places where ours are within twice that
-    difference.
+    those in float32. How much such rounding moves them is measured with it in torch (`rounds_inputs`); sums
+    in another order round other numbers up, so llama.cpp's are another draw of the same errors: twice the
+    largest is the limit. Two tokens can change places where ours are within twice the difference.
     """
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(TEXT, "utf-8")
@@ -346,17 +348,42 @@ def test_a_real_model_in_llama_cpp_is_ours(options, limit, smollm, tmp_path):
     for text in (*HOSTILE, *random_texts(50, ["<|im_start|>", "<|im_end|>"])):
         assert cut.encode(text).ids == theirs.ids(text, add_special=True), text
     ties = tokens = 0
+    differences, limits = [], []
     for text in ("What is the capital of France?", "Janet has 3 apples and buys", "def fib(n):"):
         ids = cut.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n").ids
         found, scores = theirs.scored(ids, 16)
         with torch.no_grad():
             logits = ours(torch.tensor([ids + found])).logits[0, len(ids) - 1 : -1]
-        logprobs = torch.log_softmax(logits, dim=-1)
-        for token, row, named in zip(found, logprobs, scores, strict=True):
+            with rounds_inputs(ours, half="dtype" in options):
+                rounded = ours(torch.tensor([ids + found])).logits[0, len(ids) - 1 : -1]
+        logprobs, others = torch.log_softmax(logits, dim=-1), torch.log_softmax(rounded, dim=-1)
+        for token, row, other, named in zip(found, logprobs, others, scores, strict=True):
+            limits.append(max(abs(row[id_] - other[id_]).item() for id_ in named))
             moved = max(abs(row[id_].item() - score) for id_, score in named.items())
             gap = (row.max() - row[token]).item()
-            assert moved < limit
+            differences.append(moved)
             assert gap <= 2 * moved
             ties, tokens = ties + (gap > 0), tokens + 1
+    assert max(differences) <= 2 * max(limits)
     assert tokens >= 24
     assert ties <= tokens // 8
+
+
+@contextlib.contextmanager
+def rounds_inputs(model, *, half):
+    """Let linear layers round their input as ggml does: to float16, or blocks of 32 to 8 bits and a scale."""
+
+    def rounded(_, inputs):
+        (hidden,) = inputs
+        if half:
+            return (hidden.half().float(),)
+        blocks = hidden.unflatten(-1, (-1, 32))
+        scales = blocks.abs().amax(dim=-1, keepdim=True) / 127
+        whole = torch.where(scales > 0, blocks / scales, 0.0).round()
+        return ((whole * scales.half().float()).flatten(-2),)
+
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(rounded) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimserve.files.ggml_blocks import GgmlType
-from trimserve.files.gguf import GgufFile, read_gguf
+from trimserve.files.gguf import GgufFile, GgufTensor, read_gguf
 from trimserve.files.tensors import TensorSpec
 from trimserve.folder.names import TOKENIZER_NAME
 from trimserve.model.gguf.architectures import EMBEDDING, HEAD, architecture_of
@@ -25,6 +25,9 @@ from trimserve.model.gguf.config import config_of, generation_of
 from trimserve.model.gguf.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
+
+# Formats without minima that have a scale for fewer numbers than 32.
+_SMALL_BLOCKS = {"Q3_K": 16, "Q6_K": 16}
 
 
 @dataclass(frozen=True)  # no slots: the folder goes when nothing refers to the model any more
@@ -68,6 +71,21 @@ class GgufModel:
                 counts[tensor.kind] = counts.get(tensor.kind, 0) + math.prod(tensor.shape)
         kind = max(counts, key=counts.__getitem__)
         return 8 * kind.nbytes / kind.numbers
+
+    @property
+    def head_block(self) -> int | None:
+        """Numbers of a block of 8-bit rows that the vocab head's are kept in; None where any will do."""
+        head = self.file.tensors.get(HEAD, self.file.tensors[EMBEDDING])
+        return _SMALL_BLOCKS.get(head.kind.name)
+
+    @property
+    def packed_matrices(self) -> tuple[GgufTensor, ...]:
+        """The body's matrices of integers in blocks, the rows in the file's order."""
+        return tuple(
+            tensor
+            for name, tensor in self.file.tensors.items()
+            if tensor.is_packed and name not in (EMBEDDING, HEAD)
+        )
 
     def write_weights(self, path: Path) -> None:
         """Write all weights, dequantised to float32, into a safetensors file."""

@@ -1,0 +1,1 @@
+"""Checkpoints of AWQ, GPTQ and compressed-tensors: integers in blocks, by transformers' names."""
