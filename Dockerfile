@@ -2,7 +2,7 @@
 #   docker build -t trimserve . && docker run -p 8000:8000 -v "$PWD/qwen3-tickets:/models/qwen3-tickets:ro" trimserve
 FROM python:3.13-slim AS build
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY trimserve ./trimserve
 COPY export ./export
 RUN python -m venv /opt/trimserve \

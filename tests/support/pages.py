@@ -24,7 +24,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.number}"
+        return f"{self.page.relative_to(ROOT).as_posix()}:{self.number}"
 
 
 def blocks(page: Path) -> list[Block]:
