@@ -79,9 +79,8 @@ ENCODERS: dict[str, tuple[str, str, dict]] = {
     "qwen3_reranker": ("Qwen3ForSequenceClassification", "byte_level_bpe", _GROUPED | {"num_labels": 1}),
     "embeddinggemma": ("Gemma3TextModel", "sentencepiece_bpe", _GEMMA),
 }
-# Each has something that no other test has: attention of a decoder's class that looks both ways; rotary
-# positions in an encoder with a packed projection.
-_QUICK = {"embeddinggemma", "nomic_bert_vectors"}
+# Attention of a decoder's class that looks both ways, which no other test has.
+_QUICK = {"embeddinggemma"}
 
 
 def all_but(names, quick):
