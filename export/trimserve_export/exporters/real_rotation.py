@@ -18,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _MADE_BY: Final = "view_as_complex"
+# The name by which modules of transformers know it.
+_TORCH: Final = "torch"
 
 
 @contextlib.contextmanager
@@ -27,13 +29,13 @@ def real_rotation(model: PreTrainedModel) -> Iterator[None]:
     complexes = [module for module in modules if _is_complex(module)]
     scaled = [part for part in model.modules() if _scales_by_place(getattr(part, "self_attn", None))]
     for module in complexes:
-        module.torch = _RealTorch("torch")  # type: ignore[attr-defined]
+        setattr(module, _TORCH, _RealTorch(_TORCH))
     removals = [remove for part in scaled for remove in _scale_by_position(part)]
     try:
         yield
     finally:
         for module in complexes:
-            module.torch = torch  # type: ignore[attr-defined]
+            setattr(module, _TORCH, torch)
         for remove in removals:
             remove()
 
@@ -121,7 +123,8 @@ def _scale_by_position(layer: Any) -> list[Callable[[], None]]:  # noqa: ANN401 
 
     def scale(_: nn.Module, __: Any, query: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         step = torch.floor((fed[0].float() + 1.0) / attention.floor_scale)
-        return (query * (torch.log1p(step) * attention.attn_scale + 1.0)[..., None]).to(query.dtype)
+        scales: torch.Tensor = torch.log1p(step) * attention.attn_scale + 1.0
+        return (query * scales[..., None]).to(query.dtype)
 
     def restore() -> None:
         attention.attn_temperature_tuning = tuned

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel
@@ -13,9 +13,9 @@ _METHOD: Final = "_gaussian_topk"
 @contextlib.contextmanager
 def sparse_by_constant(model: PreTrainedModel) -> Iterator[None]:
     """Trace such layers with their quantile computed before; other models as they are."""
-    sparse = [part for part in model.modules() if hasattr(part, _METHOD)]
+    sparse: list[Any] = [part for part in model.modules() if hasattr(part, _METHOD)]
     for part in sparse:
-        setattr(part, _METHOD, _above(float(part.activation_sparsity)))  # type: ignore[arg-type]
+        setattr(part, _METHOD, _above(float(part.activation_sparsity)))
     try:
         yield
     finally:
@@ -26,7 +26,8 @@ def sparse_by_constant(model: PreTrainedModel) -> Iterator[None]:
 def _above(share: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Keep what lies above the quantile `share` of a row, were its numbers normally distributed."""
     # In float32, as transformers has it.
-    quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor(share, dtype=torch.float32)).item()
+    normal: Any = torch.distributions.Normal(0, 1)
+    quantile: float = normal.icdf(torch.tensor(share, dtype=torch.float32)).item()
 
     def above(rows: torch.Tensor) -> torch.Tensor:
         deviation, mean = torch.std_mean(rows, dim=-1, keepdim=True, correction=0)

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from trimserve_export.checkpoint.rounding import relative_rounding
 from trimserve_export.verify.source.original import Original
@@ -29,7 +31,7 @@ class Amplifier(torch.nn.Module):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.table
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, **_):
         return {"last_hidden_state": 100 * (self.table(input_ids) - 1)}
 
 

@@ -31,7 +31,8 @@ def add_outputs(sides: Sides, numbers: Numbers, text: str, what: str) -> None:
     ids = sides.original.token_ids(text, sides.runtime.max_tokens)
 
     def expected() -> Floats:
-        return sides.original.outputs(ids)[..., columns]
+        made: Floats = sides.original.outputs(ids)[..., columns]
+        return made
 
     numbers.add(expected(), np.asarray(sides.runtime.forward([text])[0]), what, expected)
 

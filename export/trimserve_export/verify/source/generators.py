@@ -21,7 +21,8 @@ def compare_logits(sides: Sides) -> Part:
     numbers = Numbers(sides.original)
 
     def of(ids: Ids) -> Floats:
-        return sides.original.outputs(ids.tolist(), start_id=sides.start_id)[..., sides.columns]
+        made: Floats = sides.original.outputs(ids.tolist(), start_id=sides.start_id)[..., sides.columns]
+        return made
 
     for ids in sides.sequences:
         what = f"the numbers for a text of {len(ids)} tokens"

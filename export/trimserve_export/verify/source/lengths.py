@@ -83,8 +83,9 @@ def _compare_ids_of_length(sides: Sides, numbers: Numbers, length: int) -> None:
     ids, what = _ids_of(sides, length), f"the numbers for a text of {length:,} tokens"
 
     def expected() -> Floats:
-        made = sides.original.outputs(ids.tolist(), last=_LAST, start_id=sides.start_id)
-        return made[..., sides.columns]
+        outputs = sides.original.outputs(ids.tolist(), last=_LAST, start_id=sides.start_id)
+        made: Floats = outputs[..., sides.columns]
+        return made
 
     found = sides.run(ids)
     numbers.add(expected(), found[-_LAST:] if found.ndim > 1 else found, what, expected)
