@@ -54,7 +54,7 @@ test: $(READY)  ## the whole suite but its slow tests
 test-slow: $(READY)  ## the slow tests and those that read real data
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'slow or realdata'
 
-test-families: $(READY)  ## every family of decoders that people deploy, beside transformers (a quarter of an hour)
+test-families: $(READY)  ## every family that people deploy, beside its library (half an hour)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m families
 
 test-fuzz: $(READY)  ## hardening with its large counts: 30,000 damages, 200 kills, 4,000 calls from threads (half an hour)

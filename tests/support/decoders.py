@@ -85,6 +85,21 @@ _LLAMA4 = {
     "layer_types": ["chunked_attention", "full_attention"],
     "floor_scale": 16,
 }
+_LATENT = {
+    "num_key_value_heads": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+}
 
 
 def _rope(kind: str, **settings: Any) -> dict[str, Any]:
@@ -149,6 +164,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2ForCausalLM", {"sliding_window": 8}),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
     "llama4": ("Llama4ForCausalLM", _LLAMA4),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _LATENT),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _LATENT),
     "qwen3_next": ("Qwen3NextForCausalLM", _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 16}),
     "qwen3_5": ("Qwen3_5ForCausalLM", _LINEAR),
     "qwen3_5_moe": (
@@ -211,7 +228,7 @@ def save_decoder(name: str, path: Path, **changes: Any) -> Path:
     """A folder of a tiny decoder with random weights and a byte-level tokenizer."""
     class_name, own = DECODERS[name]
     model_class = getattr(transformers, class_name)
-    config = model_class.config_class(**_settings(own | changes))
+    config = model_class.config_class(**settings_of(own | changes))
     return _save(model_class(config), path)
 
 
@@ -219,7 +236,7 @@ def save_multimodal(name: str, path: Path, **changes: Any) -> Path:
     """A folder of a tiny model of several modalities."""
     class_name, decoder, sections = MULTIMODAL[name]
     model_class = getattr(transformers, class_name)
-    text = _settings(DECODERS[decoder][1])
+    text = settings_of(DECODERS[decoder][1])
     text_class = getattr(transformers, DECODERS[decoder][0]).config_class
     sections = copy.deepcopy(sections)
     config = model_class.config_class(
@@ -228,7 +245,7 @@ def save_multimodal(name: str, path: Path, **changes: Any) -> Path:
     return _save(model_class(config), path)
 
 
-def _settings(own: dict[str, Any]) -> dict[str, Any]:
+def settings_of(own: dict[str, Any]) -> dict[str, Any]:
     # A copy: configs write into the dictionaries that they are given.
     return copy.deepcopy(_SIZES | own | _IDS | {"vocab_size": V})
 

@@ -164,8 +164,9 @@ class ModelSource:
             return lone_tokenizer(self.path, "StaticEmbedding takes the file as it is")
         if self.gguf is not None:
             return original_tokenizer(self.path, {"reason": "made of the GGUF file, with llama.cpp's ids"})
+        # Of a multimodal model it is the whole one's: transformers tells the class by the model type, too.
         found = effective_tokenizer(
-            self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
+            self.composite or self.path, trust_remote_code=self.trust_remote_code, always=self.ask_library
         )
         return lower_cased(found) if lower_cases(self.root, self.path) else found
 

@@ -47,7 +47,7 @@ def load_tokenizer(source: ModelSource) -> Any:  # noqa: ANN401 - a tokenizer of
     advice = "compare with the version that the model was made for."
     with transformers_border(f"cannot load the tokenizer of {source.name}", advice=advice):
         return transformers.AutoTokenizer.from_pretrained(
-            str(source.path), trust_remote_code=source.trust_remote_code
+            str(source.composite or source.path), trust_remote_code=source.trust_remote_code
         )
 
 

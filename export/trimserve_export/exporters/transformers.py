@@ -25,8 +25,10 @@ from trimserve_export.checkpoint.tasks import check_task, load_model, task_class
 from trimserve_export.exporters import tracing
 from trimserve_export.exporters.axes import name_axes
 from trimserve_export.exporters.exporter import GraphJob
+from trimserve_export.exporters.real_rotation import real_rotation
 from trimserve_export.exporters.recurrent import StateLayer, planned_cache, states_in_graph, traceable
 from trimserve_export.exporters.rope import rope_by_length
+from trimserve_export.exporters.sparsity import sparse_by_constant
 from trimserve_export.exporters.tracing import write_graph
 from trimserve_export.exporters.transformers_seq2seq import COMPARED, export_pair
 from trimserve_export.fusion.fuse import note_positions
@@ -73,6 +75,8 @@ def export_checkpoint(folder: Path, output: Path, job: GraphJob) -> Path:
             tracing.failures_named(_name(), model.config.model_type, job.task),
             torch.no_grad(),
             rope_by_length(model),
+            real_rotation(model),
+            sparse_by_constant(model),
         ):
             if job.task == TEXT2TEXT_TASK:
                 return export_pair(model, output, _trace)

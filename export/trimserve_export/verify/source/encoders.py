@@ -29,8 +29,12 @@ def add_outputs(sides: Sides, numbers: Numbers, text: str, what: str) -> None:
     vocab, task = sides.context.folder.vocab, sides.context.folder.manifest.task
     columns = vocab.head.kept_ids if has_vocab_head(task) else slice(None)
     ids = sides.original.token_ids(text, sides.runtime.max_tokens)
-    expected = sides.original.outputs(ids)[..., columns]
-    numbers.add(expected, np.asarray(sides.runtime.forward([text])[0]), what)
+
+    def expected() -> Floats:
+        made: Floats = sides.original.outputs(ids)[..., columns]
+        return made
+
+    numbers.add(expected(), np.asarray(sides.runtime.forward([text])[0]), what, expected)
 
 
 def compare_embeddings(sides: Sides) -> Part:

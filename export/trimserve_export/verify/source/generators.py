@@ -1,7 +1,10 @@
 """Generators against the source: logits, and greedy ids with the folder's own generation settings."""
 
+from functools import partial
+
 import numpy as np
 
+from trimserve.arrays import Floats, Ids
 from trimserve.folder.tasks import GENERATION_TASK
 from trimserve.generation.generator import Generator
 from trimserve.generation.options import Mode
@@ -16,9 +19,14 @@ _PROMPTS, _NEW_TOKENS = 3, 12
 def compare_logits(sides: Sides) -> Part:
     """Logits, or another head's output, of every text's ids, by the graph."""
     numbers = Numbers(sides.original)
+
+    def of(ids: Ids) -> Floats:
+        made: Floats = sides.original.outputs(ids.tolist(), start_id=sides.start_id)[..., sides.columns]
+        return made
+
     for ids in sides.sequences:
-        expected = sides.original.outputs(ids.tolist(), start_id=sides.start_id)[..., sides.columns]
-        numbers.add(expected, sides.run(ids), f"the numbers for a text of {len(ids)} tokens")
+        what = f"the numbers for a text of {len(ids)} tokens"
+        numbers.add(of(ids), sides.run(ids), what, partial(of, ids))
     return numbers.part(f"numbers of {len(sides.sequences)} texts")
 
 

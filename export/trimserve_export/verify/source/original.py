@@ -1,7 +1,7 @@
 """The original folder in the library that it was made for: transformers or sentence-transformers, in fp32."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from trimserve.errors import MissingExtraError
 from trimserve.files.checked_json import read_json
 from trimserve.folder.tasks import GENERATION_TASK, TEXT2TEXT_TASK
 from trimserve.model.source import ModelSource
+from trimserve_export.checkpoint.rounding import relative_rounding
 from trimserve_export.checkpoint.tasks import load_model
 from trimserve_export.exporters import tracing
 
@@ -175,6 +176,20 @@ class Original:
             found = self._run(inputs)
         values: Floats = found[0].numpy()
         return values[-last:] if last and values.ndim == 2 else values
+
+    @contextlib.contextmanager
+    def rounded_input(self) -> Iterator[None]:
+        """Run the model with as large errors in its input embeddings as all of its roundings add up to."""
+        size, signs = relative_rounding(self.model.config), torch.Generator().manual_seed(0)
+
+        def changed(_: torch.nn.Module, __: object, rows: torch.Tensor) -> torch.Tensor:
+            return rows * (1 + size * (2 * torch.randint(0, 2, rows.shape, generator=signs) - 1))
+
+        hook = self.model.get_input_embeddings().register_forward_hook(changed)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _run(self, inputs: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad(), tracing.quiet():

@@ -1,5 +1,6 @@
 """Both sides of a comparison with the source, and what is said of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -128,8 +129,18 @@ class Numbers:
     bound: float = 0.0
     compared: int = 0
 
-    def add(self, expected: Floats, found: Floats, what: str) -> None:
+    def add(
+        self, expected: Floats, found: Floats, what: str, again: Callable[[], Floats] | None = None
+    ) -> None:
         """Compare.
+
+        Args:
+            expected: what the original gives.
+            found: what the folder gives.
+            what: the numbers, for a message.
+            again: computes `expected` once more; where the bound does not hold, it is computed with all of
+                the model's roundings at its input, and what that changes is within the bound, too. Linear
+                attention with random weights amplifies errors several times.
 
         Raises:
             Differs: the shapes are not equal, or a number lies beyond the bound.
@@ -138,6 +149,9 @@ class Numbers:
             raise Differs(f"{what} have the shape {expected.shape}, found {found.shape}")
         bound = rounding_bound(self.original.model.config, expected)
         difference = float(np.abs(expected.astype(np.float64) - found).max(initial=0.0))
+        if not difference <= bound and again is not None:
+            with self.original.rounded_input():
+                bound = max(bound, float(np.abs(again() - expected).max(initial=0.0)))
         if not difference <= bound:
             raise Differs(f"{what} differ by {difference:.3g}, the bound is {bound:.3g}", difference)
         self.note(difference, bound)
