@@ -37,7 +37,8 @@ class PackedRows:
     @property
     def block_size(self) -> int:
         """Numbers that share a scale."""
-        return self.integers.shape[1] // self.scales.shape[1]
+        inputs, blocks = int(self.integers.shape[1]), int(self.scales.shape[1])
+        return inputs // blocks
 
     def floats(self) -> Floats:
         """The numbers, float32 (n, H)."""

@@ -11,12 +11,12 @@ A block of 32 weights w becomes integers q of 0 to 15. Two forms:
 
 Blocks that a lattice without offsets made (GGUF's Q4_0, see `lattice.py`) keep its integers and scale, with
 the zero point 8. Those that a lattice with offsets made (Q4_1) keep integers, scale and minimum, where all of
-a matrix's sample does; their middles take float32, half a bit a weight more: float16 holds the minimum, but
-not what 8 means. All others are searched: the range of a block is narrowed step by step, integers rounded,
-scale (and minimum) fitted to them by least squares, and the smallest error wins. Errors are squared, and
-weighted by the second moments of the product's inputs where they are known: what a weight's error does to the
-output grows with its input. All of it is elementwise, or sums over an outer axis, which numpy adds in order:
-every processor finds the same integers.
+a matrix's sample does; their middles are float32: float16 holds the minimum, but not what 8 means. All others
+are searched: the range of a block is narrowed step by step, integers rounded, scale (and minimum) fitted to
+them by least squares, and the smallest error wins. Errors are squared, and weighted by the second moments of
+the product's inputs where they are known: what a weight's error does to the output grows with its input. All
+of it is elementwise, or sums over an outer axis, which numpy adds in order: every processor finds the same
+integers.
 """
 
 from collections.abc import Iterator

@@ -63,7 +63,7 @@ def _whole(
     blocks: Floats, bits: int
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Blocks as integers times a power of two: which may be multiples of a scale, the power, integers."""
-    usable = np.isfinite(blocks).all(axis=1) & blocks.any(axis=1)
+    usable: npt.NDArray[np.bool_] = np.isfinite(blocks).all(axis=1) & (blocks != 0).any(axis=1)
     mantissas, exponents = np.frexp(np.where(usable[:, None], blocks, np.float32(1)))
     zeros = mantissas == 0
     lowest = np.where(zeros, np.iinfo(np.int32).max, exponents).min(axis=1)

@@ -290,7 +290,7 @@ class _Writer:
             }
             middles = made.pop("_middles", None)
             if (minima := made.pop("_minima", None)) is not None:
-                steps = writer.op("Mul", [made["_scales"], writer.array("middle", np.float32(MIDDLE))])
+                steps = writer.op("Mul", [made["_scales"], writer.array("middle", np.array(MIDDLE))])
                 middles = writer.op("Transpose", [writer.op("Add", [minima, steps])], perm=[1, 0])
             self._made[key] = _Operands(scheme, tuple(made.values()), middles)
         return self._made[key]
