@@ -158,12 +158,15 @@ class WorkingSet:
         return words, rest
 
     def _segment(self, numbers: Numbers, word: str) -> list[int]:
-        """Token ids of a word by a model with some pieces; none where it is no word for it."""
+        """Token ids of a word by a model with some pieces; none where it leaves out, or refuses, a part."""
         small = self._make(numbers)
         try:
-            ids = [token.id for token in small.model.tokenize(word)]
+            tokens = small.model.tokenize(word)
         except Exception:  # an unknown character and no unknown token: the text itself will say so
             return []
+        if self._tables.model["type"] == "BPE" and "".join(token.value for token in tokens) != word:
+            return []  # without an unknown token, unknown characters are left out
+        ids = [token.id for token in tokens]
         return ids if small.ids is None else small.ids[ids].tolist()
 
     def _parts(self, texts: Sequence[str]) -> tuple[set[str], list[str]]:
