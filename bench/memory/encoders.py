@@ -77,7 +77,7 @@ def make(name: str, formats: Sequence[str], work: Path) -> dict[str, Any]:
 
 def variants(made: Mapping[str, Any], texts: Path) -> dict[str, list[str]]:
     """Our variants of a model: name -> arguments of a process."""
-    found = {}
+    found = {"imports without a model": [*_WORKER, "imports", "", str(texts)]}
     for chosen, sizes in made["folders"].items():
         for size, folder in sizes.items():
             for memory in ("fast", "low"):
