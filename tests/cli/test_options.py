@@ -81,7 +81,7 @@ def test_the_table_has_every_option_of_run():
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     declared = {action.dest for action in parser._actions}
-    common = {"help", "folder", "texts", "device", "threads", "low_memory"}
+    common = {"help", "folder", "texts", "device", "threads", "memory"}
     assert declared - common == set(OPTIONS)
 
 

@@ -18,6 +18,7 @@ import transformers
 from tests.support.folders import make_vocab
 from tests.support.models import FAMILIES, save_model
 from tests.support.rounding import assert_within, model_bound
+from trimserve.encoder import graph as graph_module
 from trimserve.encoder.encoder import Encoder
 from trimserve.encoder.pooling import pool
 from trimserve.errors import UnknownIdError, UnsupportedModelError, UsageError
@@ -134,6 +135,43 @@ def test_a_result_does_not_depend_on_the_batch(pairs, family, batch_size):
     together = encoder.forward(TEXTS, batch_size=batch_size)
     for text, output in zip(TEXTS, together, strict=True):
         assert_within(output, encoder.forward(text)[0], pair.bound, rows=0)
+
+
+@pytest.mark.parametrize("family", ["bert_encoder", "mpnet_encoder", "roberta"])
+def test_low_memory_gives_the_same_in_the_order_of_the_texts(pairs, family, monkeypatch):
+    pair = pairs(family)
+    low = load(pair.path, memory="low")
+    freed = []
+    monkeypatch.setattr(graph_module, "release_free_memory", lambda: freed.append("heap"))
+    monkeypatch.setattr(low.codec, "drop_pages", lambda: freed.append("pages"))
+    shapes, run = [], low.graph._session.run
+
+    def watched(names, feeds, **options):
+        shapes.append(feeds["input_ids"].shape)
+        return run(names, feeds, **options)
+
+    monkeypatch.setattr(low.graph._session, "run", watched)
+    texts = TEXTS * 8
+    for output, expected in zip(low.forward(texts), pair.encoder.forward(TEXTS) * 8, strict=True):
+        assert_within(output, expected, pair.bound, rows=0)
+    assert max(rows * width for rows, width in shapes) <= 256 < sum(rows * width for rows, width in shapes)
+    assert freed == ["heap", "pages"]
+    low.forward(["a"])
+    assert len(freed) == 2  # a short text is not worth it
+
+
+def test_a_long_input_leaves_no_large_arena(pairs, monkeypatch):
+    encoder = load(pairs("bert_encoder").path)
+    told, run = [], encoder.graph._session.run
+
+    def watched(names, feeds, *, trims):
+        told.append((feeds["input_ids"].shape, trims))
+        return run(names, feeds, trims=trims)
+
+    monkeypatch.setattr(encoder.graph._session, "run", watched)
+    monkeypatch.setattr(graph_module, "_LONG_INPUT_PAIRS", 2 * 9 * 9)
+    encoder.encode_ids([[2] * 10, [2] * 10, [2] * 9, [2] * 9, [2] * 4], batch_size=2)
+    assert told == [((2, 10), True), ((2, 9), False), ((1, 4), False)]
 
 
 def test_embeddings_are_the_mean_of_a_texts_own_tokens(pairs):

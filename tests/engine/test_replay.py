@@ -50,7 +50,7 @@ def test_weights_that_are_not_packed_give_the_same_ids_alone_and_together(served
     # Without packed copies a product of one row has other last bits than one of several.
     requests, _ = asked
     requests = [dataclasses.replace(request, cancelled=False) for request in requests[:20]]
-    engine = Engine(load(served("shared_kv"), threads=1, low_memory=True), SETTINGS)
+    engine = Engine(load(served("shared_kv"), threads=1, memory="low"), SETTINGS)
     by_themselves = [replay(engine, [request], 0)[0] for request in requests]
     ends = replay(engine, requests, 0)
     assert [end.generation.ids for end in ends] == [end.generation.ids for end in by_themselves]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from trimserve.errors import MismatchError, TrimserveError
 from trimserve.files import held, verified
 from trimserve.files.held import HeldFile, HeldFolder
+from trimserve.process import memory
 
 CONTENT = bytes(range(256)) * 1024  # above the size that is kept in memory
 SMALL = b"small"
@@ -42,6 +44,22 @@ def test_a_held_file_outlives_its_path(path, content):
     file.copy_to(path.with_name("copy"))
     assert path.with_name("copy").read_bytes() == content
     file.check_unchanged()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters")
+def test_pages_that_were_read_can_be_given_back_and_come_again(tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT * 64)
+    file = HeldFile(tmp_path / "file")
+    mapped = memoryview(file.map())
+    before = memory().file
+    assert bytes(mapped) == CONTENT * 64
+    assert memory().file - before > len(CONTENT) * 48
+    (tmp_path / "file").unlink()
+    file.drop_pages()
+    assert memory().file - before < len(CONTENT) * 16
+    assert bytes(mapped) == CONTENT * 64
+    small = HeldFile(Path(__file__))
+    small.drop_pages()  # nothing is mapped, so nothing is dropped
 
 
 def test_a_file_in_its_place_is_known(path):

@@ -297,7 +297,7 @@ def other_targets(generator, tmp_path):
         ),
         "verify": (trimserve.verify, (tmp_path, tmp_path), ["revision", "adapter", "store", "texts"], {}),
         "inspect": (trimserve.inspect, (tmp_path,), ["kept", "revision"], {}),
-        "load": (trimserve.load, (tmp_path,), ["device", "threads", "low_memory"], {}),
+        "load": (trimserve.load, (tmp_path,), ["device", "threads", "memory"], {}),
     }
 
 

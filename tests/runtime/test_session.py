@@ -1,5 +1,6 @@
 """Sessions: what is asked of ONNX Runtime, and what is said when it cannot be had."""
 
+import gc
 import sys
 import timeit
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from trimserve.errors import MismatchError, MissingExtraError, TrimserveError, UsageError
-from trimserve.runtime.session import Session, open_session, prepacks
+from trimserve.process import memory, release_free_memory
+from trimserve.runtime.session import MemoryPlan, Session, open_session, plan_memory
 
 runtime = pytest.importorskip("onnxruntime")
 
@@ -74,14 +76,49 @@ def test_a_damaged_graph_is_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("quantized", "low_memory", "packed"),
-    [(False, False, True), (False, True, False), (True, False, True), (True, True, True)],
-)
-def test_packed_copies_go_only_where_the_kernels_do_without(caplog, quantized, low_memory, packed):
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_packed_copies_go_only_where_the_kernels_do_without(caplog, quantized, memory):
     caplog.set_level("INFO")
-    assert prepacks(quantized=quantized, low_memory=low_memory) is packed
-    assert f"packed copies {'on' if packed else 'off'}" in caplog.text
+    plan = plan_memory(memory, quantized=quantized)
+    assert plan == MemoryPlan(prepack=quantized or memory == "fast", arena=memory == "fast")
+    assert (
+        f"packed copies {'on' if plan.prepack else 'off'}, arena {'on' if plan.arena else 'off'}"
+        in caplog.text
+    )
+
+
+@pytest.fixture
+def summing(tmp_path):
+    """The path of a graph that makes as many zeros as it is asked for, and adds them up."""
+    onnx = pytest.importorskip("onnx")
+    value, types = onnx.helper.make_tensor_value_info, onnx.TensorProto
+    nodes = [
+        onnx.helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        onnx.helper.make_node("ReduceSum", ["zeros"], ["sum"], keepdims=0),
+    ]
+    inputs, outputs = [value("shape", types.INT64, [1])], [value("sum", types.FLOAT, [])]
+    graph = onnx.helper.make_graph(nodes, "summing", inputs, outputs)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    return tmp_path / "model.onnx"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters")
+@pytest.mark.parametrize(
+    ("arena", "trims", "kept"),
+    [(True, False, True), (True, True, False), (False, False, False), (False, True, False)],
+)
+def test_an_arena_gives_back_what_a_long_input_took_when_it_is_told_to(summing, arena, trims, kept):
+    session, zeros = open_session(summing, threads=1, arena=arena), 64 << 20
+    session.run(None, {"shape": np.array([1], np.int64)})
+    gc.collect()  # other tests' sessions do not end meanwhile
+    release_free_memory()
+    before = memory().anonymous
+    (total,) = session.run(None, {"shape": np.array([zeros // 4], np.int64)}, trims=trims)
+    assert total == 0
+    assert (memory().anonymous - before > zeros // 2) is kept
+    assert session.run(None, {"shape": np.array([1], np.int64)}) == [0]  # and it goes on
 
 
 @pytest.fixture
@@ -152,9 +189,7 @@ def test_a_graph_that_does_not_fit_in_memory_is_one_sentence(tmp_path, monkeypat
         raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception: std::bad_alloc")
 
     monkeypatch.setattr(runtime, "InferenceSession", refuse)
-    with pytest.raises(
-        TrimserveError, match=r"\(out of memory\): free some, or load it with low_memory=True"
-    ):
+    with pytest.raises(TrimserveError, match=r"\(out of memory\): free some, or load it with memory='low'"):
         open_session(tmp_path / "model.onnx")
 
 

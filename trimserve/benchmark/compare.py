@@ -20,6 +20,7 @@ from trimserve.folder.names import COLD_NAME
 from trimserve.folder.opening import TrimmedFolder, open_folder
 from trimserve.folder.tasks import GENERATOR_TASKS
 from trimserve.process import Memory
+from trimserve.runtime.session import MemoryUse
 
 FULL = "full"
 WARM_UP = 2
@@ -35,7 +36,7 @@ class Settings:
         max_new_tokens: tokens an answer (generators).
         threads: of one operator.
         device: ``"cpu"`` or ``"cuda"``.
-        low_memory: see `loading.load`.
+        memory: see `loading.load`.
     """
 
     rounds: int = 3
@@ -43,7 +44,7 @@ class Settings:
     max_new_tokens: int = 64
     threads: int = 1
     device: str = "cpu"
-    low_memory: bool = False
+    memory: MemoryUse = "fast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +170,7 @@ def _round(
 
 def _command(folder: Path, settings: Settings) -> list[str]:
     words = ["-m", "trimserve.benchmark.worker", str(folder), "--device", settings.device]
-    words += ["--threads", str(settings.threads)]
-    return words + (["--low-memory"] if settings.low_memory else [])
+    return [*words, "--threads", str(settings.threads), "--memory", settings.memory]
 
 
 def _summary(runs: Sequence[_Run], weights: int) -> Measured:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", required=True)
-    parser.add_argument("--low-memory", action="store_true")
+    parser.add_argument("--memory", choices=("fast", "low"), default="fast")
     args = parser.parse_args(argv)
     with data_only(restore=argv is not None):
         _work(args)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _work(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
-    model = load(args.folder, device=args.device, threads=args.threads, low_memory=args.low_memory)
+    model = load(args.folder, device=args.device, threads=args.threads, memory=args.memory)
     _answer({"load_ms": 1e3 * (time.perf_counter() - begin), "memory": asdict(memory())})
     for line in sys.stdin:
         request = json.loads(line)

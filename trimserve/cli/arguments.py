@@ -10,6 +10,16 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SIZE = re.compile(r"(\d{1,12}) ?([kmg]?)(?:i?b)?", re.IGNORECASE)
 
 
+def add_memory(parser: argparse._ActionsContainer) -> None:
+    """Declare --memory, see `loading.load`."""
+    parser.add_argument(
+        "--memory",
+        choices=("fast", "low"),
+        default="fast",
+        help="fast: packed copies of the weights; low: as little private memory as possible, slower",
+    )
+
+
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     """Declare the options."""
     add_text_arguments(parser)

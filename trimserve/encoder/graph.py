@@ -21,6 +21,7 @@ from trimserve.folder.manifest import Lengths
 from trimserve.folder.opening import TrimmedFolder
 from trimserve.folder.sentence import SENTENCE, SentenceSettings
 from trimserve.folder.tasks import ANSWERING_TASK, EMBEDDING_TASK
+from trimserve.process import release_free_memory
 from trimserve.runtime.cold_rows import COLD_INPUT, ColdRows, cold_widths
 from trimserve.runtime.session import Session
 from trimserve.text.batching import Encoded, join
@@ -33,6 +34,12 @@ _ID_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 # Padded tokens fed at a time on a CPU: activations grow with them (a MiniLM process took 400 MB for 32
 # texts of 234 tokens, 150 MB for 1,024 tokens), and more of them only cost cache misses.
 _CPU_BATCH_TOKENS = 1024
+# The same where as little memory as possible is wanted. A call with more tokens than that ends with giving
+# the C library's free memory back.
+_LOW_BATCH_TOKENS = 256
+# A batch with more pairs of tokens of one text is a long input: attention takes memory for each of them,
+# which an arena keeps. What is fed at a time otherwise has fewer.
+_LONG_INPUT_PAIRS = 1024 * 512
 
 
 @dataclass(slots=True)
@@ -125,7 +132,10 @@ class EncoderGraph:
         self._session = session
         self._settings = settings
         on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
+        self._gives_back = on_cpu and not session.plan.arena
         self._batch_tokens = _CPU_BATCH_TOKENS if on_cpu else sys.maxsize
+        if self._gives_back:
+            self._batch_tokens = _LOW_BATCH_TOKENS
         self.cold = cold
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = {value.name: value for value in session.get_outputs()}
@@ -178,6 +188,9 @@ class EncoderGraph:
             fits = min(batch_size, self.together(lengths[order]))
             yield self.run_batch(order[:fits], encoded, result or self.result)
             order = order[fits:]
+        if self._gives_back and lengths.sum() > self._batch_tokens:
+            release_free_memory()
+            self.codec.drop_pages()
 
     def together(self, lengths: npt.NDArray[np.int64]) -> int:
         """How many texts are one batch at most, of lengths (n,), the longest first; 1 or more."""
@@ -218,7 +231,9 @@ class EncoderGraph:
             name: feeds[name].astype(_ID_DTYPES.get(value.type, feeds[name].dtype), copy=False)
             for name, value in self._inputs.items()
         }
-        values, *hidden = (array.astype(np.float32, copy=False) for array in self._session.run(names, typed))
+        rows, width = typed["input_ids"].shape
+        made = self._session.run(names, typed, trims=rows * width * width > _LONG_INPUT_PAIRS)
+        values, *hidden = (array.astype(np.float32, copy=False) for array in made)
         if result in SPANS:
             return np.stack([values, *hidden], axis=-1), None
         return values, hidden[0] if hidden else None

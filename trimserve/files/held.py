@@ -99,6 +99,14 @@ class HeldFile:
             self._map = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_READ)
         return self._map
 
+    def drop_pages(self) -> None:
+        """Give back the pages of the map that were read: they come again from the system's cache, or disk.
+
+        Does nothing where the system has no such call.
+        """
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def sha256(self) -> str:
         """Hash the bytes, hexadecimal; without loading them."""
         if self._content is not None:

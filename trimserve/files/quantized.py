@@ -77,6 +77,7 @@ class _Apart:
     rows: dict[str, Any]
     body: dict[str, Any]
     keeps: bool = False
+    table: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,15 @@ class Quantization:
         by_exporter: an exporter that has a quantiser of its own used it, and knows one scheme for all.
         keeps: the source was quantised to 4 bits before, most of it: its matrices that have more levels in a
             block (Q6_K among Q4_K) get 8 bits, so that they keep them.
+        table: a model without a vocab head looks its embedding up in blocks as `rows` says. Folders of
+            earlier versions have a table of floats.
     """
 
     rows: BlockScheme
     body: BlockScheme
     by_exporter: bool = False
     keeps: bool = False
+    table: bool = False
 
     @classmethod
     def from_dict(
@@ -122,13 +126,13 @@ class Quantization:
         rows, body = (
             convert_json(entry, BlockScheme, origin, advice=advice) for entry in (schemes.rows, schemes.body)
         )
-        return cls(rows, body, keeps=schemes.keeps)
+        return cls(rows, body, keeps=schemes.keeps, table=schemes.table)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's entry."""
         rows = asdict(self.rows)
-        kept = {"keeps": True} if self.keeps else {}
-        return rows if self.by_exporter else {"rows": rows, "body": asdict(self.body), **kept}
+        said = {name: True for name in ("keeps", "table") if getattr(self, name)}
+        return rows if self.by_exporter else {"rows": rows, "body": asdict(self.body), **said}
 
 
 @dataclass(frozen=True, slots=True)

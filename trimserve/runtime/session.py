@@ -9,9 +9,10 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
@@ -27,9 +28,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cuda")
+# What a loaded model spends: time (packed copies of the weights, an arena), or as little memory as it can.
+MemoryUse = Literal["fast", "low"]
 # A folded constant above this size would be a second, anonymous copy of a mapped weight.
 MAX_FOLDED_BYTES = 1 << 20
 _DAMAGED = "the file is damaged or was made by another version: export the model again."
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a session keeps in private memory; `plan_memory` chooses.
+
+    Attributes:
+        prepack: the CPU kernels keep their own copy of each matrix in their preferred layout: faster for many
+            rows at once. ONNX Runtime unmaps what it has copied.
+        arena: keep the memory of a run for the next one, instead of giving it back to the C library.
+    """
+
+    prepack: bool = True
+    arena: bool = True
 
 
 class Session:
@@ -42,10 +59,17 @@ class Session:
         path: the graph.
         opened: how often it was opened again in a child; what is bound to the session (`io_binding`) belongs
             to one opening.
+        plan: what it keeps in memory.
     """
 
     def __init__(
-        self, path: Path, make: Callable[[], "ort.InferenceSession"], *, device: str, threads: int
+        self,
+        path: Path,
+        make: Callable[[], "ort.InferenceSession"],
+        *,
+        device: str,
+        threads: int,
+        plan: MemoryPlan | None = None,
     ) -> None:
         """Open a graph.
 
@@ -54,8 +78,10 @@ class Session:
             make: opens it; is called again in a forked child.
             device: where it runs.
             threads: of one operator; with 1 the session has no threads of its own.
+            plan: what `make` was told of memory.
         """
         self.path = path
+        self.plan = plan or MemoryPlan()
         self.opened = 0
         self._make = make
         self._device = device
@@ -66,16 +92,28 @@ class Session:
         renew_in_child(self)
 
     def run(
-        self, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]
+        self,
+        names: Sequence[str] | None,
+        feeds: Mapping[str, npt.NDArray[Any]],
+        *,
+        trims: bool = False,
     ) -> list[npt.NDArray[Any]]:
         """Run on arrays; gives the named outputs, all by default.
+
+        Args:
+            names: of the outputs; None for all.
+            feeds: an array an input.
+            trims: give the arena's free memory back to the system at the end. It never shrinks by itself,
+                and one long text makes it large.
 
         Raises:
             TrimserveError: there is not enough memory.
             MismatchError: ONNX Runtime says anything else.
         """
         with self._in_use:
-            made: list[npt.NDArray[Any]] = (self._session or self._again()).run(names, feeds)
+            session = self._session or self._again()
+            extra = (_shrinking(),) if trims and self.plan.arena and self._device == "cpu" else ()
+            made: list[npt.NDArray[Any]] = session.run(names, feeds, *extra)
             return made
 
     def run_with_ort_values(
@@ -173,7 +211,12 @@ class _InUse:
 
 
 def open_session(
-    graph: Path | HeldGraph, *, device: str = "cpu", threads: int | None = None, prepack: bool = True
+    graph: Path | HeldGraph,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    prepack: bool = True,
+    arena: bool = True,
 ) -> Session:
     """Open an ONNX file.
 
@@ -182,8 +225,8 @@ def open_session(
             what was opened, whatever is at its path now.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of one operator; by default the CPUs this process may use.
-        prepack: let the CPU kernels keep their own copy of each matrix in their preferred layout:
-            faster for many rows at once, at the price of that copy.
+        prepack: see `MemoryPlan`.
+        arena: see `MemoryPlan`.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -198,24 +241,25 @@ def open_session(
     if threads is not None and threads < 1:
         raise UsageError(f"threads should be 1 or more, found {threads}.")
     count = threads or available_cpus()
+    plan = MemoryPlan(prepack=prepack, arena=arena)
     path = graph if isinstance(graph, Path) else graph.path
     # The process may change its folder before it forks. Links are not resolved: behind one of the hub's
     # cache, the data does not lie beside the graph by its name.
     place = path.absolute()
 
     def create(at: Path) -> "ort.InferenceSession":
-        options = _options(runtime, count, prepack=prepack)
+        options = _options(runtime, count, plan)
         with foreign(
             f"{path} cannot be loaded by ONNX Runtime",
             advice=_DAMAGED,
-            memory="free some, or load it with low_memory=True.",
+            memory="free some, or load it with memory='low'.",
         ):
             return runtime.InferenceSession(os.fspath(at), options, providers=chosen)
 
     def make() -> "ort.InferenceSession":
         return create(place) if isinstance(graph, Path) else _open_held(graph, create)
 
-    session = Session(path, make, device=device, threads=count)
+    session = Session(path, make, device=device, threads=count, plan=plan)
     logger.info("session %s: %s, prepack %s", path.name, chosen[0], "on" if prepack else "off")
     return session
 
@@ -256,7 +300,13 @@ def _scattered(graph: HeldGraph) -> MismatchError | None:
     )
 
 
-def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.SessionOptions":
+def _shrinking() -> "ort.RunOptions":
+    options: ort.RunOptions = _onnxruntime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
+def _options(runtime: ModuleType, threads: int, plan: MemoryPlan) -> "ort.SessionOptions":
     options: ort.SessionOptions = runtime.SessionOptions()
     # Nothing but what ends the process: a fold that was skipped on purpose is no warning for the user, and
     # errors come as exceptions, too.
@@ -264,7 +314,10 @@ def _options(runtime: ModuleType, threads: int, *, prepack: bool) -> "ort.Sessio
     options.add_session_config_entry(
         "optimization.constant_folding_max_output_size_in_bytes", str(MAX_FOLDED_BYTES)
     )
-    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if plan.prepack else "1")
+    if not plan.arena:
+        # A pattern is one block for all of a run's tensors: what the C library has not together.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     # Each session has its own threads: a pool shared by the process (set_global_thread_pool_sizes) makes
     # ONNX Runtime refuse every other session of the process, also those of other libraries. Idle threads
     # must not wait busily then, or two sessions that take turns keep each other off the cores.
@@ -297,17 +350,25 @@ def providers(runtime: ModuleType, device: str) -> list[Any]:
     return [cuda, "CPUExecutionProvider"]
 
 
-def prepacks(*, quantized: bool, low_memory: bool) -> bool:
-    """Choose whether the CPU kernels keep packed copies of a graph's matrices.
+def plan_memory(memory: MemoryUse, *, quantized: bool) -> MemoryPlan:
+    """Choose what the sessions of a model keep in private memory.
 
-    Packed copies take as much anonymous memory as the matrices; without them the mapped files are used in
-    place, and steps take longer (docs/runtime.md has both). A kernel for quantised blocks without its
-    packed copy is a hundred times slower, so it always has one.
+    Packed copies take as much anonymous memory as the matrices, and ONNX Runtime unmaps the file's pages that
+    it has copied: one of the two is there, never both. Without copies the mapped files are used in place, and
+    steps take longer (docs/runtime.md has both). A kernel for quantised blocks without its packed copy is a
+    hundred times slower, so it always has one.
+
+    Args:
+        memory: ``"fast"`` or ``"low"``.
+        quantized: the weights are.
     """
-    chosen = quantized or not low_memory
+    low = memory == "low"
+    plan = MemoryPlan(prepack=quantized or not low, arena=not low)
     logger.info(
-        "memory: %s weights, packed copies %s",
+        "memory %s: %s weights, packed copies %s, arena %s",
+        memory,
         "quantised" if quantized else "float",
-        "on" if chosen else "off",
+        "on" if plan.prepack else "off",
+        "on" if plan.arena else "off",
     )
-    return chosen
+    return plan

@@ -256,7 +256,7 @@ class Models:
     def _open(self, name: str) -> ServedModel:
         settings, path = self._settings, self._settings.folders[name]
         stamp = folder_stamp(path)  # before it is read: replaced meanwhile, it is opened once more
-        model = load(path, device=settings.device, threads=settings.threads, low_memory=settings.low_memory)
+        model = load(path, device=settings.device, threads=settings.threads, memory=settings.memory)
         limits = EngineSettings(
             max_queued_requests=settings.max_queue, max_queued_tokens=settings.max_queue_tokens
         )

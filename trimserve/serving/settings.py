@@ -9,6 +9,7 @@ from msgspec import Meta
 from trimserve.arguments import Count, Threads, kind_of, read_value
 from trimserve.errors import UsageError
 from trimserve.other_words import meant
+from trimserve.runtime.session import MemoryUse
 
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 
@@ -21,7 +22,7 @@ class ServerSettings:
         folders: name -> trimmed folder; clients choose among the names by the field `model`.
         device: where the models run.
         threads: CPU threads of one operator; by default the CPUs that the process may use.
-        low_memory: use mapped weights in place: less memory, slower steps.
+        memory: see `loading.load`.
         keys: API keys, any of which opens every route but /health and /ready; none leaves all open.
         max_queue: requests of a model that may wait before the next one is answered with 429.
         max_queue_tokens: tokens of their prompts, likewise.
@@ -37,7 +38,7 @@ class ServerSettings:
     folders: dict[str, Path]
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Threads | None = None
-    low_memory: bool = False
+    memory: MemoryUse = "fast"
     keys: tuple[str, ...] = field(default=(), repr=False)
     max_queue: Count = 256
     max_queue_tokens: Count = 262_144

@@ -215,6 +215,11 @@ class Codec:
         ids, mask = Joined(slotted.ids, joined.lengths).padded(pad)
         return SlottedBatch(ids, mask, slotted.cold_ids, slotted.cold_tokens + split)
 
+    def drop_pages(self) -> None:
+        """Give back the pages of the tokenizer's tables that were read, where they are mapped."""
+        if self._mapped:
+            self._folder.opened(TOKENIZER_TABLES_NAME).drop_pages()
+
     @contextmanager
     def lent(self) -> Iterator[Tokenizer]:
         """Lend the tokenizer to one caller, who may change its truncation."""

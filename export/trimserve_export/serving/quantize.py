@@ -3,7 +3,8 @@
 Four bits of the body are searched (`block_search.py`). All else has the integers of ONNX Runtime's own
 quantiser (round to nearest, symmetric), called a slice of a matrix at a time, so that peak memory is that of
 the result. The vocab head's rows have a scheme of their own, 8 bits unless 4 are asked for. A tied embedding
-is looked up in them (`shared_table.py`); other embeddings, and with 4 bits all, stay the floats they are.
+is looked up in them (`shared_table.py`), and that of a model without a head in blocks of its own
+(`quantized_table.py`); other embeddings, and with 4 bits all, stay the floats they are.
 
 Rows are quantised independently of each other, so what is cut before quantising equals what would be
 cut after it: kept and cold rows hold the integers of the untrimmed quantised model.
@@ -12,16 +13,15 @@ cut after it: kept and cold rows hold the integers of the untrimmed quantised mo
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from trimserve.errors import UnsupportedModelError, require
+from trimserve.errors import UnsupportedModelError
 from trimserve.files.quantized import BlockScheme, BlockSpecs, Quantization, block_specs
 from trimserve.files.tensors import TensorSpec, map_tensor, to_float32
 from trimserve.runtime.session import MAX_FOLDED_BYTES
@@ -30,8 +30,10 @@ from trimserve_export.graphs.products import Matrix, Product, products_of
 from trimserve_export.graphs.reading import read_exported
 from trimserve_export.graphs.values import describe
 from trimserve_export.graphs.writing import ALIGNMENT
+from trimserve_export.serving.block_rows import quantize_rows
 from trimserve_export.serving.block_search import BLOCK, MIDDLE, search_blocks
-from trimserve_export.serving.lattice import has_levels, on_lattice
+from trimserve_export.serving.lattice import has_levels
+from trimserve_export.serving.quantized_table import quantize_table
 from trimserve_export.serving.shared_table import share_table
 from trimserve_export.serving.stored_rows import Carried, StoredRows, carrier
 
@@ -75,66 +77,7 @@ def quantization_of(
         return Quantization(_BUILT[quantize], _BUILT[quantize], by_exporter=True)
     body = _BODIES[quantize]
     rows = BlockScheme(bits=vocab_bits or VOCAB_BITS, block_size=vocab_block or BLOCK)
-    return Quantization(rows, body, keeps=keeps and body.bits == 4)
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Quantised rows: uint8 (n, blocks, block bytes), and scales (n, blocks) in the dtype of the rows."""
-
-    integers: npt.NDArray[np.uint8]
-    scales: Matrix
-
-
-def quantize_rows(rows: Matrix, scheme: BlockScheme) -> Blocks:
-    """Quantise each row of a matrix by itself.
-
-    Args:
-        rows: float32 or float16 (n, H); may be a transposed view of a mapped file.
-        scheme: see `BlockScheme`.
-    """
-    count, width = rows.shape
-    shape = (count, scheme.blocks(width))
-    made = Blocks(np.empty((*shape, scheme.block_bytes), np.uint8), np.empty(shape, rows.dtype))
-    step = max(1, _SLICE_BYTES // (rows.itemsize * width))
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        # The kernel reads the memory behind the array and ignores its strides.
-        columns = np.ascontiguousarray(rows[part].T)
-        made.integers[part], made.scales[part], _ = _quantizer(scheme).qbits_block_quant(columns)
-        if rows.dtype == np.float32 and width % scheme.block_size == 0:
-            _keep_lattice(rows[part], made.integers[part], made.scales[part], scheme)
-    return made
-
-
-def _keep_lattice(rows: Matrix, integers: Matrix, scales: Matrix, scheme: BlockScheme) -> None:
-    """Give blocks that were quantised before the scale and the integers that they had, in place."""
-    blocks = np.ascontiguousarray(rows).reshape(-1, scheme.block_size)
-    found, known, whole = on_lattice(blocks, scheme.bits)
-    shifted = (whole[found] + (1 << (scheme.bits - 1))).astype(np.uint8)
-    if scheme.bits == 4:
-        shifted = shifted[:, ::2] | (shifted[:, 1::2] << np.uint8(4))
-    integers.reshape(-1, scheme.block_bytes)[found] = shifted
-    scales.reshape(-1)[found] = known[found]
-
-
-@cache
-def _quantizer(scheme: BlockScheme) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    root = logging.getLogger()
-    silent = logging.NullHandler()
-    root.addHandler(
-        silent
-    )  # the module calls logging.basicConfig, which does nothing to a root with a handler
-    try:
-        module = require(
-            "onnxruntime.quantization.matmul_nbits_quantizer", extra="cpu", purpose="export --quantize"
-        )
-    finally:
-        root.removeHandler(silent)
-    config = module.DefaultWeightOnlyQuantConfig(
-        block_size=scheme.block_size, is_symmetric=True, bits=scheme.bits
-    )
-    return module.DefaultWeightOnlyQuantizer(config)
+    return Quantization(rows, body, keeps=keeps and body.bits == 4, table=True)
 
 
 def quantize_graph(
@@ -188,7 +131,8 @@ def quantize_products(
         has_head: see `quantize_graph`.
         moments: second moments of the inputs of the body's products, by the name of the matrix; what is not
             known counts alike.
-        shares: a tied embedding is looked up in the head's rows, if they have 8 bits; see `shared_table.py`.
+        shares: a tied embedding is looked up in the head's rows, if they have 8 bits (`shared_table.py`), and
+            without a head in blocks of its own (`quantized_table.py`).
         stored: rows that the source has in blocks: matrices of the body that are made of them keep integers,
             scales and offsets, unless fewer bits are asked for than they have.
 
@@ -201,6 +145,8 @@ def quantize_products(
         blocks = writer.replace(node, product, scheme.rows if node is head else None)
         if shares and node is head and scheme.rows.bits == _SHARED_BITS:
             share_table(model.graph, product.weight, blocks, scheme.rows)
+    if shares and scheme.table and not has_head and scheme.rows.bits == _SHARED_BITS:
+        quantize_table(model.graph, scheme.rows)
     model.opset_imports.setdefault(_CONTRIB, 1)
     RemoveUnusedNodesPass()(model)
     logger.info("quantised %d products to %d bits", len(products), scheme.body.bits)

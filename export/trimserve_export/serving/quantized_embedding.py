@@ -19,7 +19,7 @@ from trimserve.files.tensors import (
     to_float32,
     write_tensors,
 )
-from trimserve_export.serving.quantize import quantize_rows
+from trimserve_export.serving.block_rows import quantize_rows
 
 _SLICE_BYTES = 16 << 20
 _DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16"}

@@ -89,9 +89,10 @@ class Context:
     def quantized_roles(self) -> tuple[str, ...]:
         """The vocab tensors that are stored in blocks of integers."""
         manifest = self.folder.manifest
-        if manifest.quantization is None or not has_vocab_head(manifest.task):
+        if manifest.quantization is None:
             return ()
-        return ("head",) if self.quantized_lookup is None else ("head", "embedding")
+        head = ("head",) if has_vocab_head(manifest.task) else ()
+        return head if self.quantized_lookup is None else (*head, "embedding")
 
     def encode(self, text: str) -> Ids | None:
         """Token ids of a text; None where the tokenizer gives an id that the model has no row for."""

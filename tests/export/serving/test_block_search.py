@@ -6,8 +6,8 @@ import pytest
 pytest.importorskip("torch")
 
 from trimserve.files.quantized import BlockScheme, dequantize
+from trimserve_export.serving.block_rows import quantize_rows
 from trimserve_export.serving.block_search import SearchedBlocks, search_blocks
-from trimserve_export.serving.quantize import quantize_rows
 
 pytestmark = pytest.mark.export
 

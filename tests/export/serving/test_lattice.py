@@ -6,8 +6,8 @@ pytest.importorskip("torch")
 from tests.support.gguf_files import Tensor, Written, random_tensor
 from trimserve.files.gguf import read_gguf
 from trimserve.files.quantized import BlockScheme, dequantize
+from trimserve_export.serving.block_rows import quantize_rows
 from trimserve_export.serving.lattice import has_levels, on_lattice, on_offset_lattice
-from trimserve_export.serving.quantize import quantize_rows
 
 SCHEMES = {"int4": BlockScheme(4), "int8": BlockScheme(8)}
 pytestmark = pytest.mark.export

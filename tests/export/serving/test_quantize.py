@@ -33,16 +33,21 @@ from trimserve.folder.opening import list_files, open_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.runtime.cold_head import ColdHead
 from trimserve.runtime.cold_rows import ColdRows
+from trimserve.runtime.session import open_session
+from trimserve.vocab.map import VocabMap
 from trimserve_export import planning
 from trimserve_export.full_model import export_full
 from trimserve_export.graphs.head import find_head
 from trimserve_export.options import Options
 from trimserve_export.pipeline import export
-from trimserve_export.serving.quantize import quantization_of, quantize_graph, quantize_rows, scheme_of
+from trimserve_export.serving.block_rows import quantize_rows
+from trimserve_export.serving.quantize import quantization_of, quantize_graph, scheme_of
 from trimserve_export.verify import verify
+from trimserve_export.verify.plain_run import GraphModel
 
 pytestmark = pytest.mark.export
 
+LOOKUP = "GatherBlockQuantized"
 TEXTS = ["the cat sat on the mat", "a", "Grüße, Welt! 🎉"]
 RANDOM = np.random.default_rng(0)
 # Widths of whole blocks, of less than one, and with a padded last block at odd and even counts of blocks.
@@ -279,6 +284,44 @@ def test_a_text_encoder_is_quantised_too(tmp_path):
     folder = open_folder(tmp_path / "out")
     assert folder.manifest.quantization == quantization_of("int8").to_dict()
     assert COLD_BLOCKS_NAME not in folder.manifest.files
+
+
+def test_an_encoders_embedding_is_looked_up_in_blocks_kept_and_cold_rows_alike(tmp_path):
+    """Each row is rounded by itself: any text has the untrimmed quantised model's states, to the bit."""
+    model = save_model("bert_encoder", tmp_path / "model", hidden_size=64)
+    export(model, make_vocab([*range(8), 20, 36], 37), tmp_path / "out", quantize="int8")
+    folder, source = open_folder(tmp_path / "out"), resolve_model(model)
+    (lookup,) = (node for node in ir.load(folder.file("model.onnx")).graph if node.op_type == LOOKUP)
+    integers, _, scales = lookup.inputs
+    assert (integers.shape.numpy(), scales.shape.numpy()) == ((10, 64), (10, 2))
+    result = verify(tmp_path / "out", model, store=False)
+    assert result.ok, [check for check in result.checks if not check.ok]
+    assert "quantized-embedding" in [check.name for check in result.checks]
+    (tmp_path / "full").mkdir()
+    scheme = Quantization.from_dict(folder.manifest.quantization)
+    task = "feature-extraction"
+    full = GraphModel(
+        open_session(export_full(source, tmp_path / "full", task, "fp32", scheme, exporter=PLAIN_EXPORTER)),
+        VocabMap.everything(37),
+        None,
+    )
+    ids = np.array([4, 7, 20, 36, 5, 11, 30], np.int32)
+    cold = GraphModel(open_session(folder.file("model.onnx")), folder.vocab, ColdRows(folder))
+    assert not folder.vocab.is_kept(ids).all()
+    np.testing.assert_array_equal(cold.run(ids)["last_hidden_state"], full.run(ids)["last_hidden_state"])
+
+
+def test_folders_of_earlier_versions_are_compared_with_a_table_of_floats(tmp_path):
+    model = save_model("bert_encoder", tmp_path / "model", hidden_size=64)
+    entry = quantization_of("int8").to_dict()
+    assert entry.pop("table")
+    scheme = Quantization.from_dict(entry)
+    path = export_full(
+        resolve_model(model), tmp_path, "feature-extraction", "fp32", scheme, exporter=PLAIN_EXPORTER
+    )
+    kinds = {node.op_type for node in ir.load(path).graph}
+    assert "MatMulNBits" in kinds
+    assert LOOKUP not in kinds
 
 
 def test_the_command_line_passes_the_option_on(tmp_path, capsys):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trimserve.cli.arguments import named_path, positive
+from trimserve.cli.arguments import add_memory, named_path, positive
 from trimserve.cli.output import emit
 from trimserve.console import human_bytes, percent, table
 from trimserve.errors import UsageError, require
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of one operator")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run")
-    parser.add_argument("--low-memory", action="store_true", help="use mapped weights in place")
+    add_memory(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_new_tokens or _NEW_TOKENS,
         args.threads or available_cpus(),
         args.device,
-        args.low_memory,
+        args.memory,
     )
     whole = require("trimserve_export.source.whole", extra="export", purpose="trimserve bench")
     with scratch_folder("bench") as scratch, whole.whole_source(source) as source:

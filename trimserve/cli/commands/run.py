@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trimserve.cli.arguments import add_text_arguments, named_path
+from trimserve.cli.arguments import add_memory, add_text_arguments, named_path
 from trimserve.cli.commands._options import GENERATION, OPTIONS, READING, check_options, check_plan
 from trimserve.cli.inputs import encodable_word, read_stdin, read_texts
 from trimserve.cli.output import emit
@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="prompts or texts; - or none: from stdin")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one operator")
-    parser.add_argument(
-        "--low-memory", action="store_true", help="use mapped weights in place: less memory, slower steps"
-    )
+    add_memory(parser)
     generation = parser.add_argument_group("generators")
     generation.add_argument(
         "--mode",
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     generates = task in GENERATOR_TASKS
     texts = list(_texts(args, by_line=not generates))
     corpus = None if args.corpus is None else read_texts(args.corpus, _given(args, READING))
-    model = load(args.folder, device=args.device, threads=args.threads, low_memory=args.low_memory)
+    model = load(args.folder, device=args.device, threads=args.threads, memory=args.memory)
     if not isinstance(model, Encoder):
         return _generate(args, model, texts)
     from trimserve.cli.commands._encode import encode

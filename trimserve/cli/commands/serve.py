@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+from trimserve.cli.arguments import add_memory
 from trimserve.cli.output import emit
 from trimserve.errors import UsageError
 from trimserve.stdout import data_stream
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("how it runs")
     running.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run")
     running.add_argument("--threads", type=int, metavar="N", help="CPU threads of one operator")
-    running.add_argument("--low-memory", action="store_true", help="use mapped weights in place")
+    add_memory(running)
     running.add_argument(
         "--no-reload", action="store_true", help="keep a folder's models when it is replaced"
     )
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     settings = make_settings(
         folders=folders,
         device=args.device,
-        low_memory=args.low_memory,
+        memory=args.memory,
         reload=not args.no_reload,
         keys=read_keys(args.api_key_file),
         **given,

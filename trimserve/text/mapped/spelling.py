@@ -65,6 +65,7 @@ class Spelling:
         anywhere: it may do so wherever a word begins, not only at the beginning of the text.
         inside: what pieces within a word begin with ("##" of WordPiece).
         literals: finds special tokens in a text; None without any.
+        has_normalized_tokens: added tokens are looked for in the normalized text, too.
     """
 
     direct: bool
@@ -76,6 +77,7 @@ class Spelling:
     anywhere: bool
     inside: str
     literals: re.Pattern[str] | None
+    has_normalized_tokens: bool
 
     @classmethod
     def of(cls, shell: Json, model: Json) -> Self:
@@ -102,6 +104,7 @@ class Spelling:
             anywhere=len(steps) > 1 or any(token.get("normalized") for token in tokens),
             inside=str(model.get("continuing_subword_prefix") or "") if model["type"] == "WordPiece" else "",
             literals=re.compile("|".join(contents)) if contents else None,
+            has_normalized_tokens=any(token.get("normalized") for token in tokens),
         )
 
     @property

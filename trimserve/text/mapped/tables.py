@@ -30,6 +30,7 @@ from trimserve.text.mapped.trie import Trie
 
 _KIND = "tokenizer tables"
 _AGAIN = "export the folder again."
+_FEW = 600  # pieces
 Numbers = npt.NDArray[np.int32]
 Ends = npt.NDArray[np.int64]
 
@@ -120,14 +121,35 @@ class Tables:
         place = id_ if guess else int(np.searchsorted(self.ids, id_))
         return place if place < len(self) and int(self.ids[place]) == id_ else None
 
+    def merged_from(self, number: int) -> list[int]:
+        """The pieces of all merges that make a piece."""
+        ends, merges, left, right = self.merge_ends.data, self.merges.data, self.left.data, self.right.data
+        made = merges[ends[number - 1] if number else 0 : ends[number]]
+        return [side[merge] for merge in made for side in (left, right)]
+
     def merges_into(self, numbers: Numbers) -> npt.NDArray[np.int64]:
         """The merges that make one of these pieces of two others of them, in their order, int64."""
+        if len(numbers) < _FEW:
+            return self._few_merges_into(numbers.tolist())
         starts = np.where(numbers > 0, self.merge_ends[numbers - 1], 0)
         counts = self.merge_ends[numbers] - starts
         places = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
         found = np.sort(self.merges[places]).astype(np.int64)
         both = np.isin(self.left[found], numbers) & np.isin(self.right[found], numbers)
         return found[both]
+
+    def _few_merges_into(self, numbers: list[int]) -> npt.NDArray[np.int64]:
+        """The same in a loop, which is sooner done than numpy's calls."""
+        ends, merges, left, right = (
+            array.data for array in (self.merge_ends, self.merges, self.left, self.right)
+        )
+        inside, found = set(numbers), []
+        for number in numbers:
+            for place in range(ends[number - 1] if number else 0, ends[number]):
+                merge = merges[place]
+                if left[merge] in inside and right[merge] in inside:
+                    found.append(merge)
+        return np.array(sorted(found), np.int64)
 
     def _check(self, path: Path) -> None:
         dtypes = {"edges": np.uint64, "spelling": np.uint8, "shell": np.uint8, "scores": np.float64}

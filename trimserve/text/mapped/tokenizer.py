@@ -46,7 +46,8 @@ class MappedTokenizer:
         self._split_special = False
         self._shell_json = shell
         self._spelling = Spelling.of(shell, tables.model)
-        self._pieces = WorkingSet(tables, self._spelling, self._make_speller, self._shell.normalizer)
+        steps = (self._shell.normalizer, self._shell.pre_tokenizer)
+        self._pieces = WorkingSet(tables, self._spelling, self._make_speller, steps)
         self._use(self._pieces.model)
 
     def encode_batch_fast(self, texts: Sequence[Input], *, add_special_tokens: bool = True) -> list[Any]:

@@ -20,6 +20,7 @@ from tokenizers import models
 
 from trimserve.text.mapped.spelling import Speller, Spelling, chunks
 from trimserve.text.mapped.tables import Numbers, Tables
+from trimserve.text.mapped.words import Words
 
 # A piece takes 1.1 KB in a Unigram model, 0.3 KB in the others.
 _MOST_PIECES = {"Unigram": 1 << 13}
@@ -30,6 +31,8 @@ _MOST_CHUNKS = 1 << 15
 _MOST_MET = 1 << 13
 # More of them at a time are looked at together, and their pieces not told apart.
 _FEW_CHUNKS = 48
+# Of more new words all pieces are found together, which takes less than a model a word.
+_FEW_WORDS = 48
 # What stands in no piece: code point U+FFFF is no character. Were it in one, more pieces would be found.
 _BETWEEN = "\uffff"
 # Symbols that are looked at together.
@@ -57,7 +60,7 @@ class WorkingSet:
         tables: Tables,
         spelling: Spelling,
         speller: Callable[[], Speller],
-        normalizer: Any,  # noqa: ANN401 - of the library, which has no types
+        steps: tuple[Any, Any],
     ) -> None:
         """Begin with the pieces that every text needs.
 
@@ -65,67 +68,106 @@ class WorkingSet:
             tables: of the tokenizer.
             spelling: of its texts.
             speller: gives what spells exactly; called when first needed.
-            normalizer: the tokenizer's, of the library; None without.
+            steps: the tokenizer's normalizer and pre-tokenizer, of the library; None where it has none.
         """
         self._tables, self._spelling, self._make_speller = tables, spelling, speller
-        self._normalizer = normalizer
+        self._normalizer = steps[0]
         self._speller: Speller | None = None
         trie = tables.trie
         roots = (spelling.inside, spelling.prefix if spelling.anywhere else "")
         nodes = (trie.node(root) for root in roots if root)
         self._roots = [trie.root, *(node for node in nodes if node is not None)]
         self._most = _MOST_PIECES.get(tables.model["type"], _MOST_OTHERWISE)
-        self._inside, self._pending = np.zeros((2, len(tables)), np.bool_)
+        self._inside = np.zeros(len(tables), np.bool_)
         self._inside[tables.always] = True
+        self._count = len(tables.always)  # pieces inside
+        self._pending: list[Numbers] = []  # pieces of texts that had models of their own
         self._ready: set[str] = set()  # chunks with all their pieces in the working set
+        self._ready_words: set[str] = set()
         self._met: dict[str, Numbers] = {}  # the pieces of chunks
         self._spent = 0
+        self._words = Words(tables, spelling, steps, self._segment, lambda word: self._find([word]))
         self.model = self._make(tables.always)
 
     @property
     def pieces(self) -> int:
         """Pieces in memory."""
-        return int(np.count_nonzero(self._inside))
+        return self._count
 
     def cover(self, texts: Sequence[str], *, at_any_size: bool = False) -> SmallModel | None:
-        """A model with every piece of these texts.
+        """A model with every piece of these texts that they need.
 
         Args:
             texts: any number.
             at_any_size: also where they have more pieces than are kept in memory; else None is given then.
         """
-        words, whole = self._parts(texts)
-        new = [word for word in words if word not in self._ready]
-        found = self._pieces_of(new, whole)
+        words, rest = self._in_words(texts)
+        new_words = [word for word in words if word not in self._ready_words]
+        if len(new_words) > _FEW_WORDS:
+            found, needed = self._find(new_words), [self._tables.always]
+        else:
+            found, needed = _joined([self._words.pieces(word) for word in new_words]), [self._words.least]
+        chunks_, whole = self._parts(rest)
+        new = [chunk for chunk in chunks_ if chunk not in self._ready]
+        if rest:
+            found, needed = np.concatenate([found, self._pieces_of(new, whole)]), [self._tables.always]
         if self._inside[found].all():
-            self._know(new)
+            self._know(new, new_words)
             return self.model
-        old = [word for word in words if word in self._ready]
-        needed = np.zeros(len(self._inside), np.bool_)
-        for part in (self._tables.always, found, self._pieces_of(old, [])):
-            needed[part] = True
-        count = int(np.count_nonzero(needed))
-        if count > self._most:
-            return self._make(_numbers(needed)) if at_any_size else None
-        return self._extended(needed, count, new)
+        needed += [found, *(self._words.pieces(word) for word in words if word in self._ready_words)]
+        needed.append(self._pieces_of([chunk for chunk in chunks_ if chunk in self._ready], []))
+        numbers = np.unique(np.concatenate(needed))
+        if len(numbers) > self._most:
+            return self._make(numbers) if at_any_size else None
+        return self._extended(numbers, new, new_words)
 
-    def _extended(self, needed: npt.NDArray[np.bool_], count: int, words: list[str]) -> SmallModel:
+    def _extended(self, needed: Numbers, chunks_: list[str], words: list[str]) -> SmallModel:
         """A model of these pieces alone, or a larger working set with them."""
-        self._pending |= needed
-        self._spent += count
-        wanted = self._inside | self._pending
+        self._pending.append(needed)
+        self._spent += len(needed)
+        if self._spent < self._count:
+            return self._make(needed)
+        wanted = self._inside.copy()
+        wanted[np.concatenate(self._pending)] = True
         size = int(np.count_nonzero(wanted))
         if self._spent < size:
-            return self._make(_numbers(needed))
+            return self._make(needed)
         if size > self._most:
-            wanted = needed
+            wanted[:] = False
+            wanted[self._tables.always] = True
+            wanted[needed] = True
             self._ready.clear()
-        self._inside = wanted
-        self._pending = np.zeros_like(wanted)
+            self._ready_words.clear()
+        self._inside, self._count = wanted, int(np.count_nonzero(wanted))
+        self._pending.clear()
         self._spent = 0
-        self._know(words)
+        self._know(chunks_, words)
         self.model = self._make(_numbers(wanted))
         return self.model
+
+    def _in_words(self, texts: Sequence[str]) -> tuple[set[str], list[str]]:
+        """The words of those texts that can be parted so, and the other texts."""
+        words: set[str] = set()
+        rest = []
+        for text in texts:
+            parts = self._words.of(text)
+            if parts is None:
+                rest.append(text)
+            else:
+                words.update(parts)
+        return words, rest
+
+    def _segment(self, numbers: Numbers, word: str) -> list[int]:
+        """Token ids of a word by a model with some pieces; none where it leaves out, or refuses, a part."""
+        small = self._make(numbers)
+        try:
+            tokens = small.model.tokenize(word)
+        except Exception:  # an unknown character and no unknown token: the text itself will say so
+            return []
+        if self._tables.model["type"] == "BPE" and "".join(token.value for token in tokens) != word:
+            return []  # without an unknown token, unknown characters are left out
+        ids = [token.id for token in tokens]
+        return ids if small.ids is None else small.ids[ids].tolist()
 
     def _parts(self, texts: Sequence[str]) -> tuple[set[str], list[str]]:
         """The chunks of those texts that may be looked at so, and the other texts spelled."""
@@ -145,10 +187,12 @@ class WorkingSet:
         known = chunk in self._ready or chunk in self._met
         return known or self._spelling.is_apart(chunk, self._spell(chunk))
 
-    def _know(self, words: Iterable[str]) -> None:
-        if len(self._ready) > _MOST_CHUNKS:
-            self._ready.clear()
-        self._ready.update(word for word in words if len(word) <= _LONGEST_CHUNK)
+    def _know(self, chunks_: Iterable[str], words: Iterable[str]) -> None:
+        for ready in (self._ready, self._ready_words):
+            if len(ready) > _MOST_CHUNKS:
+                ready.clear()
+        self._ready.update(chunk for chunk in chunks_ if len(chunk) <= _LONGEST_CHUNK)
+        self._ready_words.update(words)
 
     def _pieces_of(self, words: list[str], whole: list[str]) -> Numbers:
         """The pieces that stand in chunks and in spelled texts."""
@@ -211,3 +255,7 @@ class WorkingSet:
 
 def _numbers(chosen: npt.NDArray[np.bool_]) -> Numbers:
     return np.flatnonzero(chosen).astype(np.int32)
+
+
+def _joined(parts: list[Numbers]) -> Numbers:
+    return np.concatenate([np.empty(0, np.int32), *parts])

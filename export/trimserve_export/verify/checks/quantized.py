@@ -14,7 +14,7 @@ from trimserve.runtime.cold_rows import GRAPH_DTYPES
 from trimserve_export.graphs.head import find_head
 from trimserve_export.graphs.values import find_output
 from trimserve_export.layouts.drop_in import COMPACT_LOGITS_NAME
-from trimserve_export.serving.quantize import Blocks, quantize_rows
+from trimserve_export.serving.block_rows import Blocks, quantize_rows
 from trimserve_export.serving.quantized_embedding import RoundedRows, lookup_scheme
 from trimserve_export.verify.context import Context
 from trimserve_export.verify.result import Check
@@ -24,10 +24,12 @@ _SLICE_BYTES = 16 << 20
 
 def quantized_checks(context: Context) -> Iterator[tuple[str, Callable[[Context], Check]]]:
     """The checks of the vocab rows that a folder made of a checkpoint stores in blocks of integers."""
-    if context.source.graph is None and "head" in context.quantized_roles:
+    if context.source.graph is not None:
+        return
+    if "head" in context.quantized_roles:
         yield "quantized-head", check_quantized_head
-        if context.quantized_lookup is not None:
-            yield "quantized-embedding", check_quantized_embedding
+    if "embedding" in context.quantized_roles:
+        yield "quantized-embedding", check_quantized_embedding
 
 
 def check_quantized_head(context: Context) -> Check:
