@@ -36,11 +36,11 @@ ACTIVATION_SHAPES = {
         | {"num_attention_heads": 12},
         "token",
     ),
-    "Llama (SmolLM2-135M)": Shape(
+    "Llama, 30 layers": Shape(
         "llama",
         "AutoModelForCausalLM",
         "gpt2",
-        {"vocab_size": 49_152, "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}
+        {"vocab_size": 50_257, "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}
         | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
         "token",
     ),
