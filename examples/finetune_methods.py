@@ -93,14 +93,14 @@ class Method:
 
 
 METHODS = {
-    "full": Method(5e-4, full),
+    "full": Method(2e-4, full),
     "LoRA": Method(2e-3, lora),
-    "checkpointing": Method(5e-4, checkpointing),
+    "checkpointing": Method(2e-4, checkpointing),
     "MEFT 1": Method(2e-3, lambda model: reversible(model, variant=1)),
     "MEFT 2": Method(2e-3, lambda model: reversible(model, variant=2)),
     "MEFT 3": Method(2e-3, lambda model: reversible(model, variant=3)),
-    "WTA-CRS 0.3": Method(5e-4, lambda model: sampled_gradients(model, keep=0.3)),
-    "WTA-CRS 0.1": Method(5e-4, lambda model: sampled_gradients(model, keep=0.1)),
+    "WTA-CRS 0.3": Method(2e-4, lambda model: sampled_gradients(model, keep=0.3)),
+    "WTA-CRS 0.1": Method(2e-4, lambda model: sampled_gradients(model, keep=0.1)),
     "LoRA, WTA-CRS 0.3": Method(2e-3, lora_and_sampled),
 }
 
@@ -226,7 +226,14 @@ def run(name: str, data: Path, vocab: Path, texts: int, tests: int | None, seed:
         test_texts, test_labels = (column[:tests] for column in read_csv(data / "test.csv"))
         predicted = classify(model.eval(), tokenizer, test_texts)
     right = predicted == np.array([intents.index(label) for label in test_labels])
-    facts = {"method": name, "seed": seed, "trained": trained, "saved": saved_bytes, "peak": peak}
+    facts = {
+        "method": name,
+        "rate": method.rate,
+        "seed": seed,
+        "trained": trained,
+        "saved": saved_bytes,
+        "peak": peak,
+    }
     return facts | {"tests": len(right), "accuracy": float(right.mean())} | made
 
 

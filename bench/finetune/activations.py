@@ -16,6 +16,7 @@ import numpy as np
 
 from bench import harness
 from bench.finetune.run import SHAPES, Shape, make_batch, select_ids
+from examples.finetune_small import METHODS
 from trimserve.vocab.map import Reason, VocabMap
 
 VOCABS = ("full", "partial")
@@ -63,7 +64,8 @@ def worker(name: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    from examples.finetune_methods import METHODS, SavedBytes
+    from examples.finetune_methods import METHODS as WAYS
+    from examples.finetune_methods import SavedBytes
     from trimserve.finetune import partial_vocab
 
     torch.set_num_threads(1)
@@ -77,7 +79,7 @@ def worker(name: str) -> dict[str, Any]:
         with cut as compact:
             batch = make_batch(shape, vocab, _TEXTS, _TOKENS)
             batch = batch if compact is None else compact.remap(batch)
-            for method, how in METHODS.items():
+            for method, how in WAYS.items():
                 with how.apply(model):
                     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
                     weights = sum(p.numel() for p in model.parameters())
@@ -120,14 +122,15 @@ def lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A shape's methods as lines of a table under `HEADER`."""
     full = row["methods"]["full"]["full"]
     made = []
-    for method in row["methods"]["full"]:
+    for method in METHODS:
         whole, partial = (row["methods"][name][method] for name in VOCABS)
         made.append(
             (
                 row["model"],
                 method,
-                *(_megabytes(one["saved"]) for one in (whole, partial)),
+                _megabytes(whole["saved"]),
                 f"{whole['saved'] / full['saved']:.2f}",
+                _megabytes(partial["saved"]),
                 f"{partial['saved'] / full['saved']:.2f}",
                 *(_megabytes(one["state"]) for one in (whole, partial)),
             )
@@ -142,12 +145,12 @@ def _megabytes(count: int) -> str:
 HEADER = (
     "shape",
     "method",
-    "activations MB",
-    "with partial_vocab",
+    "activations, MB",
     "of full",
+    "partial_vocab, MB",
     "of full",
-    "weights and Adam MB",
-    "with partial_vocab",
+    "weights and Adam, MB",
+    "partial_vocab, MB",
 )
 
 

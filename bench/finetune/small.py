@@ -20,11 +20,12 @@ TEXTS, TESTS, SEEDS = 1600, 1540, (0, 1, 2)
 
 
 def rows_of(runs: Sequence[Mapping[str, Any]], texts: int) -> Iterator[dict[str, Any]]:
-    """A result row of each method."""
-    for name in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == name]
+    """A result row of each method and rate."""
+    for key in dict.fromkeys((run["method"], run["rate"]) for run in runs):
+        own = [run for run in runs if (run["method"], run["rate"]) == key]
         yield {
-            "method": name,
+            "method": key[0],
+            "rate": key[1],
             "texts": texts,
             "tests": own[0]["tests"],
             "steps": len(own[0]["losses"]),

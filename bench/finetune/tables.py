@@ -67,12 +67,21 @@ def activations_table() -> str:
     return markdown(activations.HEADER, made) + f"\n{caption}\n"
 
 
-SMALL_HEADER = ("MiniLM on banking77", "trained", "activations", "peak", "CPU s a step", "accuracy", "seeds")
+SMALL_HEADER = (
+    "MiniLM on banking77",
+    "rate",
+    "trained",
+    "activations",
+    "peak",
+    "CPU s a step",
+    "accuracy",
+    "seeds",
+)
 
 
 def small_table() -> str:
     """Accuracy of each method: the newest row of each."""
-    rows = harness.newest_rows("finetune_small", "method")
+    rows = harness.newest_rows("finetune_small", "method", "rate")
     last = rows[-1]
     made = []
     for row in rows:
@@ -81,6 +90,7 @@ def small_table() -> str:
         made.append(
             (
                 row["method"],
+                f"{row['rate']:g}",
                 f"{row['trained'] / 1e6:.2f} M",
                 human_bytes(row["saved"]),
                 human_bytes(row["peak"]),

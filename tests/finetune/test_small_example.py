@@ -12,7 +12,14 @@ pytestmark = pytest.mark.export
 
 def test_each_method_has_a_name_and_a_result_row():
     assert tuple(finetune_methods.METHODS) == finetune_small.METHODS
-    run = {"method": "full", "trained": 2_000_000, "saved": 10**6, "peak": 3 * 10**6, "tests": 4}
+    run = {
+        "method": "full",
+        "rate": 2e-4,
+        "trained": 2_000_000,
+        "saved": 10**6,
+        "peak": 3 * 10**6,
+        "tests": 4,
+    }
     runs = [
         run | {"seed": seed, "accuracy": seed / 4, "losses": [1.0, 0.5], "seconds": [9.0, 0.5]}
         for seed in (1, 2)
