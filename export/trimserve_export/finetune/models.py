@@ -21,7 +21,7 @@ def transformers_model(model: Any, function: str, *, adapted: bool = False) -> "
         MissingExtraError: transformers is not installed.
     """
     transformers = require("transformers", extra="finetune", purpose="trimserve.finetune")
-    inner = model.get_base_model() if adapted and hasattr(model, "get_base_model") else model
+    inner: PreTrainedModel = model.get_base_model() if adapted and hasattr(model, "get_base_model") else model
     if not isinstance(inner, transformers.PreTrainedModel):
         wrappers = ("DistributedDataParallel", *(() if adapted else ("PEFT",)), "torch.compile")
         raise UsageError(
