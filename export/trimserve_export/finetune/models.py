@@ -21,11 +21,11 @@ def transformers_model(model: Any, function: str, *, adapted: bool = False) -> "
         MissingExtraError: transformers is not installed.
     """
     transformers = require("transformers", extra="finetune", purpose="trimserve.finetune")
-    inner: PreTrainedModel = model.get_base_model() if adapted and hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if adapted and hasattr(model, "get_base_model") else model
     if not isinstance(inner, transformers.PreTrainedModel):
         wrappers = ("DistributedDataParallel", *(() if adapted else ("PEFT",)), "torch.compile")
         raise UsageError(
             f"{function} takes a transformers model but got a {type(model).__name__}: pass the model itself, "
             f"and wrap it ({', '.join(wrappers)}) inside the block."
         )
-    return inner
+    return inner  # type: ignore[no-any-return]
