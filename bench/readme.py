@@ -17,7 +17,7 @@ from bench import harness, plot
 from bench.certificate import tables as certificate_tables
 from bench.decode import tables as decode_tables
 from bench.encoder import run as encoder
-from bench.finetune.tables import banking_table, finetune_table
+from bench.finetune.tables import activations_table, banking_table, finetune_table, small_table
 from bench.memory import tables as memory_tables
 from bench.peers import tables as peer_tables
 from bench.profile import tables as profile_tables
@@ -37,6 +37,8 @@ _COMMANDS = {
     "race": "peers",
     "memory_encoders": "memory.encoders",
     "memory_tokenizers": "memory.tokenizers",
+    "finetune_activations": "finetune.activations",
+    "finetune_small": "finetune.small",
 }
 _BLOCK = re.compile(r"(<!-- (measured|plot): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -136,6 +138,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetune": finetune_table,
     "quantize": quantize_table,
     "finetune_banking": banking_table,
+    "finetune_activations": activations_table,
+    "finetune_small": small_table,
     "certificate": certificate_tables.decode_table,
     "certificate_proof": certificate_tables.proof_table,
     "certificate_products": certificate_tables.products_table,

@@ -102,13 +102,13 @@ def build(shape: Shape) -> Any:  # noqa: ANN401 - a model of any class
     return getattr(transformers, shape.auto_class).from_config(config).train()
 
 
-def make_batch(shape: Shape, vocab: VocabMap) -> dict[str, Any]:
-    """Random kept ids, four texts of 64 tokens."""
+def make_batch(shape: Shape, vocab: VocabMap, texts: int = _TEXTS, tokens: int = _LENGTH) -> dict[str, Any]:
+    """Random kept ids, by default four texts of 64 tokens."""
     import torch
 
     random = np.random.default_rng(0)
-    ids = torch.from_numpy(random.choice(vocab.kept_ids, (_TEXTS, _LENGTH)).astype(np.int64))
-    labels = ids.clone() if shape.labels == "token" else torch.zeros(_TEXTS, dtype=torch.long)
+    ids = torch.from_numpy(random.choice(vocab.kept_ids, (texts, tokens)).astype(np.int64))
+    labels = ids.clone() if shape.labels == "token" else torch.zeros(texts, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 

@@ -1,12 +1,15 @@
 """The measured tables of docs/finetune.md, from the newest rows of bench/finetune/run.py, as Markdown."""
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
 from bench import harness
+from bench.finetune import activations
 from bench.finetune.run import PAPER, SHAPES_HEADER, shape_line
 from bench.tables.common import markdown
 from examples.finetune_banking import HEADER, lines
+from trimserve.console import human_bytes
 
 
 def _where(row: Mapping[str, Any]) -> str:
@@ -45,3 +48,60 @@ def banking_table() -> str:
         f"that the block restores reads them. {_where(row)}."
     )
     return markdown(HEADER, lines(row)) + f"\n{caption}\n"
+
+
+def activations_table() -> str:
+    """What autograd keeps with each method: the newest row of each shape."""
+    rows = harness.newest_rows("finetune_activations", "model")
+    last = rows[-1]
+    meft, wta = activations.PAPERS["MEFT"], activations.PAPERS["WTA-CRS"]
+    caption = (
+        f"{last['texts']} texts of {last['tokens']} tokens, fp32, random weights; bytes that autograd keeps "
+        "between the passes (saved_tensors_hooks), each storage once, without weights; the two shares are of "
+        "full fine-tuning with all rows. *Weights and Adam* is 4 bytes a weight and 12 a trained one. The "
+        f"papers: MEFT keeps down to {meft:.2f} of full fine-tuning's activations (Liao et al. 2023); "
+        f"WTA-CRS has down to {wta:.2f} of its peak memory (Liu et al. 2023). "
+        f"{_where(last)}."
+    )
+    made = [line for row in rows for line in activations.lines(row)]
+    return markdown(activations.HEADER, made) + f"\n{caption}\n"
+
+
+SMALL_HEADER = (
+    "MiniLM on banking77",
+    "rate",
+    "trained",
+    "activations",
+    "peak",
+    "CPU s a step",
+    "accuracy",
+    "seeds",
+)
+
+
+def small_table() -> str:
+    """Accuracy of each method: the newest row of each."""
+    rows = harness.newest_rows("finetune_small", "method", "rate")
+    last = rows[-1]
+    made = []
+    for row in rows:
+        found = [100 * value for value in row["accuracies"]]
+        ends = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+        made.append(
+            (
+                row["method"],
+                f"{row['rate']:g}",
+                f"{row['trained'] / 1e6:.2f} M",
+                human_bytes(row["saved"]),
+                human_bytes(row["peak"]),
+                f"{row['cpu_seconds']:.2f}",
+                f"{statistics.fmean(found):.1f}{ends}",
+                str(len(found)),
+            )
+        )
+    caption = (
+        f"{last['texts']:,} training texts, {last['steps']} steps of {last['texts'] // last['steps']}, "
+        f"{last['tests']:,} test texts, one thread, with `partial_vocab`; mean accuracy in percent, the "
+        f"lowest and the highest in brackets. {_where(last)}."
+    )
+    return markdown(SMALL_HEADER, made) + f"\n{caption}\n"

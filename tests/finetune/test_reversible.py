@@ -226,6 +226,18 @@ def test_a_layer_more_keeps_only_the_digits(variant):
     )
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_of_24_layers_a_fifth_of_the_activations_is_kept_at_most(variant):
+    # Narrow layers of the usual proportions; attention's T x T numbers are few, which is the harder case.
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
+    model, batch = make("bert", 24, **sizes), batch_of("bert")
+    full = saved_bytes(model, batch)
+    with reversible(model, variant=variant):
+        kept = saved_bytes(model, batch)
+    assert kept <= 0.2 * full  # the target
+    assert kept >= 0.01 * full  # something was counted
+
+
 def test_the_block_leaves_no_trace():
     model = make("bert")
     before, attributes = state_of(model), set(model.__dict__)

@@ -227,6 +227,21 @@ class _Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class _CoupledBase:
+    """The section `base` of reversible.json."""
+
+    name: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Coupled:
+    """reversible.json, as far as it says where the adapters belong."""
+
+    base: _CoupledBase | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ListedModule:
     """An entry of modules.json."""
 
@@ -247,6 +262,7 @@ _KINDS: Final[dict[str, type]] = {
     "config_sentence_transformers.json": _Prompts,
     "genai_config.json": _Genai,
     "adapter_config.json": _Adapter,
+    "reversible.json": _Coupled,
 }
 
 

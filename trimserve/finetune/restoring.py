@@ -33,7 +33,7 @@ from trimserve.files.tensors import (
     write_tensors,
 )
 from trimserve.finetune.provenance import PROVENANCE_NAME, Provenance, StoredCut, check_base
-from trimserve.folder.names import VOCAB_NAME
+from trimserve.folder.names import ADAPTER_CONFIG, COUPLED_CONFIG, VOCAB_NAME
 from trimserve.folder.staging import staged_folder
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import INDEX_NAME, ModelSource
@@ -45,7 +45,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _CONFIGS = ("config.json", "generation_config.json")
 # What a checkpoint folder may hold besides weights; a Trainer's own files are left behind.
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-_LEFT_BEHIND = (*_CONFIGS, INDEX_NAME, PROVENANCE_NAME, "trainer_state.json", "adapter_config.json")
+_LEFT_BEHIND = (*_CONFIGS, INDEX_NAME, PROVENANCE_NAME, "trainer_state.json", ADAPTER_CONFIG, COUPLED_CONFIG)
 
 
 @dataclass(frozen=True, slots=True)

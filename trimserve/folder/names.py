@@ -39,6 +39,9 @@ SOURCE_TOKENIZER_FILES = (
     "target.spm",
     "tekken.json",
 )
+# What says that a folder holds an adapter: peft's, and that of reversible fine-tuning.
+ADAPTER_CONFIG = "adapter_config.json"
+COUPLED_CONFIG = "reversible.json"
 # What sentence-transformers does around the model, and the tensors of its modules.
 SENTENCE_NAME = "sentence_modules.json"
 SENTENCE_TENSORS_NAME = "sentence_modules.safetensors"

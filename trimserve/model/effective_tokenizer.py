@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from trimserve.errors import MissingExtraError, UnsupportedModelError, UsageError
 from trimserve.files.content import check_content
 from trimserve.files.model_json import read_model_json
-from trimserve.folder.names import SOURCE_TOKENIZER_FILES, TOKENIZER_NAME
+from trimserve.folder.names import ADAPTER_CONFIG, COUPLED_CONFIG, SOURCE_TOKENIZER_FILES, TOKENIZER_NAME
 from trimserve.folder.tokenizer_settings import declared_settings
 from trimserve.model.library_tokenizer import ask_transformers
 from trimserve.text.tokenizer import load_tokenizer, parse_tokenizer
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-_ADAPTER = "adapter_config.json"
 # Classes that take tokenizer.json as it is, but for what `unmet_setting` knows.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Above it transformers may mend the pattern of Mistral's tokenizers.
@@ -95,8 +94,7 @@ def effective_tokenizer(
 def _cached(folder: Path, trust: bool, always: bool, signature: object) -> EffectiveTokenizer:
     del signature  # part of the key: a file that changed
     if not has_tokenizer(folder):
-        if (folder / _ADAPTER).is_file():
-            base = _read(folder, _ADAPTER).get("base_model_name_or_path") or "BASE"
+        if (base := _base_of_adapter(folder)) is not None:
             raise UsageError(
                 f"{folder} is an adapter without a tokenizer: pass -m {base}, the model that it belongs to."
             )
@@ -212,6 +210,15 @@ def _is_surely_plain(folder: Path) -> bool:
         and space in (None, bool(config.get("add_prefix_space", False)))
         and unmet_setting(tokenizer, config, _read(folder, _SPECIAL), _read(folder, _ADDED)) is None
     )
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """The model that a folder's adapter belongs to, BASE if it does not say; None if it holds no adapter."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _read(folder, ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+    if (folder / COUPLED_CONFIG).is_file():
+        return (_read(folder, COUPLED_CONFIG).get("base") or {}).get("name") or "BASE"
+    return None
 
 
 def _read(folder: Path, name: str) -> Json:

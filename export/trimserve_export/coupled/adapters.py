@@ -13,6 +13,7 @@ from trimserve.files.checked_json import convert_json, read_json
 from trimserve.files.tensors import read_header
 from trimserve.finetune.provenance import describe_base
 from trimserve.folder.manifest import Source
+from trimserve.folder.names import COUPLED_CONFIG
 from trimserve.foreign import foreign
 from trimserve.model.source import ModelSource
 from trimserve_export.coupled.coupling import Form
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS_NAME = "reversible.safetensors"
-SETTINGS_NAME = "reversible.json"
 _ADVICE = "save the adapters again."
 
 
@@ -61,7 +61,7 @@ def write_adapters(model: "PreTrainedModel", form: Form, base: ModelSource | Non
     )
     with atomic_path(folder / WEIGHTS_NAME) as path:
         save_file(trained, path)
-    with atomic_path(folder / SETTINGS_NAME) as path:
+    with atomic_path(folder / COUPLED_CONFIG) as path:
         path.write_text(json.dumps(dataclasses.asdict(settings), indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -72,10 +72,10 @@ def read_settings(folder: Path) -> Settings:
         UsageError: the folder has no adapters.
         MismatchError: the file is damaged, or of another schema.
     """
-    path = folder / SETTINGS_NAME
+    path = folder / COUPLED_CONFIG
     if not path.is_file():
         raise UsageError(
-            f"{folder} has no {SETTINGS_NAME}, so it holds no reversible adapters: pass a folder that "
+            f"{folder} has no {COUPLED_CONFIG}, so it holds no reversible adapters: pass a folder that "
             "Reversible.save wrote."
         )
     content = read_json(path, advice=_ADVICE)

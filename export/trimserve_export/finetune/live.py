@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
 from trimserve.vocab.map import VocabMap
+from trimserve_export.finetune.models import transformers_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,14 +57,9 @@ def find_live_vocab(model: "PreTrainedModel", vocab: VocabMap) -> LiveVocab:
         UnsupportedModelError: a vocab tensor that is not understood, or a pad id that may not move.
         MismatchError: the vocab was made for another vocab size.
     """
-    transformers = require("transformers", extra="finetune", purpose="trimserve.finetune")
+    transformers_model(model, "partial_vocab")
     axes_module = require("trimserve_export.checkpoint.axes", extra="finetune", purpose="trimserve.finetune")
     checkpoint = require("trimserve_export.checkpoint.trim", extra="finetune", purpose="trimserve.finetune")
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise UsageError(
-            f"partial_vocab takes a transformers model but got a {type(model).__name__}: pass the model "
-            "itself, and wrap it (DistributedDataParallel, PEFT, torch.compile) inside the block."
-        )
     config = copy.deepcopy(model.config)
     axes = axes_module.find_vocab_axes(config, type(model))
     if axes.get("embedding.1") is not None:

@@ -4,7 +4,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import transformers
 from torch import nn
@@ -12,19 +12,14 @@ from transformers import PreTrainedModel
 
 from trimserve.errors import MismatchError, UnsupportedModelError, UsageError, require
 from trimserve.files.tensors import TensorSpec, read_header
-from trimserve.folder.names import SOURCE_TOKENIZER_FILES
+from trimserve.folder.names import ADAPTER_CONFIG
 from trimserve.foreign import foreign
-from trimserve.model.effective_tokenizer import has_tokenizer
-from trimserve.model.source import CONFIG_NAME, INDEX_NAME, ModelSource
+from trimserve.model.source import CONFIG_NAME, ModelSource
 from trimserve_export.checkpoint.axes import architecture_class, load_config
 from trimserve_export.checkpoint.library import transformers_border
-from trimserve_export.checkpoint.source_tokenizer import TEMPLATE_FILES
 from trimserve_export.exporters import tracing
+from trimserve_export.source.adapter_files import copy_small_files, set_labels
 from trimserve_export.source.admission import check_source
-from trimserve_export.source.whole import ADAPTER_CONFIG
-
-if TYPE_CHECKING:
-    pass
 
 _WEIGHTS: Final = "adapter_model.safetensors"
 _CLASSES: Final[dict[str, Any]] = {
@@ -36,9 +31,6 @@ _CLASSES: Final[dict[str, Any]] = {
     "FEATURE_EXTRACTION": transformers.AutoModel,
 }
 _LABELLED: Final = ("SEQ_CLS", "TOKEN_CLS")
-_CLASSIFIER: Final = re.compile(r"(classifier|score|out_proj)\.weight$")
-_SMALL: Final = (".json", ".jinja", ".txt", ".model")
-_NOT_COPIED: Final = (CONFIG_NAME, INDEX_NAME, ADAPTER_CONFIG, "trainer_state.json")
 _PREFIX: Final = "base_model.model."
 
 
@@ -82,10 +74,7 @@ def merge_adapter(
         merged.save_pretrained(target)
     if _same_class(base, merged) and not resized and not untied:
         shutil.copyfile(base.path / CONFIG_NAME, target / CONFIG_NAME)
-    # A tokenizer is one thing: no file of the base's is left beside the adapter's own.
-    replaced = (*SOURCE_TOKENIZER_FILES, *TEMPLATE_FILES) if has_tokenizer(adapter.path) else ()
-    _copy_small_files(base.path, target, replaced)
-    _copy_small_files(adapter.path, target)
+    copy_small_files(base.path, adapter.path, target)
     files = (*base.weight_files, adapter.path / _WEIGHTS, adapter.path / ADAPTER_CONFIG)
     return ModelSource(base.name, base.revision, target, made_of=files, adapter=adapter.name)
 
@@ -117,9 +106,7 @@ def _load(
     """The base in the class that the adapter was trained in."""
     config = load_config(base.path, trust_remote_code=trust_remote_code)
     model_class = _CLASSES.get(task or "") or architecture_class(config) or transformers.AutoModel
-    labels = [spec.shape[0] for name, spec in stored.items() if _CLASSIFIER.search(name)]
-    if task in _LABELLED and labels and config.num_labels != labels[-1]:
-        config.num_labels = labels[-1]
+    labelled = task in _LABELLED and set_labels(config, stored)
     with transformers_border(f"cannot load {base.name} for {task}", error=MismatchError):
         loaded: Any = model_class.from_pretrained(
             base.path,
@@ -128,7 +115,7 @@ def _load(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=bool(labels),
+            ignore_mismatched_sizes=labelled,
         )
     model, report = loaded
     brought = {name.removeprefix(_PREFIX) for name in stored}
@@ -184,16 +171,3 @@ def _head_of(model: PreTrainedModel) -> nn.Module | None:
 
 def _same_class(base: ModelSource, merged: PreTrainedModel) -> bool:
     return type(merged).__name__ in (base.config.get("architectures") or [])
-
-
-def _copy_small_files(folder: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
-    """Tokenizer, chat template, generation config, and the modules of sentence-transformers."""
-    for path in sorted([*folder.iterdir(), *folder.glob("*/config.json")]):
-        if (
-            path.is_file()
-            and path.suffix in _SMALL
-            and not (path.parent == folder and path.name in (*_NOT_COPIED, *left_out))
-        ):
-            copy = target / path.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)

@@ -7,18 +7,16 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from trimserve.errors import MissingExtraError, UsageError
 from trimserve.files.scratch import scratch_folder
 from trimserve.files.tensors import TensorSource, WholeTensor, exhaust, write_tensors
 from trimserve.finetune.restoring import full_source, is_compact
+from trimserve.folder.names import ADAPTER_CONFIG, COUPLED_CONFIG
 from trimserve.model.packed.checkpoint import PackedCheckpoint
 from trimserve.model.packed.settings import PACKED_CONFIGS
 from trimserve.model.resolve import resolve_model
 from trimserve.model.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, ModelSource
-
-ADAPTER_CONFIG: Final = "adapter_config.json"
 
 
 @contextlib.contextmanager
@@ -60,9 +58,7 @@ def whole_source(
             source = _unpacked(source, packed, scratch())
         own, brought = _parts_of(source, adapter)
         if brought is not None:
-            from trimserve_export.source.adapter import merge_adapter
-
-            merged = merge_adapter(own, brought, scratch(), trust_remote_code=trust_remote_code)
+            merged = _merged(own, brought, scratch(), trust_remote_code=trust_remote_code)
             # An adapter that names its base is a model by itself, and found again by its own name.
             own = merged if adapter is not None else replace(merged, name=source.name, adapter=None)
         whole = stack.enter_context(full_source(own, base, near=near))
@@ -97,9 +93,21 @@ def _unpacked(source: ModelSource, packed: PackedCheckpoint, folder: Path) -> Mo
     return replace(source, path=folder, made_of=source.recorded_files, packed=packed)
 
 
+def _merged(base: ModelSource, adapter: ModelSource, folder: Path, *, trust_remote_code: bool) -> ModelSource:
+    """A model with an adapter of peft's merged into it, or reversible adapters put on it."""
+    if (adapter.path / COUPLED_CONFIG).is_file():
+        from trimserve_export.source.coupled_adapter import put_adapters_on
+
+        return put_adapters_on(base, adapter, folder, trust_remote_code=trust_remote_code)
+    from trimserve_export.source.adapter import merge_adapter
+
+    return merge_adapter(base, adapter, folder, trust_remote_code=trust_remote_code)
+
+
 def is_adapter(source: ModelSource) -> bool:
     """Whether a folder holds an adapter and no model of its own."""
-    return (source.path / ADAPTER_CONFIG).is_file() and not source.has_weights and source.graph is None
+    brings = any((source.path / name).is_file() for name in (ADAPTER_CONFIG, COUPLED_CONFIG))
+    return brings and not source.has_weights and source.graph is None
 
 
 def is_multimodal(source: ModelSource) -> bool:
@@ -122,19 +130,24 @@ def _parts_of(source: ModelSource, adapter: str | Path | None) -> tuple[ModelSou
         return source, resolve_model(adapter)
     if is_adapter(source):
         return _base_of(source), source
-    has_both = (source.path / ADAPTER_CONFIG).is_file() and any(source.path.glob("adapter_model.*"))
-    if has_both and not is_compact(source.path):
-        raise UsageError(
-            f"{source.name} holds a model and an adapter: pass --adapter {source.name} to merge it, or move "
-            f"{ADAPTER_CONFIG} away."
-        )
+    for config, weights in ((ADAPTER_CONFIG, "adapter_model.*"), (COUPLED_CONFIG, "reversible.safetensors")):
+        has_both = (source.path / config).is_file() and any(source.path.glob(weights))
+        if has_both and not is_compact(source.path):
+            raise UsageError(
+                f"{source.name} holds a model and an adapter: pass --adapter {source.name} to merge it, or "
+                f"move {config} away."
+            )
     return source, None
 
 
 def _base_of(adapter: ModelSource) -> ModelSource:
     """The model that an adapter belongs to, as its config names it."""
-    config = adapter.read_json(ADAPTER_CONFIG)
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if (adapter.path / COUPLED_CONFIG).is_file():
+        base = adapter.read_json(COUPLED_CONFIG).get("base") or {}
+        name, revision = base.get("name"), base.get("revision")
+    else:
+        config = adapter.read_json(ADAPTER_CONFIG)
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
     advice = f"pass -m BASE --adapter {adapter.name}."
     if not isinstance(name, str) or not name:
         raise UsageError(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from msgspec import Meta
 
 from trimserve.arguments import Count, checked
-from trimserve.errors import UsageError, require
+from trimserve.errors import UsageError
 from trimserve.model.source import ModelSource
 from trimserve_export.coupled.adapters import read_adapters, read_settings, write_adapters
 from trimserve_export.coupled.coupling import SCALES, Factor, Form, Variant
 from trimserve_export.coupled.model import couple_layers, put, stacks_of
+from trimserve_export.finetune.models import transformers_model
 from trimserve_export.finetune.reversible.saving import CoupledSaver
 from trimserve_export.finetune.reversible.stack import ReversibleStack
 from trimserve_export.finetune.saving import find_base
@@ -166,12 +167,7 @@ def make_reversible(
         UsageError: the model is wrapped or coupled already, or arguments contradict each other.
         UnsupportedModelError: no layers that are known.
     """
-    transformers = require("transformers", extra="finetune", purpose="trimserve.finetune")
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise UsageError(
-            f"reversible takes a transformers model but got a {type(model).__name__}: pass the model itself, "
-            "and wrap it afterwards."
-        )
+    transformers_model(model, "reversible")
     if next(stacks_of(model), None) is not None:
         raise UsageError("the model's layers are coupled already: restore it first.")
     if exact and checkpointed:

@@ -11,7 +11,8 @@ from msgspec import Meta
 from torch import nn
 
 from trimserve.arguments import Count, checked
-from trimserve.errors import UsageError, require
+from trimserve.errors import UsageError
+from trimserve_export.finetune.models import transformers_model
 from trimserve_export.finetune.sampled.linear import NormSlot, SharedRows, sampled_linear
 from trimserve_export.finetune.sampled.norms import NormCache, sample_places
 from trimserve_export.finetune.sampled.selection import choose_rows
@@ -159,15 +160,7 @@ def make_sampled(
     Raises:
         UsageError: not such a model, no such layers, or sampled already.
     """
-    transformers = require("transformers", extra="finetune", purpose="trimserve.finetune")
-    inner: Any = model
-    if hasattr(model, "get_base_model"):  # PEFT's
-        inner = inner.get_base_model()
-    if not isinstance(inner, transformers.PreTrainedModel):
-        raise UsageError(
-            f"sampled_gradients takes a transformers model but got a {type(model).__name__}: pass the model "
-            "itself, and wrap it afterwards."
-        )
+    inner = transformers_model(model, "sampled_gradients", adapted=True)
     chosen = _choose(inner, modules)
     if any(isinstance(vars(module).get("forward"), SampledForward) for module in chosen.values()):
         raise UsageError("the model's gradients are sampled already: restore it first.")
