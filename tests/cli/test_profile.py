@@ -125,6 +125,12 @@ def test_diff_takes_a_trimmed_folder_as_vocab_and_fails_below(here, call):
     assert (code, "no trimmed one" in err) == (2, True)
 
 
+def test_advice_does_not_stand_before_an_error(here, call, caplog):
+    (here / "lines.txt").write_text("where is the cat?\n" * 20, "utf-8")
+    code, _, err = call("profile", "lines.txt", "-m", "nowhere", "-o", "p")
+    assert (code, "nowhere" in err, caplog.text) == (2, True, "")
+
+
 def test_select_finds_the_tokenizer_where_it_is_told(here, call):
     assert call("profile", "a.txt", "-m", "./model", "-o", "p")[0] == 0
     (here / "model").rename(here / "moved")

@@ -59,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
         options["workers"] = args.workers
     if args.resume and args.output.exists():
         options["resume"] = Profile.load(args.output)
-    if args.unit is None and (advice := lines_as_one(args.corpus)) is not None:
-        log.warning(advice)
     start = time.perf_counter()
     try:
         counted = profile(args.corpus, args.model, **options)
@@ -70,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     counted.save(args.output)
     _report(counted, args, seconds)
+    # Last: where something else is wrong, that is the one sentence.
+    if args.unit is None and (advice := lines_as_one(args.corpus)) is not None:
+        log.warning(advice)
     return 0
 
 
