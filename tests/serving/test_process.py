@@ -36,6 +36,19 @@ def client_of(server, **options):
     )
 
 
+def never_ending(folder):
+    """A request that is at work until its last token: what would end it before is not allowed."""
+    ids = load(folder, threads=1).stop_ids
+    return {
+        "model": "chat",
+        "prompt": "the cat",
+        "max_tokens": 1900,
+        "temperature": 1,
+        "seed": 1,
+        "logit_bias": {str(id_): -100 for id_ in ids},
+    }
+
+
 def eventually(holds):
     end = time.monotonic() + PATIENCE
     while not holds():
@@ -75,17 +88,9 @@ def raw_request(server, body):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_is_not_worked_for(server, stream):
+def test_a_client_that_goes_is_not_worked_for(server, folders, stream):
     before = server.counts("request_success_total")
-    long = {
-        "model": "chat",
-        "prompt": "the cat",
-        "max_tokens": 1900,
-        "temperature": 1,
-        "seed": 1,
-        "stream": stream,
-    }
-    connection = raw_request(server, long)
+    connection = raw_request(server, never_ending(folders["chat"]) | {"stream": stream})
     eventually(lambda: server.counts("num_requests_running") > 0)
     connection.close()
     eventually(lambda: server.counts("num_requests_running") == 0)
@@ -117,7 +122,7 @@ def test_openapi_names_every_route_and_field(server):
 
 def test_a_full_queue_answers_at_once(folders):
     with served([f"--name=chat={folders['chat']}", "--max-queue", "1"]) as server:
-        long = {"model": "chat", "prompt": "the cat", "max_tokens": 1900, "temperature": 1, "seed": 1}
+        long = never_ending(folders["chat"])
         connections = []
         client = client_of(server)
         with pytest.raises(openai.RateLimitError) as caught:  # noqa: PT012 - one of them is the first
@@ -158,17 +163,9 @@ def test_a_replaced_folder_is_served_without_a_gap(folders, tmp_path):
 
 
 def test_sigterm_lets_what_runs_finish(folders):
-    ids = load(folders["chat"], threads=1).stop_ids
+    asked = never_ending(folders["chat"]) | {"max_tokens": 1000, "stream": True}
     with served([f"--name=chat={folders['chat']}", "--shutdown-timeout", str(PATIENCE)]) as server:
-        stream = client_of(server).completions.create(
-            model="chat",
-            prompt="the cat",
-            max_tokens=1000,
-            temperature=0,
-            stream=True,
-            logit_bias={str(id_): -100 for id_ in ids},
-            extra_body={"return_token_ids": True},
-        )
+        stream = client_of(server).completions.create(**asked, extra_body={"return_token_ids": True})
         next(stream)
         server.popen.send_signal(signal.SIGTERM)
         rest = [chunk.choices[0] for chunk in stream]
@@ -179,9 +176,7 @@ def test_sigterm_lets_what_runs_finish(folders):
 
 def test_the_end_of_the_time_is_said_in_the_stream(folders):
     with served([f"--name=chat={folders['chat']}", "--shutdown-timeout", "0"]) as server:
-        stream = client_of(server).completions.create(
-            model="chat", prompt="the cat", max_tokens=1900, n=8, temperature=1, stream=True
-        )
+        stream = client_of(server).completions.create(**never_ending(folders["chat"]), n=8, stream=True)
         next(stream)
         server.popen.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="stopped before"):
