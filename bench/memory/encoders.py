@@ -21,6 +21,7 @@ import numpy as np
 
 from bench import harness
 from bench.encoder.models import COVERAGE, MINILM, SHAPES, make_checkpoint, minilm
+from bench.memory.tables import HEADER, lines
 from trimserve.console import table
 
 CORPUS, TEXTS = "banking77-en", 512
@@ -160,19 +161,6 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "one_ms": float(np.median([np.median(run["one_ms"]) for run in runs])),
         "texts_s": float(np.median([run["texts_s"] for run in runs])),
     }
-
-
-HEADER = ("", "resident MB", "anonymous", "file", "peak", "load ms", "ms a text", "texts/s")
-
-
-def lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for people, under `HEADER`."""
-    found = []
-    for key, value in row["variants"].items():
-        sizes = (f"{value[part] / 1e6:.0f}" for part in ("resident", "anonymous", "file", "peak"))
-        times = (f"{value['load_ms']:.0f}", f"{value['one_ms']:.1f}", f"{value['texts_s']:.0f}")
-        found.append((key, *sizes, *times))
-    return found
 
 
 def main() -> int:

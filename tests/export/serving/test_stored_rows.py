@@ -1,10 +1,11 @@
 """Rows in blocks, found again in matrices of floats and brought into the form of MatMulNBits, to the bit."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 pytest.importorskip("torch")
+
+import onnx_ir as ir
 
 from tests.support.gguf_files import Tensor, Written, random_blocks
 from tests.support.quantized_graphs import matrices
