@@ -123,6 +123,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_tables.decode_table,
     "decode_cost": decode_tables.decode_cost_table,
     "cold_head": decode_tables.cold_head_table,
+    "text_drafts": decode_tables.text_drafts_table,
     "matrix": matrix_table,
     "session": session_table,
     "encoder": encoder_table,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bench import harness
+from bench import harness, text_drafts
 from bench.tables.common import markdown, where
 from trimserve.console import human_bytes
 
@@ -118,3 +118,19 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def _has_rows(name: str) -> bool:
     return (harness.RESULTS / f"{name}.jsonl").exists()
+
+
+def text_drafts_table() -> str:
+    """Drafts from the text, from bench/text_drafts.py."""
+    rows = harness.newest_rows("text_drafts", "model")
+    lines = [line for row in rows for line in text_drafts.lines(row)]
+    costs = "; ".join(
+        f"{row['model']} {', '.join(f'{ms:.1f}' for ms in row['step_ms'].values())}" for row in rows
+    )
+    caption = (
+        "Milliseconds a token in exact mode, medians; ratios of the two ways document by document, with their "
+        "95 % interval. To copy, a document stands twice and breaks off; to continue, once. A step of 1 (in a "
+        f"pair), 2, 4, 8 and 16 tokens takes so many milliseconds: {costs}. {where(rows[-1])}, "
+        f"{rows[-1]['threads']} threads."
+    )
+    return markdown(text_drafts.HEADER, lines) + f"\n{caption}\n"

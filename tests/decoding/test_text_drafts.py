@@ -41,7 +41,7 @@ def model(served):
 
 def believing(model, costs, monkeypatch):
     """The generator, for which steps cost what they are said to."""
-    monkeypatch.setattr(model, "_measured_rows", lambda: costs)
+    monkeypatch.setattr(model, "measured_rows", lambda: costs)
     return model
 
 

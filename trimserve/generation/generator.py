@@ -327,9 +327,10 @@ class Generator:
             raise UsageError(
                 f"{self.folder.path} cannot draft from the text ({reason}): leave text_drafts out."
             )
-        return self._measured_rows
+        return self.measured_rows
 
-    def _measured_rows(self) -> RowCosts:
+    def measured_rows(self) -> RowCosts:
+        """What steps of several tokens cost here, measured when it is asked for the first time."""
         kept = self.folder.vocab.kept_ids.size
         return self._row_costs.get(lambda: measure_rows(self._decoder, kept, self.config.context))
 
