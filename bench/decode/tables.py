@@ -128,9 +128,9 @@ def text_drafts_table() -> str:
         f"{row['model']} {', '.join(f'{ms:.1f}' for ms in row['step_ms'].values())}" for row in rows
     )
     caption = (
-        "Milliseconds a token in exact mode, medians; ratios of the two ways document by document, with their "
-        "95 % interval. To copy, a document stands twice and breaks off; to continue, once. A step of 1 (in a "
-        f"pair), 2, 4, 8 and 16 tokens takes so many milliseconds: {costs}. {where(rows[-1])}, "
+        "Milliseconds a token in exact mode, medians; ratios of the two ways document by document, with "
+        "their 95 % interval. To copy, a document stands twice and breaks off; to continue, once. A step "
+        f"of 1 (in a pair), 2, 4, 8 and 16 tokens takes so many milliseconds: {costs}. {where(rows[-1])}, "
         f"{rows[-1]['threads']} threads."
     )
     return markdown(text_drafts.HEADER, lines) + f"\n{caption}\n"

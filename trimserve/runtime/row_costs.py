@@ -17,7 +17,7 @@ from trimserve.runtime.decoder import Decoder, Step
 logger = logging.getLogger(__name__)
 _SIZES = (2, 4, 8, 16)
 _PROMPT = 37  # tokens before those that are compared: no multiple of any kernel's block
-_REPEATS = 2  # the first run of a size makes what is made once
+_REPEATS = 3  # the first run of a size makes what is made once, and a neighbour disturbs some
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class RowCosts:
 
     Attributes:
         seconds: of one token (`Decoder.step_in_pair`), and of those sizes that leave every bit as such steps
-            have it, as far as they pay if every token stands.
+            have it.
     """
 
     seconds: Mapping[int, float]
@@ -82,8 +82,6 @@ def measure_rows(decoder: Decoder, kept: int, context: int | None) -> RowCosts:
             same = same and _bits(step) == b"".join(alone[:size])
         if same:
             seconds[size] = shortest
-        if shortest > size * single:
-            break
     logger.info("steps of several tokens, milliseconds: %s", {n: 1000 * s for n, s in seconds.items()})
     return RowCosts(MappingProxyType(seconds))
 
