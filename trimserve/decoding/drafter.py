@@ -11,7 +11,7 @@ import numpy.typing as npt
 from trimserve.arrays import Floats
 from trimserve.decoding.columns import Columns
 from trimserve.decoding.feeder import Feeder
-from trimserve.decoding.request import Draft, Request
+from trimserve.decoding.request import Draft, Request, all_ended
 from trimserve.decoding.text_drafts import TextDrafts
 from trimserve.errors import NoTokenError
 from trimserve.runtime.decoder import Step
@@ -88,7 +88,7 @@ class Drafter:
             logits, hidden = row = ready.popleft()
             rows.append(row)
             self._choose(requests, drafts, before, logits, hidden)
-            if _all_ended(requests, drafts):
+            if all_ended(requests, drafts):
                 break
             if text and guesses:
                 stands = guesses.pop(0) == drafts[0][-1]
@@ -157,7 +157,3 @@ def _take_back(cache: KVCache, ready: deque[_Row]) -> None:
 def _joined(rows: Sequence[Floats]) -> Floats:
     """Put rows (B, n) side by side, (B, T, n); a single one, as compact mode has, is not copied."""
     return rows[0][:, None] if len(rows) == 1 else np.stack(rows, axis=1)
-
-
-def _all_ended(requests: Sequence[Request], drafts: Sequence[Sequence[int]]) -> bool:
-    return all(tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True))

@@ -14,7 +14,7 @@ import numpy as np
 from trimserve.decoding.columns import Columns
 from trimserve.decoding.drafter import Drafter
 from trimserve.decoding.feeder import Feeder
-from trimserve.decoding.request import Draft, Request, note_block
+from trimserve.decoding.request import Draft, Request, all_ended, note_block
 from trimserve.decoding.slots import DraftSlots
 from trimserve.decoding.stats import ColdReads, Timing
 from trimserve.runtime.cold_rows import ColdRows
@@ -146,11 +146,7 @@ class GenerationLoop:
         if self._checker is None:
             return [block.tokens for block in blocks], []
         drafted = [block.tokens for block in blocks]
-        if (
-            not self._overlap
-            or _all_ended(requests, drafts=drafted)
-            or _tokens_left(requests) <= len(drafted[0])
-        ):
+        if not self._overlap or all_ended(requests, drafted) or _tokens_left(requests) <= len(drafted[0]):
             return self._checker.check(requests, blocks), []
         with ThreadPoolExecutor(1) as checking:
             checked = checking.submit(self._checker.check, requests, blocks)
@@ -163,10 +159,6 @@ def _tokens_left(requests: Sequence[Request]) -> int:
     wanted = max(request.max_tokens - len(request.output) for request in requests)
     room = [request.room - len(request.output) for request in requests if request.room is not None]
     return min([wanted, *room])
-
-
-def _all_ended(requests: Sequence[Request], drafts: Sequence[Sequence[int]]) -> bool:
-    return all(tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True))
 
 
 def _all_stood(blocks: Sequence[Draft], checked: Sequence[Sequence[int]]) -> bool:

@@ -132,3 +132,8 @@ def note_block(request: Request, block: Draft, taken: Sequence[int], kept: Colum
         for token in taken:
             if not kept.has(token):
                 request.slots.use(token)
+
+
+def all_ended(requests: Sequence[Request], drafts: Sequence[Sequence[int]]) -> bool:
+    """Whether the last draft of every request is one of its stop ids."""
+    return all(tokens[-1] in request.stop_ids for request, tokens in zip(requests, drafts, strict=True))

@@ -16,7 +16,7 @@ from trimserve_export.graphs.nodes import NodeWriter, take_over
 from trimserve_export.serving.block_rows import quantize_rows
 
 _CONTRIB = "com.microsoft"
-_LOOKUP = "GatherBlockQuantized"
+LOOKUP = "GatherBlockQuantized"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
@@ -38,11 +38,32 @@ def quantize_table(graph: ir.Graph, scheme: BlockScheme) -> bool:
     if rows.ndim != 2 or rows.shape[1] % scheme.block_size:
         return False
     blocks = quantize_rows(rows, scheme)
-    writer = NodeWriter(graph, f"quantized_table/{node.name}")
     integers = _constant(graph, f"{table.name}_Q{scheme.bits}", blocks.integers.reshape(len(rows), -1))
     scales = _constant(graph, f"{table.name}_Q{scheme.bits}_scales", blocks.scales)
+    look_up_blocks(graph, NodeWriter(graph, f"quantized_table/{node.name}"), node, integers, scales, scheme)
+    return True
+
+
+def look_up_blocks(
+    graph: ir.Graph,
+    writer: NodeWriter,
+    node: ir.Node,
+    integers: ir.Value,
+    scales: ir.Value,
+    scheme: BlockScheme,
+) -> None:
+    """Put GatherBlockQuantized in the place of a Gather of rows.
+
+    Args:
+        graph: where it is.
+        writer: of nodes before it.
+        node: the Gather.
+        integers: of the table, the bytes of a row together.
+        scales: of its blocks.
+        scheme: how its rows are quantised.
+    """
     found = writer.op(
-        _LOOKUP,
+        LOOKUP,
         [integers, node.inputs[1], scales],
         domain=_CONTRIB,
         gather_axis=0,
@@ -53,7 +74,6 @@ def quantize_table(graph: ir.Graph, scheme: BlockScheme) -> bool:
     writer.insert_before(node)
     take_over(node.outputs[0], found)
     graph.remove(node, safe=True)
-    return True
 
 
 def _lookup(graph: ir.Graph) -> ir.Node | None:

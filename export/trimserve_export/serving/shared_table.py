@@ -12,10 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from trimserve.files.quantized import BlockScheme
-from trimserve_export.graphs.nodes import NodeWriter, take_over
-
-_CONTRIB = "com.microsoft"
-_LOOKUP = "GatherBlockQuantized"
+from trimserve_export.graphs.nodes import NodeWriter
+from trimserve_export.serving.quantized_table import LOOKUP, look_up_blocks
 
 
 def share_table(graph: ir.Graph, table: ir.Value, blocks: tuple[ir.Value, ...], scheme: BlockScheme) -> None:
@@ -36,18 +34,7 @@ def share_table(graph: ir.Graph, table: ir.Value, blocks: tuple[ir.Value, ...], 
             continue
         writer = NodeWriter(graph, f"shared_table/{node.name}")
         whole = writer.op("Reshape", [blocks[0], writer.constant([rows, width * scheme.bits // 8])])
-        found = writer.op(
-            _LOOKUP,
-            [whole, node.inputs[1], blocks[1]],
-            domain=_CONTRIB,
-            gather_axis=0,
-            quantize_axis=1,
-            block_size=scheme.block_size,
-            bits=scheme.bits,
-        )
-        writer.insert_before(node)
-        take_over(node.outputs[0], found)
-        graph.remove(node, safe=True)
+        look_up_blocks(graph, writer, node, whole, blocks[1], scheme)
 
 
 def map_shared(path: Path) -> None:
@@ -57,7 +44,7 @@ def map_shared(path: Path) -> None:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     reshapes = {node.output[0]: node for node in graph.node if node.op_type == "Reshape"}
     for node in graph.node:
-        if node.op_type != _LOOKUP or node.input[0] not in reshapes:
+        if node.op_type != LOOKUP or node.input[0] not in reshapes:
             continue
         reshape = reshapes[node.input[0]]
         source = constants[reshape.input[0]]

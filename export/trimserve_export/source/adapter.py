@@ -18,7 +18,7 @@ from trimserve.model.source import CONFIG_NAME, ModelSource
 from trimserve_export.checkpoint.axes import architecture_class, load_config
 from trimserve_export.checkpoint.library import transformers_border
 from trimserve_export.exporters import tracing
-from trimserve_export.source.adapter_files import copy_small_files, set_labels
+from trimserve_export.source.adapter_files import copy_small_files, load_base, set_labels
 from trimserve_export.source.admission import check_source
 
 _WEIGHTS: Final = "adapter_model.safetensors"
@@ -107,25 +107,21 @@ def _load(
     config = load_config(base.path, trust_remote_code=trust_remote_code)
     model_class = _CLASSES.get(task or "") or architecture_class(config) or transformers.AutoModel
     labelled = task in _LABELLED and set_labels(config, stored)
-    with transformers_border(f"cannot load {base.name} for {task}", error=MismatchError):
-        loaded: Any = model_class.from_pretrained(
-            base.path,
-            config=config,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=labelled,
-        )
-    model, report = loaded
-    brought = {name.removeprefix(_PREFIX) for name in stored}
-    made_anew = [name for name in report["missing_keys"] if "pooler" not in name and name not in brought]
-    if made_anew:
+    model, missing = load_base(
+        model_class,
+        base,
+        config,
+        {name.removeprefix(_PREFIX) for name in stored},
+        purpose=f"for {task}",
+        labelled=labelled,
+        trust_remote_code=trust_remote_code,
+    )
+    if missing is not None:
         raise MismatchError(
-            f"neither {base.name} nor the adapter has {sorted(made_anew)[0]}, which {task} needs: pass the "
+            f"neither {base.name} nor the adapter has {missing}, which {task} needs: pass the "
             "model that the adapter was trained on with -m."
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _resize(model: PreTrainedModel, stored: dict[str, TensorSpec]) -> bool:

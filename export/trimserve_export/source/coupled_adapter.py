@@ -16,7 +16,6 @@ from trimserve.folder.names import COUPLED_CONFIG
 from trimserve.foreign import foreign
 from trimserve.model.source import ModelSource
 from trimserve_export.checkpoint.axes import load_config
-from trimserve_export.checkpoint.library import transformers_border
 from trimserve_export.coupled.adapters import (
     WEIGHTS_NAME,
     Settings,
@@ -25,7 +24,7 @@ from trimserve_export.coupled.adapters import (
 )
 from trimserve_export.coupled.model import CONFIG_KEY, couple_layers, form_entry, read_form
 from trimserve_export.exporters import tracing
-from trimserve_export.source.adapter_files import copy_small_files, set_labels
+from trimserve_export.source.adapter_files import copy_small_files, load_base, set_labels
 from trimserve_export.source.admission import check_source
 
 _LABELLED: Final = ("ForSequenceClassification", "ForTokenClassification")
@@ -102,21 +101,18 @@ def _load(
     with foreign(f"{adapter.path / WEIGHTS_NAME} cannot be read", advice="save the adapters again."):
         specs = read_header(adapter.path / WEIGHTS_NAME)[0]
     labelled = settings.architecture.endswith(_LABELLED) and set_labels(config, specs)
-    with transformers_border(f"cannot load {base.name} as {settings.architecture}", error=MismatchError):
-        loaded: Any = model_class.from_pretrained(
-            base.path,
-            config=config,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=labelled,
-        )
-    model, report = loaded
-    made_anew = sorted(name for name in report["missing_keys"] if "pooler" not in name and name not in specs)
-    if made_anew:
+    model, missing = load_base(
+        model_class,
+        base,
+        config,
+        specs,
+        purpose=f"as {settings.architecture}",
+        labelled=labelled,
+        trust_remote_code=trust_remote_code,
+    )
+    if missing is not None:
         raise MismatchError(
-            f"neither {base.name} nor the adapters have {made_anew[0]}, which {settings.architecture} needs: "
+            f"neither {base.name} nor the adapters have {missing}, which {settings.architecture} needs: "
             "pass the model that they were trained on with -m."
         )
-    return model  # type: ignore[no-any-return]
+    return model
